@@ -1,0 +1,215 @@
+"""Freezing layers so that the compiled step really gets cheaper.
+
+Three things make it so. ``stop_gradient`` on the frozen leaves before differentiation, so that nothing downstream (a
+global norm, a clip) can ask for their gradients. ``optax.multi_transform`` over the whole, unchanged parameter tree, so
+that weight decay and momentum cannot move them and their optimizer state goes. And a frozen set that is *static*: a
+mask known only at run time saves nothing, for the program must then be able to do the full work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from smartfrz_jax import paths
+from smartfrz_jax.layers import Layers
+
+PyTree = Any
+
+_ACTIVE = "train"
+_FROZEN = "frozen"
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Frozen:
+    """Which layers of a network are frozen: immutable and hashable, to be a static argument of the train step.
+
+    Attributes:
+        layers: The layers of the network.
+        names: Names of the frozen ones.
+
+    Raises:
+        ValueError: If a name is not a layer of the network.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from smartfrz_jax import find_layers
+        >>> params = {"a": {"kernel": jnp.ones((2, 2))}, "b": {"kernel": jnp.ones((2, 2))}}
+        >>> layers = find_layers(params, lambda p, x: x @ p["a"]["kernel"] @ p["b"]["kernel"], jnp.ones((1, 2)))
+        >>> Frozen(layers).add(["a"]).active
+        ('b',)
+    """
+
+    layers: Layers
+    names: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "names", frozenset(self.layers.check(self.names, "names")))
+
+    @classmethod
+    def of_mask(cls, layers: Layers, mask: np.ndarray) -> Frozen:
+        """The frozen set of a boolean mask of shape ``(layers,)``, true where frozen."""
+        return cls(layers, frozenset(name for name, frozen in zip(layers.names, mask, strict=True) if frozen))
+
+    def add(self, names: Iterable[str]) -> Frozen:
+        """This set and the layers of ``names``."""
+        return Frozen(self.layers, self.names.union(self.layers.check(names, "names")))
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """Names of the layers that train, front to back."""
+        return tuple(name for name in self.layers.names if name not in self.names)
+
+    @property
+    def mask(self) -> np.ndarray:
+        """Boolean array of shape ``(layers,)``, true where frozen."""
+        return np.array([name in self.names for name in self.layers.names], bool)
+
+    @functools.cached_property
+    def params(self) -> frozenset[str]:
+        """Names of the frozen parameters."""
+        return frozenset(param for layer in self.layers if layer.name in self.names for param in layer.params)
+
+    def labels(self, params: PyTree) -> PyTree:
+        """``'frozen'`` or ``'train'`` for every leaf of ``params``: labels for ``optax.multi_transform``."""
+        return paths.tree_map(lambda name, _: _FROZEN if self._is_frozen(name) else _ACTIVE, params)
+
+    def stop_gradient(self, params: PyTree) -> PyTree:
+        """``params`` with ``jax.lax.stop_gradient`` on the frozen leaves."""
+        return paths.tree_map(lambda name, leaf: jax.lax.stop_gradient(leaf) if self._is_frozen(name) else leaf, params)
+
+    def active_leaves(self, tree: PyTree) -> dict[str, Any]:
+        """Leaves of the layers that train, by name, of a tree shaped like the parameters."""
+        return {name: leaf for name, leaf in paths.flatten(tree).items() if not self._is_frozen(name)}
+
+    def _is_frozen(self, param: str) -> bool:
+        if param not in self.layers.owner:
+            raise ValueError(
+                f"params: {param!r} belongs to no layer; the layers were found for other parameters "
+                f"({', '.join(list(self.layers.owner)[:3])}, ...). Call find_layers on the parameters that train"
+            )
+        return param in self.params
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.layers, self.names))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (
+            isinstance(other, Frozen) and self.names == other.names and self.layers == other.layers
+        )
+
+
+def value_and_grad(loss_fn: Callable[..., Any], frozen: Frozen, *, has_aux: bool = False) -> Callable[..., Any]:
+    """``jax.value_and_grad`` with respect to the first argument, without the work for frozen layers.
+
+    The gradients of frozen leaves are exact zeros, so norms and clips over all gradients are over the active layers.
+
+    Args:
+        loss_fn: A function of ``(params, *args, **kwargs)`` to a scalar, or to ``(scalar, aux)`` with ``has_aux``.
+        frozen: The frozen set; static.
+        has_aux: As in ``jax.value_and_grad``.
+
+    Returns:
+        A function of the same arguments to ``(value, grads)``.
+    """
+
+    def with_frozen(params: PyTree, *args: Any, **kwargs: Any) -> Any:
+        return loss_fn(frozen.stop_gradient(params), *args, **kwargs)
+
+    return jax.value_and_grad(with_frozen, has_aux=has_aux)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Partition:
+    """``optax.multi_transform`` for a frozen set, comparing equal for equal sets, so that ``jax.jit`` does not recompile."""
+
+    tx: optax.GradientTransformation
+    frozen: Frozen
+
+    @property
+    def _partition(self) -> optax.GradientTransformationExtraArgs:
+        return optax.multi_transform({_ACTIVE: self.tx, _FROZEN: optax.set_to_zero()}, self.frozen.labels)
+
+
+class _Init(_Partition):
+    def __call__(self, params: PyTree) -> Any:
+        return self._partition.init(params)
+
+
+class _Update(_Partition):
+    def __call__(self, updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any) -> Any:
+        return self._partition.update(updates, state, params, **extra_args)
+
+
+def freeze(tx: optax.GradientTransformation, frozen: Frozen) -> optax.GradientTransformationExtraArgs:
+    """``tx`` for the active layers, nothing for the frozen ones, over the whole parameter tree.
+
+    Everything that belongs to the optimizer (clipping, weight decay, averaging) goes inside ``tx``.
+
+    Args:
+        tx: Any optax gradient transformation.
+        frozen: The frozen set.
+
+    Returns:
+        ``optax.multi_transform`` with labels from ``frozen``. Transformations of equal ``tx`` and ``frozen`` are equal.
+    """
+    return optax.GradientTransformationExtraArgs(_Init(tx, frozen), _Update(tx, frozen))
+
+
+def apply_updates(params: PyTree, updates: PyTree, frozen: Frozen) -> PyTree:
+    """``optax.apply_updates`` that returns frozen leaves as they are, bit for bit and without touching their memory."""
+    updated = optax.apply_updates(params, updates)
+    return paths.tree_map(lambda name, old, new: old if name in frozen.params else new, params, updated)
+
+
+def migrate(opt_state: Any, tx: optax.GradientTransformation, params: PyTree, frozen: Frozen) -> Any:
+    """Optimizer state for a new frozen set, every value kept that the new state has a place for.
+
+    State of layers that freeze is dropped (its memory is free once the old state is), that of layers that stay active
+    is carried over unchanged, that of layers that return is initialised afresh.
+
+    Args:
+        opt_state: State of ``freeze(tx, other)`` for any other set, or of ``tx`` itself.
+        tx: The optax transformation.
+        params: Parameter pytree.
+        frozen: The new frozen set.
+
+    Returns:
+        State of ``freeze(tx, frozen)``.
+
+    Raises:
+        ValueError: If a value has another shape or dtype than ``tx`` gives it for ``params``.
+    """
+    if not isinstance(opt_state, optax.MultiTransformState):
+        opt_state = optax.MultiTransformState(
+            {_ACTIVE: optax.MaskedState(opt_state), _FROZEN: optax.MaskedState(optax.EmptyState())}
+        )
+    old = _by_path(opt_state)
+    target = freeze(tx, frozen)
+    abstract = jax.eval_shape(target.init, params)
+    wanted = _by_path(abstract)
+    for path in wanted.keys() & old.keys():
+        got, expected = old[path], wanted[path]
+        if (np.shape(got), jax.numpy.result_type(got)) != (expected.shape, expected.dtype):
+            raise ValueError(
+                f"opt_state: {path} is {jax.numpy.result_type(got)}{list(np.shape(got))}, but tx makes it "
+                f"{expected.dtype}{list(expected.shape)} for these params; pass the tx that made opt_state"
+            )
+    source = old
+    if wanted.keys() - old.keys():  # a layer returns
+        source = _by_path(target.init(params)) | old
+    return jax.tree_util.tree_map_with_path(lambda path, _: source[jax.tree_util.keystr(path)], abstract)
+
+
+def _by_path(tree: Any) -> dict[str, Any]:
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}

@@ -1,0 +1,273 @@
+"""From a parameter pytree to its ordered layers, the unit in which training is frozen.
+
+A layer is a kernel (of a convolution, a linear map, an embedding) with its bias and the normalisation that belongs to
+it, as in the paper (section 4.1). Every parameter is in exactly one layer, and layers are in forward order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, overload
+
+import jax
+
+from smartfrz_jax import dataflow, paths
+
+PyTree = Any
+Granularity = Literal["layer", "block"] | Callable[[str], str]
+
+# Leaves with these names are never kernels, whatever their rank (stacked blocks have biases of rank 2).
+_VECTOR_NAMES = frozenset({"bias", "scale", "gamma", "beta"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A group of parameters that freezes as one.
+
+    Attributes:
+        name: Name, unique in the network; usually the path of the module that holds the kernel.
+        params: Names of its parameters (see :mod:`smartfrz_jax.paths`).
+        kernels: Those of them whose weights stand for the layer where it is sampled; never empty.
+    """
+
+    name: str
+    params: tuple[str, ...]
+    kernels: tuple[str, ...]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layers(Sequence[Layer]):
+    """The layers of a network, front to back: an immutable, hashable sequence of :class:`Layer`."""
+
+    entries: tuple[Layer, ...]
+
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        """Layer names, front to back."""
+        return tuple(layer.name for layer in self.entries)
+
+    @functools.cached_property
+    def owner(self) -> Mapping[str, str]:
+        """Name of the layer that holds a parameter, by parameter name."""
+        return {param: layer.name for layer in self.entries for param in layer.params}
+
+    @property
+    def head(self) -> str:
+        """Name of the last layer."""
+        return self.names[-1]
+
+    def check(self, names: Iterable[str], argument: str) -> tuple[str, ...]:
+        """Returns the layer names in forward order.
+
+        Args:
+            names: Layer names.
+            argument: What to call ``names`` in the error.
+
+        Raises:
+            ValueError: If one of them is not a layer of this network.
+        """
+        wanted = {names} if isinstance(names, str) else set(names)
+        for unknown in sorted(wanted.difference(self.names)):
+            near = difflib.get_close_matches(unknown, self.names, n=3, cutoff=0.4) or self.names[:3]
+            raise ValueError(
+                f"{argument}: no layer is called {unknown!r}; did you mean {' or '.join(map(repr, near))}? "
+                f"The network's {len(self)} layers are in its Layers' `names`"
+            )
+        return tuple(name for name in self.names if name in wanted)
+
+    @overload
+    def __getitem__(self, index: int) -> Layer: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Layer, ...]: ...
+    def __getitem__(self, index: int | slice) -> Layer | tuple[Layer, ...]:
+        return self.entries[index]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __iter__(self) -> Iterator[Layer]:
+        return iter(self.entries)
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(self.entries)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Layers) and self.entries == other.entries)
+
+
+def find_layers(
+    params: PyTree, forward: Callable[..., Any], *inputs: Any, granularity: Granularity = "layer"
+) -> Layers:
+    """Layers of a parameter pytree, in the order in which a forward pass uses them.
+
+    A normalisation (or any other group of vectors) joins the kernel whose output it works on; where several kernels
+    feed it, as behind a residual connection, it joins the kernel just before or just after it in forward order, whichever
+    is closer by name, the one before if both are. Parameters that ``forward`` does not use come first: they never train.
+
+    Args:
+        params: Parameter pytree; arrays or ``jax.ShapeDtypeStruct``.
+        forward: A JAX-traceable function of ``(params, *inputs)``. It is only traced.
+        *inputs: An example batch, or ``jax.ShapeDtypeStruct`` of its shape.
+        granularity: ``"layer"``, or ``"block"`` for one layer per residual or transformer block (the modules of a list,
+            ``blocks/3``, or numbered by name, ``encoderblock_3``), or a function from a parameter's name to the name of
+            its layer.
+
+    Returns:
+        The layers, front to back.
+
+    Raises:
+        ValueError: If ``params`` has no leaves, or ``granularity`` is not one of the above.
+        TypeError: If a leaf of ``params`` is not an array.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> params = {"z": {"kernel": jnp.ones((4, 8)), "bias": jnp.ones(8)}, "a": {"kernel": jnp.ones((8, 2))}}
+        >>> def forward(p, x):
+        ...     return (x @ p["z"]["kernel"] + p["z"]["bias"]) @ p["a"]["kernel"]
+        >>> find_layers(params, forward, jnp.ones((1, 4))).names
+        ('z', 'a')
+    """
+    leaves = check_params(params)
+    used = dataflow.consumption(forward, params, *inputs)
+    unused = (-1,)
+    return group(leaves, {name: used.first.get(name, unused) for name in leaves}, used.sources, granularity)
+
+
+def check_params(params: PyTree) -> dict[str, Any]:
+    """Leaves of a parameter pytree by name.
+
+    Raises:
+        ValueError: If there are none.
+        TypeError: If a leaf has no shape.
+    """
+    leaves = paths.flatten(params)
+    if not leaves:
+        raise ValueError(
+            f"params: got a pytree without leaves ({jax.tree.structure(params)}); pass the network's parameters, "
+            "for example variables['params'] of a Linen model"
+        )
+    for name, leaf in leaves.items():
+        if not hasattr(leaf, "shape"):
+            raise TypeError(
+                f"params: leaf {name!r} is {type(leaf).__name__}, expected an array; leave out what does not train"
+            )
+    return leaves
+
+
+def group(
+    leaves: Mapping[str, Any],
+    rank: Mapping[str, tuple[int, ...]],
+    sources: Mapping[str, frozenset[str]],
+    granularity: Granularity,
+) -> Layers:
+    """Layers from the order in which parameters are used.
+
+    Args:
+        leaves: Parameters by name.
+        rank: Position of each parameter in forward order.
+        sources: Parameters of the layers just before, by parameter name (see ``dataflow.Consumption``).
+        granularity: As in :func:`find_layers`.
+
+    Returns:
+        The layers, front to back.
+    """
+    if callable(granularity):
+        members: dict[str, list[str]] = {}
+        for name in leaves:
+            members.setdefault(granularity(name), []).append(name)
+    elif granularity in ("layer", "block"):
+        members = _attach(_modules(leaves), leaves, rank, sources)
+        if granularity == "block":
+            blocks: dict[str, list[str]] = {}
+            for name, params in members.items():
+                blocks.setdefault(_block(name), []).extend(params)
+            members = blocks
+    else:
+        raise ValueError(
+            f"granularity: got {granularity!r}, expected 'layer', 'block' or a function of a parameter's name"
+        )
+    entries = [
+        Layer(name, tuple(params), tuple(p for p in params if _is_kernel(p, leaves[p])) or tuple(params))
+        for name, params in members.items()
+    ]
+    return Layers(tuple(sorted(entries, key=lambda layer: min(rank[param] for param in layer.params))))
+
+
+def _modules(leaves: Mapping[str, Any]) -> dict[str, list[str]]:
+    """Parameters by the module that holds them; those beside submodules, or at the root, stand alone."""
+    parents = {name: name.rpartition(paths.SEPARATOR)[0] for name in leaves}
+    with_children = {""}
+    for parent in parents.values():
+        while parent:
+            parent = parent.rpartition(paths.SEPARATOR)[0]
+            with_children.add(parent)
+    modules: dict[str, list[str]] = {}
+    for name, parent in parents.items():
+        modules.setdefault(name if parent in with_children else parent, []).append(name)
+    return modules
+
+
+def _is_kernel(name: str, leaf: Any) -> bool:
+    return len(leaf.shape) >= 2 and name.rpartition(paths.SEPARATOR)[2] not in _VECTOR_NAMES
+
+
+def _attach(
+    modules: dict[str, list[str]],
+    leaves: Mapping[str, Any],
+    rank: Mapping[str, tuple[int, ...]],
+    sources: Mapping[str, frozenset[str]],
+) -> dict[str, list[str]]:
+    """Joins modules without a kernel to one that has a kernel."""
+    order = sorted(modules, key=lambda module: min(rank[param] for param in modules[module]))
+    hosts = [module for module in order if any(_is_kernel(param, leaves[param]) for param in modules[module])]
+    if not hosts:
+        return {module: modules[module] for module in order}
+    module_of = {param: module for module in order for param in modules[module]}
+    host_of = {host: host for host in hosts}
+    before: str | None = None
+    for position, module in enumerate(order):
+        if module in host_of:
+            before = module
+            continue
+        source_hosts = {
+            host_of.get(module_of[s]) for p in modules[module] for s in sources.get(p, ()) if module_of[s] != module
+        }
+        after = next((m for m in order[position:] if m in host_of), None)
+        if len(source_hosts) == 1 and None not in source_hosts:
+            (host,) = source_hosts
+        elif before is None or (after is not None and _shared(module, after) > _shared(module, before)):
+            host = after
+        else:
+            host = before
+        assert host is not None
+        host_of[module] = host
+    members: dict[str, list[str]] = {host: [] for host in hosts}
+    for module in [*hosts, *order]:
+        if not members[host_of[module]] or module not in hosts:
+            members[host_of[module]].extend(modules[module])
+    return members
+
+
+def _shared(first: str, second: str) -> int:
+    """Number of leading path components in common."""
+    pairs = zip(first.split(paths.SEPARATOR), second.split(paths.SEPARATOR), strict=False)
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(first.count("/"), second.count("/")) + 1)
+
+
+def _block(layer: str) -> str:
+    """Name of the block that a layer is in: up to the first list index, else to the first numbered ancestor."""
+    parts = layer.split(paths.SEPARATOR)
+    ancestors = parts[:-1]
+    for numbered in (r"\d+", r".*\D\d+"):
+        for depth, part in enumerate(ancestors, start=1):
+            if re.fullmatch(numbered, part):
+                return paths.SEPARATOR.join(parts[:depth])
+    return layer

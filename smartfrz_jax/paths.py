@@ -1,0 +1,39 @@
+"""Names of the leaves of a parameter pytree: one string per leaf, such as ``blocks/0/conv1/kernel``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.tree_util import GetAttrKey, KeyPath, keystr
+
+PyTree = Any
+
+SEPARATOR = "/"
+
+
+def name(path: KeyPath) -> str:
+    """Name of a leaf, from its key path.
+
+    The ``value`` that a Flax NNX ``Variable`` adds below its own name is left out, so that an ``nnx.State`` and the
+    plain arrays inside it have the same names.
+    """
+    if path and isinstance(path[-1], GetAttrKey) and path[-1].name == "value":
+        path = path[:-1]
+    return keystr(path, simple=True, separator=SEPARATOR)
+
+
+def flatten(tree: PyTree) -> dict[str, Any]:
+    """Leaves of ``tree`` by name, in the pytree's own order.
+
+    Example:
+        >>> list(flatten({"dense": {"kernel": 1, "bias": 2}}))
+        ['dense/bias', 'dense/kernel']
+    """
+    return {name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def tree_map(fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:
+    """``jax.tree.map`` with the leaf's name as the first argument of ``fn``."""
+    return jax.tree_util.tree_map_with_path(lambda path, *leaves: fn(name(path), *leaves), tree, *rest)

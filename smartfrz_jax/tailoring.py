@@ -1,0 +1,114 @@
+"""Layer tailoring: a fixed random sample of each layer's weights, so that one predictor serves layers of any size.
+
+Paper, section 3.2. The positions are drawn once per layer and kept; drawn anew each time, a history would be noise.
+"""
+
+from __future__ import annotations
+
+import zlib
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from smartfrz_jax import paths
+from smartfrz_jax.layers import Layers, check_params
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
+PyTree = Any
+
+# A larger layer is sampled by rejection, which does not make a permutation of all its weights.
+_PERMUTED = 1 << 16
+
+
+class Tailoring(struct.PyTreeNode):
+    """Positions of the sampled weights of every layer; a pytree.
+
+    Attributes:
+        layers: The layers, front to back.
+        size: Weights sampled per layer.
+        leaf_positions: For each layer and each of its kernels, flat positions in that kernel, int32.
+        order: For each layer, where its samples go, int32 of shape ``(size,)``.
+
+    Example:
+        >>> from smartfrz_jax import find_layers
+        >>> params = {"a": {"kernel": jnp.ones((40, 50))}, "b": {"kernel": jnp.zeros((50, 2))}}
+        >>> layers = find_layers(params, lambda p, x: x @ p["a"]["kernel"] @ p["b"]["kernel"], jnp.ones((1, 40)))
+        >>> Tailoring.create(layers, params, size=64)(params).shape
+        (2, 64)
+    """
+
+    layers: Layers = struct.field(pytree_node=False)
+    size: int = struct.field(pytree_node=False)
+    leaf_positions: tuple[tuple[jax.Array, ...], ...]
+    order: tuple[jax.Array, ...]
+
+    @classmethod
+    def create(cls, layers: Layers, params: PyTree, *, size: int = 1024, seed: int = 0) -> Tailoring:
+        """Draws the positions, without replacement where a layer has ``size`` weights or more.
+
+        A layer with several kernels (a block) is sampled from all of them as if they were one. The draw depends on the
+        seed, the layer's name and the number of its weights, and on nothing else.
+
+        Args:
+            layers: The network's layers.
+            params: Its parameter pytree; arrays or ``jax.ShapeDtypeStruct``.
+            size: Weights to sample per layer; 1024 in the paper.
+            seed: Seed of the draw.
+
+        Raises:
+            ValueError: If ``size`` is not positive, or ``params`` is empty or lacks a parameter of ``layers``.
+        """
+        if size < 1:
+            raise ValueError(f"size: got {size}, expected at least 1 sampled weight per layer (1024 in the paper)")
+        leaves = check_params(params)
+        leaf_positions, order = [], []
+        for layer in layers:
+            missing = [name for name in layer.kernels if name not in leaves]
+            if missing:
+                raise ValueError(
+                    f"params: {missing[0]!r} of layer {layer.name!r} is missing; pass those the layers were found for"
+                )
+            sizes = [int(np.prod(leaves[name].shape)) for name in layer.kernels]
+            positions = _draw(
+                jax.random.fold_in(jax.random.key(seed), zlib.crc32(layer.name.encode())), sum(sizes), size
+            )
+            leaf = np.searchsorted(np.cumsum(sizes), positions, side="right")
+            starts = np.cumsum([0, *sizes[:-1]])
+            leaf_positions.append(
+                tuple(jnp.asarray(positions[leaf == i] - starts[i], jnp.int32) for i in range(len(sizes)))
+            )
+            order.append(jnp.asarray(np.argsort(np.argsort(leaf, kind="stable")), jnp.int32))
+        return cls(layers, size, tuple(leaf_positions), tuple(order))
+
+    def __call__(self, params: PyTree) -> Float[Array, "layers size"]:
+        """The sampled weights of all layers in one compiled call, float32, shape ``(layers, size)``."""
+        return _sample(self, paths.flatten(params))
+
+
+def _draw(key: jax.Array, n: int, size: int) -> np.ndarray:
+    """``size`` positions below ``n``, int64; distinct if ``n`` is at least ``size``."""
+    if n <= _PERMUTED:
+        return np.asarray(jax.random.choice(key, n, (size,), replace=n < size), np.int64)
+    distinct = np.zeros(0, np.int64)
+    while len(distinct) < size:  # the first `size` distinct draws with replacement are a draw without
+        key, subkey = jax.random.split(key)
+        drawn = np.concatenate([distinct, np.asarray(jax.random.choice(subkey, n, (2 * size,)), np.int64)])
+        distinct = drawn[np.sort(np.unique(drawn, return_index=True)[1])]
+    return distinct[:size]
+
+
+@jax.jit
+def _sample(tailoring: Tailoring, leaves: dict[str, jax.Array]) -> jax.Array:
+    rows = []
+    for layer, positions, order in zip(tailoring.layers, tailoring.leaf_positions, tailoring.order, strict=True):
+        parts = [
+            leaves[name].reshape(-1)[index].astype(jnp.float32)
+            for name, index in zip(layer.kernels, positions, strict=True)
+        ]
+        rows.append(jnp.concatenate(parts)[order])
+    return jnp.stack(rows)
