@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
+from jax.tree_util import keystr
 from orbax.checkpoint import v1 as ocp
 
 PyTree = Any
@@ -81,8 +83,25 @@ def read(path: str | Path, like: PyTree, kind: str) -> PyTree:
         leaves = ocp.load(source, abstract)
     except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
         raise ValueError(_damaged(source, kind, error)) from error
-    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(like)]
-    return jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in names])
+    return jax.tree_util.tree_map_with_path(lambda path, leaf: _as_saved(leaves[keystr(path)], leaf), like)
+
+
+def with_dropped(path: str | Path, like: PyTree, kind: str, *, prefix: str) -> PyTree:
+    """``like``, with shape ``(0,)`` for the leaves that were saved empty because they were no longer needed.
+
+    Args:
+        path: Directory of the checkpoint.
+        like: Pytree of arrays.
+        kind: What it should be a checkpoint of.
+        prefix: Where ``like`` is in the saved pytree, as ``jax.tree_util.keystr`` writes it.
+    """
+    saved = _metadata(Path(path).absolute(), kind).metadata
+
+    def dropped(path: Any, leaf: Any) -> Any:
+        there = saved.get(prefix + keystr(path))
+        return np.zeros(0, leaf.dtype) if there is not None and tuple(there.shape) == (0,) else leaf
+
+    return jax.tree_util.tree_map_with_path(dropped, like)
 
 
 def _metadata(source: Path, kind: str) -> Any:
@@ -112,4 +131,21 @@ def _text(leaf: tuple[tuple[int, ...], str] | None) -> str:
 
 
 def _by_name(tree: PyTree) -> dict[str, Any]:
-    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {keystr(path): _storable(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+
+def _is_key(leaf: Any) -> bool:
+    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _storable(leaf: Any) -> Any:
+    """Random keys are stored as their bits."""
+    if not _is_key(leaf):
+        return leaf
+    return jax.eval_shape(jax.random.key_data, leaf) if isinstance(leaf, jax.ShapeDtypeStruct) else jax.random.key_data(leaf)
+
+
+def _as_saved(leaf: jax.Array, like: Any) -> Any:
+    if _is_key(like):
+        return jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(like))
+    return np.asarray(leaf) if isinstance(like, np.ndarray) else leaf

@@ -1,0 +1,122 @@
+"""Linear centered kernel alignment (CKA): how similar two layers' outputs are on the same examples.
+
+Paper, Eq. 5; Kornblith et al., "Similarity of Neural Network Representations Revisited", 2019 (arXiv 1905.00414). With
+features ``X`` and ``Y`` centred over the examples,
+
+    CKA(X, Y) = ||Y^T X||_F^2 / (||X^T X||_F ||Y^T Y||_F).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float
+
+
+def linear_cka(x: Float[Array, "examples ..."], y: Float[Array, "examples ..."]) -> Float[Array, ""]:
+    """Linear CKA of two sets of features of the same examples, computed in float32.
+
+    Works under ``jax.jit`` and ``jax.vmap``. The result does not change if either side is shifted, scaled or rotated.
+
+    Args:
+        x: Features, shape ``(examples, ...)``; all axes but the first are flattened.
+        y: Features of the same examples; there may be more or fewer of them than in ``x``.
+
+    Returns:
+        float32 scalar from 0 to 1. It is 0 if either side is the same for all examples: no similarity can be shown then.
+        It is NaN if a feature is NaN or infinite.
+
+    Raises:
+        ValueError: If the numbers of examples differ or are below 2, or there are no features.
+
+    Example:
+        >>> x = jnp.array([[0.0, 1.0], [2.0, 0.0], [1.0, 3.0]])
+        >>> round(float(linear_cka(x, 5.0 * x[:, ::-1] + 7.0)), 4)
+        1.0
+    """
+    _check(x.shape, y.shape, "x", "y")
+    return _linear_cka(x, y)
+
+
+def layer_cka(features: Mapping[str, Array], reference: Mapping[str, Array]) -> Float[Array, " layers"]:
+    """Linear CKA of every layer with the same layer of a reference network, in one compiled call.
+
+    Args:
+        features: Output of each layer on a batch, shape ``(examples, ...)``, by layer name.
+        reference: Output of the same layers of the reference network on the same batch.
+
+    Returns:
+        float32 of shape ``(layers,)``, in the order of ``features``.
+
+    Raises:
+        ValueError: If the two have different layers, or a layer's outputs do not fit (see :func:`linear_cka`).
+    """
+    for argument, missing in (
+        ("reference", [name for name in features if name not in reference]),
+        ("features", [name for name in reference if name not in features]),
+    ):
+        if missing:
+            raise ValueError(
+                f"{argument}: lacks the output of {len(missing)} layer(s): {', '.join(map(repr, missing))}; "
+                "pass the outputs of the same layers of both networks"
+            )
+    if not features:
+        raise ValueError("features: got no layers; pass the output of each layer by layer name")
+    for name, x in features.items():
+        _check(x.shape, reference[name].shape, f"features[{name!r}]", f"reference[{name!r}]")
+    return _layer_cka(tuple(features.values()), tuple(reference[name] for name in features))
+
+
+def _check(x: tuple[int, ...], y: tuple[int, ...], x_name: str, y_name: str) -> None:
+    for name, shape in ((x_name, x), (y_name, y)):
+        if not shape or shape[0] < 2 or 0 in shape[1:]:
+            raise ValueError(
+                f"{name}: got shape {shape}, expected (examples, ...) with at least 2 examples and 1 feature"
+            )
+    if x[0] != y[0]:
+        raise ValueError(
+            f"{x_name}, {y_name}: got {x[0]} and {y[0]} examples (shapes {x} and {y}), expected as many; "
+            "compute both on the same batch"
+        )
+
+
+@jax.jit
+def _layer_cka(features: tuple[jax.Array, ...], reference: tuple[jax.Array, ...]) -> jax.Array:
+    return jnp.stack([_linear_cka(x, y) for x, y in zip(features, reference, strict=True)])
+
+
+@jax.jit
+def _linear_cka(x: jax.Array, y: jax.Array) -> jax.Array:
+    x, y = _normalised(x), _normalised(y)
+    n, (p, q) = x.shape[0], (x.shape[1], y.shape[1])
+    if n * (p + q) < p * p + p * q + q * q:  # ||Y^T X||_F^2 = <X X^T, Y Y^T>: the same from products over the features
+        gram_x, gram_y = _product(x, x.T), _product(y, y.T)
+        similarity = jnp.sum(gram_x * gram_y)
+    else:
+        gram_x, gram_y = _product(x.T, x), _product(y.T, y)
+        similarity = jnp.sum(jnp.square(_product(y.T, x)))
+    norm = jnp.sqrt(jnp.sum(jnp.square(gram_x))) * jnp.sqrt(jnp.sum(jnp.square(gram_y)))
+    return jnp.clip(similarity / jnp.where(norm == 0, 1.0, norm), 0.0, 1.0)
+
+
+def _normalised(x: jax.Array) -> jax.Array:
+    """Features as a centred float32 matrix of Frobenius norm 1, or all zero."""
+    x = x.reshape(x.shape[0], math.prod(x.shape[1:])).astype(jnp.float32)
+    # First relative to one example: that rounds no more than the spread does, however large the mean, and leaves exact
+    # zeros where a feature is constant. Then twice by numbers that neither overflow nor underflow when squared.
+    x = x - x[:1]
+    x = x - jnp.mean(x, axis=0, keepdims=True)
+    largest = jnp.max(jnp.abs(x))
+    x = x / jnp.where(largest == 0, 1.0, largest)
+    norm = jnp.sqrt(jnp.sum(jnp.square(x)))
+    return x / jnp.where(norm == 0, 1.0, norm)
+
+
+def _product(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)

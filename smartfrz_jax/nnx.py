@@ -1,0 +1,375 @@
+"""The front door for Flax NNX: an ``nnx.Optimizer`` that freezes, and the object that decides when.
+
+A stock NNX loop changes in four places: the optimizer's class, ``nnx.value_and_grad``, one line before the loop and one
+in it. See :class:`Optimizer`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+
+from smartfrz_jax import dataflow, freezer, freezing, paths
+from smartfrz_jax.freezing import Frozen
+from smartfrz_jax.layers import Granularity, Layers, check_params, group
+from smartfrz_jax.layers import find_layers as find_layers_of_params
+from smartfrz_jax.policies.base import Policy
+
+PyTree = Any
+
+
+def find_layers(
+    model: nnx.Module,
+    *inputs: Any,
+    forward: Callable[..., Any] | None = None,
+    granularity: Granularity = "layer",
+    wrt: nnx.filterlib.Filter = nnx.Param,
+) -> Layers:
+    """Layers of an NNX model; see :func:`smartfrz_jax.find_layers`.
+
+    Args:
+        model: The model.
+        *inputs: An example batch (arrays or ``jax.ShapeDtypeStruct``), from which the forward order is traced. Without
+            one, the order is that in which the modules set their attributes, which most models write front to back.
+        forward: A function of ``(model, *inputs)``; ``model(*inputs)`` by default.
+        granularity: ``"layer"``, ``"block"`` or a function from a parameter's name to its layer's name.
+        wrt: Filter of the variables that train.
+
+    Returns:
+        The layers, front to back.
+
+    Raises:
+        ValueError: If the model has no such variables, or ``granularity`` is unknown.
+
+    Example:
+        >>> model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Linear(3, 4, rngs=nnx.Rngs(0)))
+        >>> find_layers(model, jax.numpy.ones((1, 2))).names
+        ('layers/0', 'layers/1')
+    """
+    params = _params(model, wrt)
+    if inputs:
+        return find_layers_of_params(params, _functional(model, forward, wrt), *inputs, granularity=granularity)
+    leaves = check_params(params)
+    rank = {name: (position,) for position, name in enumerate(_definition_order(model))}
+    return group(leaves, {name: rank[name] for name in leaves}, {}, granularity)
+
+
+def features(
+    model: nnx.Module, layers: Layers, *inputs: Any, forward: Callable[..., Any] | None = None
+) -> Callable[..., dict[str, jax.Array]]:
+    """A jitted function of ``(model, *inputs)`` that returns every layer's output on a batch, in evaluation mode.
+
+    Args:
+        model: The model; its structure and that of the inputs are fixed by this call.
+        layers: Its layers.
+        *inputs: An example batch; the first axis of the first input counts the examples.
+        forward: A function of ``(model, *inputs)``; ``model(*inputs)`` by default.
+
+    Returns:
+        A function that gives, by layer name, an array of shape ``(examples, ...)``.
+    """
+    evaluated = nnx.merge(*nnx.split(model), copy=True)
+    evaluated.eval()
+    wrt = nnx.Param
+    graphdef, _, rest = nnx.split(evaluated, wrt, ...)
+
+    def outputs(params: PyTree, rest: PyTree, *inputs: Any) -> dict[str, jax.Array]:
+        def run(params: PyTree, *inputs: Any) -> Any:
+            module = nnx.merge(graphdef, params, rest, copy=True)
+            return forward(module, *inputs) if forward else module(*inputs)  # pyright: ignore[reportCallIssue]
+
+        groups = {layer.name: layer.params for layer in layers}
+        return dataflow.tapped(run, groups, params, *inputs)(params, *inputs)
+
+    jitted = jax.jit(outputs)
+
+    def of_model(model: nnx.Module, *inputs: Any) -> dict[str, jax.Array]:
+        _, params, rest = nnx.split(model, wrt, ...)
+        by_name = jitted(params, rest, *inputs)
+        return {name: by_name[name] for name in layers.names}
+
+    return of_model
+
+
+class Optimizer(nnx.Optimizer):
+    """``nnx.Optimizer`` with a frozen set, which is static: ``nnx.jit`` makes one program for each.
+
+    Args:
+        model: The model.
+        tx: Any optax transformation; clipping, weight decay and the like belong inside.
+        wrt: Filter of the variables that train.
+        layers: The model's layers; by default those of :func:`find_layers` in the order of definition.
+
+    Attributes:
+        frozen: The frozen set.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Linear(3, 4, rngs=nnx.Rngs(0)))
+        >>> optimizer = Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
+        >>> optimizer.freeze(model, ["layers/0"])
+        >>> @nnx.jit
+        ... def train_step(model, optimizer, x):
+        ...     loss, grads = optimizer.value_and_grad(lambda model, x: (model(x) ** 2).mean())(model, x)
+        ...     optimizer.update(model, grads)
+        ...     return loss
+        >>> loss = train_step(model, optimizer, jnp.ones((1, 2)))
+    """
+
+    def __init__(
+        self,
+        model: nnx.Module,
+        tx: optax.GradientTransformation,
+        *,
+        wrt: nnx.filterlib.Filter = nnx.Param,
+        layers: Layers | None = None,
+    ):
+        layers = find_layers(model, wrt=wrt) if layers is None else layers
+        self.frozen = Frozen(layers)
+        self.unfrozen_tx = tx
+        self.keep_grads = False
+        self.grads = nnx.data({})
+        super().__init__(model, freezing.freeze(tx, self.frozen), wrt=wrt)
+
+    def value_and_grad(self, loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Callable[..., Any]:
+        """``nnx.value_and_grad`` with respect to the model, without the work for frozen layers.
+
+        Frozen layers run in evaluation mode: their BatchNorms use and keep their running statistics, and the dropouts
+        that follow them are off.
+
+        Args:
+            loss_fn: A function of ``(model, *args, **kwargs)`` to a scalar, or to ``(scalar, aux)`` with ``has_aux``.
+                Modules among the further arguments must not be changed by it.
+            has_aux: As in ``nnx.value_and_grad``.
+
+        Returns:
+            A function of the same arguments to ``(value, grads)``; the gradients of frozen variables are exact zeros.
+        """
+
+        def with_grads(model: nnx.Module, *args: Any, **kwargs: Any) -> Any:
+            graphdef, params, rest = nnx.split(model, self.wrt, ...)
+
+            def pure_loss(params: PyTree, rest: PyTree) -> Any:
+                # A copy, so that the modes set here end with the trace.
+                module = nnx.merge(graphdef, self.frozen.stop_gradient(params), rest, copy=True)
+                statistics = list(_hold(module, self.frozen))
+                out = loss_fn(module, *args, **kwargs)
+                _check_held(statistics)
+                loss, aux = out if has_aux else (out, None)
+                return loss, (aux, nnx.split(module, self.wrt, ...)[2])
+
+            (loss, (aux, rest)), grads = jax.value_and_grad(pure_loss, has_aux=True)(params, rest)
+            nnx.update(model, rest)
+            return ((loss, aux) if has_aux else loss), grads
+
+        return with_grads
+
+    def update(self, model: nnx.Module, grads: PyTree, /, **kwargs: Any) -> PyTree:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Updates the active layers of the model; frozen ones stay as they are, bit for bit.
+
+        Args:
+            model: The model.
+            grads: Gradients, as from :meth:`value_and_grad`.
+            **kwargs: Extra arguments for the optax transformation.
+
+        Returns:
+            The updates; zeros for frozen variables.
+        """
+        params = nnx.as_pure(nnx.state(model, self.wrt))
+        pure_grads = nnx.as_pure(nnx.state(grads, self.wrt))
+        updates, opt_state = self.tx.update(pure_grads, nnx.as_pure(self.opt_state), params, **nnx.as_pure(kwargs))
+        nnx.update(model, freezing.apply_updates(params, updates, self.frozen))
+        nnx.update(self.opt_state, nnx.state(opt_state))
+        self.step[...] += 1
+        if self.keep_grads:
+            nnx.update(self.grads, self.frozen.active_leaves(pure_grads))
+        return updates
+
+    def freeze(self, model: nnx.Module, frozen: Frozen | list[str]) -> None:
+        """Changes the frozen set; the state of layers that stay active is kept exactly.
+
+        Args:
+            model: The model.
+            frozen: The new frozen set, or names of layers to add to the present one.
+
+        Raises:
+            ValueError: If a layer is not one of the model's.
+        """
+        new = frozen if isinstance(frozen, Frozen) else self.frozen.add(frozen)
+        if new == self.frozen:
+            return
+        params = nnx.as_pure(nnx.state(model, self.wrt))
+        migrated = freezing.migrate(nnx.as_pure(self.opt_state), self.unfrozen_tx, params, new)
+        tx = freezing.freeze(self.unfrozen_tx, new)
+        opt_state = nnx.Optimizer(model, tx, wrt=self.wrt).opt_state  # for its Variables
+        nnx.update(opt_state, nnx.state(migrated))
+        self.frozen, self.tx, self.opt_state = new, tx, nnx.data(opt_state)
+        if self.keep_grads:
+            self.record_grads(model)
+
+    def record_grads(self, model: nnx.Module) -> None:
+        """From now on keeps the gradients of the last step, in ``grads``, for policies that look at them."""
+        self.keep_grads = True
+        active = self.frozen.active_leaves(nnx.as_pure(nnx.state(model, self.wrt)))
+        self.grads = nnx.data({name: nnx.Variable(jax.numpy.zeros_like(leaf)) for name, leaf in active.items()})
+
+
+class Freezer(freezer.Freezer):
+    """Lets a policy freeze the layers of an NNX model: call :meth:`step` after every train step.
+
+    Args:
+        model: The model.
+        optimizer: Its :class:`Optimizer`.
+        policy: The policy.
+        features: A function of the model to its layers' outputs on a probe batch (see :func:`features`), for policies
+            that compare representations.
+
+    Raises:
+        TypeError: If ``optimizer`` is a plain ``nnx.Optimizer``, or ``policy`` not a policy.
+    """
+
+    def __init__(
+        self,
+        model: nnx.Module,
+        optimizer: Optimizer,
+        policy: Policy,
+        *,
+        features: Callable[[nnx.Module], dict[str, jax.Array]] | None = None,
+    ):
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                f"optimizer: got {type(optimizer).__module__}.{type(optimizer).__name__}, expected a smartfrz_jax.nnx."
+                "Optimizer; make it in place of nnx.Optimizer, with the same arguments"
+            )
+        super().__init__(policy, optimizer.frozen.layers, _params(model, optimizer.wrt), step=int(optimizer.step[...]))
+        self.model, self.optimizer = model, optimizer
+        self._features = features
+        if "grads" in policy.needs:
+            optimizer.record_grads(model)
+
+    def step(self, *, loss: jax.Array | None = None) -> Frozen:
+        """Shows the policy the train step just done, and freezes what it decides.
+
+        Args:
+            loss: Loss of the step, for policies that look at it.
+
+        Returns:
+            The frozen set from now on.
+        """
+        model, optimizer, make_features = self.model, self.optimizer, self._features
+        frozen = self.observe(
+            _params(model, optimizer.wrt),
+            loss=loss,
+            grads={name: grad[...] for name, grad in optimizer.grads.items()} if optimizer.keep_grads else None,
+            features=None if make_features is None else lambda: make_features(model),
+        )
+        optimizer.freeze(model, frozen)
+        return frozen
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Writes model, optimizer, policy state and frozen set as one Orbax checkpoint.
+
+        Raises:
+            FileExistsError: If ``path`` exists and ``overwrite`` is false.
+        """
+        self.save_run(path, self._arrays(), overwrite=overwrite)
+
+    def restore(self, path: str | Path) -> None:
+        """Reads a checkpoint into the model and the optimizer; the run goes on as if it had never stopped.
+
+        Raises:
+            FileNotFoundError: If there is no such directory.
+            ValueError: If the checkpoint is damaged, or of another network; nothing has changed then.
+        """
+        before = self.optimizer.frozen
+        self.optimizer.freeze(self.model, self.saved_frozen(path))
+        try:
+            arrays = self.restore_run(path, self._arrays())
+        except Exception:
+            self.optimizer.freeze(self.model, before)
+            raise
+        nnx.update(self.model, arrays["model"])
+        nnx.update(self.optimizer, arrays["optimizer"])
+
+    def _arrays(self) -> dict[str, Any]:
+        return {"model": nnx.as_pure(nnx.state(self.model)), "optimizer": nnx.as_pure(nnx.state(self.optimizer))}
+
+
+def _params(model: nnx.Module, wrt: nnx.filterlib.Filter) -> PyTree:
+    return nnx.as_pure(nnx.state(model, wrt))
+
+
+def _functional(
+    model: nnx.Module, forward: Callable[..., Any] | None, wrt: nnx.filterlib.Filter
+) -> Callable[..., Any]:
+    graphdef, _, rest = nnx.split(model, wrt, ...)
+
+    def run(params: PyTree, *inputs: Any) -> Any:
+        module = nnx.merge(graphdef, params, rest, copy=True)
+        return forward(module, *inputs) if forward else module(*inputs)  # pyright: ignore[reportCallIssue]
+
+    return run
+
+
+def _definition_order(node: Any, path: tuple[Any, ...] = (), seen: set[int] | None = None) -> Iterator[str]:
+    """Names of variables in the order in which modules set their attributes; modules without variables by their path."""
+    seen = set() if seen is None else seen
+    if id(node) in seen:
+        return
+    if isinstance(node, nnx.Variable):
+        yield paths.SEPARATOR.join(map(str, path))
+        return
+    if isinstance(node, nnx.List | list | tuple):
+        children = enumerate(node)
+    elif isinstance(node, dict):
+        children = node.items()
+    elif isinstance(node, nnx.Pytree):
+        children = ((key, value) for key, value in vars(node).items() if not key.startswith("_pytree"))
+    else:
+        return
+    seen.add(id(node))
+    if isinstance(node, nnx.Module):
+        yield paths.SEPARATOR.join(map(str, path))
+    for key, child in children:
+        yield from _definition_order(child, (*path, key), seen)
+
+
+def _hold(model: nnx.Module, frozen: Frozen) -> Iterator[tuple[str, nnx.Variable, Any]]:
+    """Puts what belongs to frozen layers into evaluation mode; yields their BatchNorm statistics as they are now."""
+    if not frozen.names:
+        return
+    owner = frozen.layers.owner
+    # Modules without parameters (dropout, BatchNorm without scale) belong to the layer before them.
+    before: dict[str, str | None] = {}
+    last = None
+    for name in _definition_order(model):
+        last = owner.get(name, last)
+        before[name] = last
+    for path, module in nnx.iter_modules(model):
+        name = paths.SEPARATOR.join(map(str, path))
+        inside = {layer for param, layer in owner.items() if param.startswith(name + paths.SEPARATOR) or not name}
+        if not (inside or {before.get(name)}) <= frozen.names:
+            continue
+        if isinstance(module, nnx.BatchNorm):
+            module.use_running_average = True
+            for key, value in vars(module).items():
+                if isinstance(value, nnx.BatchStat):
+                    yield f"{name}/{key}", value, value.get_value()
+        elif isinstance(module, nnx.Dropout):
+            module.deterministic, module.rate = True, 0.0  # the rate, because a call's argument beats the attribute
+        elif isinstance(module, nnx.MultiHeadAttention):
+            module.deterministic, module.dropout_rate = True, 0.0
+
+
+def _check_held(statistics: list[tuple[str, nnx.Variable, Any]]) -> None:
+    for name, variable, value in statistics:
+        if variable.get_value() is not value:
+            raise ValueError(
+                f"loss_fn: calls the BatchNorm of {name!r} with use_running_average=False, so its statistics would go on "
+                "changing although its layer is frozen; set the mode with model.train() and model.eval() instead"
+            )
