@@ -54,7 +54,13 @@ class Frozen:
 
     @classmethod
     def of_mask(cls, layers: Layers, mask: np.ndarray) -> Frozen:
-        """The frozen set of a boolean mask of shape ``(layers,)``, true where frozen."""
+        """The frozen set of a boolean mask of shape ``(layers,)``, true where frozen.
+
+        Raises:
+            ValueError: If it has another shape.
+        """
+        if np.shape(mask) != (len(layers),):
+            raise ValueError(f"mask: got shape {np.shape(mask)}, expected {(len(layers),)}, a boolean for each layer")
         return cls(layers, frozenset(name for name, frozen in zip(layers.names, mask, strict=True) if frozen))
 
     def add(self, names: Iterable[str]) -> Frozen:

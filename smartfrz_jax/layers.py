@@ -10,7 +10,7 @@ import dataclasses
 import difflib
 import functools
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, overload
 
 import jax
@@ -23,6 +23,9 @@ Granularity = Literal["layer", "block"] | Callable[[str], str]
 # Leaves with these names are never kernels, whatever their rank (stacked blocks have biases of rank 2).
 _VECTOR_NAMES = frozenset({"bias", "scale", "gamma", "beta"})
 
+# Rank of a parameter that the forward pass does not use: before all others, for it never trains.
+_UNUSED = (-1,)
+
 
 @dataclasses.dataclass(frozen=True)
 class Layer:
@@ -32,11 +35,14 @@ class Layer:
         name: Name, unique in the network; usually the path of the module that holds the kernel.
         params: Names of its parameters (see :mod:`smartfrz_jax.paths`).
         kernels: Those of them whose weights stand for the layer where it is sampled; never empty.
+        state: Names of the variables beside the parameters that belong to it (NNX only): the statistics of its
+            BatchNorm, the random streams of the dropout behind it.
     """
 
     name: str
     params: tuple[str, ...]
     kernels: tuple[str, ...]
+    state: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -135,10 +141,7 @@ def find_layers(
         >>> find_layers(params, forward, jnp.ones((1, 4))).names
         ('z', 'a')
     """
-    leaves = check_params(params)
-    used = dataflow.consumption(forward, params, *inputs)
-    unused = (-1,)
-    return group(leaves, {name: used.first.get(name, unused) for name in leaves}, used.sources, granularity)
+    return group(check_params(params), dataflow.consumption(forward, params, *inputs), granularity)
 
 
 def check_params(params: PyTree) -> dict[str, Any]:
@@ -164,45 +167,49 @@ def check_params(params: PyTree) -> dict[str, Any]:
 
 def group(
     leaves: Mapping[str, Any],
-    rank: Mapping[str, tuple[int, ...]],
-    sources: Mapping[str, frozenset[str]],
+    used: dataflow.Consumption,
     granularity: Granularity,
+    state: Collection[str] = (),
 ) -> Layers:
     """Layers from the order in which parameters are used.
 
     Args:
         leaves: Parameters by name.
-        rank: Position of each parameter in forward order.
-        sources: Parameters of the layers just before, by parameter name (see ``dataflow.Consumption``).
+        used: Where they, and the variables of ``state``, are consumed.
         granularity: As in :func:`find_layers`.
+        state: Names of variables that do not train but belong to layers.
 
     Returns:
         The layers, front to back.
+
+    Raises:
+        ValueError: If ``granularity`` is unknown.
     """
-    if callable(granularity):
-        members: dict[str, list[str]] = {}
-        for name in leaves:
-            members.setdefault(granularity(name), []).append(name)
-    elif granularity in ("layer", "block"):
-        members = _attach(_modules(leaves), leaves, rank, sources)
-        if granularity == "block":
-            blocks: dict[str, list[str]] = {}
-            for name, params in members.items():
-                blocks.setdefault(_block(name), []).extend(params)
-            members = blocks
-    else:
+    if not callable(granularity) and granularity not in ("layer", "block"):
         raise ValueError(
             f"granularity: got {granularity!r}, expected 'layer', 'block' or a function of a parameter's name"
         )
-    entries = [
-        Layer(name, tuple(params), tuple(p for p in params if _is_kernel(p, leaves[p])) or tuple(params))
-        for name, params in members.items()
-    ]
+    rank = {name: used.first.get(name, _UNUSED) for name in (*leaves, *state)}
+    attached = _attach(_modules(leaves, state), leaves, rank, used.sources)
+    members: dict[str, list[str]] = {}
+    for host, names in attached.items():
+        kernel = next((name for name in names if name in leaves), host)
+        for name in names:
+            if callable(granularity):
+                layer = granularity(name if name in leaves else kernel)
+            else:
+                layer = _block(host) if granularity == "block" else host
+            members.setdefault(layer, []).append(name)
+    entries = []
+    for layer, names in members.items():
+        params = tuple(name for name in names if name in leaves)
+        kernels = tuple(name for name in params if _is_kernel(name, leaves[name]))
+        entries.append(Layer(layer, params, kernels or params, tuple(name for name in names if name not in leaves)))
     return Layers(tuple(sorted(entries, key=lambda layer: min(rank[param] for param in layer.params))))
 
 
-def _modules(leaves: Mapping[str, Any]) -> dict[str, list[str]]:
-    """Parameters by the module that holds them; those beside submodules, or at the root, stand alone."""
+def _modules(leaves: Mapping[str, Any], state: Collection[str]) -> dict[str, list[str]]:
+    """Variables by the module that holds them; parameters beside submodules, or at the root, stand alone."""
     parents = {name: name.rpartition(paths.SEPARATOR)[0] for name in leaves}
     with_children = {""}
     for parent in parents.values():
@@ -212,6 +219,8 @@ def _modules(leaves: Mapping[str, Any]) -> dict[str, list[str]]:
     modules: dict[str, list[str]] = {}
     for name, parent in parents.items():
         modules.setdefault(name if parent in with_children else parent, []).append(name)
+    for name in state:
+        modules.setdefault(name.rpartition(paths.SEPARATOR)[0] or name, []).append(name)
     return modules
 
 
@@ -227,9 +236,9 @@ def _attach(
 ) -> dict[str, list[str]]:
     """Joins modules without a kernel to one that has a kernel."""
     order = sorted(modules, key=lambda module: min(rank[param] for param in modules[module]))
-    hosts = [module for module in order if any(_is_kernel(param, leaves[param]) for param in modules[module])]
-    if not hosts:
-        return {module: modules[module] for module in order}
+    with_params = [module for module in order if any(name in leaves for name in modules[module])]
+    with_kernel = [m for m in with_params if any(name in leaves and _is_kernel(name, leaves[name]) for name in modules[m])]
+    hosts = with_kernel or with_params
     module_of = {param: module for module in order for param in modules[module]}
     host_of = {host: host for host in hosts}
     before: str | None = None
@@ -238,7 +247,10 @@ def _attach(
             before = module
             continue
         source_hosts = {
-            host_of.get(module_of[s]) for p in modules[module] for s in sources.get(p, ()) if module_of[s] != module
+            host_of.get(module_of[s])
+            for name in modules[module]
+            for s in sources.get(name, ())
+            if module_of[s] != module
         }
         after = next((m for m in order[position:] if m in host_of), None)
         if len(source_hosts) == 1 and None not in source_hosts:
@@ -263,11 +275,13 @@ def _shared(first: str, second: str) -> int:
 
 
 def _block(layer: str) -> str:
-    """Name of the block that a layer is in: up to the first list index, else to the first numbered ancestor."""
-    parts = layer.split(paths.SEPARATOR)
-    ancestors = parts[:-1]
+    """Name of the block that a layer is in: up to the first list index or indices, else to the first numbered ancestor."""
+    ancestors = layer.split(paths.SEPARATOR)[:-1]
     for numbered in (r"\d+", r".*\D\d+"):
-        for depth, part in enumerate(ancestors, start=1):
-            if re.fullmatch(numbered, part):
-                return paths.SEPARATOR.join(parts[:depth])
+        depths = [depth for depth, part in enumerate(ancestors, start=1) if re.fullmatch(numbered, part)]
+        if depths:
+            depth = depths[0]
+            while numbered == r"\d+" and depth + 1 in depths:  # a list of stages of blocks
+                depth += 1
+            return paths.SEPARATOR.join(ancestors[:depth])
     return layer

@@ -11,13 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import nnx
 
 from smartfrz_jax import dataflow, freezer, freezing, paths
 from smartfrz_jax.freezing import Frozen
 from smartfrz_jax.layers import Granularity, Layers, check_params, group
-from smartfrz_jax.layers import find_layers as find_layers_of_params
 from smartfrz_jax.policies.base import Policy
 
 PyTree = Any
@@ -30,12 +30,13 @@ def find_layers(
     granularity: Granularity = "layer",
     wrt: nnx.filterlib.Filter = nnx.Param,
 ) -> Layers:
-    """Layers of an NNX model; see :func:`smartfrz_jax.find_layers`.
+    """Layers of an NNX model, in forward order; see :func:`smartfrz_jax.find_layers`.
+
+    The BatchNorm statistics and the random streams of dropouts are assigned too, to the layer whose output they work on.
 
     Args:
-        model: The model.
-        *inputs: An example batch (arrays or ``jax.ShapeDtypeStruct``), from which the forward order is traced. Without
-            one, the order is that in which the modules set their attributes, which most models write front to back.
+        model: The model. It is only traced, in training mode.
+        *inputs: An example batch; arrays or ``jax.ShapeDtypeStruct``.
         forward: A function of ``(model, *inputs)``; ``model(*inputs)`` by default.
         granularity: ``"layer"``, ``"block"`` or a function from a parameter's name to its layer's name.
         wrt: Filter of the variables that train.
@@ -44,19 +45,26 @@ def find_layers(
         The layers, front to back.
 
     Raises:
-        ValueError: If the model has no such variables, or ``granularity`` is unknown.
+        ValueError: If there are no inputs, the model has no such variables, or ``granularity`` is unknown.
 
     Example:
         >>> model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Linear(3, 4, rngs=nnx.Rngs(0)))
-        >>> find_layers(model, jax.numpy.ones((1, 2))).names
+        >>> find_layers(model, jnp.ones((1, 2))).names
         ('layers/0', 'layers/1')
     """
-    params = _params(model, wrt)
-    if inputs:
-        return find_layers_of_params(params, _functional(model, forward, wrt), *inputs, granularity=granularity)
-    leaves = check_params(params)
-    rank = {name: (position,) for position, name in enumerate(_definition_order(model))}
-    return group(leaves, {name: rank[name] for name in leaves}, {}, granularity)
+    if not inputs:
+        raise ValueError("inputs: got none; the forward order is traced, so pass an example batch after the model")
+    leaves = check_params(_params(model, wrt))
+    graphdef, variables = nnx.split(model)
+
+    def run(variables: PyTree, *inputs: Any) -> Any:
+        module = nnx.merge(graphdef, variables, copy=True)
+        module.train()
+        return _call(module, forward, inputs)
+
+    used = dataflow.consumption(run, nnx.as_pure(variables), *inputs)
+    state = [name for name in paths.flatten(variables) if name not in leaves]
+    return group(leaves, used, granularity, state)
 
 
 def features(
@@ -81,7 +89,7 @@ def features(
     def outputs(params: PyTree, rest: PyTree, *inputs: Any) -> dict[str, jax.Array]:
         def run(params: PyTree, *inputs: Any) -> Any:
             module = nnx.merge(graphdef, params, rest, copy=True)
-            return forward(module, *inputs) if forward else module(*inputs)  # pyright: ignore[reportCallIssue]
+            return _call(module, forward, inputs)
 
         groups = {layer.name: layer.params for layer in layers}
         return dataflow.tapped(run, groups, params, *inputs)(params, *inputs)
@@ -103,15 +111,15 @@ class Optimizer(nnx.Optimizer):
         model: The model.
         tx: Any optax transformation; clipping, weight decay and the like belong inside.
         wrt: Filter of the variables that train.
-        layers: The model's layers; by default those of :func:`find_layers` in the order of definition.
+        layers: The model's layers, from :func:`find_layers`.
 
     Attributes:
         frozen: The frozen set.
 
     Example:
-        >>> import jax.numpy as jnp
         >>> model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Linear(3, 4, rngs=nnx.Rngs(0)))
-        >>> optimizer = Optimizer(model, optax.adam(1e-3), wrt=nnx.Param)
+        >>> layers = find_layers(model, jnp.ones((1, 2)))
+        >>> optimizer = Optimizer(model, optax.adam(1e-3), wrt=nnx.Param, layers=layers)
         >>> optimizer.freeze(model, ["layers/0"])
         >>> @nnx.jit
         ... def train_step(model, optimizer, x):
@@ -127,9 +135,8 @@ class Optimizer(nnx.Optimizer):
         tx: optax.GradientTransformation,
         *,
         wrt: nnx.filterlib.Filter = nnx.Param,
-        layers: Layers | None = None,
+        layers: Layers,
     ):
-        layers = find_layers(model, wrt=wrt) if layers is None else layers
         self.frozen = Frozen(layers)
         self.unfrozen_tx = tx
         self.keep_grads = False
@@ -216,7 +223,7 @@ class Optimizer(nnx.Optimizer):
         """From now on keeps the gradients of the last step, in ``grads``, for policies that look at them."""
         self.keep_grads = True
         active = self.frozen.active_leaves(nnx.as_pure(nnx.state(model, self.wrt)))
-        self.grads = nnx.data({name: nnx.Variable(jax.numpy.zeros_like(leaf)) for name, leaf in active.items()})
+        self.grads = nnx.data({name: nnx.Variable(jnp.zeros_like(leaf)) for name, leaf in active.items()})
 
 
 class Freezer(freezer.Freezer):
@@ -304,62 +311,23 @@ def _params(model: nnx.Module, wrt: nnx.filterlib.Filter) -> PyTree:
     return nnx.as_pure(nnx.state(model, wrt))
 
 
-def _functional(
-    model: nnx.Module, forward: Callable[..., Any] | None, wrt: nnx.filterlib.Filter
-) -> Callable[..., Any]:
-    graphdef, _, rest = nnx.split(model, wrt, ...)
-
-    def run(params: PyTree, *inputs: Any) -> Any:
-        module = nnx.merge(graphdef, params, rest, copy=True)
-        return forward(module, *inputs) if forward else module(*inputs)  # pyright: ignore[reportCallIssue]
-
-    return run
-
-
-def _definition_order(node: Any, path: tuple[Any, ...] = (), seen: set[int] | None = None) -> Iterator[str]:
-    """Names of variables in the order in which modules set their attributes; modules without variables by their path."""
-    seen = set() if seen is None else seen
-    if id(node) in seen:
-        return
-    if isinstance(node, nnx.Variable):
-        yield paths.SEPARATOR.join(map(str, path))
-        return
-    if isinstance(node, nnx.List | list | tuple):
-        children = enumerate(node)
-    elif isinstance(node, dict):
-        children = node.items()
-    elif isinstance(node, nnx.Pytree):
-        children = ((key, value) for key, value in vars(node).items() if not key.startswith("_pytree"))
-    else:
-        return
-    seen.add(id(node))
-    if isinstance(node, nnx.Module):
-        yield paths.SEPARATOR.join(map(str, path))
-    for key, child in children:
-        yield from _definition_order(child, (*path, key), seen)
+def _call(module: nnx.Module, forward: Callable[..., Any] | None, inputs: tuple[Any, ...]) -> Any:
+    return forward(module, *inputs) if forward else module(*inputs)  # pyright: ignore[reportCallIssue]
 
 
 def _hold(model: nnx.Module, frozen: Frozen) -> Iterator[tuple[str, nnx.Variable, Any]]:
     """Puts what belongs to frozen layers into evaluation mode; yields their BatchNorm statistics as they are now."""
-    if not frozen.names:
-        return
-    owner = frozen.layers.owner
-    # Modules without parameters (dropout, BatchNorm without scale) belong to the layer before them.
-    before: dict[str, str | None] = {}
-    last = None
-    for name in _definition_order(model):
-        last = owner.get(name, last)
-        before[name] = last
+    layer_of = {name: layer.name for layer in frozen.layers for name in (*layer.params, *layer.state)}
     for path, module in nnx.iter_modules(model):
-        name = paths.SEPARATOR.join(map(str, path))
-        inside = {layer for param, layer in owner.items() if param.startswith(name + paths.SEPARATOR) or not name}
-        if not (inside or {before.get(name)}) <= frozen.names:
+        prefix = paths.SEPARATOR.join((*map(str, path), ""))
+        inside = {layer for name, layer in layer_of.items() if name.startswith(prefix)}
+        if not inside or not inside <= frozen.names:
             continue
         if isinstance(module, nnx.BatchNorm):
             module.use_running_average = True
             for key, value in vars(module).items():
                 if isinstance(value, nnx.BatchStat):
-                    yield f"{name}/{key}", value, value.get_value()
+                    yield prefix + key, value, value.get_value()
         elif isinstance(module, nnx.Dropout):
             module.deterministic, module.rate = True, 0.0  # the rate, because a call's argument beats the attribute
         elif isinstance(module, nnx.MultiHeadAttention):

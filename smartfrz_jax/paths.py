@@ -27,11 +27,21 @@ def name(path: KeyPath) -> str:
 def flatten(tree: PyTree) -> dict[str, Any]:
     """Leaves of ``tree`` by name, in the pytree's own order.
 
+    Raises:
+        ValueError: If two leaves have the same name.
+
     Example:
         >>> list(flatten({"dense": {"kernel": 1, "bias": 2}}))
         ['dense/bias', 'dense/kernel']
     """
-    return {name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    named = [(name(path), leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+    leaves = dict(named)
+    if len(leaves) != len(named):
+        twice = next(leaf_name for i, (leaf_name, _) in enumerate(named) if leaf_name in dict(named[:i]))
+        raise ValueError(
+            f"tree: two leaves are called {twice!r}, expected a name for each; rename the key that contains {SEPARATOR!r}"
+        )
+    return leaves
 
 
 def tree_map(fn: Callable[..., Any], tree: PyTree, *rest: PyTree) -> PyTree:

@@ -83,8 +83,9 @@ class Predictor(nnx.Module):
 
         Args:
             records: Tailored weights, oldest first, the newest last.
-            mask: False where there is no record; the newest must exist.
+            mask: False where there is no record; whatever stands there has no influence. The newest must exist.
         """
+        records = jnp.where(mask[:, None], records, 0.0)  # else a NaN there would pass through attention of zero
         keys, values = self.key(records), self.value(records)
         query = self.query(records[-1])
         scores = jnp.where(mask, keys @ query, -jnp.inf)

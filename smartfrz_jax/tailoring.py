@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from smartfrz_jax import paths
 from smartfrz_jax.layers import Layers, check_params
@@ -61,7 +62,8 @@ class Tailoring(struct.PyTreeNode):
             seed: Seed of the draw.
 
         Raises:
-            ValueError: If ``size`` is not positive, or ``params`` is empty or lacks a parameter of ``layers``.
+            ValueError: If ``size`` is not positive, ``params`` is empty or lacks a parameter of ``layers``, or a layer
+                has no weights.
         """
         if size < 1:
             raise ValueError(f"size: got {size}, expected at least 1 sampled weight per layer (1024 in the paper)")
@@ -74,6 +76,11 @@ class Tailoring(struct.PyTreeNode):
                     f"params: {missing[0]!r} of layer {layer.name!r} is missing; pass those the layers were found for"
                 )
             sizes = [int(np.prod(leaves[name].shape)) for name in layer.kernels]
+            if not sum(sizes):
+                raise ValueError(
+                    f"params: layer {layer.name!r} has no weights to sample ({', '.join(layer.kernels)} of size 0); "
+                    "leave empty arrays out of the parameters"
+                )
             positions = _draw(
                 jax.random.fold_in(jax.random.key(seed), zlib.crc32(layer.name.encode())), sum(sizes), size
             )
@@ -106,9 +113,14 @@ def _draw(key: jax.Array, n: int, size: int) -> np.ndarray:
 def _sample(tailoring: Tailoring, leaves: dict[str, jax.Array]) -> jax.Array:
     rows = []
     for layer, positions, order in zip(tailoring.layers, tailoring.leaf_positions, tailoring.order, strict=True):
-        parts = [
-            leaves[name].reshape(-1)[index].astype(jnp.float32)
-            for name, index in zip(layer.kernels, positions, strict=True)
-        ]
+        parts = [_take(leaves[name], index) for name, index in zip(layer.kernels, positions, strict=True)]
         rows.append(jnp.concatenate(parts)[order])
     return jnp.stack(rows)
+
+
+def _take(leaf: jax.Array, positions: jax.Array) -> jax.Array:
+    # Not reshape(-1)[positions]: that would gather a sharded weight whole, and be refused on a mesh of explicit axes.
+    mesh = jax.typeof(leaf).sharding.mesh
+    replicated = NamedSharding(mesh, PartitionSpec()) if AxisType.Explicit in mesh.axis_types else None
+    index = jnp.unravel_index(positions, leaf.shape) if leaf.ndim else (jnp.zeros_like(positions),)
+    return jnp.atleast_1d(leaf).at[index].get(out_sharding=replicated).astype(jnp.float32)

@@ -1,3 +1,12 @@
 """Freezing policies: when to stop updating which layer."""
 
+from smartfrz_jax.policies.autofreeze import autofreeze as autofreeze
 from smartfrz_jax.policies.base import Policy as Policy
+from smartfrz_jax.policies.linear import freezeout_schedules as freezeout_schedules
+from smartfrz_jax.policies.linear import linear as linear
+from smartfrz_jax.policies.linear import scale_by_layer_schedule as scale_by_layer_schedule
+from smartfrz_jax.policies.never import never as never
+from smartfrz_jax.policies.random_order import random as random
+from smartfrz_jax.policies.similarity_guided import similarity_guided as similarity_guided
+from smartfrz_jax.policies.smartfrz import smartfrz as smartfrz
+from smartfrz_jax.policies.static_prefix import static_prefix as static_prefix

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
 from smartfrz_jax.layers import Layers
 
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float, Int
+
 PyTree = Any
+
+# A step that no run reaches; steps are int32, which every checkpoint gives back as they were.
+NEVER = int(np.iinfo(np.int32).max)
 
 
 class InitFn(Protocol):
@@ -66,7 +72,46 @@ class Policy(NamedTuple):
     needs: frozenset[str] = frozenset()
 
 
-def freezable(layers: Layers, keep: Iterable[str] | None) -> np.ndarray:
+class ScheduleState(NamedTuple):
+    """State of a policy that knows beforehand when each layer freezes.
+
+    Attributes:
+        freeze_at: Steps after which each layer is frozen, int32 of shape ``(layers,)``; ``NEVER`` for those that stay.
+    """
+
+    freeze_at: Int[np.ndarray, " layers"]
+
+
+def scheduled(freeze_at: Callable[[Layers], Int[np.ndarray, " layers"]]) -> Policy:
+    """A policy that knows beforehand when each layer freezes.
+
+    Args:
+        freeze_at: From the network's layers to the number of steps after which each is frozen, shape ``(layers,)``.
+            Called once, at the start of the run; from then on the moments are in the state.
+
+    Returns:
+        The policy.
+    """
+
+    def init(layers: Layers, params: PyTree) -> ScheduleState:
+        return ScheduleState(np.asarray(freeze_at(layers), np.int32))
+
+    def update(
+        state: ScheduleState, layers: Layers, *, step: int, params: PyTree, **signals: Any
+    ) -> tuple[frozenset[str], ScheduleState]:
+        return names_of(layers, state.freeze_at <= step), state
+
+    return Policy(init, update)
+
+
+def kept(keep: Iterable[str] | None) -> tuple[str, ...] | None:
+    """``keep`` as a tuple, so that it can be read more than once; one name alone is a tuple of one."""
+    if keep is None:
+        return None
+    return (keep,) if isinstance(keep, str) else tuple(keep)
+
+
+def freezable(layers: Layers, keep: Iterable[str] | None) -> Bool[np.ndarray, " layers"]:
     """Which layers a policy may freeze.
 
     Args:
@@ -79,17 +124,54 @@ def freezable(layers: Layers, keep: Iterable[str] | None) -> np.ndarray:
     Raises:
         ValueError: If a name is not a layer of the network.
     """
-    kept = set(layers.check([layers.head] if keep is None else keep, "keep"))
-    return np.array([name not in kept for name in layers.names], bool)
+    names = set(layers.check([layers.head] if keep is None else keep, "keep"))
+    return np.array([name not in names for name in layers.names], bool)
 
 
-def names_of(layers: Layers, mask: np.ndarray) -> frozenset[str]:
+def shares_of_cost(layers: Layers, costs: Mapping[str, float] | None) -> Float[np.ndarray, " layers"]:
+    """Each layer's share of the network's cost.
+
+    Args:
+        layers: The network's layers.
+        costs: Cost of each layer, in any unit; ``None`` makes all equal.
+
+    Returns:
+        Numbers that sum to one, float64 of shape ``(layers,)``.
+
+    Raises:
+        ValueError: If a layer is missing from ``costs`` or unknown, or a cost is negative, not finite, or all are zero.
+    """
+    if costs is None:
+        return np.full(len(layers), 1 / len(layers))
+    layers.check(costs, "costs")
+    for name in layers.names:
+        if not 0 <= costs.get(name, -1) < np.inf:
+            raise ValueError(
+                f"costs: got {costs.get(name, 'nothing')} for layer {name!r}, expected a finite number from 0 up for each "
+                f"of the {len(layers)} layers"
+            )
+    values = np.array([costs[name] for name in layers.names], np.float64)
+    if not values.sum() > 0:
+        raise ValueError("costs: got only zeros; give at least one layer a cost, or pass None for equal costs")
+    return values / values.sum()
+
+
+def names_of(layers: Layers, mask: Bool[np.ndarray, " layers"]) -> frozenset[str]:
     """Names of the layers at which a boolean array of shape ``(layers,)`` is true."""
     return frozenset(name for name, chosen in zip(layers.names, np.asarray(mask), strict=True) if chosen)
 
 
 def require(signals: dict[str, Any], name: str, policy: str, way_out: str) -> Any:
     """A signal that the policy cannot do without.
+
+    Args:
+        signals: What the loop passed to ``update``.
+        name: Name of the signal.
+        policy: Name of the policy, for the error.
+        way_out: What the reader of the error can do.
+
+    Returns:
+        The signal.
 
     Raises:
         ValueError: If the loop did not provide it.
@@ -100,10 +182,41 @@ def require(signals: dict[str, Any], name: str, policy: str, way_out: str) -> An
     return value
 
 
+def check_finite(layers: Layers, wrong: Bool[np.ndarray, " layers"], *, what: str, policy: str, step: int) -> None:
+    """Stops a run that has diverged: no policy decides on NaN.
+
+    Args:
+        layers: The network's layers.
+        wrong: Where a layer has a value that is not finite, shape ``(layers,)``.
+        what: What is not finite.
+        policy: Name of the policy.
+        step: Number of train steps done.
+
+    Raises:
+        FloatingPointError: If ``wrong`` is true anywhere.
+    """
+    names = [name for name, bad in zip(layers.names, wrong, strict=True) if bad]
+    if names:
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise FloatingPointError(
+            f"{what}: not finite after step {step} in layer {', '.join(map(repr, names[:3]))}{more}, so the policy "
+            f"{policy!r} cannot judge; the training has diverged, go back to an earlier checkpoint or lower the learning "
+            "rate"
+        )
+
+
 def check_positive(value: float, argument: str) -> None:
     """Raises ``ValueError`` unless ``value`` is above zero."""
     if not value > 0:
         raise ValueError(f"{argument}: got {value}, expected a number above 0")
+
+
+def check_count(value: int, argument: str, *, least: int = 1) -> None:
+    """Raises ``ValueError`` unless ``value`` is an integer of at least ``least`` that int32 can hold."""
+    if not isinstance(value, int | np.integer) or not least <= value < NEVER:
+        raise ValueError(
+            f"{argument}: got {value!r}, expected an integer of at least {least}; round it, if it is a quotient"
+        )
 
 
 def check_fraction(value: float, argument: str, *, zero: bool = True) -> None:

@@ -1,0 +1,260 @@
+"""Training the predictor offline, on examples from recordings (paper, section 3.4).
+
+Consecutive histories of a layer share all records but one, so examples are held out by whole runs (:func:`by_run`) or,
+where there is only one, by layers (:func:`by_layer`), never by moments.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+from smartfrz_jax.evaluation import Evaluation, evaluate
+from smartfrz_jax.predictor import Predictor, freeze_probability
+from smartfrz_jax.targets import Examples
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+
+ClassWeights = Literal["balanced"] | tuple[float, float] | None
+
+
+class Fit(NamedTuple):
+    """A trained predictor and how it got there.
+
+    Attributes:
+        predictor: The predictor after the last epoch.
+        losses: Mean weighted loss over the training examples in each epoch, as training went on, shape ``(epochs,)``.
+        evaluations: Figures on the held-out examples after each epoch; empty if none are held out.
+    """
+
+    predictor: Predictor
+    losses: Float[np.ndarray, " epochs"]
+    evaluations: tuple[Evaluation, ...]
+
+
+def by_run(examples: Examples, runs: Iterable[int]) -> Bool[np.ndarray, " n"]:
+    """Mask of the examples that come from the given recordings.
+
+    Args:
+        examples: The examples.
+        runs: Indices of recordings.
+
+    Raises:
+        ValueError: If there is no such recording.
+    """
+    runs, known = sorted(set(runs)), range(len(examples.weights))
+    for unknown in [run for run in runs if run not in known]:
+        raise ValueError(f"runs: there is no recording {unknown}; the examples come from {len(known)}, counted from 0")
+    return np.isin(examples.run, runs)
+
+
+def by_layer(examples: Examples, layers: Iterable[str]) -> Bool[np.ndarray, " n"]:
+    """Mask of the examples of the given layers, in every recording that has them.
+
+    Args:
+        examples: The examples.
+        layers: Layer names.
+
+    Raises:
+        ValueError: If no recording has such a layer.
+    """
+    wanted = {layers} if isinstance(layers, str) else set(layers)
+    known = dict.fromkeys(name for names in examples.layers for name in names)
+    for unknown in sorted(wanted - known.keys()):
+        raise ValueError(f"layers: no recording has a layer {unknown!r}; they have {', '.join(map(repr, known))}")
+    mask = np.zeros(len(examples), bool)
+    for run, names in enumerate(examples.layers):
+        chosen = [index for index, name in enumerate(names) if name in wanted]
+        mask |= (examples.run == run) & np.isin(examples.layer, chosen)
+    return mask
+
+
+def fit(
+    predictor: Predictor,
+    examples: Examples,
+    *,
+    held_out: Bool[np.ndarray, " n"] | None,
+    epochs: int,
+    learning_rate: float,
+    batch_size: int = 32,
+    momentum: float = 0.9,
+    class_weights: ClassWeights = "balanced",
+    seed: int = 0,
+    progress: Callable[[Iterable[int]], Iterable[int]] | None = None,
+) -> Fit:
+    """Trains a predictor by SGD with momentum and cosine annealing (paper, section 4.1) on softmax cross entropy.
+
+    Every epoch goes once over all training examples in a new order. The same seed gives the same bits.
+
+    Args:
+        predictor: The predictor to start from; it is not changed.
+        examples: The examples.
+        held_out: True for examples to evaluate on and not to train on, shape ``(n,)``; see :func:`by_run` and
+            :func:`by_layer`. ``None`` trains on all.
+        epochs: Number of epochs.
+        learning_rate: Learning rate at the start.
+        batch_size: Examples per step; 32 in the paper.
+        momentum: Momentum.
+        class_weights: Factors of the loss of examples to keep and to freeze. ``"balanced"`` gives both classes the same
+            total weight, ``None`` is ``(1, 1)``.
+        seed: Seed of the order of examples.
+        progress: Wraps the iterable of epochs, such as ``tqdm.tqdm``.
+
+    Returns:
+        The trained predictor, the losses and the evaluations.
+
+    Raises:
+        ValueError: If the examples' size is not the predictor's, all training examples have the same target,
+            ``held_out`` does not fit or divides the histories of one layer in one run, a number is out of range, or the
+            loss becomes NaN or infinite.
+    """
+    _check_size(predictor, examples)
+    training, testing = _split(examples, held_out)
+    _check_numbers(epochs, batch_size, learning_rate, momentum)
+    weights = _class_weights(training.target, class_weights)
+    n, steps_per_epoch = len(training), math.ceil(len(training) / batch_size)
+    rates = np.asarray(
+        optax.cosine_decay_schedule(learning_rate, epochs * steps_per_epoch)(np.arange(epochs * steps_per_epoch))
+    )
+    rng = np.random.default_rng(seed)
+    graphdef, params = nnx.split(predictor)
+    opt_state = optax.sgd(learning_rate, momentum).init(params)
+    losses, evaluations = [], []
+    for epoch in (progress or iter)(range(epochs)):
+        order, batch_losses = rng.permutation(n), []
+        for step in range(steps_per_epoch):
+            chosen = order[step * batch_size : (step + 1) * batch_size]
+            padded = np.pad(chosen, (0, batch_size - len(chosen)), mode="edge")
+            records, mask, target = training.batch(padded)
+            factor = np.where(np.arange(batch_size) < len(chosen), weights[target.astype(int)], 0) / len(chosen)
+            params, opt_state, loss = _step(
+                graphdef,
+                params,
+                opt_state,
+                (records, mask, target, factor.astype(np.float32)),
+                rates[epoch * steps_per_epoch + step],
+                momentum=momentum,
+            )
+            batch_losses.append(loss * (len(chosen) / n))
+        losses.append(float(np.sum(jax.device_get(batch_losses))))
+        if not np.isfinite(losses[-1]):
+            raise ValueError(
+                f"learning_rate: the loss became {losses[-1]} in epoch {epoch} with {learning_rate}; choose a lower one"
+            )
+        if len(testing):
+            evaluations.append(evaluate(predict(nnx.merge(graphdef, params), testing), testing.target))
+    return Fit(nnx.merge(graphdef, params), np.array(losses), tuple(evaluations))
+
+
+def predict(predictor: Predictor, examples: Examples, *, batch_size: int = 256) -> Float[np.ndarray, " n"]:
+    """Freeze probabilities of all examples.
+
+    Args:
+        predictor: The predictor.
+        examples: The examples.
+        batch_size: Examples per compiled call.
+
+    Returns:
+        float32 of shape ``(n,)``.
+
+    Raises:
+        ValueError: If the examples' size is not the predictor's, or ``batch_size`` is below 1.
+    """
+    _check_size(predictor, examples)
+    if batch_size < 1:
+        raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
+    probability = np.zeros(len(examples), np.float32)
+    for start in range(0, len(examples), batch_size):
+        chosen = np.arange(start, min(start + batch_size, len(examples)))
+        records, mask, _ = examples.batch(np.pad(chosen, (0, batch_size - len(chosen)), mode="edge"))
+        probability[chosen] = freeze_probability(predictor, jnp.asarray(records), jnp.asarray(mask))[: len(chosen)]
+    return probability
+
+
+@functools.partial(jax.jit, static_argnames=("graphdef", "momentum"))
+def _step(
+    graphdef: nnx.GraphDef[Predictor],
+    params: nnx.State,
+    opt_state: Any,
+    batch: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
+    learning_rate: jax.Array,
+    *,
+    momentum: float,
+) -> tuple[nnx.State, Any, jax.Array]:
+    records, mask, target, factor = batch
+
+    def loss_fn(params: nnx.State) -> jax.Array:
+        logits = jax.vmap(nnx.merge(graphdef, params))(records, mask)
+        return jnp.sum(factor * optax.softmax_cross_entropy_with_integer_labels(logits, target.astype(jnp.int32)))
+
+    loss, grads = jax.value_and_grad(loss_fn)(params)
+    updates, opt_state = optax.sgd(learning_rate, momentum).update(grads, opt_state, params)
+    return optax.apply_updates(params, updates), opt_state, loss
+
+
+def _split(examples: Examples, held_out: np.ndarray | None) -> tuple[Examples, Examples]:
+    if held_out is None:
+        held_out = np.zeros(len(examples), bool)
+    elif np.shape(held_out) != (len(examples),) or held_out.dtype != bool:
+        raise ValueError(
+            f"held_out: got {np.asarray(held_out).dtype} of shape {np.shape(held_out)}, expected bool of shape "
+            f"({len(examples)},); make it with by_run(examples, runs) or by_layer(examples, layers)"
+        )
+    elif held_out.all() or not held_out.any():
+        raise ValueError(
+            f"held_out: selects {int(held_out.sum())} of {len(examples)} examples, expected some but not all; "
+            "pass None to train on all"
+        )
+    histories = np.stack([examples.run, examples.layer], axis=1)
+    for run, layer in set(map(tuple, histories[held_out].tolist())) & set(map(tuple, histories[~held_out].tolist())):
+        raise ValueError(
+            f"held_out: divides the examples of layer {examples.layers[run][layer]!r} in recording {run}, whose histories "
+            "overlap, so the evaluation would be on training data; use by_run(examples, runs) or by_layer(examples, layers)"
+        )
+    return examples.select(~held_out), examples.select(held_out)
+
+
+def _class_weights(target: np.ndarray, class_weights: ClassWeights) -> np.ndarray:
+    """Factors of the loss, shape ``(2,)``: of keep, of freeze."""
+    counts = np.bincount(target, minlength=2)
+    if not counts.all():
+        raise ValueError(
+            f"examples: the targets of all {len(target)} training examples are {'freeze' if counts[1] else 'keep'}; "
+            "record runs to their end and from their start, or change the criterion, for example "
+            "make_examples(recordings, criterion=functools.partial(settled, tolerance=0.05))"
+        )
+    if class_weights == "balanced":
+        return len(target) / (2 * counts)
+    weights = np.array((1.0, 1.0) if class_weights is None else class_weights, np.float64)
+    if weights.shape != (2,) or not (weights > 0).all() or not np.isfinite(weights).all():
+        raise ValueError(
+            f"class_weights: got {class_weights!r}, expected 'balanced', None or two numbers above 0, for keep and freeze"
+        )
+    return weights
+
+
+def _check_size(predictor: Predictor, examples: Examples) -> None:
+    if predictor.config.size != examples.size:
+        raise ValueError(
+            f"examples: have {examples.size} tailored weights per record, but the predictor takes "
+            f"{predictor.config.size}; use PredictorConfig(size={examples.size}) or tailor to {predictor.config.size}"
+        )
+
+
+def _check_numbers(epochs: int, batch_size: int, learning_rate: float, momentum: float) -> None:
+    for argument, value in (("epochs", epochs), ("batch_size", batch_size)):
+        if value < 1:
+            raise ValueError(f"{argument}: got {value}, expected at least 1")
+    if not 0 < learning_rate < math.inf:
+        raise ValueError(f"learning_rate: got {learning_rate}, expected a number above 0")
+    if not 0 <= momentum < 1:
+        raise ValueError(f"momentum: got {momentum}, expected a number from 0 up to, but not, 1")

@@ -1,0 +1,156 @@
+"""AutoFreeze (Liu et al., 2021, arXiv 2102.01386), the paper's second baseline (appendix B)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from smartfrz_jax.layers import Layers, check_params
+from smartfrz_jax.policies.base import Policy, check_count, check_finite, freezable, kept, names_of, require
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float, Int
+
+PyTree = Any
+
+_NAME = "autofreeze"
+
+
+class AutoFreezeState(NamedTuple):
+    """State of :func:`autofreeze`.
+
+    Attributes:
+        accumulated: Sum of the gradients since the last evaluation, float32, by parameter name; of shape ``(0,)`` for
+            parameters of frozen layers.
+        norms: L1 norm of each layer's sum at the last evaluation, float32 of shape ``(layers,)``.
+        evaluations: Evaluations so far, int32.
+        frozen: Which layers are frozen, shape ``(layers,)``.
+    """
+
+    accumulated: dict[str, Float[Array, "..."]]
+    norms: Float[np.ndarray, " layers"]
+    evaluations: Int[np.ndarray, ""]
+    frozen: Bool[np.ndarray, " layers"]
+
+
+def autofreeze(evaluate_every: int, *, percentile: float = 50, keep: Iterable[str] | None = None) -> Policy:
+    r"""A policy that freezes the first layers whose gradients have stopped changing.
+
+    The gradients of an interval are added up. At its end, G is the L1 norm of each layer's sum, and
+
+    .. math:: \eta = |G_\text{prev} - G_\text{cur}| / G_\text{prev}
+
+    its rate of change. Front to back, layers freeze as long as their :math:`\eta` is below the given percentile of that
+    of all active layers. The first interval only gives :math:`G_\text{prev}`. As in the original code, the norms are L1,
+    and a layer without any gradient has :math:`\eta = 0`. Kept layers count in the percentile, and are passed over.
+
+    It needs the gradients after each step, and memory for their sum: a float32 copy of the active parameters.
+
+    Args:
+        evaluate_every: Train steps between evaluations. The paper evaluates four times per epoch: a quarter of the steps
+            of an epoch.
+        percentile: N of the paper, from 0 to 100; 50 there.
+        keep: Names of layers never to freeze; ``None`` keeps the head, ``()`` nothing.
+
+    Returns:
+        The policy.
+
+    Raises:
+        ValueError: If an option is out of range; at ``init``, if ``keep`` names no layer of the network; in ``update``, if
+            the gradient of an active layer is missing.
+        FloatingPointError: In ``update``, if a norm is not finite.
+
+    Example:
+        >>> from smartfrz_jax import find_layers
+        >>> params = {"a": {"kernel": jnp.ones((2, 2))}, "b": {"kernel": jnp.ones((2, 2))}}
+        >>> layers = find_layers(params, lambda p, x: x @ p["a"]["kernel"] @ p["b"]["kernel"], jnp.ones((1, 2)))
+        >>> policy = autofreeze(evaluate_every=1)
+        >>> state = policy.init(layers, params)
+        >>> for step, scale in enumerate((1.0, 2.0), start=1):
+        ...     grads = {"a/kernel": jnp.ones((2, 2)), "b/kernel": jnp.full((2, 2), scale)}
+        ...     frozen, state = policy.update(state, layers, step=step, params=params, grads=grads)
+        >>> frozen
+        frozenset({'a'})
+    """
+    check_count(evaluate_every, "evaluate_every")
+    if not 0 <= percentile <= 100:
+        raise ValueError(f"percentile: got {percentile}, expected a number from 0 to 100")
+    keep = kept(keep)
+
+    def init(layers: Layers, params: PyTree) -> AutoFreezeState:
+        freezable(layers, keep)
+        leaves = check_params(params)
+        return AutoFreezeState(
+            {param: jnp.zeros_like(leaves[param], jnp.float32) for layer in layers for param in layer.params},
+            np.zeros(len(layers), np.float32),
+            np.zeros((), np.int32),
+            np.zeros(len(layers), bool),
+        )
+
+    def update(
+        state: AutoFreezeState, layers: Layers, *, step: int, params: PyTree, **signals: Any
+    ) -> tuple[frozenset[str], AutoFreezeState]:
+        grads = require(signals, "grads", _NAME, "pass the gradients of the active layers by parameter name")
+        active = _active_params(layers, state.frozen)
+        accumulated = state.accumulated | _add({p: state.accumulated[p] for p in active}, _select(grads, active))
+        state = state._replace(accumulated=accumulated)
+        if step % evaluate_every == 0:
+            state = _evaluate(state, layers, freezable(layers, keep), percentile, step)
+        return names_of(layers, state.frozen), state
+
+    return Policy(init, update, frozenset({"grads"}))
+
+
+def _evaluate(
+    state: AutoFreezeState, layers: Layers, may_freeze: np.ndarray, percentile: float, step: int
+) -> AutoFreezeState:
+    sums = jax.device_get(_l1_norms({p: state.accumulated[p] for p in _active_params(layers, state.frozen)}))
+    norms = np.array([sum(float(sums.get(param, 0.0)) for param in layer.params) for layer in layers], np.float32)
+    check_finite(layers, ~np.isfinite(norms), what="grads", policy=_NAME, step=step)
+    frozen = state.frozen
+    if state.evaluations > 0:
+        change = _rate_of_change(state.norms.astype(np.float64), norms.astype(np.float64))
+        threshold = np.percentile(change[~frozen], percentile)
+        ends_prefix = ~frozen & may_freeze & (change >= threshold)
+        frozen = frozen | (may_freeze & ~np.logical_or.accumulate(ends_prefix))
+    active = set(_active_params(layers, frozen))
+    return AutoFreezeState(
+        {p: jnp.zeros_like(x) if p in active else np.zeros(0, np.float32) for p, x in state.accumulated.items()},
+        norms,
+        state.evaluations + np.ones((), np.int32),
+        frozen,
+    )
+
+
+def _rate_of_change(previous: np.ndarray, current: np.ndarray) -> np.ndarray:
+    """Finite also where ``previous`` is zero: there it is huge, unless ``current`` is zero as well."""
+    change = np.abs(previous - current) / np.maximum(previous, np.finfo(np.float32).tiny)
+    return np.where(current > 0, change, 0.0)
+
+
+def _active_params(layers: Layers, frozen: np.ndarray) -> list[str]:
+    return [param for layer, is_frozen in zip(layers, frozen, strict=True) if not is_frozen for param in layer.params]
+
+
+def _select(grads: Mapping[str, Any], params: list[str]) -> dict[str, Any]:
+    for param in params:
+        if param not in grads:
+            raise ValueError(
+                f"grads: {param!r} of an active layer is missing (got {len(grads)} gradients); pass a dict from parameter "
+                "names to gradients, such as Frozen.active_leaves(grads)"
+            )
+    return {param: grads[param] for param in params}
+
+
+@jax.jit
+def _add(accumulated: dict[str, jax.Array], grads: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: total + grads[name].astype(jnp.float32) for name, total in accumulated.items()}
+
+
+@jax.jit
+def _l1_norms(accumulated: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {name: jnp.sum(jnp.abs(total)) for name, total in accumulated.items()}

@@ -1,0 +1,132 @@
+"""Similarity-guided freezing: the oracle of the paper's Table 1, which knows the network as it will be once trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import numpy as np
+
+from smartfrz_jax.cka import layer_cka
+from smartfrz_jax.layers import Layers
+from smartfrz_jax.policies.base import Policy, check_count, check_finite, freezable, kept, names_of, require
+from smartfrz_jax.targets import stabilised
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float, Int
+
+PyTree = Any
+
+_NAME = "similarity_guided"
+
+
+class SimilarityGuidedState(NamedTuple):
+    """State of :func:`similarity_guided`.
+
+    Attributes:
+        cka: CKA of every layer at the last evaluations, oldest first, float32 of shape ``(window, layers)``.
+        evaluations: Evaluations so far, int32.
+        frozen: Which layers are frozen, shape ``(layers,)``.
+    """
+
+    cka: Float[np.ndarray, "window layers"]
+    evaluations: Int[np.ndarray, ""]
+    frozen: Bool[np.ndarray, " layers"]
+
+
+def similarity_guided(
+    reference: Mapping[str, Array],
+    evaluate_every: int,
+    *,
+    window: int = 5,
+    tolerance: float = 0.02,
+    keep: Iterable[str] | None = None,
+) -> Policy:
+    """A policy that freezes a layer once its output has stopped changing relative to that of the well-trained network.
+
+    The measure is linear CKA on a fixed probe batch (paper, Eq. 5). A layer freezes when its last ``window`` values differ
+    by at most ``tolerance`` (:func:`smartfrz_jax.targets.stabilised`), whatever the other layers do.
+
+    It needs a function that computes the layers' outputs; that is called at evaluations only.
+
+    Args:
+        reference: Output of each layer of the well-trained network on the probe batch, shape ``(examples, ...)``, by
+            layer name.
+        evaluate_every: Train steps between evaluations.
+        window: Evaluations over which CKA must be flat.
+        tolerance: Largest difference between two of them.
+        keep: Names of layers never to freeze; ``None`` keeps the head, ``()`` nothing.
+
+    Returns:
+        The policy.
+
+    Raises:
+        ValueError: If an option is out of range; at ``init``, if ``keep`` names no layer of the network or ``reference``
+            lacks one; in ``update``, if ``features`` lacks a layer or was computed on another number of examples.
+        FloatingPointError: In ``update``, if a CKA is not finite.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from smartfrz_jax import find_layers
+        >>> params = {"a": {"kernel": jnp.ones((2, 2))}, "b": {"kernel": jnp.ones((2, 2))}}
+        >>> layers = find_layers(params, lambda p, x: x @ p["a"]["kernel"] @ p["b"]["kernel"], jnp.ones((1, 2)))
+        >>> outputs = {"a": jnp.eye(2), "b": jnp.eye(2)}
+        >>> policy = similarity_guided(outputs, evaluate_every=1, window=2)
+        >>> state = policy.init(layers, params)
+        >>> for step in (1, 2):
+        ...     frozen, state = policy.update(state, layers, step=step, params=params, features=lambda: outputs)
+        >>> frozen
+        frozenset({'a'})
+    """
+    check_count(evaluate_every, "evaluate_every")
+    check_count(window, "window", least=2)
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance: got {tolerance}, expected a difference in CKA of 0 or more")
+    keep = kept(keep)
+
+    def init(layers: Layers, params: PyTree) -> SimilarityGuidedState:
+        _of_layers(reference, names_of(layers, freezable(layers, keep)), "reference")
+        return SimilarityGuidedState(
+            np.zeros((window, len(layers)), np.float32), np.zeros((), np.int32), np.zeros(len(layers), bool)
+        )
+
+    def update(
+        state: SimilarityGuidedState, layers: Layers, *, step: int, params: PyTree, **signals: Any
+    ) -> tuple[frozenset[str], SimilarityGuidedState]:
+        features = require(
+            signals, "features", _NAME, "pass a function that computes the layers' outputs on the probe batch"
+        )
+        may_freeze = freezable(layers, keep)
+        judged = may_freeze & ~state.frozen
+        if step % evaluate_every == 0 and judged.any():
+            cka = np.zeros(len(layers), np.float32)
+            # Of frozen layers too: for each set of layers there would be another program to compile.
+            cka[may_freeze] = _cka(
+                features(), reference, [n for n, m in zip(layers.names, may_freeze, strict=True) if m]
+            )
+            check_finite(layers, judged & ~np.isfinite(cka), what="features", policy=_NAME, step=step)
+            recent = np.concatenate([state.cka[1:], np.where(judged, cka, 0.0)[None]])
+            evaluations = state.evaluations + np.ones((), np.int32)
+            frozen = state.frozen
+            if evaluations >= window:
+                frozen = frozen | (judged & stabilised(recent, window=window, tolerance=tolerance)[-1])
+            state = SimilarityGuidedState(recent, evaluations, frozen)
+        return names_of(layers, state.frozen), state
+
+    return Policy(init, update, frozenset({"features"}))
+
+
+def _cka(features: Mapping[str, Array], reference: Mapping[str, Array], names: list[str]) -> np.ndarray:
+    both = _of_layers(features, names, "features"), _of_layers(reference, names, "reference")
+    return np.asarray(jax.device_get(layer_cka(*both)))
+
+
+def _of_layers(outputs: Mapping[str, Array], names: Iterable[str], argument: str) -> dict[str, Array]:
+    missing = sorted(name for name in names if name not in outputs)
+    if missing:
+        raise ValueError(
+            f"{argument}: lacks the output of {len(missing)} layer(s), such as {missing[0]!r}; pass that of every layer "
+            "which may freeze, by layer name"
+        )
+    return {name: outputs[name] for name in names}
