@@ -29,7 +29,7 @@ def write(path: str | Path, tree: PyTree, kind: str, metadata: dict[str, Any], *
     target = Path(path).absolute()
     if target.exists() and not overwrite:
         raise FileExistsError(f"path: {target} exists; choose another directory or pass overwrite=True")
-    ocp.save(target, _by_name(tree), overwrite=overwrite, custom_metadata={"kind": kind} | metadata)
+    ocp.save(str(target), _by_name(tree), overwrite=overwrite, custom_metadata={"kind": kind} | metadata)
 
 
 def read_metadata(path: str | Path, kind: str) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def read(path: str | Path, like: PyTree, kind: str) -> PyTree:
         for name, leaf in _by_name(like).items()
     }
     try:
-        leaves = ocp.load(source, abstract)
+        leaves = ocp.load(str(source), abstract)
     except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
         raise ValueError(_damaged(source, kind, error)) from error
     return jax.tree_util.tree_map_with_path(lambda path, leaf: _as_saved(leaves[keystr(path)], leaf), like)
@@ -108,7 +108,7 @@ def _metadata(source: Path, kind: str) -> Any:
     if not source.is_dir():
         raise FileNotFoundError(f"path: there is no directory {source}; expected the checkpoint of a {kind}")
     try:
-        metadata = ocp.metadata(source)
+        metadata = ocp.metadata(str(source))
     except Exception as error:  # as above
         raise ValueError(_damaged(source, kind, error)) from error
     if not isinstance(metadata.custom_metadata, dict) or metadata.custom_metadata.get("kind") != kind:
@@ -135,14 +135,18 @@ def _by_name(tree: PyTree) -> dict[str, Any]:
 
 
 def _is_key(leaf: Any) -> bool:
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 def _storable(leaf: Any) -> Any:
     """Random keys are stored as their bits."""
     if not _is_key(leaf):
         return leaf
-    return jax.eval_shape(jax.random.key_data, leaf) if isinstance(leaf, jax.ShapeDtypeStruct) else jax.random.key_data(leaf)
+    return (
+        jax.eval_shape(jax.random.key_data, leaf)
+        if isinstance(leaf, jax.ShapeDtypeStruct)
+        else jax.random.key_data(leaf)
+    )
 
 
 def _as_saved(leaf: jax.Array, like: Any) -> Any:

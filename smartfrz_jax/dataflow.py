@@ -20,7 +20,7 @@ from smartfrz_jax import paths
 PyTree = Any
 _Inner = tuple[Any, list[Any]]
 
-# Calls that only group equations: replaced by what they call. Those with a differentiation rule of their own stay whole.
+# Calls that only group equations: replaced by what they call. Those with their own differentiation rule stay whole.
 _TRANSPARENT = frozenset({"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint"})
 
 

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 import optax
+from jax.tree_util import keystr, tree_leaves_with_path
 
 from smartfrz_jax import paths
 from smartfrz_jax.layers import Layers
@@ -137,7 +138,7 @@ def value_and_grad(loss_fn: Callable[..., Any], frozen: Frozen, *, has_aux: bool
 
 @dataclasses.dataclass(frozen=True)
 class _Partition:
-    """``optax.multi_transform`` for a frozen set, comparing equal for equal sets, so that ``jax.jit`` does not recompile."""
+    """``optax.multi_transform`` for a frozen set, equal for equal sets, so that ``jax.jit`` does not recompile."""
 
     tx: optax.GradientTransformation
     frozen: Frozen
@@ -194,9 +195,12 @@ def migrate(opt_state: Any, tx: optax.GradientTransformation, params: PyTree, fr
         State of ``freeze(tx, frozen)``.
 
     Raises:
-        ValueError: If a value has another shape or dtype than ``tx`` gives it for ``params``.
+        ValueError: If a value is missing, left over, or has another shape or dtype than ``tx`` gives it for ``params``.
     """
-    if not isinstance(opt_state, optax.MultiTransformState):
+    # Where tx itself is a multi_transform, the type alone does not tell its own state from that of freeze(tx, other).
+    if not isinstance(opt_state, optax.MultiTransformState) or (
+        _by_path(opt_state).keys() == _by_path(jax.eval_shape(tx.init, params)).keys()
+    ):
         opt_state = optax.MultiTransformState(
             {_ACTIVE: optax.MaskedState(opt_state), _FROZEN: optax.MaskedState(optax.EmptyState())}
         )
@@ -204,18 +208,37 @@ def migrate(opt_state: Any, tx: optax.GradientTransformation, params: PyTree, fr
     target = freeze(tx, frozen)
     abstract = jax.eval_shape(target.init, params)
     wanted = _by_path(abstract)
-    for path in wanted.keys() & old.keys():
-        got, expected = old[path], wanted[path]
-        if (np.shape(got), jax.numpy.result_type(got)) != (expected.shape, expected.dtype):
-            raise ValueError(
-                f"opt_state: {path} is {jax.numpy.result_type(got)}{list(np.shape(got))}, but tx makes it "
-                f"{expected.dtype}{list(expected.shape)} for these params; pass the tx that made opt_state"
-            )
+    _check_fits(old, wanted, dropped=_masked(opt_state), absent=_masked(abstract))
     source = old
     if wanted.keys() - old.keys():  # a layer returns
         source = _by_path(target.init(params)) | old
-    return jax.tree_util.tree_map_with_path(lambda path, _: source[jax.tree_util.keystr(path)], abstract)
+    return jax.tree_util.tree_map_with_path(lambda path, _: source[keystr(path)], abstract)
+
+
+def _check_fits(old: dict[str, Any], wanted: dict[str, Any], *, dropped: list[str], absent: list[str]) -> None:
+    """Raises unless the two differ only in the leaves of layers that return (``dropped``) or freeze (``absent``)."""
+    for path in [*wanted, *(path for path in old if path not in wanted)]:
+        got, expected = _text(old.get(path)), _text(wanted.get(path))
+        masked = dropped if path not in old else absent if path not in wanted else ()
+        if got != expected and not any(path.startswith(prefix) for prefix in masked):
+            raise ValueError(
+                f"opt_state: {path} is {got}, but tx makes it {expected} for these params; "
+                "pass the tx that made opt_state, and the params it was made for"
+            )
+
+
+def _masked(tree: Any) -> list[str]:
+    """Paths at which a transformation has dropped the state of a parameter."""
+
+    def is_masked(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode)
+
+    return [keystr(path) for path, node in tree_leaves_with_path(tree, is_leaf=is_masked) if is_masked(node)]
+
+
+def _text(leaf: Any) -> str:
+    return "missing" if leaf is None else f"{jax.numpy.result_type(leaf)}{list(np.shape(leaf))}"
 
 
 def _by_path(tree: Any) -> dict[str, Any]:
-    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    return {keystr(path): leaf for path, leaf in tree_leaves_with_path(tree)}

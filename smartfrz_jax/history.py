@@ -59,8 +59,8 @@ class History(struct.PyTreeNode):
         expected = (self.values.shape[0], self.values.shape[2])
         if weights.shape != expected or active.shape != expected[:1]:
             raise ValueError(
-                f"weights, active: got shapes {weights.shape} and {active.shape}, expected {expected} and {expected[:1]}; "
-                "make the history for as many layers and samples as the tailoring has"
+                f"weights, active: got shapes {weights.shape} and {active.shape}, expected {expected} and "
+                f"{expected[:1]}; make the history for as many layers and samples as the tailoring has"
             )
         return _record(self, weights, active)
 
@@ -75,7 +75,7 @@ class History(struct.PyTreeNode):
 
 @jax.jit
 def _record(history: History, weights: jax.Array, active: jax.Array) -> History:
-    here = jnp.arange(history.window) == (history.count % history.window)[:, None]
+    here = jnp.arange(history.window)[None] == (history.count % history.window)[:, None]
     values = jnp.where(here[:, :, None], weights.astype(jnp.float32)[:, None, :], history.values)
     return History(
         values=jnp.where(active[:, None, None], values, 0.0),
@@ -85,7 +85,7 @@ def _record(history: History, weights: jax.Array, active: jax.Array) -> History:
 
 @jax.jit
 def _chronological(history: History) -> tuple[jax.Array, jax.Array]:
-    age = jnp.arange(history.window - 1, -1, -1)
+    age = jnp.arange(history.window - 1, -1, -1)[None]
     slots = (history.count[:, None] - 1 - age) % history.window
     mask = age < history.count[:, None]
     values = jnp.take_along_axis(history.values, slots[:, :, None], axis=1)

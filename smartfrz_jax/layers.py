@@ -115,8 +115,9 @@ def find_layers(
     """Layers of a parameter pytree, in the order in which a forward pass uses them.
 
     A normalisation (or any other group of vectors) joins the kernel whose output it works on; where several kernels
-    feed it, as behind a residual connection, it joins the kernel just before or just after it in forward order, whichever
-    is closer by name, the one before if both are. Parameters that ``forward`` does not use come first: they never train.
+    feed it, as behind a residual connection, it joins the kernel just before or just after it in forward order,
+    whichever is closer by name, the one before if both are. Parameters that ``forward`` does not use come first: they
+    never train.
 
     Args:
         params: Parameter pytree; arrays or ``jax.ShapeDtypeStruct``.
@@ -237,7 +238,9 @@ def _attach(
     """Joins modules without a kernel to one that has a kernel."""
     order = sorted(modules, key=lambda module: min(rank[param] for param in modules[module]))
     with_params = [module for module in order if any(name in leaves for name in modules[module])]
-    with_kernel = [m for m in with_params if any(name in leaves and _is_kernel(name, leaves[name]) for name in modules[m])]
+    with_kernel = [
+        m for m in with_params if any(name in leaves and _is_kernel(name, leaves[name]) for name in modules[m])
+    ]
     hosts = with_kernel or with_params
     module_of = {param: module for module in order for param in modules[module]}
     host_of = {host: host for host in hosts}
@@ -275,7 +278,7 @@ def _shared(first: str, second: str) -> int:
 
 
 def _block(layer: str) -> str:
-    """Name of the block that a layer is in: up to the first list index or indices, else to the first numbered ancestor."""
+    """Name of the block that a layer is in: up to the first list indices, else to the first numbered ancestor."""
     ancestors = layer.split(paths.SEPARATOR)[:-1]
     for numbered in (r"\d+", r".*\D\d+"):
         depths = [depth for depth, part in enumerate(ancestors, start=1) if re.fullmatch(numbered, part)]

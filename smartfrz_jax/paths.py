@@ -39,7 +39,8 @@ def flatten(tree: PyTree) -> dict[str, Any]:
     if len(leaves) != len(named):
         twice = next(leaf_name for i, (leaf_name, _) in enumerate(named) if leaf_name in dict(named[:i]))
         raise ValueError(
-            f"tree: two leaves are called {twice!r}, expected a name for each; rename the key that contains {SEPARATOR!r}"
+            f"tree: two leaves are called {twice!r}, expected a name for each; "
+            f"rename the one with {SEPARATOR!r} inside a key"
         )
     return leaves
 

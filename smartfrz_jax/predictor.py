@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,9 +46,7 @@ class MLP(nnx.Module):
 
     def __init__(self, sizes: tuple[int, int, int, int], *, rngs: nnx.Rngs):
         init = nnx.initializers.he_normal()
-        self.layers = nnx.List(
-            [nnx.Linear(a, b, kernel_init=init, rngs=rngs) for a, b in zip(sizes[:-1], sizes[1:], strict=True)]
-        )
+        self.layers = nnx.List([nnx.Linear(a, b, kernel_init=init, rngs=rngs) for a, b in itertools.pairwise(sizes)])
 
     def __call__(self, x: Float[Array, "... d_in"]) -> Float[Array, "... d_out"]:
         """Applies the layers to the last axis."""
@@ -60,8 +59,8 @@ class MLP(nnx.Module):
 class Predictor(nnx.Module):
     """Attention over a layer's recent weights: is it ready to be frozen?
 
-    Each record W_j gives a key, a query and a value (Eq. 1); the newest record's query scores the keys, softmax over the
-    window (Eq. 2); the values' weighted mean (Eq. 3) goes through a classifier (Eq. 4).
+    Each record W_j gives a key, a query and a value (Eq. 1); the newest record's query scores the keys, softmax over
+    the window (Eq. 2); the values' weighted mean (Eq. 3) goes through a classifier (Eq. 4).
 
     Example:
         >>> predictor = Predictor(PredictorConfig(size=8), rngs=nnx.Rngs(0))

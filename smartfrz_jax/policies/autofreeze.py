@@ -45,14 +45,13 @@ def autofreeze(evaluate_every: int, *, percentile: float = 50, keep: Iterable[st
     .. math:: \eta = |G_\text{prev} - G_\text{cur}| / G_\text{prev}
 
     its rate of change. Front to back, layers freeze as long as their :math:`\eta` is below the given percentile of that
-    of all active layers. The first interval only gives :math:`G_\text{prev}`. As in the original code, the norms are L1,
-    and a layer without any gradient has :math:`\eta = 0`. Kept layers count in the percentile, and are passed over.
+    of all active layers. The first interval only gives :math:`G_\text{prev}`. As in the original code, the norms are
+    L1, and a layer without any gradient has :math:`\eta = 0`. Kept layers count in the percentile, and are passed over.
 
     It needs the gradients after each step, and memory for their sum: a float32 copy of the active parameters.
 
     Args:
-        evaluate_every: Train steps between evaluations. The paper evaluates four times per epoch: a quarter of the steps
-            of an epoch.
+        evaluate_every: Train steps between evaluations: for the paper's four per epoch, a quarter of an epoch's steps.
         percentile: N of the paper, from 0 to 100; 50 there.
         keep: Names of layers never to freeze; ``None`` keeps the head, ``()`` nothing.
 
@@ -60,8 +59,8 @@ def autofreeze(evaluate_every: int, *, percentile: float = 50, keep: Iterable[st
         The policy.
 
     Raises:
-        ValueError: If an option is out of range; at ``init``, if ``keep`` names no layer of the network; in ``update``, if
-            the gradient of an active layer is missing.
+        ValueError: If an option is out of range; at ``init``, if ``keep`` names no layer of the network; in ``update``,
+            if the gradient of an active layer is missing.
         FloatingPointError: In ``update``, if a norm is not finite.
 
     Example:
@@ -119,9 +118,9 @@ def _evaluate(
         frozen = frozen | (may_freeze & ~np.logical_or.accumulate(ends_prefix))
     active = set(_active_params(layers, frozen))
     return AutoFreezeState(
-        {p: jnp.zeros_like(x) if p in active else np.zeros(0, np.float32) for p, x in state.accumulated.items()},
+        {p: jnp.zeros_like(x) if p in active else jnp.zeros(0, jnp.float32) for p, x in state.accumulated.items()},
         norms,
-        state.evaluations + np.ones((), np.int32),
+        np.asarray(state.evaluations + 1, np.int32),
         frozen,
     )
 
@@ -140,8 +139,8 @@ def _select(grads: Mapping[str, Any], params: list[str]) -> dict[str, Any]:
     for param in params:
         if param not in grads:
             raise ValueError(
-                f"grads: {param!r} of an active layer is missing (got {len(grads)} gradients); pass a dict from parameter "
-                "names to gradients, such as Frozen.active_leaves(grads)"
+                f"grads: {param!r} of an active layer is missing (got {len(grads)} gradients); pass a dict from "
+                "parameter names to gradients, such as Frozen.active_leaves(grads)"
             )
     return {param: grads[param] for param in params}
 

@@ -147,8 +147,8 @@ def shares_of_cost(layers: Layers, costs: Mapping[str, float] | None) -> Float[n
     for name in layers.names:
         if not 0 <= costs.get(name, -1) < np.inf:
             raise ValueError(
-                f"costs: got {costs.get(name, 'nothing')} for layer {name!r}, expected a finite number from 0 up for each "
-                f"of the {len(layers)} layers"
+                f"costs: got {costs.get(name, 'nothing')} for layer {name!r}, expected a finite number from 0 up for "
+                f"each of the {len(layers)} layers"
             )
     values = np.array([costs[name] for name in layers.names], np.float64)
     if not values.sum() > 0:
@@ -200,8 +200,8 @@ def check_finite(layers: Layers, wrong: Bool[np.ndarray, " layers"], *, what: st
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise FloatingPointError(
             f"{what}: not finite after step {step} in layer {', '.join(map(repr, names[:3]))}{more}, so the policy "
-            f"{policy!r} cannot judge; the training has diverged, go back to an earlier checkpoint or lower the learning "
-            "rate"
+            f"{policy!r} cannot judge; the training has diverged, go back to an earlier checkpoint or lower the "
+            "learning rate"
         )
 
 

@@ -38,8 +38,8 @@ def linear(
 
     Args:
         total_steps: Train steps of the run.
-        t0: Moment at which the first layer freezes, as a share of the run (before it is cubed); the paper found 0.5 best,
-            the original code takes 0.8 with cubic spacing.
+        t0: Moment at which the first layer freezes, as a share of the run (before it is cubed); the paper found 0.5
+            best, the original code takes 0.8 with cubic spacing.
         spacing: ``"linear"`` or ``"cubic"``.
         keep: Names of layers never to freeze; ``None`` keeps the head, ``()`` nothing.
 
@@ -138,18 +138,16 @@ def scale_by_layer_schedule(layers: Layers, schedules: Mapping[str, optax.Schedu
     def init(params: PyTree) -> optax.ScaleByScheduleState:
         return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
 
-    def update(
-        updates: PyTree, state: optax.ScaleByScheduleState, params: PyTree | None = None
-    ) -> tuple[PyTree, optax.ScaleByScheduleState]:
+    def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, optax.ScaleByScheduleState]:
         count = jnp.asarray(state.count)
-        rates = {name: schedules[name](count) for name in layers.names}
+        rates = {name: jnp.asarray(schedules[name](count)) for name in layers.names}
 
         def scale(name: str, leaf: jax.Array) -> jax.Array:
             if name not in layers.owner:
                 raise ValueError(
-                    f"updates: {name!r} belongs to no layer; call find_layers on the parameters that the optimizer moves"
+                    f"updates: {name!r} belongs to no layer; call find_layers on the parameters that train"
                 )
-            return leaf * jnp.asarray(-rates[layers.owner[name]], leaf.dtype)
+            return leaf * -rates[layers.owner[name]].astype(leaf.dtype)
 
         return paths.tree_map(scale, updates), optax.ScaleByScheduleState(count=optax.safe_increment(count))
 

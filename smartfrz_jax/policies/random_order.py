@@ -32,8 +32,8 @@ def random(
 ) -> Policy:
     """A policy that freezes layers at random moments, in any order, to a given budget.
 
-    Layer l is frozen for the share min(1, s u_l) of the run, with u_l uniform in (0, 1] and s such that the mean of these
-    shares, weighted by the layers' costs, is the budget: exact but for the rounding of each moment to a whole step.
+    Layer l is frozen for the share min(1, s u_l) of the run, with u_l uniform in (0, 1] and s such that the mean of
+    these shares, weighted by the layers' costs, is the budget, but for the rounding of each moment to a whole step.
 
     Args:
         budget: Share of the run's cost that is to be frozen, in [0, 1].
@@ -46,8 +46,8 @@ def random(
         The policy.
 
     Raises:
-        ValueError: If an option is out of range; at ``init``, if ``keep`` or ``costs`` do not fit the network, or if the
-            layers that may freeze cost less than the budget.
+        ValueError: If an option is out of range; at ``init``, if ``keep`` or ``costs`` do not fit the network, or if
+            the layers that may freeze cost less than the budget.
 
     Example:
         >>> import jax.numpy as jnp
@@ -65,8 +65,8 @@ def random(
         weights = np.where(freezable(layers, keep), shares_of_cost(layers, costs), 0.0)
         if budget > weights.sum() + 1e-9:
             raise ValueError(
-                f"budget: got {budget}, but the layers that may freeze make up {weights.sum():.4g} of the cost; that much "
-                "can be reached, or more with fewer layers in keep"
+                f"budget: got {budget}, but the layers that may freeze make up {weights.sum():.4g} of the cost; take "
+                "at most that, or keep fewer layers"
             )
         draws = 1.0 - np.random.default_rng(seed).uniform(size=len(layers))
         shares = np.minimum(1.0, _scale(draws, weights, budget) * draws)

@@ -45,8 +45,8 @@ def similarity_guided(
 ) -> Policy:
     """A policy that freezes a layer once its output has stopped changing relative to that of the well-trained network.
 
-    The measure is linear CKA on a fixed probe batch (paper, Eq. 5). A layer freezes when its last ``window`` values differ
-    by at most ``tolerance`` (:func:`smartfrz_jax.targets.stabilised`), whatever the other layers do.
+    The measure is linear CKA on a fixed probe batch (paper, Eq. 5). A layer freezes when its last ``window`` values
+    differ by at most ``tolerance`` (:func:`smartfrz_jax.targets.stabilised`), whatever the other layers do.
 
     It needs a function that computes the layers' outputs; that is called at evaluations only.
 
@@ -62,8 +62,9 @@ def similarity_guided(
         The policy.
 
     Raises:
-        ValueError: If an option is out of range; at ``init``, if ``keep`` names no layer of the network or ``reference``
-            lacks one; in ``update``, if ``features`` lacks a layer or was computed on another number of examples.
+        ValueError: If an option is out of range; at ``init``, if ``keep`` names no layer of the network or
+            ``reference`` lacks one; in ``update``, if ``features`` lacks a layer or has another number
+            of examples.
         FloatingPointError: In ``update``, if a CKA is not finite.
 
     Example:
@@ -107,7 +108,7 @@ def similarity_guided(
             )
             check_finite(layers, judged & ~np.isfinite(cka), what="features", policy=_NAME, step=step)
             recent = np.concatenate([state.cka[1:], np.where(judged, cka, 0.0)[None]])
-            evaluations = state.evaluations + np.ones((), np.int32)
+            evaluations = np.asarray(state.evaluations + 1, np.int32)
             frozen = state.frozen
             if evaluations >= window:
                 frozen = frozen | (judged & stabilised(recent, window=window, tolerance=tolerance)[-1])
@@ -126,7 +127,7 @@ def _of_layers(outputs: Mapping[str, Array], names: Iterable[str], argument: str
     missing = sorted(name for name in names if name not in outputs)
     if missing:
         raise ValueError(
-            f"{argument}: lacks the output of {len(missing)} layer(s), such as {missing[0]!r}; pass that of every layer "
-            "which may freeze, by layer name"
+            f"{argument}: lacks the output of {len(missing)} layer(s), such as {missing[0]!r}; pass that of every "
+            "layer which may freeze, by layer name"
         )
     return {name: outputs[name] for name in names}

@@ -27,8 +27,8 @@ class SmartFrzState(NamedTuple):
     """State of :func:`smartfrz`.
 
     Attributes:
-        tailoring: Positions of the sampled weights. They are saved with the run, not drawn again from the seed, so that a
-            run resumed under another version of jax does not mix two samples in one history.
+        tailoring: Positions of the sampled weights. They are saved with the run, not drawn again from the seed, so that
+            a run resumed under another version of jax does not mix two samples in one history.
         history: The recent records of every active layer.
         frozen: Which layers are frozen, shape ``(layers,)``.
     """
@@ -78,8 +78,8 @@ def smartfrz(
 
     Raises:
         TypeError: If ``predictor`` is not a :class:`~smartfrz_jax.Predictor`.
-        ValueError: If an option is out of range, or no layer could be judged before the run ends; at ``init``, if ``keep``
-            names no layer of the network.
+        ValueError: If an option is out of range, or no layer could be judged before the run ends; at ``init``, if
+            ``keep`` names no layer of the network.
         FloatingPointError: In ``update``, if sampled weights or the predictor's confidence are not finite.
 
     Example:
@@ -94,14 +94,15 @@ def smartfrz(
     """
     if not isinstance(predictor, Predictor):
         raise TypeError(
-            f"predictor: got {type(predictor).__name__}, expected a smartfrz_jax.Predictor such as Predictor.restore(path)"
+            f"predictor: got {type(predictor).__name__}, expected a smartfrz_jax.Predictor, such as "
+            "Predictor.restore(path)"
         )
     if size is None:
         size = predictor.config.size
     if size != predictor.config.size:
         raise ValueError(
-            f"size: got {size}, but the predictor was made for {predictor.config.size} weights per layer; leave size out, "
-            "or take a predictor of that size"
+            f"size: got {size}, but the predictor was made for {predictor.config.size} weights per layer; leave size "
+            "out, or take a predictor of that size"
         )
     check_count(window, "window")
     if min_records is None:
@@ -158,8 +159,8 @@ def _periods(
     check_count(evaluate_every, "evaluate_every")
     if evaluate_every < record_every:
         raise ValueError(
-            f"evaluate_every: got {evaluate_every}, expected at least record_every, {record_every}; without a new record "
-            "the verdict is the same"
+            f"evaluate_every: got {evaluate_every}, expected at least record_every, {record_every}; without a new "
+            "record the verdict is the same"
         )
     if total_steps is not None and max(min_records * record_every, evaluate_every) > total_steps:
         raise ValueError(

@@ -1,0 +1,52 @@
+# Everything is made in $(VENV), from nothing but Python >= 3.11 and pip. Which jax is tested depends on the interpreter:
+# 0.10 on Python 3.11, 0.11 on later ones (constraints/).
+PYTHON ?= python3
+VENV ?= .venv
+OUT ?= runs/demo
+
+BIN := $(VENV)/bin
+CONSTRAINTS = $(shell $(PYTHON) -c 'import sys; print("constraints/jax-0.10.txt" if sys.version_info < (3, 12) else "constraints/jax-0.11.txt")')
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
+PYTEST = $(BIN)/python -m pytest --numprocesses 2
+
+.PHONY: demo test test-quick test-all coverage lint types bench clean
+
+demo: $(VENV)/.demo
+	@$(BIN)/python -m train.demo --out $(OUT)
+
+test: $(VENV)/.test
+	$(PYTEST)
+
+test-quick: $(VENV)/.test
+	$(PYTEST) -m "not slow"
+
+# Both pairs that are supported.
+test-all:
+	$(MAKE) test PYTHON="$$(.ci/find_python 3.11)" VENV=.venv
+	$(MAKE) test PYTHON="$$(.ci/find_python 3.12)" VENV=.venv-3.12
+
+coverage: $(VENV)/.test
+	$(PYTEST) --cov --cov-report=term-missing
+
+lint: $(VENV)/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: $(VENV)/.dev
+	$(BIN)/pyright
+
+bench: $(VENV)/.demo
+	$(BIN)/python -m benchmarks.step
+
+clean:
+	rm -rf .venv .venv-3.12 runs
+
+$(VENV)/.created:
+	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
+	@echo "setting up $(VENV) ($$($(PYTHON) --version), $(CONSTRAINTS)); a minute or two, once"
+	@$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.demo $(VENV)/.test $(VENV)/.dev: $(VENV)/.created pyproject.toml $(wildcard constraints/*.txt)
+	@$(PIP_INSTALL) --editable ".[$(subst .,,$(notdir $@))]"
+	@touch $@

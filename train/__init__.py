@@ -1,0 +1,1 @@
+"""Training scripts, run from the repository: ``python -m train.demo``."""

@@ -1,0 +1,258 @@
+"""Fine-tunes a small residual network on real images, with and without layer freezing, and shows what was saved.
+
+The network is pre-trained on five of the ten classes of Fashion-MNIST, then fine-tuned on all ten. One fine-tuning gives
+the reference; a second, beside it, the predictor's training set; a third, with nothing frozen, is both the baseline and
+the predictor's held-out run. Then the predictor, and FreezeOut for comparison, freeze a fine-tuning each.
+
+    make demo                       # or: python -m train.demo --out runs/demo
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterable
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from tqdm import tqdm
+
+import smartfrz_jax as sfj
+from models.resnet import BasicBlock, ResNet
+from smartfrz_jax import recording
+from train import fashion_mnist, report
+from train.run import Run, batches, run
+
+BATCH_SIZE = 64
+LEARNING_RATE = 0.05
+WIDTHS, STAGE_SIZES = (8, 16, 32), (2, 2, 2)
+PROBE_SIZE = 128  # images on which layer outputs are compared
+
+
+def new_model(seed: int) -> ResNet:
+    """The demo's network: 15 convolutions and a head, 78,000 parameters."""
+    return ResNet(STAGE_SIZES, WIDTHS, BasicBlock, num_classes=10, channels=1, stem="cifar", rngs=nnx.Rngs(seed))
+
+
+def loss_fn(model: nnx.Module, images: jax.Array, labels: jax.Array) -> jax.Array:
+    """Mean cross entropy of a batch."""
+    logits = model(images)  # pyright: ignore[reportCallIssue]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+@nnx.jit
+def train_step(
+    model: nnx.Module, optimizer: sfj.nnx.Optimizer, images: jax.Array, labels: jax.Array
+) -> jax.Array:
+    """One step; specialised on what the optimizer has frozen."""
+    loss, grads = optimizer.value_and_grad(loss_fn)(model, images, labels)
+    optimizer.update(model, grads)
+    return loss
+
+
+@nnx.jit
+def correct(model: nnx.Module, images: jax.Array, labels: jax.Array) -> jax.Array:
+    """Number of images classified right."""
+    return (model(images).argmax(-1) == labels).sum()  # pyright: ignore[reportCallIssue]
+
+
+def accuracy(model: nnx.Module, split: fashion_mnist.Split) -> float:
+    """Share of a split that is classified right, every image once."""
+    evaluated = nnx.view(model, use_running_average=True)
+    right = [
+        int(correct(evaluated, split.images[start : start + 500], split.labels[start : start + 500]))
+        for start in range(0, len(split.labels), 500)
+    ]
+    return sum(right) / len(split.labels)
+
+
+def sgd(total_steps: int) -> optax.GradientTransformation:
+    """The paper's optimizer: SGD with momentum, cosine annealing to the last step."""
+    return optax.sgd(optax.cosine_decay_schedule(LEARNING_RATE, total_steps), momentum=0.9)
+
+
+class Demo:
+    """The data, the pre-trained weights and the compiled steps that all runs of the demo share."""
+
+    def __init__(self, epochs: int, pretrain_epochs: int, seed: int, out: Path, *, quiet: bool):
+        self.train_split, self.test_split = fashion_mnist.load()
+        self.epochs, self.pretrain_epochs, self.seed, self.out, self.quiet = epochs, pretrain_epochs, seed, out, quiet
+        self.total_steps = epochs * (len(self.train_split.labels) // BATCH_SIZE)
+        self.step = sfj.TrainStep(train_step)
+        model = new_model(seed)
+        self.probe = jnp.asarray(self.train_split.images[:PROBE_SIZE])
+        self.layers = sfj.nnx.find_layers(model, self.probe)
+        self.features = sfj.nnx.features(model, self.layers, self.probe)
+        self.pretrained = nnx.state(model)
+
+    def bar(self, total: int, label: str) -> tqdm:
+        """A progress bar."""
+        return tqdm(total=total, desc=f"{label:<28}", unit="step", disable=self.quiet, leave=True, ncols=100)
+
+    def fine_tune(
+        self,
+        name: str,
+        policy: sfj.Policy,
+        *,
+        seed: int,
+        tx: optax.GradientTransformation | None = None,
+        recorder: sfj.Recorder | None = None,
+        label: str | None = None,
+    ) -> tuple[Run, nnx.Module]:
+        """Fine-tunes the pre-trained network on all ten classes."""
+        model = new_model(0)
+        nnx.update(model, self.pretrained)
+        optimizer = sfj.nnx.Optimizer(model, tx or sgd(self.total_steps), wrt=nnx.Param, layers=self.layers)
+        freezer = sfj.nnx.Freezer(model, optimizer, policy)
+        images, labels = self.train_split
+        data = ((images[i], labels[i]) for i in batches(len(labels), BATCH_SIZE, self.epochs, seed))
+        with self.bar(self.total_steps, label or f"fine-tune, {name}") as bar:
+
+            def after_step(step: int) -> None:
+                bar.update()
+                bar.set_postfix(frozen=f"{len(freezer.frozen.names)}/{len(self.layers)}", refresh=False)
+                if recorder is not None and step % record_every(self.total_steps) == 0:
+                    recorder.record(step, nnx.state(model, nnx.Param), self.features(model, self.probe))
+
+            result = run(name, model, optimizer, freezer, self.step, data, after_step=after_step)
+        result.accuracy = accuracy(model, self.test_split)
+        return result, model
+
+    def pretrain(self) -> None:
+        """Trains on the first five classes, then gives the network a new head."""
+        model = new_model(self.seed)
+        images, labels = (part[self.train_split.labels < 5] for part in self.train_split)
+        steps = self.pretrain_epochs * (len(labels) // BATCH_SIZE)
+        optimizer = sfj.nnx.Optimizer(model, sgd(steps), wrt=nnx.Param, layers=self.layers)
+        freezer = sfj.nnx.Freezer(model, optimizer, sfj.never())
+        data = ((images[i], labels[i]) for i in batches(len(labels), BATCH_SIZE, self.pretrain_epochs, self.seed))
+        with self.bar(steps, "pre-train on 5 classes") as bar:
+            run("pretrain", model, optimizer, freezer, self.step, data, after_step=lambda _: bar.update() and None)
+        model.fc = new_model(self.seed + 1).fc
+        self.pretrained = nnx.state(model)
+
+    def recorder(self, reference: nnx.Module) -> sfj.Recorder:
+        """Records a run beside the reference; its weights are tailored as the policy will tailor them."""
+        tailoring = sfj.Tailoring.create(self.layers, nnx.state(reference, nnx.Param))
+        return sfj.Recorder(self.layers, tailoring, self.features(reference, self.probe))
+
+
+def record_every(total_steps: int) -> int:
+    """Steps between records: the default of the policy, so that the predictor sees the same spacing."""
+    return max(1, total_steps // 120)
+
+
+def demo(args: argparse.Namespace, say: Callable[[str], None]) -> None:
+    """The whole demo; writes into ``args.out`` as it goes."""
+    begin = time.perf_counter()
+    out: Path = args.out
+    versions = f"jax {jax.__version__}, Python {platform.python_version()}, {jax.devices()[0].platform}, {os.cpu_count()} cores"
+    demo = Demo(args.epochs, args.pretrain_epochs, args.seed, out, quiet=args.quiet)
+    say(
+        f"smartfrz_jax demo: {len(demo.layers)} layers, {len(demo.train_split.labels)} images, {demo.total_steps} steps of "
+        f"{BATCH_SIZE} ({versions})"
+    )
+    demo.pretrain()
+    _, reference = demo.fine_tune("never", sfj.never(), seed=args.seed + 10, label="reference run")
+
+    recorder = demo.recorder(reference)
+    demo.fine_tune("never", sfj.never(), seed=args.seed + 20, recorder=recorder, label="recorded run")
+    training = recorder.finish(demo.total_steps, data="fashion_mnist", seed=args.seed + 20)
+    held_out_recorder = demo.recorder(reference)
+    full, _ = demo.fine_tune("never", sfj.never(), seed=args.seed + 30, recorder=held_out_recorder)
+    save_run(full, out)
+    held_out = held_out_recorder.finish(demo.total_steps, data="fashion_mnist", seed=args.seed + 30)
+    data_set = out / "recordings"
+    for name, recorded in (("recorded", training), ("never", held_out)):
+        (data_set / f"{name}.npz").unlink(missing_ok=True)  # of an earlier demo
+        recording.save(recorded, data_set, name)
+
+    examples = sfj.make_examples(recording.load(data_set), criterion=partial(sfj.settled, tolerance=args.tolerance))
+    progress: Callable[[Iterable[int]], Iterable[int]] = partial(
+        tqdm, desc=f"{'predictor':<28}", unit="epoch", disable=args.quiet, ncols=100
+    )
+    fitted = sfj.fit(
+        sfj.Predictor(rngs=nnx.Rngs(args.seed)),
+        examples,
+        held_out=sfj.by_run(examples, [0]),  # recordings come by name: "never", "recorded"
+        epochs=args.predictor_epochs,
+        learning_rate=0.01,
+        seed=args.seed,
+        progress=progress,
+    )
+    fitted.predictor.save(out / "predictor", overwrite=True)
+    score = fitted.evaluations[-1]
+    say(
+        f"predictor on the held-out run: AUC {score.auc:.3f}, balanced accuracy {score.balanced_accuracy:.3f}, "
+        f"{score.positives} of {score.n} moments to freeze"
+    )
+
+    policy = sfj.smartfrz(fitted.predictor, total_steps=demo.total_steps)
+    guided, _ = demo.fine_tune("smartfrz", policy, seed=args.seed + 30)
+    save_run(guided, out)
+    schedules = sfj.freezeout_schedules(demo.layers, learning_rate=LEARNING_RATE, total_steps=demo.total_steps)
+    freezeout = optax.chain(optax.trace(0.9), sfj.scale_by_layer_schedule(demo.layers, schedules))
+    linear, _ = demo.fine_tune("linear", sfj.linear(demo.total_steps), seed=args.seed + 30, tx=freezeout)
+    save_run(linear, out)
+
+    runs = [full, guided, linear]
+    picture = out / "demo.png"
+    report.picture(runs, picture, f"Fine-tuning ResNet-{len(demo.layers)} on Fashion-MNIST ({versions})")
+    text = report.table(runs)
+    (out / "demo.md").write_text(f"{versions}, seed {args.seed}, one run each\n\n{text}\n")
+    say(f"\n{text}\n")
+    say("One run each, so differences in accuracy below about 2 points are noise. Seconds are without compilation.")
+    say(f"picture      {picture}\ntable        {out / 'demo.md'}\nevery step   {out / 'runs.jsonl'}")
+    say(f"recordings   {data_set}\npredictor    {out / 'predictor'}\n({time.perf_counter() - begin:.0f} s in all)")
+
+
+def save_run(result: Run, out: Path) -> None:
+    """Adds a run to the log."""
+    with (out / "runs.jsonl").open("a") as file:
+        file.write(result.to_json() + "\n")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m train.demo", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything that is written")
+    parser.add_argument("--epochs", type=int, default=4, help="epochs of each fine-tuning (default: %(default)s)")
+    parser.add_argument("--pretrain-epochs", type=int, default=3, help="epochs of pre-training (default: %(default)s)")
+    parser.add_argument("--predictor-epochs", type=int, default=10, help="epochs of the predictor (default: %(default)s)")
+    parser.add_argument("--tolerance", type=float, default=0.02, help="change in CKA that counts as none (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of everything (default: %(default)s)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bars")
+    args = parser.parse_args(argv)
+    for name in ("epochs", "pretrain_epochs", "predictor_epochs"):
+        if getattr(args, name) < 1:
+            parser.error(f"argument --{name.replace('_', '-')}: got {getattr(args, name)}, expected at least 1")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the demo; returns the exit code: 0, 2 if the output folder cannot be written, 130 if interrupted."""
+    args = parse(argv)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        (args.out / "runs.jsonl").write_text("")
+    except OSError as error:
+        print(f"--out: cannot write to {args.out} ({error.strerror}); choose another folder with --out", file=sys.stderr)
+        return 2
+    try:
+        demo(args, print)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; the runs finished so far are in {args.out / 'runs.jsonl'}", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,84 @@
+"""The end of a comparison of runs: one table and one picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import matplotlib as mpl
+
+mpl.use("Agg")
+
+import matplotlib.pyplot as plt  # noqa: E402
+import numpy as np  # noqa: E402
+
+from train.run import Run  # noqa: E402
+
+_COLOURS = {"never": "#4d4d4d", "smartfrz": "#d1495b", "linear": "#2e86ab"}
+
+
+def table(runs: Sequence[Run]) -> str:
+    """A Markdown table of the runs; savings are against the first."""
+    full = runs[0]
+    header = (
+        "| policy | accuracy | seconds | saved | TFLOPs | saved | layers frozen, of all steps | at the end | policy s | compile s | programs |"
+    )
+    lines = [header, "|---" * 11 + "|"]
+    for run in runs:
+        lines.append(
+            f"| {run.name} | {run.accuracy:.1%} | {run.seconds:.1f} | {1 - run.seconds / full.seconds:.0%} "
+            f"| {run.tflops:.3f} | {1 - run.tflops / full.tflops:.0%} | {run.frozen_share:.0%} "
+            f"| {sum(len(event.names) for event in run.events)} of {len(run.layers)} "
+            f"| {run.policy_seconds:.2f} | {run.compile_seconds:.1f} | {run.programs} |"
+        )
+    return "\n".join(lines)
+
+
+def picture(runs: Sequence[Run], path: Path, title: str) -> None:
+    """Draws which layer froze when in each run but the first, and the cost of every step of all.
+
+    Args:
+        runs: The runs, the unfrozen one first.
+        path: PNG file to write.
+        title: Title of the picture.
+    """
+    shown = runs[1:]
+    figure = plt.figure(figsize=(6.2 * len(shown), 9.5), layout="constrained")
+    figure.suptitle(title)
+    grid = figure.add_gridspec(2, len(shown), height_ratios=(1.25, 1))
+    for column, run in enumerate(shown):
+        _draw_freezing(figure.add_subplot(grid[0, column]), run, labels=column == 0)
+    cost = grid[1, :].subgridspec(1, 2)
+    _draw_cost(figure.add_subplot(cost[0]), runs, "GFLOP per step (compiled program)", lambda run: np.array(run.step_flops) / 1e9)
+    _draw_cost(figure.add_subplot(cost[1]), runs, "ms per step (median of 9)", _smoothed_milliseconds)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+def _draw_freezing(axes: plt.Axes, run: Run, *, labels: bool) -> None:
+    steps = len(run.step_flops)
+    frozen_at = {name: event.step for event in run.events for name in event.names}
+    for row, layer in enumerate(run.layers):
+        until = frozen_at.get(layer, steps)
+        axes.barh(row, until, color=_COLOURS.get(run.name, "#888888"), height=0.8)
+        axes.barh(row, steps - until, left=until, color="#dfe7ec", height=0.8)
+    axes.set_ylim(len(run.layers) - 0.4, -0.6)
+    axes.set_xlim(0, steps)
+    axes.set_yticks(range(len(run.layers)), run.layers if labels else [""] * len(run.layers), fontsize=8)
+    axes.set_title(f"{run.name}: trained until (grey: frozen)")
+    axes.set_xlabel("train step")
+
+
+def _draw_cost(axes: plt.Axes, runs: Sequence[Run], label: str, values) -> None:  # noqa: ANN001
+    for run in runs:
+        axes.plot(values(run), label=run.name, color=_COLOURS.get(run.name), drawstyle="steps-post")
+    axes.set_ylim(bottom=0)
+    axes.set_xlabel("train step")
+    axes.set_ylabel(label)
+    axes.legend(loc="lower left")
+    axes.grid(alpha=0.3)
+
+
+def _smoothed_milliseconds(run: Run) -> np.ndarray:
+    seconds = np.pad(run.step_seconds, 4, mode="edge")
+    return 1e3 * np.median(np.lib.stride_tricks.sliding_window_view(seconds, 9), axis=1)
