@@ -87,7 +87,9 @@ def read(path: str | Path, like: PyTree, kind: str) -> PyTree:
 
 
 def with_dropped(path: str | Path, like: PyTree, kind: str, *, prefix: str) -> PyTree:
-    """``like``, with shape ``(0,)`` for the leaves that were saved empty because they were no longer needed.
+    """``like``, with shape ``()`` for the leaves that were saved as a scalar because they were no longer needed.
+
+    (Orbax does not save arrays of size zero.)
 
     Args:
         path: Directory of the checkpoint.
@@ -99,7 +101,8 @@ def with_dropped(path: str | Path, like: PyTree, kind: str, *, prefix: str) -> P
 
     def dropped(path: Any, leaf: Any) -> Any:
         there = saved.get(prefix + keystr(path))
-        return np.zeros(0, leaf.dtype) if there is not None and tuple(there.shape) == (0,) else leaf
+        is_dropped = there is not None and tuple(there.shape) == () != tuple(leaf.shape)
+        return np.zeros((), leaf.dtype) if is_dropped else leaf
 
     return jax.tree_util.tree_map_with_path(dropped, like)
 
@@ -115,6 +118,8 @@ def _metadata(source: Path, kind: str) -> Any:
         raise ValueError(
             f"path: {source} is not the checkpoint of a {kind}; its metadata are {metadata.custom_metadata}"
         )
+    if not isinstance(metadata.metadata, dict):  # Orbax only logs that it could not read them
+        raise ValueError(_damaged(source, kind, ValueError("the list of its arrays cannot be read")))
     return metadata
 
 
@@ -150,6 +155,12 @@ def _storable(leaf: Any) -> Any:
 
 
 def _as_saved(leaf: jax.Array, like: Any) -> Any:
-    if _is_key(like):
-        return jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(like))
-    return np.asarray(leaf) if isinstance(like, np.ndarray) else leaf
+    if isinstance(like, np.ndarray):
+        return np.asarray(leaf)
+    if isinstance(like, jax.Array) and not like.committed:  # it may go to any device; what was read would insist on one
+        leaf = jax.device_put(jax.device_get(leaf))
+    return (
+        jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(jax.numpy.zeros((), like.dtype)))
+        if _is_key(like)
+        else leaf
+    )

@@ -29,8 +29,8 @@ def linear_cka(x: Float[Array, "examples ..."], y: Float[Array, "examples ..."])
         y: Features of the same examples; there may be more or fewer of them than in ``x``.
 
     Returns:
-        float32 scalar from 0 to 1. It is 0 if either side is the same for all examples: no similarity can be shown then.
-        It is NaN if a feature is NaN or infinite.
+        float32 scalar from 0 to 1. It is 0 if either side is the same for all examples, as no similarity can be shown
+        then, and NaN if a feature is NaN or infinite.
 
     Raises:
         ValueError: If the numbers of examples differ or are below 2, or there are no features.

@@ -22,6 +22,8 @@ _Inner = tuple[Any, list[Any]]
 
 # Calls that only group equations: replaced by what they call. Those with their own differentiation rule stay whole.
 _TRANSPARENT = frozenset({"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint"})
+# What comes out of these depends on the data that go in, though the body run once may not show it.
+_CONTROL_FLOW = frozenset({"cond", "scan", "while"})
 
 
 class _Data(frozenset[str]):
@@ -165,22 +167,34 @@ def _consumption(closed: Any, names: Sequence[str], *, data_is_closed_over: bool
 def _uses(jaxpr: Any, tags: dict[Any, frozenset[str]]) -> Iterator[tuple[tuple[int, ...], str, frozenset[str]]]:
     """Yields (rank, parameter name, sources) for every use, in the order of execution; extends ``tags``."""
     for index, eqn in enumerate(jaxpr.eqns):
-        ins = [frozenset() if isinstance(v, jex.Literal) else tags.get(v, frozenset()) for v in eqn.invars]
+        ins = [_tag(tags, atom) for atom in eqn.invars]
         data = [tag for tag in ins if isinstance(tag, _Data)]
-        weights = frozenset[str]().union(*[tag for tag in ins if not isinstance(tag, _Data)])
-        out = weights
+        weights, sources = _join([tag for tag in ins if not isinstance(tag, _Data)]), _join(data)
+        outs = [weights] * len(eqn.outvars)
         if data:
-            sources = frozenset[str]().union(*data)
-            seen: set[str] = set()
+            rank, results = (index,), []
             for body, args in _bodies(eqn):
                 inner = {var: ins[arg] for var, arg in zip(body.invars, args, strict=True)}
-                for rank, name, inner_sources in _uses(body, inner):
-                    seen.add(name)
-                    yield (index, *rank), name, inner_sources
-            for name in sorted(weights - seen):
-                yield (index,), name, sources
-            out = _Data(weights or sources)
-        tags.update(dict.fromkeys(eqn.outvars, out))
+                for inner_rank, name, inner_sources in _uses(body, inner):
+                    yield (index, *inner_rank), name, inner_sources
+                rank = (index, len(body.eqns))
+                results.append([_tag(inner, atom) for atom in body.outvars])
+            if results:  # what a body does not use, or hands on as it is, it does not consume
+                outs = [_join(tags) for tags in zip(*results, strict=True)]
+            if not results or eqn.primitive.name in _CONTROL_FLOW:
+                for name in sorted(_join([out for out in outs if not isinstance(out, _Data)])):
+                    yield rank, name, sources
+                outs = [out if isinstance(out, _Data) else _Data(out or sources) for out in outs]
+        tags.update(zip(eqn.outvars, outs, strict=True))
+
+
+def _tag(tags: dict[Any, frozenset[str]], atom: Any) -> frozenset[str]:
+    return frozenset() if isinstance(atom, jex.Literal) else tags.get(atom, frozenset())
+
+
+def _join(tags: Sequence[frozenset[str]]) -> frozenset[str]:
+    kind = _Data if any(isinstance(tag, _Data) for tag in tags) else frozenset
+    return kind(frozenset[str]().union(*tags))
 
 
 def _bodies(eqn: Any) -> Iterator[_Inner]:
@@ -197,7 +211,8 @@ def _bodies(eqn: Any) -> Iterator[_Inner]:
         case _:
             inner = params.get("jaxpr", params.get("call_jaxpr"))
             body = inner.jaxpr if isinstance(inner, jex.ClosedJaxpr) else inner
-            if body is not None and hasattr(body, "eqns") and len(body.invars) == len(every):
+            sizes = len(every), len(eqn.outvars)
+            if hasattr(body, "eqns") and (len(body.invars), len(body.outvars)) == sizes:
                 yield body, every
 
 

@@ -24,6 +24,7 @@ from smartfrz_jax.targets import Examples
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
+PyTree = Any
 ClassWeights = Literal["balanced"] | tuple[float, float] | None
 
 
@@ -116,15 +117,23 @@ def fit(
         ValueError: If the examples' size is not the predictor's, all training examples have the same target,
             ``held_out`` does not fit or divides the histories of one layer in one run, a number is out of range, or the
             loss becomes NaN or infinite.
+
+    Example:
+        >>> from smartfrz_jax import PredictorConfig, Recording, make_examples
+        >>> runs = [Recording(("a",), np.arange(8), np.ones((8, 1, 4)), np.ones((8, 1)), total_steps=8)] * 2
+        >>> examples = make_examples(runs, window=3)
+        >>> predictor = Predictor(PredictorConfig(size=4), rngs=nnx.Rngs(0))
+        >>> result = fit(predictor, examples, held_out=by_run(examples, [1]), epochs=3, learning_rate=0.01)
+        >>> [evaluation.n for evaluation in result.evaluations]
+        [8, 8, 8]
     """
     _check_size(predictor, examples)
     training, testing = _split(examples, held_out)
     _check_numbers(epochs, batch_size, learning_rate, momentum)
     weights = _class_weights(training.target, class_weights)
     n, steps_per_epoch = len(training), math.ceil(len(training) / batch_size)
-    rates = np.asarray(
-        optax.cosine_decay_schedule(learning_rate, epochs * steps_per_epoch)(np.arange(epochs * steps_per_epoch))
-    )
+    schedule = optax.cosine_decay_schedule(learning_rate, epochs * steps_per_epoch)
+    rates = np.asarray(schedule(np.arange(epochs * steps_per_epoch, dtype=np.float32)))
     rng = np.random.default_rng(seed)
     graphdef, params = nnx.split(predictor)
     opt_state = optax.sgd(learning_rate, momentum).init(params)
@@ -183,16 +192,16 @@ def predict(predictor: Predictor, examples: Examples, *, batch_size: int = 256) 
 @functools.partial(jax.jit, static_argnames=("graphdef", "momentum"))
 def _step(
     graphdef: nnx.GraphDef[Predictor],
-    params: nnx.State,
-    opt_state: Any,
+    params: PyTree,
+    opt_state: PyTree,
     batch: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
     learning_rate: jax.Array,
     *,
     momentum: float,
-) -> tuple[nnx.State, Any, jax.Array]:
+) -> tuple[PyTree, PyTree, jax.Array]:
     records, mask, target, factor = batch
 
-    def loss_fn(params: nnx.State) -> jax.Array:
+    def loss_fn(params: PyTree) -> jax.Array:
         logits = jax.vmap(nnx.merge(graphdef, params))(records, mask)
         return jnp.sum(factor * optax.softmax_cross_entropy_with_integer_labels(logits, target.astype(jnp.int32)))
 
@@ -217,8 +226,9 @@ def _split(examples: Examples, held_out: np.ndarray | None) -> tuple[Examples, E
     histories = np.stack([examples.run, examples.layer], axis=1)
     for run, layer in set(map(tuple, histories[held_out].tolist())) & set(map(tuple, histories[~held_out].tolist())):
         raise ValueError(
-            f"held_out: divides the examples of layer {examples.layers[run][layer]!r} in recording {run}, whose histories "
-            "overlap, so the evaluation would be on training data; use by_run(examples, runs) or by_layer(examples, layers)"
+            f"held_out: divides the examples of layer {examples.layers[run][layer]!r} in recording {run}, whose "
+            "histories overlap, so the evaluation would be on training data; make it with by_run(examples, runs) or "
+            "by_layer(examples, layers)"
         )
     return examples.select(~held_out), examples.select(held_out)
 
@@ -234,12 +244,13 @@ def _class_weights(target: np.ndarray, class_weights: ClassWeights) -> np.ndarra
         )
     if class_weights == "balanced":
         return len(target) / (2 * counts)
-    weights = np.array((1.0, 1.0) if class_weights is None else class_weights, np.float64)
-    if weights.shape != (2,) or not (weights > 0).all() or not np.isfinite(weights).all():
+    weights = (1.0, 1.0) if class_weights is None else class_weights
+    if isinstance(weights, str) or len(weights) != 2 or not all(0 < weight < math.inf for weight in weights):
         raise ValueError(
-            f"class_weights: got {class_weights!r}, expected 'balanced', None or two numbers above 0, for keep and freeze"
+            f"class_weights: got {class_weights!r}, expected 'balanced', None or two numbers above 0, "
+            "for keep and for freeze"
         )
-    return weights
+    return np.array(weights, np.float64)
 
 
 def _check_size(predictor: Predictor, examples: Examples) -> None:

@@ -45,6 +45,7 @@ class Freezer:
     Attributes:
         frozen: The frozen set from now on.
         events: What froze when, in order.
+        policy_state: The policy's state.
 
     Raises:
         TypeError: If ``policy`` is not a :class:`~smartfrz_jax.Policy`.
@@ -59,7 +60,7 @@ class Freezer:
         self.steps = step
         self.frozen = Frozen(layers)
         self.events: list[FreezeEvent] = []
-        self._state = policy.init(layers, params)
+        self.policy_state = policy.init(layers, params)
 
     def observe(self, params: PyTree, **signals: Any) -> Frozen:
         """Shows the policy the outcome of one train step.
@@ -72,7 +73,7 @@ class Freezer:
             The frozen set from now on: the same object if nothing changed.
         """
         self.steps += 1
-        names, self._state = self.policy.update(self._state, self.layers, step=self.steps, params=params, **signals)
+        names, self.policy_state = self.policy.update(self.policy_state, self.layers, step=self.steps, params=params, **signals)
         if names != self.frozen.names:
             new = self.layers.check(names, "policy's decision")
             self.events.append(FreezeEvent(self.steps, tuple(name for name in new if name not in self.frozen.names)))
@@ -96,7 +97,7 @@ class Freezer:
             "steps": self.steps,
             "events": [[event.step, list(event.names)] for event in self.events],
         }
-        checkpoint.write(path, {"run": run, "policy": self._state}, _KIND, metadata, overwrite=overwrite)
+        checkpoint.write(path, {"run": run, "policy": self.policy_state}, _KIND, metadata, overwrite=overwrite)
 
     def saved_frozen(self, path: str | Path) -> Frozen:
         """The frozen set of a checkpoint, which the arrays given to :meth:`restore_run` must have the structure of.
@@ -130,9 +131,9 @@ class Freezer:
             ValueError: If the checkpoint is damaged or does not fit; nothing has changed then.
         """
         frozen = self.saved_frozen(path)
-        policy = checkpoint.with_dropped(path, self._state, _KIND, prefix="['policy']")
+        policy = checkpoint.with_dropped(path, self.policy_state, _KIND, prefix="['policy']")
         saved = checkpoint.read(path, {"run": run, "policy": policy}, _KIND)
         metadata = checkpoint.read_metadata(path, _KIND)
-        self.frozen, self._state, self.steps = frozen, saved["policy"], metadata["steps"]
+        self.frozen, self.policy_state, self.steps = frozen, saved["policy"], metadata["steps"]
         self.events = [FreezeEvent(step, tuple(names)) for step, names in metadata["events"]]
         return saved["run"]

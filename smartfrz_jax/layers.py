@@ -116,8 +116,8 @@ def find_layers(
 
     A normalisation (or any other group of vectors) joins the kernel whose output it works on; where several kernels
     feed it, as behind a residual connection, it joins the kernel just before or just after it in forward order,
-    whichever is closer by name, the one before if both are. Parameters that ``forward`` does not use come first: they
-    never train.
+    whichever is closer by name, the one before if both are. Layers of which ``forward`` uses no parameter come first:
+    they never train.
 
     Args:
         params: Parameter pytree; arrays or ``jax.ShapeDtypeStruct``.
@@ -206,7 +206,11 @@ def group(
         params = tuple(name for name in names if name in leaves)
         kernels = tuple(name for name in params if _is_kernel(name, leaves[name]))
         entries.append(Layer(layer, params, kernels or params, tuple(name for name in names if name not in leaves)))
-    return Layers(tuple(sorted(entries, key=lambda layer: min(rank[param] for param in layer.params))))
+    return Layers(tuple(sorted(entries, key=lambda layer: _first_use(layer.params, rank))))
+
+
+def _first_use(names: Iterable[str], rank: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
+    return min((rank[name] for name in names if rank[name] != _UNUSED), default=_UNUSED)
 
 
 def _modules(leaves: Mapping[str, Any], state: Collection[str]) -> dict[str, list[str]]:
@@ -236,7 +240,7 @@ def _attach(
     sources: Mapping[str, frozenset[str]],
 ) -> dict[str, list[str]]:
     """Joins modules without a kernel to one that has a kernel."""
-    order = sorted(modules, key=lambda module: min(rank[param] for param in modules[module]))
+    order = sorted(modules, key=lambda module: _first_use(modules[module], rank))
     with_params = [module for module in order if any(name in leaves for name in modules[module])]
     with_kernel = [
         m for m in with_params if any(name in leaves and _is_kernel(name, leaves[name]) for name in modules[m])

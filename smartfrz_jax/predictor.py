@@ -122,7 +122,14 @@ class Predictor(nnx.Module):
             FileNotFoundError: If there is no such directory.
             ValueError: If it is not a complete predictor checkpoint, or its shapes are not those of ``config``.
         """
-        sizes = PredictorConfig(**checkpoint.read_metadata(path, _KIND)["config"])
+        metadata = checkpoint.read_metadata(path, _KIND)
+        try:
+            sizes = PredictorConfig(**metadata["config"])
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(
+                f"path: the predictor in {path} has no usable config ({type(error).__name__}: {error} in {metadata}); "
+                "restore one that Predictor.save wrote"
+            ) from error
         graphdef, state = nnx.split(nnx.eval_shape(lambda: cls(config or sizes, rngs=nnx.Rngs(0))))
         nnx.replace_by_pure_dict(state, checkpoint.read(path, nnx.to_pure_dict(state), _KIND))
         return nnx.merge(graphdef, state)

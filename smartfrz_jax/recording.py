@@ -1,4 +1,4 @@
-"""What is recorded while a network trains again beside its well-trained reference; the predictor's training set on disk.
+"""What is recorded while a network trains again beside its well-trained reference: the predictor's training data.
 
 A data set is a directory. Each recording, one training run, is a compressed NumPy archive in it, ``<name>.npz``, which
 ``numpy.load(path, allow_pickle=False)`` reads. Its arrays are
@@ -10,7 +10,7 @@ A data set is a directory. Each recording, one training run, is a compressed Num
 ``weights``          float32, ``(records, layers, size)``       tailored weights
 ``cka``              float32, ``(records, layers)``             linear CKA of a layer's output with the reference's
 ``total_steps``      int64, ``()``                              train steps of the whole run
-``metadata``         unicode, ``()``                            a JSON object: architecture, data set, schedule, seed, ...
+``metadata``         unicode, ``()``                            a JSON object: architecture, data set, seed, ...
 ===================  =========================================  ==================================================
 
 A data set grows by adding files; files that are there are never written to.
@@ -69,6 +69,7 @@ class Recording:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "total_steps", int(self.total_steps))
         for field, dtype in _DTYPES.items():
             array = np.asarray(getattr(self, field))
             if not np.can_cast(array.dtype, dtype, "same_kind"):
@@ -78,7 +79,8 @@ class Recording:
         records, layers = len(self.steps) if self.steps.ndim else 0, len(self.layers)
         if not records or not layers or self.steps.ndim != 1:
             raise ValueError(
-                f"steps, layers: got steps of shape {self.steps.shape} and {layers} layers, expected at least one of each"
+                f"steps, layers: got steps of shape {self.steps.shape} and {layers} layers, "
+                "expected a vector of at least one step and at least one layer"
             )
         if self.weights.ndim != 3 or self.weights.shape[:2] != (records, layers) or not self.weights.shape[2]:
             raise ValueError(
@@ -124,8 +126,8 @@ class Recorder:
         """
         if tailoring.layers != layers:
             raise ValueError(
-                f"tailoring: made for other layers ({len(tailoring.layers)} from {tailoring.layers.names[0]!r} on) than "
-                f"layers ({len(layers)} from {layers.names[0]!r} on); make it with Tailoring.create(layers, ...)"
+                f"tailoring: made for other layers ({len(tailoring.layers)} from {tailoring.layers.names[0]!r} on) "
+                f"than layers ({len(layers)} from {layers.names[0]!r} on); make it with Tailoring.create(layers, ...)"
             )
         self.layers = layers
         self.tailoring = tailoring
@@ -295,17 +297,18 @@ def _check_ascending(steps: np.ndarray) -> None:
         raise ValueError(f"step: got {steps[0]}, expected 0 or more, the number of train steps done")
     for index in np.flatnonzero(np.diff(steps) <= 0)[:1]:
         raise ValueError(
-            f"step: got {steps[index + 1]} after {steps[index]}, expected ascending steps; use a new Recorder for a new run"
+            f"step: got {steps[index + 1]} after {steps[index]}, expected ascending steps; "
+            "use a new Recorder for a new run"
         )
 
 
 def _check_finite(layers: tuple[str, ...], steps: np.ndarray, weights: np.ndarray, cka: np.ndarray) -> None:
-    finite_weights = np.isfinite(weights).all(axis=-1)
+    finite_weights = np.all(np.isfinite(weights), axis=-1)
     for record, layer in np.argwhere(~(finite_weights & np.isfinite(cka)))[:1]:
         what = "cka" if finite_weights[record, layer] else "weights"
         raise ValueError(
-            f"{what}: not finite for layer {layers[layer]!r} at step {steps[record]}; the training has diverged (lower its "
-            "learning rate), or a layer's output is not finite"
+            f"{what}: not finite for layer {layers[layer]!r} at step {steps[record]}; if the training diverged, "
+            "lower its learning rate"
         )
 
 

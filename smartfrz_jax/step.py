@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import optax
+
 from smartfrz_jax.cost import ProgramCost, program_cost
 from smartfrz_jax.freezing import Frozen
 
@@ -21,14 +23,15 @@ class Program(NamedTuple):
 
 
 class TrainStep:
-    """Calls a jitted train step, and keeps for every frozen set what its program costs to compile and to run.
+    """Calls a jitted train step, and keeps for every program of it what it costs to compile and to run.
 
-    The step itself specialises on the frozen set, which is static in one of its arguments; this class only notices when
-    it changes, compiles the program at that moment, and measures. Calls with a batch of another shape go to ``jax.jit``.
+    The step itself specialises on the frozen set and the optimizer, which are static in one of its arguments; this class
+    only notices when they change, compiles the program at that moment, and measures. Other changes, such as a batch of
+    another shape, are left to ``jax.jit``.
 
     Args:
-        step: A function made by ``jax.jit`` or ``nnx.jit``. One of its arguments has an attribute ``frozen``: the
-            ``TrainState`` of ``smartfrz_jax.linen`` or the ``Optimizer`` of ``smartfrz_jax.nnx``.
+        step: A function made by ``jax.jit`` or ``nnx.jit``. One of its arguments is a ``TrainState`` of
+            ``smartfrz_jax.linen`` or an ``Optimizer`` of ``smartfrz_jax.nnx``.
 
     Attributes:
         programs: The programs so far, in the order of their first use.
@@ -37,7 +40,7 @@ class TrainStep:
     def __init__(self, step: Any):
         self._step = step
         self.programs: list[Program] = []
-        self._by_frozen: dict[Frozen, Program] = {}
+        self._by_tx: dict[optax.GradientTransformation, Program] = {}
 
     @property
     def compile_seconds(self) -> float:
@@ -45,21 +48,21 @@ class TrainStep:
         return sum(program.cost.trace_seconds + program.cost.compile_seconds for program in self.programs)
 
     def program(self, *args: Any) -> Program:
-        """The program for these arguments' frozen set, compiled now if it is new.
+        """The program for these arguments, compiled now if it is new.
 
         Raises:
             TypeError: If no argument has a frozen set.
         """
-        frozen = next((arg.frozen for arg in args if isinstance(getattr(arg, "frozen", None), Frozen)), None)
-        if frozen is None:
+        owner = next((arg for arg in args if isinstance(getattr(arg, "frozen", None), Frozen)), None)
+        if owner is None:
             raise TypeError(
                 f"args: none of {', '.join(type(arg).__name__ for arg in args)} has a frozen set; pass the TrainState of "
                 "smartfrz_jax.linen or the Optimizer of smartfrz_jax.nnx"
             )
-        if frozen not in self._by_frozen:
-            self._by_frozen[frozen] = Program(frozen, program_cost(self._step, *args))
-            self.programs.append(self._by_frozen[frozen])
-        return self._by_frozen[frozen]
+        if owner.tx not in self._by_tx:  # transformations for equal optimizers and frozen sets are equal
+            self._by_tx[owner.tx] = Program(owner.frozen, program_cost(self._step, *args))
+            self.programs.append(self._by_tx[owner.tx])
+        return self._by_tx[owner.tx]
 
     def __call__(self, *args: Any) -> Any:
         """Runs the step."""

@@ -22,9 +22,6 @@ if TYPE_CHECKING:
 
 PyTree = Any
 
-# A larger layer is sampled by rejection, which does not make a permutation of all its weights.
-_PERMUTED = 1 << 16
-
 
 class Tailoring(struct.PyTreeNode):
     """Positions of the sampled weights of every layer; a pytree.
@@ -98,13 +95,17 @@ class Tailoring(struct.PyTreeNode):
 
 
 def _draw(key: jax.Array, n: int, size: int) -> np.ndarray:
-    """``size`` positions below ``n``, int64; distinct if ``n`` is at least ``size``."""
-    if n <= _PERMUTED:
-        return np.asarray(jax.random.choice(key, n, (size,), replace=n < size), np.int64)
+    """``size`` positions below ``n``, int64; distinct if ``n`` is at least ``size``.
+
+    The first distinct draws with replacement are a draw without, and unlike a permutation that is one program for all
+    layers.
+    """
+    if n < size:
+        return np.asarray(jax.random.randint(key, (size,), 0, n), np.int64)
     distinct = np.zeros(0, np.int64)
-    while len(distinct) < size:  # the first `size` distinct draws with replacement are a draw without
+    while len(distinct) < size:
         key, subkey = jax.random.split(key)
-        drawn = np.concatenate([distinct, np.asarray(jax.random.choice(subkey, n, (2 * size,)), np.int64)])
+        drawn = np.concatenate([distinct, np.asarray(jax.random.randint(subkey, (2 * size,), 0, n), np.int64)])
         distinct = drawn[np.sort(np.unique(drawn, return_index=True)[1])]
     return distinct[:size]
 

@@ -145,7 +145,7 @@ class Examples:
         return records, mask, self.target[indices]
 
     def select(self, chosen: np.ndarray) -> Examples:
-        """The examples at the given indices, or at which a boolean array of shape ``(n,)`` is true; shares the weights."""
+        """The examples at some indices, or at which a boolean array of shape ``(n,)`` is true; shares the weights."""
         fields = ("run", "layer", "moment", "target", "progress", "depth")
         return dataclasses.replace(self, **{field: getattr(self, field)[chosen] for field in fields})
 
@@ -185,7 +185,7 @@ def make_examples(
     sizes = sorted({recording.weights.shape[2] for recording in recordings})
     if len(sizes) != 1:
         raise ValueError(
-            f"recordings: got {len(recordings)} with tailored sizes {sizes}, expected at least one, all of the same size"
+            f"recordings: got {len(recordings)} of tailored sizes {sizes}, expected at least one, all of one size"
         )
     run, layer, moment, target, progress, depth = [], [], [], [], [], []
     for index, recording in enumerate(recordings):

@@ -1,11 +1,28 @@
-"""Strict set-up of every test: eight fake CPU devices, no implicit dtype or rank promotion, NaN checks where asked."""
+"""Strict set-up of every test: eight fake CPU devices, no implicit dtype or rank promotion; warnings are errors."""
 
 import os
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
-import jax  # noqa: E402
+import jax
+import pytest
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture(scope="session")
+def fashion():
+    """A few real images: (images float32 (512, 28, 28, 1), labels int32 (512,))."""
+    from train import fashion_mnist
+
+    train, _ = fashion_mnist.load()
+    return train.images[:512], train.labels[:512]
+
+
+@pytest.fixture
+def jax_defaults():
+    """For tests that run optax or Flax code which does not take strict promotion (Adam's bias correction, pooling)."""
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        yield

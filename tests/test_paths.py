@@ -58,5 +58,5 @@ def test_tree_map_takes_several_trees_and_keeps_the_structure():
     first, second = {"a": [jnp.ones(2)], "b": jnp.zeros(3)}, {"a": [1], "b": 2}
     result = paths.tree_map(lambda name, x, y: (name, x.shape, y), first, second)
     assert result == {"a": [("a/0", (2,), 1)], "b": ("b", (3,), 2)}
-    with pytest.raises(ValueError, match="(?i)mismatch|structure|key"):
+    with pytest.raises(ValueError, match=r"(?i)mismatch|structure|key"):
         paths.tree_map(lambda name, x, y: x, first, {"a": [1]})

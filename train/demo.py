@@ -74,11 +74,6 @@ def accuracy(model: nnx.Module, split: fashion_mnist.Split) -> float:
     return sum(right) / len(split.labels)
 
 
-def sgd(total_steps: int) -> optax.GradientTransformation:
-    """The paper's optimizer: SGD with momentum, cosine annealing to the last step."""
-    return optax.sgd(optax.cosine_decay_schedule(LEARNING_RATE, total_steps), momentum=0.9)
-
-
 class Demo:
     """The data, the pre-trained weights and the compiled steps that all runs of the demo share."""
 
@@ -87,6 +82,8 @@ class Demo:
         self.epochs, self.pretrain_epochs, self.seed, self.out, self.quiet = epochs, pretrain_epochs, seed, out, quiet
         self.total_steps = epochs * (len(self.train_split.labels) // BATCH_SIZE)
         self.step = sfj.TrainStep(train_step)
+        # The paper's optimizer. One object for all runs: another one would be another program.
+        self.sgd = optax.sgd(optax.cosine_decay_schedule(LEARNING_RATE, self.total_steps), momentum=0.9)
         model = new_model(seed)
         self.probe = jnp.asarray(self.train_split.images[:PROBE_SIZE])
         self.layers = sfj.nnx.find_layers(model, self.probe)
@@ -110,7 +107,7 @@ class Demo:
         """Fine-tunes the pre-trained network on all ten classes."""
         model = new_model(0)
         nnx.update(model, self.pretrained)
-        optimizer = sfj.nnx.Optimizer(model, tx or sgd(self.total_steps), wrt=nnx.Param, layers=self.layers)
+        optimizer = sfj.nnx.Optimizer(model, tx or self.sgd, wrt=nnx.Param, layers=self.layers)
         freezer = sfj.nnx.Freezer(model, optimizer, policy)
         images, labels = self.train_split
         data = ((images[i], labels[i]) for i in batches(len(labels), BATCH_SIZE, self.epochs, seed))
@@ -131,7 +128,7 @@ class Demo:
         model = new_model(self.seed)
         images, labels = (part[self.train_split.labels < 5] for part in self.train_split)
         steps = self.pretrain_epochs * (len(labels) // BATCH_SIZE)
-        optimizer = sfj.nnx.Optimizer(model, sgd(steps), wrt=nnx.Param, layers=self.layers)
+        optimizer = sfj.nnx.Optimizer(model, self.sgd, wrt=nnx.Param, layers=self.layers)
         freezer = sfj.nnx.Freezer(model, optimizer, sfj.never())
         data = ((images[i], labels[i]) for i in batches(len(labels), BATCH_SIZE, self.pretrain_epochs, self.seed))
         with self.bar(steps, "pre-train on 5 classes") as bar:

@@ -80,5 +80,5 @@ def _draw_cost(axes: plt.Axes, runs: Sequence[Run], label: str, values) -> None:
 
 
 def _smoothed_milliseconds(run: Run) -> np.ndarray:
-    seconds = np.pad(run.step_seconds, 4, mode="edge")
+    seconds = np.pad(run.step_seconds, 4, mode="reflect")
     return 1e3 * np.median(np.lib.stride_tricks.sliding_window_view(seconds, 9), axis=1)

@@ -30,7 +30,8 @@ class Run:
         frozen_layers: Number of layers frozen in each step.
         events: What froze when.
         policy_seconds: Time spent in the policy: records, predictor, moving the optimizer state.
-        compile_seconds: Time to trace and compile the programs of this run that no earlier run had compiled.
+        compile_seconds: Time that it took to trace and compile the programs of this run, in whichever run they were first
+            needed.
         programs: Number of programs the run used.
         accuracy: Share of the test images that are classified right.
     """
@@ -103,25 +104,24 @@ def run(
         FloatingPointError: If the loss is not finite.
     """
     result = Run(name, freezer.layers.names)
-    known = train_step.compile_seconds
-    used = set()
+    used: dict[sfj.Frozen, sfj.Program] = {}
     for step, batch in enumerate(data, start=1):
         program = train_step.program(model, optimizer, *batch)
         start = time.perf_counter()
         loss = jax.block_until_ready(train_step(model, optimizer, *batch))
         trained = time.perf_counter()
         freezer.step(loss=loss)
-        jax.block_until_ready(nnx.state(optimizer))
+        jax.block_until_ready(freezer.policy_state)
         result.policy_seconds += time.perf_counter() - trained
         result.step_seconds.append(trained - start)
         result.step_flops.append(program.cost.flops)
         result.frozen_layers.append(len(program.frozen.names))
-        used.add(program.frozen)
+        used[program.frozen] = program
         if not np.isfinite(loss):
             raise FloatingPointError(f"the loss is {loss} after step {step} of the run {name!r}; lower its learning rate")
         if after_step is not None:
             after_step(step)
     result.events = freezer.events
-    result.compile_seconds = train_step.compile_seconds - known
+    result.compile_seconds = sum(program.cost.trace_seconds + program.cost.compile_seconds for program in used.values())
     result.programs = len(used)
     return result

@@ -24,7 +24,7 @@ class AutoFreezeState(NamedTuple):
     """State of :func:`autofreeze`.
 
     Attributes:
-        accumulated: Sum of the gradients since the last evaluation, float32, by parameter name; of shape ``(0,)`` for
+        accumulated: Sum of the gradients since the last evaluation, float32, by parameter name; a scalar zero for
             parameters of frozen layers.
         norms: L1 norm of each layer's sum at the last evaluation, float32 of shape ``(layers,)``.
         evaluations: Evaluations so far, int32.
@@ -118,7 +118,7 @@ def _evaluate(
         frozen = frozen | (may_freeze & ~np.logical_or.accumulate(ends_prefix))
     active = set(_active_params(layers, frozen))
     return AutoFreezeState(
-        {p: jnp.zeros_like(x) if p in active else jnp.zeros(0, jnp.float32) for p, x in state.accumulated.items()},
+        {p: jnp.zeros_like(x) if p in active else jnp.zeros((), jnp.float32) for p, x in state.accumulated.items()},
         norms,
         np.asarray(state.evaluations + 1, np.int32),
         frozen,

@@ -157,8 +157,24 @@ def shares_of_cost(layers: Layers, costs: Mapping[str, float] | None) -> Float[n
 
 
 def names_of(layers: Layers, mask: Bool[np.ndarray, " layers"]) -> frozenset[str]:
-    """Names of the layers at which a boolean array of shape ``(layers,)`` is true."""
-    return frozenset(name for name, chosen in zip(layers.names, np.asarray(mask), strict=True) if chosen)
+    """Names of the layers at which a boolean array of shape ``(layers,)`` is true.
+
+    Args:
+        layers: The network's layers.
+        mask: From a policy's state.
+
+    Returns:
+        The names.
+
+    Raises:
+        ValueError: If the state was made for another number of layers.
+    """
+    if len(mask) != len(layers):
+        raise ValueError(
+            f"layers: got {len(layers)}, but the policy's state is for {len(mask)}; make the state with the "
+            "policy's init for these layers"
+        )
+    return frozenset(name for name, chosen in zip(layers.names, mask, strict=True) if chosen)
 
 
 def require(signals: dict[str, Any], name: str, policy: str, way_out: str) -> Any:
