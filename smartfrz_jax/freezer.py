@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import jax
-import numpy as np
 
 from smartfrz_jax import checkpoint
 from smartfrz_jax.freezing import Frozen
@@ -62,11 +60,11 @@ class Freezer:
         self.events: list[FreezeEvent] = []
         self.policy_state = policy.init(layers, params)
 
-    def observe(self, params: PyTree, **signals: Any) -> Frozen:
+    def observe(self, params: Callable[[], PyTree], **signals: Any) -> Frozen:
         """Shows the policy the outcome of one train step.
 
         Args:
-            params: Parameter pytree after the step.
+            params: A function without arguments that gives the parameter pytree after the step.
             **signals: Further signals, see ``smartfrz_jax.policies.base.UpdateFn``.
 
         Returns:

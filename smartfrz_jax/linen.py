@@ -242,7 +242,7 @@ class Freezer(freezer.Freezer):
         make_features = self._features
         return state.freeze(
             self.observe(
-                state.params,
+                lambda: state.params,
                 loss=loss,
                 grads=state.grads if state.keep_grads else None,
                 features=None if make_features is None else lambda: make_features(state),

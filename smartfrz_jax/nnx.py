@@ -270,7 +270,7 @@ class Freezer(freezer.Freezer):
         """
         model, optimizer, make_features = self.model, self.optimizer, self._features
         frozen = self.observe(
-            _params(model, optimizer.wrt),
+            lambda: _params(model, optimizer.wrt),
             loss=loss,
             grads={name: grad[...] for name, grad in optimizer.grads.items()} if optimizer.keep_grads else None,
             features=None if make_features is None else lambda: make_features(model),

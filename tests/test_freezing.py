@@ -79,7 +79,13 @@ OPTIMIZERS = {
         lambda params: paths.tree_map(lambda name, _: name.rpartition("/")[2], params),
     ),
 }
-parametrize_optimizers = pytest.mark.parametrize("tx", OPTIMIZERS.values(), ids=OPTIMIZERS)
+parametrize_optimizers = pytest.mark.parametrize(
+    "tx",
+    [
+        pytest.param(tx, id=name, marks=[pytest.mark.slow] if name == "MultiSteps" else [])
+        for name, tx in OPTIMIZERS.items()
+    ],
+)
 
 
 def zeroed(grads, frozen):

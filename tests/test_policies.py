@@ -110,7 +110,7 @@ def advance(policy, moment, step):
         "features": lambda: outputs(params, X),
     }
     signals = {name: value for name, value in signals.items() if name in policy.needs}
-    names, state = policy.update(moment.state, LAYERS, step=step, params=params, **signals)
+    names, state = policy.update(moment.state, LAYERS, step=step, params=lambda: params, **signals)
     return Moment(params, Frozen(LAYERS, names), state), signals
 
 
@@ -155,7 +155,7 @@ def test_pure(case):
         before = bits(moment.state)
         after, signals = advance(policy, moment, step)
         assert bits(moment.state) == before
-        again = policy.update(moment.state, LAYERS, step=step, params=after.params, **signals)
+        again = policy.update(moment.state, LAYERS, step=step, params=lambda: after.params, **signals)
         assert (again[0], bits(again[1])) == (after.frozen.names, bits(after.state))
         moment = after
 
@@ -247,7 +247,7 @@ def test_says_which_signal_is_missing(name):
     (signal,) = policy.needs
     state = policy.init(LAYERS, PARAMS)
     with pytest.raises(ValueError, match=f"{signal}: the policy '{name}' needs it and got none; pass "):
-        policy.update(state, LAYERS, step=1, params=PARAMS)
+        policy.update(state, LAYERS, step=1, params=lambda: PARAMS)
 
 
 def test_update_refuses_a_network_with_other_layers():
@@ -256,4 +256,4 @@ def test_update_refuses_a_network_with_other_layers():
     fewer = {name: PARAMS[name] for name in ("dense0", "dense1")}
     layers = find_layers(fewer, lambda p, x: x @ p["dense0"]["kernel"] @ p["dense1"]["kernel"], X)
     with pytest.raises(ValueError, match="layers: got 2, but the policy's state is for 6; "):
-        policy.update(state, layers, step=1, params=fewer)
+        policy.update(state, layers, step=1, params=lambda: fewer)

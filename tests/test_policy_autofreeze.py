@@ -53,7 +53,7 @@ def run(policy, gradients, *, only_active=True):
     state, frozen, decisions, states = policy.init(LAYERS, PARAMS), frozenset(), [], []
     for step, grads in enumerate(gradients, start=1):
         shown = {p: jnp.asarray(g) for p, g in grads.items() if not only_active or LAYERS.owner[p] not in frozen}
-        frozen, state = policy.update(state, LAYERS, step=step, params=PARAMS, grads=shown)
+        frozen, state = policy.update(state, LAYERS, step=step, params=lambda: PARAMS, grads=shown)
         decisions.append(frozen)
         states.append(state)
     return decisions, states
@@ -159,7 +159,7 @@ def test_says_which_gradient_is_missing():
     policy = policies.autofreeze(5)
     grads = {p: g for p, g in constant([1.0] * N)[0].items() if p != "block3/bias"}
     with pytest.raises(ValueError, match="grads: 'block3/bias' of an active layer is missing"):
-        policy.update(policy.init(LAYERS, PARAMS), LAYERS, step=1, params=PARAMS, grads=grads)
+        policy.update(policy.init(LAYERS, PARAMS), LAYERS, step=1, params=lambda: PARAMS, grads=grads)
 
 
 def test_stops_at_gradients_that_are_not_finite():

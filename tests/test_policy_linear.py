@@ -21,7 +21,7 @@ def first_frozen_step(policy, layers, params, last):
     state = policy.init(layers, params)
     first = {}
     for step in range(1, last + 1):
-        names, state = policy.update(state, layers, step=step, params=params)
+        names, state = policy.update(state, layers, step=step, params=lambda: params)
         for name in names:
             first.setdefault(name, step)
     return [first.get(name) for name in layers.names]
@@ -145,7 +145,7 @@ def test_optimizer_inside_freeze_is_momentum_sgd_in_numpy(scale_rate):
         now = jax.tree.map(lambda g, step=step: jnp.asarray(g[step - 1], jnp.float32), grads)
         programs.add(frozen)
         params, opt_state = step_fn(params, now, opt_state, frozen)
-        names, state = policy.update(state, layers, step=step, params=params)
+        names, state = policy.update(state, layers, step=step, params=lambda: params)
         if names != frozen.names:
             frozen = Frozen(layers, names)
             opt_state = freezing.migrate(opt_state, tx, params, frozen)

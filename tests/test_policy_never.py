@@ -11,4 +11,4 @@ def test_freezes_nothing_and_has_no_state():
     state = policy.init(layers, params)
     assert jax.tree.leaves(state) == []
     for step in (1, 10, 10**9):
-        assert policy.update(state, layers, step=step, params=params) == (frozenset(), state)
+        assert policy.update(state, layers, step=step, params=lambda: params) == (frozenset(), state)

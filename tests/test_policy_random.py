@@ -19,7 +19,7 @@ def frozen_share(policy, layers, params, total_steps, weights):
     state, frozen, total = policy.init(layers, params), frozenset(), 0.0
     for step in range(1, total_steps + 1):
         total += sum(weights[name] for name in frozen)  # this step ran with these frozen
-        frozen, state = policy.update(state, layers, step=step, params=params)
+        frozen, state = policy.update(state, layers, step=step, params=lambda: params)
     return total / total_steps / sum(weights.values())
 
 

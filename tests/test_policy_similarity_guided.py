@@ -29,7 +29,7 @@ def run(policy, curve, every=1):
             calls.append(step)
             return features(curve[step // every - 1])
 
-        names, state = policy.update(state, LAYERS, step=step, params=PARAMS, features=compute)
+        names, state = policy.update(state, LAYERS, step=step, params=lambda: PARAMS, features=compute)
         decisions.append("".join(sorted(names)))
     return decisions, state, calls
 
@@ -73,7 +73,7 @@ def test_a_layer_with_constant_output_has_cka_zero_and_freezes():
     state = policy.init(LAYERS, PARAMS)
     dead = features([0.1] * 4) | {"b": jnp.ones((12, 1))}
     for step in (1, 2):
-        names, state = policy.update(state, LAYERS, step=step, params=PARAMS, features=lambda: dead)
+        names, state = policy.update(state, LAYERS, step=step, params=lambda: PARAMS, features=lambda: dead)
     assert names == {"a", "b", "c"}
     assert state.cka[1, 1] == 0
 
@@ -100,7 +100,7 @@ def test_says_which_output_is_missing():
             policy.init(LAYERS, PARAMS),
             LAYERS,
             step=1,
-            params=PARAMS,
+            params=lambda: PARAMS,
             features=lambda: {name: REFERENCE[name] for name in "abd"},
         )
 
@@ -109,4 +109,4 @@ def test_stops_at_features_that_are_not_finite():
     policy = policies.similarity_guided(REFERENCE, 1)
     broken = features([0.5] * 4) | {"c": jnp.full((12, 1), jnp.nan)}
     with pytest.raises(FloatingPointError, match="features: not finite after step 7 in layer 'c'"):
-        policy.update(policy.init(LAYERS, PARAMS), LAYERS, step=7, params=PARAMS, features=lambda: broken)
+        policy.update(policy.init(LAYERS, PARAMS), LAYERS, step=7, params=lambda: PARAMS, features=lambda: broken)

@@ -47,7 +47,7 @@ def run(policy, steps, speeds=(0.0, 0.0, 0.0, 0.0)):
     position = np.zeros(4)
     for step in range(1, steps + 1):
         position += speeds(step) if callable(speeds) else speeds
-        names, state = policy.update(state, LAYERS, step=step, params=params_at(1, position))
+        names, state = policy.update(state, LAYERS, step=step, params=lambda: params_at(1, position))
         decisions.append("".join(sorted(names)))
         states.append(state)
     return decisions, states
@@ -155,8 +155,8 @@ def test_no_implicit_transfers(predictor):
     for guard in ("allow", "disallow"):  # constants go to the device when programs are compiled
         with jax.transfer_guard(guard):
             for step in (1, 2, 3, 4):
-                names, _ = policy.update(state, LAYERS, step=step, params=START)
-                _, state = policy.update(state, LAYERS, step=step, params=START)
+                names, _ = policy.update(state, LAYERS, step=step, params=lambda: START)
+                _, state = policy.update(state, LAYERS, step=step, params=lambda: START)
         assert names == {"a", "b", "c"}
         state = policy.init(LAYERS, START)
 
@@ -214,9 +214,9 @@ def test_stops_at_weights_that_are_not_finite(predictor):
     policy = policies.smartfrz(predictor, record_every=2, window=4)
     broken = START | {"b": jnp.full((4, 4), jnp.nan), "d": jnp.full((4, 4), jnp.inf)}
     state = policy.init(LAYERS, START)
-    _, state = policy.update(state, LAYERS, step=1, params=broken)  # not recorded
+    _, state = policy.update(state, LAYERS, step=1, params=lambda: broken)  # not recorded
     with pytest.raises(FloatingPointError, match="params: not finite after step 2 in layer 'b', 'd', so the policy"):
-        policy.update(state, LAYERS, step=2, params=broken)
+        policy.update(state, LAYERS, step=2, params=lambda: broken)
 
 
 def test_stops_at_a_confidence_that_is_not_finite():

@@ -9,7 +9,7 @@ PARAMS = {name: jnp.ones((2, 2)) for name in NAMES}
 
 
 def frozen_at(policy, step):
-    return "".join(sorted(policy.update(policy.init(LAYERS, PARAMS), LAYERS, step=step, params=PARAMS)[0]))
+    return "".join(sorted(policy.update(policy.init(LAYERS, PARAMS), LAYERS, step=step, params=lambda: PARAMS)[0]))
 
 
 @pytest.mark.parametrize(("budget", "expected"), [(0.0, ""), (0.19, ""), (0.2, "a"), (0.6, "abc"), (1.0, "abcd")])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -91,7 +91,7 @@ def autofreeze(evaluate_every: int, *, percentile: float = 50, keep: Iterable[st
         )
 
     def update(
-        state: AutoFreezeState, layers: Layers, *, step: int, params: PyTree, **signals: Any
+        state: AutoFreezeState, layers: Layers, *, step: int, params: Callable[[], PyTree], **signals: Any
     ) -> tuple[frozenset[str], AutoFreezeState]:
         grads = require(signals, "grads", _NAME, "pass the gradients of the active layers by parameter name")
         active = _active_params(layers, state.frozen)

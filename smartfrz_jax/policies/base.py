@@ -38,7 +38,7 @@ class UpdateFn(Protocol):
     """``update(state, layers, *, step, params, ...) -> (names, state)``."""
 
     def __call__(
-        self, state: PyTree, layers: Layers, *, step: int, params: PyTree, **signals: Any
+        self, state: PyTree, layers: Layers, *, step: int, params: Callable[[], PyTree], **signals: Any
     ) -> tuple[frozenset[str], PyTree]:
         """Called once after every train step.
 
@@ -46,7 +46,8 @@ class UpdateFn(Protocol):
             state: State of the previous call.
             layers: The network's layers.
             step: Number of train steps done.
-            params: Parameter pytree after that step.
+            params: A function without arguments that gives the parameter pytree after that step. It is a function
+                because gathering the parameters of a model takes time, and most steps do not look at them.
             **signals: ``grads`` (gradients of the active layers by parameter name; only if the policy ``needs`` them),
                 ``loss`` (scalar, if the loop passes it), ``features`` (a function without arguments that computes the
                 output of every layer on a probe batch, by layer name; if the loop provides it).
@@ -97,7 +98,7 @@ def scheduled(freeze_at: Callable[[Layers], Int[np.ndarray, " layers"]]) -> Poli
         return ScheduleState(np.asarray(freeze_at(layers), np.int32))
 
     def update(
-        state: ScheduleState, layers: Layers, *, step: int, params: PyTree, **signals: Any
+        state: ScheduleState, layers: Layers, *, step: int, params: Callable[[], PyTree], **signals: Any
     ) -> tuple[frozenset[str], ScheduleState]:
         return names_of(layers, state.freeze_at <= step), state
 

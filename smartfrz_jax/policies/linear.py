@@ -54,7 +54,7 @@ def linear(
         >>> params = {"a": {"kernel": jnp.ones((2, 2))}, "b": {"kernel": jnp.ones((2, 2))}}
         >>> layers = find_layers(params, lambda p, x: x @ p["a"]["kernel"] @ p["b"]["kernel"], jnp.ones((1, 2)))
         >>> policy = linear(100, t0=0.5)
-        >>> policy.update(policy.init(layers, params), layers, step=50, params=params)[0]
+        >>> policy.update(policy.init(layers, params), layers, step=50, params=lambda: params)[0]
         frozenset({'a'})
     """
     _check_schedule(total_steps, t0, spacing)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from smartfrz_jax.layers import Layers
@@ -22,7 +23,7 @@ def never() -> Policy:
         >>> params = {"a": {"kernel": jnp.ones((2, 2))}}
         >>> layers = find_layers(params, lambda p, x: x @ p["a"]["kernel"], jnp.ones((1, 2)))
         >>> policy = never()
-        >>> policy.update(policy.init(layers, params), layers, step=1, params=params)
+        >>> policy.update(policy.init(layers, params), layers, step=1, params=lambda: params)
         (frozenset(), ())
     """
 
@@ -30,7 +31,7 @@ def never() -> Policy:
         return ()
 
     def update(
-        state: tuple[()], layers: Layers, *, step: int, params: PyTree, **signals: Any
+        state: tuple[()], layers: Layers, *, step: int, params: Callable[[], PyTree], **signals: Any
     ) -> tuple[frozenset[str], tuple[()]]:
         return frozenset(), state
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -93,7 +93,7 @@ def similarity_guided(
         )
 
     def update(
-        state: SimilarityGuidedState, layers: Layers, *, step: int, params: PyTree, **signals: Any
+        state: SimilarityGuidedState, layers: Layers, *, step: int, params: Callable[[], PyTree], **signals: Any
     ) -> tuple[frozenset[str], SimilarityGuidedState]:
         features = require(
             signals, "features", _NAME, "pass a function that computes the layers' outputs on the probe batch"

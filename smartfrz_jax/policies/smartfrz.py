@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -88,7 +88,7 @@ def smartfrz(
         >>> params = {"a": {"kernel": jnp.ones((2, 2))}, "b": {"kernel": jnp.ones((2, 2))}}
         >>> layers = find_layers(params, lambda p, x: x @ p["a"]["kernel"] @ p["b"]["kernel"], jnp.ones((1, 2)))
         >>> policy = smartfrz(Predictor(PredictorConfig(size=8), rngs=nnx.Rngs(0)), total_steps=1000)
-        >>> frozen, state = policy.update(policy.init(layers, params), layers, step=8, params=params)
+        >>> frozen, state = policy.update(policy.init(layers, params), layers, step=8, params=lambda: params)
         >>> state.history.count.tolist()
         [1, 1]
     """
@@ -123,10 +123,10 @@ def smartfrz(
         )
 
     def update(
-        state: SmartFrzState, layers: Layers, *, step: int, params: PyTree, **signals: Any
+        state: SmartFrzState, layers: Layers, *, step: int, params: Callable[[], PyTree], **signals: Any
     ) -> tuple[frozenset[str], SmartFrzState]:
         if step % record_every == 0:
-            state = _record(state, layers, params, step)
+            state = _record(state, layers, params(), step)
         if step % evaluate_every == 0:
             state = _evaluate(state, layers, step)
         return names_of(layers, state.frozen), state

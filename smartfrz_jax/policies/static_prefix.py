@@ -54,7 +54,7 @@ def static_prefix(
         >>> params = {"a": {"kernel": jnp.ones((2, 2))}, "b": {"kernel": jnp.ones((2, 2))}}
         >>> layers = find_layers(params, lambda p, x: x @ p["a"]["kernel"] @ p["b"]["kernel"], jnp.ones((1, 2)))
         >>> policy = static_prefix(0.5, total_steps=100)
-        >>> policy.update(policy.init(layers, params), layers, step=1, params=params)[0]
+        >>> policy.update(policy.init(layers, params), layers, step=1, params=lambda: params)[0]
         frozenset({'a'})
     """
     check_fraction(budget, "budget")
