@@ -100,8 +100,8 @@ class DeiT(nnx.Module):
     ):
         if image_size % patch_size or dim % heads:
             raise ValueError(
-                f"patch_size, heads: got {patch_size} and {heads}, expected divisors of image_size ({image_size}) and of "
-                f"dim ({dim})"
+                f"patch_size, heads: got {patch_size} and {heads}, expected divisors of image_size ({image_size}) and "
+                f"of dim ({dim})"
             )
         patch = (patch_size, patch_size)
         self.patch_embed = nnx.Conv(channels, dim, patch, strides=patch, padding="VALID", kernel_init=_init, rngs=rngs)

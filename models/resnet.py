@@ -125,7 +125,7 @@ class ResNet(nnx.Module):
         """Logits of a batch of images."""
         x = nnx.relu(self.bn1(self.conv1(x)))
         if self.stem == "imagenet":
-            x = nnx.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))
+            x = nnx.max_pool(x, (3, 3), (2, 2), ((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
         for stage in self.stages:
             for block in stage:
                 x = block(x)

@@ -12,7 +12,7 @@ class ProgramCost(NamedTuple):
     """Cost of one compiled program.
 
     Attributes:
-        flops: Floating-point operations of one call, as counted by XLA on the optimised program (a multiply-add is two).
+        flops: Floating-point operations of one call, as XLA counts them on the optimised program; a multiply-add is two.
         bytes_accessed: Bytes of memory read and written by one call, as estimated by XLA.
         temp_bytes: Peak bytes of temporary buffers: activations kept for the backward pass, above all.
         argument_bytes: Bytes of the arguments: parameters, optimizer state and the batch.
@@ -50,7 +50,9 @@ def program_cost(step: Any, *args: Any, **kwargs: Any) -> ProgramCost:
         1024.0
     """
     if not hasattr(step, "lower"):
-        raise TypeError(f"step: got {type(step).__name__}, expected a function made by jax.jit or nnx.jit; wrap it first")
+        raise TypeError(
+            f"step: got {type(step).__name__}, expected a function made by jax.jit or nnx.jit; wrap it first"
+        )
     start = time.perf_counter()
     lowered = step.lower(*args, **kwargs)
     traced = time.perf_counter()

@@ -1,4 +1,4 @@
-"""Runs a policy beside a training loop: after every step it shows the policy what happened and keeps what it decided."""
+"""Runs a policy beside a training loop: shows it what every step did, and keeps what it decides."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ class FreezeEvent(NamedTuple):
 class Freezer:
     """A policy at work on one network.
 
-    The front doors ``smartfrz_jax.nnx.Freezer`` and ``smartfrz_jax.linen.Freezer`` drive it from a training loop; use it
-    directly in a loop of another form.
+    The front doors ``smartfrz_jax.nnx.Freezer`` and ``smartfrz_jax.linen.Freezer`` drive it from a training loop; use
+    it directly in a loop of another form.
 
     Args:
         policy: The policy.
@@ -52,7 +52,9 @@ class Freezer:
 
     def __init__(self, policy: Policy, layers: Layers, params: PyTree, *, step: int = 0):
         if not isinstance(policy, Policy):
-            raise TypeError(f"policy: got {type(policy).__name__}, expected a smartfrz_jax.Policy such as smartfrz(...)")
+            raise TypeError(
+                f"policy: got {type(policy).__name__}, expected a smartfrz_jax.Policy such as smartfrz(...)"
+            )
         self.policy = policy
         self.layers = layers
         self.steps = step
@@ -71,7 +73,9 @@ class Freezer:
             The frozen set from now on: the same object if nothing changed.
         """
         self.steps += 1
-        names, self.policy_state = self.policy.update(self.policy_state, self.layers, step=self.steps, params=params, **signals)
+        names, self.policy_state = self.policy.update(
+            self.policy_state, self.layers, step=self.steps, params=params, **signals
+        )
         if names != self.frozen.names:
             new = self.layers.check(names, "policy's decision")
             self.events.append(FreezeEvent(self.steps, tuple(name for name in new if name not in self.frozen.names)))

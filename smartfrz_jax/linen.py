@@ -70,7 +70,7 @@ def find_layers(
 
 
 class TrainState(train_state.TrainState):
-    """``flax.training.train_state.TrainState`` with a frozen set, which is static: ``jax.jit`` makes one program for each.
+    """Flax's ``TrainState`` with a frozen set, which is static: ``jax.jit`` makes one program for each.
 
     Subclass it to hold more, for example ``batch_stats``.
 
@@ -226,7 +226,9 @@ class Freezer(freezer.Freezer):
             )
         super().__init__(policy, state.frozen.layers, state.params, step=int(state.step))
         if "grads" in policy.needs and not state.keep_grads:
-            raise ValueError("state: the policy looks at gradients and the state drops them; create it with keep_grads=True")
+            raise ValueError(
+                "state: the policy looks at gradients and the state drops them; create it with keep_grads=True"
+            )
         self._features = features
 
     def step(self, state: TrainState, *, loss: jax.Array | None = None) -> TrainState:

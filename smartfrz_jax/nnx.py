@@ -32,7 +32,8 @@ def find_layers(
 ) -> Layers:
     """Layers of an NNX model, in forward order; see :func:`smartfrz_jax.find_layers`.
 
-    The BatchNorm statistics and the random streams of dropouts are assigned too, to the layer whose output they work on.
+    The statistics of BatchNorms and the random streams of dropouts are assigned too, to the layer whose output they
+    work on.
 
     Args:
         model: The model. It is only traced, in training mode.
@@ -84,7 +85,7 @@ def features(
     evaluated = nnx.merge(*nnx.split(model), copy=True)
     evaluated.eval()
     wrt = nnx.Param
-    graphdef, _, rest = nnx.split(evaluated, wrt, ...)
+    graphdef = nnx.graphdef(evaluated)
 
     def outputs(params: PyTree, rest: PyTree, *inputs: Any) -> dict[str, jax.Array]:
         def run(params: PyTree, *inputs: Any) -> Any:

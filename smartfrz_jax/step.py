@@ -25,9 +25,9 @@ class Program(NamedTuple):
 class TrainStep:
     """Calls a jitted train step, and keeps for every program of it what it costs to compile and to run.
 
-    The step itself specialises on the frozen set and the optimizer, which are static in one of its arguments; this class
-    only notices when they change, compiles the program at that moment, and measures. Other changes, such as a batch of
-    another shape, are left to ``jax.jit``.
+    The step itself specialises on the frozen set and the optimizer, which are static in one of its arguments; this
+    class only notices when they change, compiles the program at that moment, and measures. Other changes, such as a
+    batch of another shape, are left to ``jax.jit``.
 
     Args:
         step: A function made by ``jax.jit`` or ``nnx.jit``. One of its arguments is a ``TrainState`` of
@@ -56,8 +56,8 @@ class TrainStep:
         owner = next((arg for arg in args if isinstance(getattr(arg, "frozen", None), Frozen)), None)
         if owner is None:
             raise TypeError(
-                f"args: none of {', '.join(type(arg).__name__ for arg in args)} has a frozen set; pass the TrainState of "
-                "smartfrz_jax.linen or the Optimizer of smartfrz_jax.nnx"
+                f"args: none of {', '.join(type(arg).__name__ for arg in args)} has a frozen set; pass the TrainState "
+                "of smartfrz_jax.linen or the Optimizer of smartfrz_jax.nnx"
             )
         if owner.tx not in self._by_tx:  # transformations for equal optimizers and frozen sets are equal
             self._by_tx[owner.tx] = Program(owner.frozen, program_cost(self._step, *args))

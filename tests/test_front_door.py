@@ -64,7 +64,7 @@ def test_linen_without_freezing_is_the_stock_loop(fashion):
 @pytest.mark.slow
 def test_nnx_trains_and_freezes(fashion):
     policy = sfj.static_prefix(0.25, total_steps=STEPS, at=0.5)
-    model, optimizer, history = nnx_freezing.train(*fashion, EPOCHS, BATCH, policy)
+    _, optimizer, history = nnx_freezing.train(*fashion, EPOCHS, BATCH, policy)
     assert optimizer.frozen.names == {"conv1", "conv2"}
     assert history[-1]["loss"] < 0.7 * history[0]["loss"]
     assert history[-1]["accuracy"] > 0.6
@@ -87,7 +87,9 @@ def test_frozen_layers_hold_still_in_the_stock_loop(fashion, door):
         short, long = (nnx_leaves(nnx_freezing.train(*fashion, epochs, BATCH, policy)[0]) for epochs in (1, EPOCHS))
         frozen = ("conv1", "batch_norm1", "conv2", "batch_norm2")
     else:
-        short, long = (leaves(linen_freezing.train(*fashion, epochs, BATCH, policy)[0].params) for epochs in (1, EPOCHS))
+        short, long = (
+            leaves(linen_freezing.train(*fashion, epochs, BATCH, policy)[0].params) for epochs in (1, EPOCHS)
+        )
         frozen = ("Conv_0", "Conv_1")
     for name, leaf in short.items():
         held = any(f"'{layer}'" in name for layer in frozen)

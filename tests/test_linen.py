@@ -17,7 +17,7 @@ pytestmark = pytest.mark.usefixtures("jax_defaults")
 
 
 class Block(nn.Module):
-    """Flags given in the constructor or with the call, as ``by_call`` says; names that sort against the order of use."""
+    """Flags given in the constructor or with the call; names that sort against the order of use."""
 
     by_call: bool
 

@@ -358,5 +358,5 @@ def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match=r"blocks/0/b_frist.*blocks/0/b_first"):
         optimizer.freeze(model, ["blocks/0/b_frist"])
     with pytest.raises(ValueError, match="features: the policy 'similarity_guided' needs"):
-        freezer = sfj.nnx.Freezer(model, optimizer, sfj.similarity_guided({name: X for name in NAMES}, evaluate_every=1))
+        freezer = sfj.nnx.Freezer(model, optimizer, sfj.similarity_guided(dict.fromkeys(NAMES, X), evaluate_every=1))
         run_for(1, model, optimizer, freezer)

@@ -155,7 +155,7 @@ def test_pure(case):
         before = bits(moment.state)
         after, signals = advance(policy, moment, step)
         assert bits(moment.state) == before
-        again = policy.update(moment.state, LAYERS, step=step, params=lambda: after.params, **signals)
+        again = policy.update(moment.state, LAYERS, step=step, params=lambda after=after: after.params, **signals)
         assert (again[0], bits(again[1])) == (after.frozen.names, bits(after.state))
         moment = after
 

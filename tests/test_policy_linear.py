@@ -145,7 +145,7 @@ def test_optimizer_inside_freeze_is_momentum_sgd_in_numpy(scale_rate):
         now = jax.tree.map(lambda g, step=step: jnp.asarray(g[step - 1], jnp.float32), grads)
         programs.add(frozen)
         params, opt_state = step_fn(params, now, opt_state, frozen)
-        names, state = policy.update(state, layers, step=step, params=lambda: params)
+        names, state = policy.update(state, layers, step=step, params=lambda params=params: params)
         if names != frozen.names:
             frozen = Frozen(layers, names)
             opt_state = freezing.migrate(opt_state, tx, params, frozen)

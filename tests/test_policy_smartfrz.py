@@ -47,7 +47,7 @@ def run(policy, steps, speeds=(0.0, 0.0, 0.0, 0.0)):
     position = np.zeros(4)
     for step in range(1, steps + 1):
         position += speeds(step) if callable(speeds) else speeds
-        names, state = policy.update(state, LAYERS, step=step, params=lambda: params_at(1, position))
+        names, state = policy.update(state, LAYERS, step=step, params=lambda position=position: params_at(1, position))
         decisions.append("".join(sorted(names)))
         states.append(state)
     return decisions, states

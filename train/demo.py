@@ -1,8 +1,8 @@
 """Fine-tunes a small residual network on real images, with and without layer freezing, and shows what was saved.
 
-The network is pre-trained on five of the ten classes of Fashion-MNIST, then fine-tuned on all ten. One fine-tuning gives
-the reference; a second, beside it, the predictor's training set; a third, with nothing frozen, is both the baseline and
-the predictor's held-out run. Then the predictor, and FreezeOut for comparison, freeze a fine-tuning each.
+The network is pre-trained on five of the ten classes of Fashion-MNIST, then fine-tuned on all ten. One fine-tuning
+gives the reference; a second, beside it, the predictor's training set; a third, with nothing frozen, is both the
+baseline and the predictor's held-out run. Then the predictor, and FreezeOut for comparison, freeze a fine-tuning each.
 
     make demo                       # or: python -m train.demo --out runs/demo
 """
@@ -20,7 +20,6 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from tqdm import tqdm
@@ -49,9 +48,7 @@ def loss_fn(model: nnx.Module, images: jax.Array, labels: jax.Array) -> jax.Arra
 
 
 @nnx.jit
-def train_step(
-    model: nnx.Module, optimizer: sfj.nnx.Optimizer, images: jax.Array, labels: jax.Array
-) -> jax.Array:
+def train_step(model: nnx.Module, optimizer: sfj.nnx.Optimizer, images: jax.Array, labels: jax.Array) -> jax.Array:
     """One step; specialised on what the optimizer has frozen."""
     loss, grads = optimizer.value_and_grad(loss_fn)(model, images, labels)
     optimizer.update(model, grads)
@@ -67,9 +64,10 @@ def correct(model: nnx.Module, images: jax.Array, labels: jax.Array) -> jax.Arra
 def accuracy(model: nnx.Module, split: fashion_mnist.Split) -> float:
     """Share of a split that is classified right, every image once."""
     evaluated = nnx.view(model, use_running_average=True)
+    images, labels = jnp.asarray(split.images), jnp.asarray(split.labels)
     right = [
-        int(correct(evaluated, split.images[start : start + 500], split.labels[start : start + 500]))
-        for start in range(0, len(split.labels), 500)
+        int(correct(evaluated, images[start : start + 500], labels[start : start + 500]))
+        for start in range(0, len(labels), 500)
     ]
     return sum(right) / len(split.labels)
 
@@ -132,7 +130,7 @@ class Demo:
         freezer = sfj.nnx.Freezer(model, optimizer, sfj.never())
         data = ((images[i], labels[i]) for i in batches(len(labels), BATCH_SIZE, self.pretrain_epochs, self.seed))
         with self.bar(steps, "pre-train on 5 classes") as bar:
-            run("pretrain", model, optimizer, freezer, self.step, data, after_step=lambda _: bar.update() and None)
+            run("pretrain", model, optimizer, freezer, self.step, data, after_step=lambda _: bar.update())
         model.fc = new_model(self.seed + 1).fc
         self.pretrained = nnx.state(model)
 
@@ -151,11 +149,12 @@ def demo(args: argparse.Namespace, say: Callable[[str], None]) -> None:
     """The whole demo; writes into ``args.out`` as it goes."""
     begin = time.perf_counter()
     out: Path = args.out
-    versions = f"jax {jax.__version__}, Python {platform.python_version()}, {jax.devices()[0].platform}, {os.cpu_count()} cores"
+    device = f"{jax.devices()[0].platform}, {os.cpu_count()} cores"
+    versions = f"jax {jax.__version__}, Python {platform.python_version()}, {device}"
     demo = Demo(args.epochs, args.pretrain_epochs, args.seed, out, quiet=args.quiet)
     say(
-        f"smartfrz_jax demo: {len(demo.layers)} layers, {len(demo.train_split.labels)} images, {demo.total_steps} steps of "
-        f"{BATCH_SIZE} ({versions})"
+        f"smartfrz_jax demo: {len(demo.layers)} layers, {len(demo.train_split.labels)} images, {demo.total_steps} steps "
+        f"of {BATCH_SIZE} ({versions})"
     )
     demo.pretrain()
     _, reference = demo.fine_tune("never", sfj.never(), seed=args.seed + 10, label="reference run")
@@ -219,12 +218,16 @@ def save_run(result: Run, out: Path) -> None:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m train.demo", description=__doc__.split("\n\n")[0])
+    parser = argparse.ArgumentParser(prog="python -m train.demo", description=str(__doc__).split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything that is written")
     parser.add_argument("--epochs", type=int, default=4, help="epochs of each fine-tuning (default: %(default)s)")
     parser.add_argument("--pretrain-epochs", type=int, default=3, help="epochs of pre-training (default: %(default)s)")
-    parser.add_argument("--predictor-epochs", type=int, default=10, help="epochs of the predictor (default: %(default)s)")
-    parser.add_argument("--tolerance", type=float, default=0.02, help="change in CKA that counts as none (default: %(default)s)")
+    parser.add_argument(
+        "--predictor-epochs", type=int, default=10, help="epochs of the predictor (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--tolerance", type=float, default=0.02, help="change in CKA that counts as none (default: %(default)s)"
+    )
     parser.add_argument("--seed", type=int, default=0, help="seed of everything (default: %(default)s)")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     args = parser.parse_args(argv)
@@ -241,7 +244,9 @@ def main(argv: list[str] | None = None) -> int:
         args.out.mkdir(parents=True, exist_ok=True)
         (args.out / "runs.jsonl").write_text("")
     except OSError as error:
-        print(f"--out: cannot write to {args.out} ({error.strerror}); choose another folder with --out", file=sys.stderr)
+        print(
+            f"--out: cannot write to {args.out} ({error.strerror}); choose another folder with --out", file=sys.stderr
+        )
         return 2
     try:
         demo(args, print)

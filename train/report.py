@@ -2,35 +2,43 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib as mpl
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.axes import Axes
+
+from train.run import Run
 
 mpl.use("Agg")
-
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
-
-from train.run import Run  # noqa: E402
 
 _COLOURS = {"never": "#4d4d4d", "smartfrz": "#d1495b", "linear": "#2e86ab"}
 
 
 def table(runs: Sequence[Run]) -> str:
-    """A Markdown table of the runs; savings are against the first."""
+    """A Markdown table with a column for each run; savings are against the first."""
     full = runs[0]
-    header = (
-        "| policy | accuracy | seconds | saved | TFLOPs | saved | layers frozen, of all steps | at the end | policy s | compile s | programs |"
-    )
-    lines = [header, "|---" * 11 + "|"]
-    for run in runs:
-        lines.append(
-            f"| {run.name} | {run.accuracy:.1%} | {run.seconds:.1f} | {1 - run.seconds / full.seconds:.0%} "
-            f"| {run.tflops:.3f} | {1 - run.tflops / full.tflops:.0%} | {run.frozen_share:.0%} "
-            f"| {sum(len(event.names) for event in run.events)} of {len(run.layers)} "
-            f"| {run.policy_seconds:.2f} | {run.compile_seconds:.1f} | {run.programs} |"
-        )
+
+    def saved(value: float, of_full: float, text: str) -> str:
+        return text if value == of_full else f"{text} ({value / of_full - 1:+.0%})"
+
+    rows = [
+        ("", [run.name for run in runs]),
+        ("accuracy on the test images", [f"{run.accuracy:.1%}" for run in runs]),
+        ("training, seconds", [saved(run.seconds, full.seconds, f"{run.seconds:.1f}") for run in runs]),
+        ("compiled programs, TFLOPs", [saved(run.tflops, full.tflops, f"{run.tflops:.3f}") for run in runs]),
+        ("layers frozen at the end", [f"{sum(len(e.names) for e in run.events)} of {len(run.layers)}" for run in runs]),
+        ("layers frozen, mean of all steps", [f"{run.frozen_share:.0%}" for run in runs]),
+        ("of the seconds: policy (predictor, records)", [f"{run.policy_seconds:.2f}" for run in runs]),
+        ("not in the seconds: compilation", [f"{run.compile_seconds:.1f}" for run in runs]),
+        ("programs", [str(run.programs) for run in runs]),
+    ]
+    label = max(len(name) for name, _ in rows)
+    width = max(len(cell) for _, cells in rows for cell in cells)
+    lines = [f"| {name:<{label}} | {' | '.join(f'{cell:>{width}}' for cell in cells)} |" for name, cells in rows]
+    lines.insert(1, f"|{'-' * (label + 2)}|{'|'.join('-' * (width + 1) + ':' for _ in runs)}|")
     return "\n".join(lines)
 
 
@@ -49,13 +57,18 @@ def picture(runs: Sequence[Run], path: Path, title: str) -> None:
     for column, run in enumerate(shown):
         _draw_freezing(figure.add_subplot(grid[0, column]), run, labels=column == 0)
     cost = grid[1, :].subgridspec(1, 2)
-    _draw_cost(figure.add_subplot(cost[0]), runs, "GFLOP per step (compiled program)", lambda run: np.array(run.step_flops) / 1e9)
+    _draw_cost(
+        figure.add_subplot(cost[0]),
+        runs,
+        "GFLOP per step (compiled program)",
+        lambda run: np.array(run.step_flops) / 1e9,
+    )
     _draw_cost(figure.add_subplot(cost[1]), runs, "ms per step (median of 9)", _smoothed_milliseconds)
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
-def _draw_freezing(axes: plt.Axes, run: Run, *, labels: bool) -> None:
+def _draw_freezing(axes: Axes, run: Run, *, labels: bool) -> None:
     steps = len(run.step_flops)
     frozen_at = {name: event.step for event in run.events for name in event.names}
     for row, layer in enumerate(run.layers):
@@ -69,7 +82,7 @@ def _draw_freezing(axes: plt.Axes, run: Run, *, labels: bool) -> None:
     axes.set_xlabel("train step")
 
 
-def _draw_cost(axes: plt.Axes, runs: Sequence[Run], label: str, values) -> None:  # noqa: ANN001
+def _draw_cost(axes: Axes, runs: Sequence[Run], label: str, values: Callable[[Run], np.ndarray]) -> None:
     for run in runs:
         axes.plot(values(run), label=run.name, color=_COLOURS.get(run.name), drawstyle="steps-post")
     axes.set_ylim(bottom=0)

@@ -84,7 +84,7 @@ def run(
     train_step: TrainStep,
     data: Iterable[tuple[Any, ...]],
     *,
-    after_step: Callable[[int], None] | None = None,
+    after_step: Callable[[int], object] | None = None,
 ) -> Run:
     """Trains on all of ``data``.
 
@@ -118,7 +118,7 @@ def run(
         result.frozen_layers.append(len(program.frozen.names))
         used[program.frozen] = program
         if not np.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} after step {step} of the run {name!r}; lower its learning rate")
+            raise FloatingPointError(f"the loss is {loss} after step {step} of the run {name!r}; lower its rate")
         if after_step is not None:
             after_step(step)
     result.events = freezer.events

@@ -1,4 +1,4 @@
-"""A subset of Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747; MIT licence beside this file), read from the repository."""
+"""A subset of Fashion-MNIST (Xiao et al. 2017, arXiv 1708.07747; MIT licence beside this file)."""
 
 from __future__ import annotations
 

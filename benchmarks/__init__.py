@@ -1,0 +1,1 @@
+"""Where the performance figures come from."""
