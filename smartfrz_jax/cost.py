@@ -12,7 +12,7 @@ class ProgramCost(NamedTuple):
     """Cost of one compiled program.
 
     Attributes:
-        flops: Floating-point operations of one call, as XLA counts them on the optimised program; a multiply-add is two.
+        flops: Floating-point operations of one call, as XLA counts them in the optimised program; a multiply-add is 2.
         bytes_accessed: Bytes of memory read and written by one call, as estimated by XLA.
         temp_bytes: Peak bytes of temporary buffers: activations kept for the backward pass, above all.
         argument_bytes: Bytes of the arguments: parameters, optimizer state and the batch.

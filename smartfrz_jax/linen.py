@@ -221,8 +221,8 @@ class Freezer(freezer.Freezer):
     ):
         if not isinstance(state, TrainState):
             raise TypeError(
-                f"state: got {type(state).__module__}.{type(state).__name__}, expected a smartfrz_jax.linen.TrainState; "
-                "make it in place of Flax's, with layers=find_layers(...)"
+                f"state: got {type(state).__module__}.{type(state).__name__}, expected a smartfrz_jax.linen.TrainState"
+                "; make it in place of Flax's, with layers=find_layers(...)"
             )
         super().__init__(policy, state.frozen.layers, state.params, step=int(state.step))
         if "grads" in policy.needs and not state.keep_grads:

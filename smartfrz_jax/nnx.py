@@ -339,6 +339,6 @@ def _check_held(statistics: list[tuple[str, nnx.Variable, Any]]) -> None:
     for name, variable, value in statistics:
         if variable.get_value() is not value:
             raise ValueError(
-                f"loss_fn: calls the BatchNorm of {name!r} with use_running_average=False, so its statistics would go on "
-                "changing although its layer is frozen; set the mode with model.train() and model.eval() instead"
+                f"loss_fn: calls the BatchNorm of {name!r} with use_running_average=False, so its statistics would go "
+                "on changing although its layer is frozen; set the mode with model.train() and model.eval() instead"
             )

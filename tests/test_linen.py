@@ -184,8 +184,8 @@ def test_any_order_of_freezing_saving_and_restoring_is_the_straight_run(tmp_path
 def test_policies_that_look_at_gradients_need_a_state_that_keeps_them():
     with pytest.raises(ValueError, match="keep_grads=True"):
         sfj.linen.Freezer(make(), sfj.autofreeze(evaluate_every=2))
+    plain = train_state.TrainState.create(apply_fn=None, params={"a": jnp.ones((2, 2))}, tx=TX)
     with pytest.raises(TypeError, match=r"state: got flax.training.train_state.TrainState"):
-        plain = train_state.TrainState.create(apply_fn=None, params={"a": jnp.ones((2, 2))}, tx=TX)
         sfj.linen.Freezer(plain, sfj.never())
 
 

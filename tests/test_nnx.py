@@ -176,8 +176,8 @@ def test_one_program_per_frozen_set_and_cost_falls():
     memory = {len(program.frozen.names): program.cost.temp_bytes for program in programs.programs}
     assert flops[3] < flops[1] < flops[0]
     assert memory[3] < memory[1] < memory[0]
-    # Convolutions, as multiples of a pixel's 9 multiply-adds: the stem 16, the four of the blocks 256 each. Forward, two
-    # weight gradients in the live block, and one activation gradient between them; against everything.
+    # Convolutions, as multiples of a pixel's 9 multiply-adds: the stem 16, the four of the blocks 256 each. Forward,
+    # two weight gradients in the live block, and one activation gradient between them; against everything.
     forward = 16 + 4 * 256
     assert flops[3] / flops[0] == pytest.approx((forward + 3 * 256) / (3 * forward - 16), rel=0.05)
 
@@ -357,6 +357,7 @@ def test_wrong_arguments_are_named():
         sfj.nnx.Freezer(model, optimizer, sfj.never)
     with pytest.raises(ValueError, match=r"blocks/0/b_frist.*blocks/0/b_first"):
         optimizer.freeze(model, ["blocks/0/b_frist"])
+    policy = sfj.similarity_guided(dict.fromkeys(NAMES, X), evaluate_every=1)
+    freezer = sfj.nnx.Freezer(model, optimizer, policy)
     with pytest.raises(ValueError, match="features: the policy 'similarity_guided' needs"):
-        freezer = sfj.nnx.Freezer(model, optimizer, sfj.similarity_guided(dict.fromkeys(NAMES, X), evaluate_every=1))
-        run_for(1, model, optimizer, freezer)
+        freezer.step()

@@ -153,8 +153,8 @@ def demo(args: argparse.Namespace, say: Callable[[str], None]) -> None:
     versions = f"jax {jax.__version__}, Python {platform.python_version()}, {device}"
     demo = Demo(args.epochs, args.pretrain_epochs, args.seed, out, quiet=args.quiet)
     say(
-        f"smartfrz_jax demo: {len(demo.layers)} layers, {len(demo.train_split.labels)} images, {demo.total_steps} steps "
-        f"of {BATCH_SIZE} ({versions})"
+        f"smartfrz_jax demo: {len(demo.layers)} layers, {len(demo.train_split.labels)} images, {demo.total_steps} "
+        f"steps of {BATCH_SIZE} ({versions})"
     )
     demo.pretrain()
     _, reference = demo.fine_tune("never", sfj.never(), seed=args.seed + 10, label="reference run")

@@ -30,8 +30,8 @@ class Run:
         frozen_layers: Number of layers frozen in each step.
         events: What froze when.
         policy_seconds: Time spent in the policy: records, predictor, moving the optimizer state.
-        compile_seconds: Time that it took to trace and compile the programs of this run, in whichever run they were first
-            needed.
+        compile_seconds: Time that it took to trace and compile the programs of this run, in whichever run they were
+            first needed.
         programs: Number of programs the run used.
         accuracy: Share of the test images that are classified right.
     """
