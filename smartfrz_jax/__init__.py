@@ -2,6 +2,7 @@
 
 from smartfrz_jax import linen as linen
 from smartfrz_jax import nnx as nnx
+from smartfrz_jax import paths as paths
 from smartfrz_jax.cka import layer_cka as layer_cka
 from smartfrz_jax.cka import linear_cka as linear_cka
 from smartfrz_jax.cost import ProgramCost as ProgramCost

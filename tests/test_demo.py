@@ -1,0 +1,97 @@
+"""``make demo``: that it runs to the end, writes what it says, and ends well when it cannot."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from train import demo, fashion_mnist
+from train.run import batches
+
+ROOT = Path(__file__).parents[1]
+
+
+def command(*arguments):
+    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
+    return subprocess.Popen(
+        [sys.executable, "-m", "train.demo", *arguments],
+        cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def test_the_data_is_complete_and_balanced():
+    train, test = fashion_mnist.load()
+    assert train.images.shape == (6000, 28, 28, 1)
+    assert test.images.shape == (2000, 28, 28, 1)
+    assert np.bincount(train.labels).tolist() == [600] * 10
+    assert np.bincount(test.labels).tolist() == [200] * 10
+    assert abs(train.images.mean()) < 0.02
+    assert abs(train.images.std() - 1) < 0.02
+
+
+def test_an_epoch_shows_every_image_once_but_those_of_the_last_partial_batch():
+    indices = list(batches(10, 3, epochs=2, seed=0))
+    assert [len(batch) for batch in indices] == [3] * 6
+    for epoch in (indices[:3], indices[3:]):
+        assert len(np.unique(np.concatenate(epoch))) == 9
+    assert not np.array_equal(np.concatenate(indices[:3]), np.concatenate(indices[3:]))
+
+
+@pytest.mark.slow
+def test_the_demo_runs_to_the_end(tmp_path):
+    process = command("--out", str(tmp_path), "--epochs", "1", "--pretrain-epochs", "1", "--predictor-epochs", "2",
+                      "--tolerance", "0.1", "--quiet")  # fmt: skip
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, err
+    runs = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
+    assert [run["name"] for run in runs] == ["never", "smartfrz", "linear"]
+    for run in runs:
+        assert len(run["step_seconds"]) == len(run["step_flops"]) == 6000 // demo.BATCH_SIZE
+        assert 0.3 < run["accuracy"] <= 1
+    assert len(set(runs[0]["step_flops"])) == 1
+    assert runs[2]["step_flops"][-1] < 0.5 * runs[0]["step_flops"][-1]
+    assert runs[2]["events"][-1][0] < len(runs[2]["step_flops"])
+    assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
+    table = (tmp_path / "demo.md").read_text()
+    for wanted in ("never", "smartfrz", "linear", "TFLOPs", "accuracy", "compilation"):
+        assert wanted in table
+    for path in ("demo.png", "demo.md", "runs.jsonl", "recordings", "predictor"):
+        assert (tmp_path / path).exists()
+        assert str(tmp_path / path) in out
+
+
+@pytest.mark.slow
+def test_an_interrupted_demo_says_so(tmp_path):
+    process = command("--out", str(tmp_path))
+    for _ in range(600):
+        time.sleep(0.1)
+        if (tmp_path / "runs.jsonl").exists():
+            break
+    time.sleep(8)
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "interrupted" in err
+    assert str(tmp_path / "runs.jsonl") in err
+    assert "Traceback" not in err
+
+
+def test_a_folder_that_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert demo.main(["--out", str(tmp_path / "file" / "demo")]) == 2
+    err = capsys.readouterr().err
+    assert "--out: cannot write to" in err
+    assert "choose another folder" in err
+
+
+def test_options_are_checked(capsys):
+    with pytest.raises(SystemExit) as exit_info:
+        demo.main(["--epochs", "0"])
+    assert exit_info.value.code == 2
+    assert "--epochs: got 0" in capsys.readouterr().err
