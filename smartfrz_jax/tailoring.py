@@ -101,11 +101,11 @@ def _draw(key: jax.Array, n: int, size: int) -> np.ndarray:
     layers.
     """
     if n < size:
-        return np.asarray(jax.random.randint(key, (size,), 0, n), np.int64)
+        return np.asarray(jax.random.choice(key, n, (size,)), np.int64)
     distinct = np.zeros(0, np.int64)
     while len(distinct) < size:
         key, subkey = jax.random.split(key)
-        drawn = np.concatenate([distinct, np.asarray(jax.random.randint(subkey, (2 * size,), 0, n), np.int64)])
+        drawn = np.concatenate([distinct, np.asarray(jax.random.choice(subkey, n, (2 * size,)), np.int64)])
         distinct = drawn[np.sort(np.unique(drawn, return_index=True)[1])]
     return distinct[:size]
 

@@ -47,7 +47,9 @@ def test_temporary_memory_of_activations_is_counted_and_falls_with_freezing():
     layers = sfj.find_layers(params, loss, jnp.ones((256, 64)))
     cost = [
         sfj.program_cost(
-            jax.jit(sfj.value_and_grad(loss, sfj.Frozen(layers, frozenset(layers.names[:n])))), params, jnp.ones((256, 64))
+            jax.jit(sfj.value_and_grad(loss, sfj.Frozen(layers, frozenset(layers.names[:n])))),
+            params,
+            jnp.ones((256, 64)),
         )
         for n in (0, 3, 6)
     ]

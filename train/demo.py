@@ -28,6 +28,7 @@ import smartfrz_jax as sfj
 from models.resnet import BasicBlock, ResNet
 from smartfrz_jax import recording
 from train import fashion_mnist, report
+from train.interrupt import Interrupt
 from train.run import Run, batches, run
 
 BATCH_SIZE = 64
@@ -75,9 +76,10 @@ def accuracy(model: nnx.Module, split: fashion_mnist.Split) -> float:
 class Demo:
     """The data, the pre-trained weights and the compiled steps that all runs of the demo share."""
 
-    def __init__(self, epochs: int, pretrain_epochs: int, seed: int, out: Path, *, quiet: bool):
+    def __init__(self, epochs: int, pretrain_epochs: int, seed: int, interrupt: Interrupt, *, quiet: bool):
         self.train_split, self.test_split = fashion_mnist.load()
-        self.epochs, self.pretrain_epochs, self.seed, self.out, self.quiet = epochs, pretrain_epochs, seed, out, quiet
+        self.epochs, self.pretrain_epochs, self.seed = epochs, pretrain_epochs, seed
+        self.interrupt, self.quiet = interrupt, quiet
         self.total_steps = epochs * (len(self.train_split.labels) // BATCH_SIZE)
         self.step = sfj.TrainStep(train_step)
         # The paper's optimizer. One object for all runs: another one would be another program.
@@ -108,7 +110,8 @@ class Demo:
         optimizer = sfj.nnx.Optimizer(model, tx or self.sgd, wrt=nnx.Param, layers=self.layers)
         freezer = sfj.nnx.Freezer(model, optimizer, policy)
         images, labels = self.train_split
-        data = ((images[i], labels[i]) for i in batches(len(labels), BATCH_SIZE, self.epochs, seed))
+        indices = self.interrupt.checked(batches(len(labels), BATCH_SIZE, self.epochs, seed))
+        data = ((images[i], labels[i]) for i in indices)
         with self.bar(self.total_steps, label or f"fine-tune, {name}") as bar:
 
             def after_step(step: int) -> None:
@@ -128,7 +131,8 @@ class Demo:
         steps = self.pretrain_epochs * (len(labels) // BATCH_SIZE)
         optimizer = sfj.nnx.Optimizer(model, self.sgd, wrt=nnx.Param, layers=self.layers)
         freezer = sfj.nnx.Freezer(model, optimizer, sfj.never())
-        data = ((images[i], labels[i]) for i in batches(len(labels), BATCH_SIZE, self.pretrain_epochs, self.seed))
+        indices = self.interrupt.checked(batches(len(labels), BATCH_SIZE, self.pretrain_epochs, self.seed))
+        data = ((images[i], labels[i]) for i in indices)
         with self.bar(steps, "pre-train on 5 classes") as bar:
             run("pretrain", model, optimizer, freezer, self.step, data, after_step=lambda _: bar.update())
         model.fc = new_model(self.seed + 1).fc
@@ -145,13 +149,13 @@ def record_every(total_steps: int) -> int:
     return max(1, total_steps // 120)
 
 
-def demo(args: argparse.Namespace, say: Callable[[str], None]) -> None:
+def demo(args: argparse.Namespace, say: Callable[[str], None], interrupt: Interrupt) -> None:
     """The whole demo; writes into ``args.out`` as it goes."""
     begin = time.perf_counter()
     out: Path = args.out
     device = f"{jax.devices()[0].platform}, {os.cpu_count()} cores"
     versions = f"jax {jax.__version__}, Python {platform.python_version()}, {device}"
-    demo = Demo(args.epochs, args.pretrain_epochs, args.seed, out, quiet=args.quiet)
+    demo = Demo(args.epochs, args.pretrain_epochs, args.seed, interrupt, quiet=args.quiet)
     say(
         f"smartfrz_jax demo: {len(demo.layers)} layers, {len(demo.train_split.labels)} images, {demo.total_steps} "
         f"steps of {BATCH_SIZE} ({versions})"
@@ -172,9 +176,10 @@ def demo(args: argparse.Namespace, say: Callable[[str], None]) -> None:
         recording.save(recorded, data_set, name)
 
     examples = sfj.make_examples(recording.load(data_set), criterion=partial(sfj.settled, tolerance=args.tolerance))
-    progress: Callable[[Iterable[int]], Iterable[int]] = partial(
-        tqdm, desc=f"{'predictor':<28}", unit="epoch", disable=args.quiet, ncols=100
-    )
+
+    def progress(epochs: Iterable[int]) -> Iterable[int]:
+        return interrupt.checked(tqdm(epochs, f"{'predictor':<28}", unit="epoch", disable=args.quiet, ncols=100))
+
     fitted = sfj.fit(
         sfj.Predictor(rngs=nnx.Rngs(args.seed)),
         examples,
@@ -249,7 +254,8 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 2
     try:
-        demo(args, print)
+        with Interrupt() as interrupt:
+            demo(args, print, interrupt)
     except KeyboardInterrupt:
         print(f"\ninterrupted; the runs finished so far are in {args.out / 'runs.jsonl'}", file=sys.stderr)
         return 130

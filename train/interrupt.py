@@ -1,0 +1,42 @@
+"""Ctrl-C between train steps: an exception in the midst of tracing or compiling can crash the process."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterable, Iterator
+from types import FrameType, TracebackType
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+class Interrupt:
+    """While it is entered, the first Ctrl-C is remembered until :meth:`check`; a second one acts at once."""
+
+    def __init__(self) -> None:
+        self._requested = False
+
+    def __enter__(self) -> Interrupt:
+        self._previous = signal.signal(signal.SIGINT, self._request)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        signal.signal(signal.SIGINT, self._previous)
+
+    def _request(self, number: int, frame: FrameType | None) -> None:
+        if self._requested:
+            raise KeyboardInterrupt
+        self._requested = True
+
+    def check(self) -> None:
+        """Raises ``KeyboardInterrupt`` if Ctrl-C was pressed."""
+        if self._requested:
+            raise KeyboardInterrupt
+
+    def checked(self, items: Iterable[T]) -> Iterator[T]:
+        """The items, with a check before each."""
+        for item in items:
+            self.check()
+            yield item
