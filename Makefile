@@ -36,7 +36,7 @@ types: $(VENV)/.dev
 	$(BIN)/pyright
 
 bench: $(VENV)/.demo
-	$(BIN)/python -m benchmarks.step
+	$(BIN)/python -m benchmarks.step --rounds 9
 
 clean:
 	rm -rf .venv .venv-3.12 runs
