@@ -31,7 +31,7 @@ def table(runs: Sequence[Run]) -> str:
         ("compiled programs, TFLOPs", [saved(run.tflops, full.tflops, f"{run.tflops:.3f}") for run in runs]),
         ("layers frozen at the end", [f"{sum(len(e.names) for e in run.events)} of {len(run.layers)}" for run in runs]),
         ("layers frozen, mean of all steps", [f"{run.frozen_share:.0%}" for run in runs]),
-        ("of the seconds: policy (predictor, records)", [f"{run.policy_seconds:.2f}" for run in runs]),
+        ("of the seconds: policy, its own compilation too", [f"{run.policy_seconds:.2f}" for run in runs]),
         ("not in the seconds: compilation", [f"{run.compile_seconds:.1f}" for run in runs]),
         ("programs", [str(run.programs) for run in runs]),
     ]
