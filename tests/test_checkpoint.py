@@ -197,6 +197,7 @@ def main(path: Path) -> None:
     print(json.dumps(errors | {"no data": read_damaged(target, tree)}))
 
 
+@pytest.mark.slow
 def test_damage_to_any_file_is_a_clear_error_or_harmless(tmp_path):
     """Never wrong numbers, never an error that does not say what is damaged.
 

@@ -251,6 +251,7 @@ def linen_case(train: bool, dtype=jnp.float32):
 
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
+@pytest.mark.slow
 def test_tapped_outputs_are_the_intermediates_of_a_linen_net(train, jitted):
     forward, groups, params, x, expected = linen_case(train)
     outputs = dataflow.tapped(forward, groups, params, x)
@@ -269,6 +270,7 @@ def test_tapped_outputs_follow_new_parameters_and_data():
     assert not jnp.any(grads["a_head"]["kernel"])
 
 
+@pytest.mark.slow
 def test_tapped_outputs_in_bfloat16():
     with jax.numpy_dtype_promotion("standard"):  # as Flax's BatchNorm needs it
         forward, groups, params, x, expected = linen_case(train=False, dtype=jnp.bfloat16)

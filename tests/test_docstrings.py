@@ -18,6 +18,7 @@ MODULES = sorted(
 
 @pytest.mark.usefixtures("jax_defaults")
 @pytest.mark.parametrize("name", MODULES)
+@pytest.mark.slow
 def test_examples(name):
     result = doctest.testmod(importlib.import_module(name))
     assert result.failed == 0

@@ -107,6 +107,7 @@ def fit_trained(examples, **options):
     return fit(small_predictor(16), examples, held_out=held_out, epochs=10, learning_rate=0.01, **options)
 
 
+@pytest.mark.slow
 def test_learns_from_networks_that_train(trained):
     result = fit_trained(trained)
     assert 0.1 < trained.target.mean() < 0.9
@@ -163,6 +164,7 @@ class TestAgainstAnIndependentLoop:
 
     @pytest.mark.parametrize("class_weights", [None, "balanced", (1.0, 3.0)])
     @pytest.mark.parametrize("batch_size", [42, 50])  # as many as there are examples; with padding
+    @pytest.mark.slow
     def test_sgd_with_momentum_and_cosine_annealing(self, class_weights, batch_size):
         examples, predictor = random_examples(), small_predictor(3)
         n, positives = len(examples), int(examples.target.sum())

@@ -27,6 +27,7 @@ def check(got: History, model: list[deque], window: int, size: int) -> None:
 
 @settings(max_examples=40, deadline=None)
 @given(st.sampled_from([1, 2, 3, 5]), st.lists(st.tuples(st.booleans(), st.booleans(), st.booleans()), max_size=14))
+@pytest.mark.slow
 def test_behaves_like_a_deque_per_layer(window, steps):
     """Layers record, drop out and come back in any order; a frozen layer's history is gone for good."""
     size = 2

@@ -135,6 +135,7 @@ def test_flags_of_modules_are_as_before_outside_of_the_step():
     assert not np.array_equal(*out)
 
 
+@pytest.mark.slow
 def test_one_program_per_frozen_set_and_cost_falls():
     programs = sfj.TrainStep(train_step)
     state = make()

@@ -49,6 +49,7 @@ def test_deit_tiny_has_the_published_number_of_parameters():
 
 @pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
 @pytest.mark.parametrize(("stem", "size"), [("cifar", 8), ("imagenet", 32)])
+@pytest.mark.slow
 def test_resnet_gives_logits_and_a_gradient_everywhere(block, stem, size):
     model = ResNet((1, 2), (4, 8), block, num_classes=3, channels=1, stem=stem, rngs=nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(0), (4, size, size, 1))
@@ -58,6 +59,7 @@ def test_resnet_gives_logits_and_a_gradient_everywhere(block, stem, size):
         assert float(jnp.abs(grad).max()) > 0, path
 
 
+@pytest.mark.slow
 def test_deit_gives_logits_and_refuses_sizes_that_do_not_fit():
     model = DeiT(image_size=8, patch_size=4, dim=8, depth=2, heads=2, num_classes=3, rngs=nnx.Rngs(0))
     assert model(jnp.ones((2, 8, 8, 3))).shape == (2, 3)

@@ -119,6 +119,7 @@ def test_frozen_variables_do_not_change_in_a_single_bit_and_others_do(frozen):
         assert np.array_equal(leaf, after[name]) == (name in held), name
 
 
+@pytest.mark.slow
 def test_active_layers_follow_a_hand_written_step_exactly():
     """The reference holds the frozen leaves and their modes by hand, with a plain optax loop over the active ones."""
     model, optimizer = make(optax.sgd(0.1, momentum=0.9))

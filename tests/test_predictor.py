@@ -78,6 +78,7 @@ def test_agrees_with_the_equations(window, missing):
     np.testing.assert_allclose(predictor(records, jnp.asarray(mask)), equations(predictor, records, mask), **ROUNDING)
 
 
+@pytest.mark.slow
 def test_agrees_with_the_equations_at_the_papers_size():
     predictor = predictor_with_biases(PredictorConfig())
     records = 0.1 * records_of(30, 1024)
@@ -122,6 +123,7 @@ def test_layers_do_not_influence_each_other():
 
 
 @pytest.mark.parametrize("junk", [0.0, 1e30, np.inf, -np.inf, np.nan])
+@pytest.mark.slow
 def test_masked_records_have_no_influence_at_all(junk):
     predictor = predictor_with_biases(SMALL)
     records, mask = records_of(8, 12), jnp.arange(8) >= 5
@@ -210,6 +212,7 @@ def test_save_and_restore_are_bit_identical(tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_restored_predictor_can_be_trained_and_saved_again(tmp_path):
     predictor_with_biases(SMALL).save(tmp_path / "p")
     restored = Predictor.restore(tmp_path / "p")

@@ -110,6 +110,7 @@ def test_a_block_is_sampled_as_if_it_were_one_kernel(shapes):
 
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.lists(st.integers(1, 5), min_size=1, max_size=3), min_size=1, max_size=4), st.integers(1, 70))
+@pytest.mark.slow
 def test_every_sample_is_the_weight_at_its_position(shapes, size):
     layers, params = made_of(a=tuple(map(tuple, shapes)))
     sample = Tailoring.create(layers, params, size=size)
@@ -163,6 +164,7 @@ def test_a_sharded_weight_is_not_gathered_whole():
     assert "all-gather" not in compiled.as_text()
 
 
+@pytest.mark.slow
 def test_one_compiled_call_for_all_layers():
     layers, params = made_of(**{f"layer{i}": ((5 + i, 7),) for i in range(20)})
     sample = Tailoring.create(layers, params, size=16)
