@@ -39,6 +39,7 @@ class Freezer:
         layers: The network's layers.
         params: Its parameter pytree at the start of the run.
         step: Number of train steps already done.
+        frozen: Layers that are frozen already; they stay so, whatever the policy decides.
 
     Attributes:
         frozen: The frozen set from now on.
@@ -50,7 +51,7 @@ class Freezer:
         ValueError: If the policy names a layer that the network does not have.
     """
 
-    def __init__(self, policy: Policy, layers: Layers, params: PyTree, *, step: int = 0):
+    def __init__(self, policy: Policy, layers: Layers, params: PyTree, *, step: int = 0, frozen: Frozen | None = None):
         if not isinstance(policy, Policy):
             raise TypeError(
                 f"policy: got {type(policy).__name__}, expected a smartfrz_jax.Policy such as smartfrz(...)"
@@ -58,7 +59,8 @@ class Freezer:
         self.policy = policy
         self.layers = layers
         self.steps = step
-        self.frozen = Frozen(layers)
+        self.frozen = Frozen(layers) if frozen is None else frozen
+        self._from_start = self.frozen.names
         self.events: list[FreezeEvent] = []
         self.policy_state = policy.init(layers, params)
 
@@ -76,6 +78,7 @@ class Freezer:
         names, self.policy_state = self.policy.update(
             self.policy_state, self.layers, step=self.steps, params=params, **signals
         )
+        names = names | self._from_start
         if names != self.frozen.names:
             new = self.layers.check(names, "policy's decision")
             self.events.append(FreezeEvent(self.steps, tuple(name for name in new if name not in self.frozen.names)))
@@ -96,6 +99,7 @@ class Freezer:
         metadata = {
             "layers": list(self.layers.names),
             "frozen": sorted(self.frozen.names),
+            "from_start": sorted(self._from_start),
             "steps": self.steps,
             "events": [[event.step, list(event.names)] for event in self.events],
         }
@@ -137,5 +141,6 @@ class Freezer:
         saved = checkpoint.read(path, {"run": run, "policy": policy}, _KIND)
         metadata = checkpoint.read_metadata(path, _KIND)
         self.frozen, self.policy_state, self.steps = frozen, saved["policy"], metadata["steps"]
+        self._from_start = frozenset(metadata["from_start"])
         self.events = [FreezeEvent(step, tuple(names)) for step, names in metadata["events"]]
         return saved["run"]

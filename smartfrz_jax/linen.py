@@ -224,7 +224,7 @@ class Freezer(freezer.Freezer):
                 f"state: got {type(state).__module__}.{type(state).__name__}, expected a smartfrz_jax.linen.TrainState"
                 "; make it in place of Flax's, with layers=find_layers(...)"
             )
-        super().__init__(policy, state.frozen.layers, state.params, step=int(state.step))
+        super().__init__(policy, state.frozen.layers, state.params, step=int(state.step), frozen=state.frozen)
         if "grads" in policy.needs and not state.keep_grads:
             raise ValueError(
                 "state: the policy looks at gradients and the state drops them; create it with keep_grads=True"

@@ -254,7 +254,8 @@ class Freezer(freezer.Freezer):
                 f"optimizer: got {type(optimizer).__module__}.{type(optimizer).__name__}, expected a smartfrz_jax.nnx."
                 "Optimizer; make it in place of nnx.Optimizer, with the same arguments"
             )
-        super().__init__(policy, optimizer.frozen.layers, _params(model, optimizer.wrt), step=int(optimizer.step[...]))
+        frozen, params = optimizer.frozen, _params(model, optimizer.wrt)
+        super().__init__(policy, frozen.layers, params, step=int(optimizer.step[...]), frozen=frozen)
         self.model, self.optimizer = model, optimizer
         self._features = features
         if "grads" in policy.needs:
@@ -294,12 +295,14 @@ class Freezer(freezer.Freezer):
             FileNotFoundError: If there is no such directory.
             ValueError: If the checkpoint is damaged, or of another network; nothing has changed then.
         """
-        before = self.optimizer.frozen
-        self.optimizer.freeze(self.model, self.saved_frozen(path))
+        optimizer = self.optimizer
+        before = optimizer.frozen, optimizer.tx, optimizer.opt_state, optimizer.grads
+        optimizer.freeze(self.model, self.saved_frozen(path))
         try:
             arrays = self.restore_run(path, self._arrays())
-        except Exception:
-            self.optimizer.freeze(self.model, before)
+        except Exception:  # not by freezing back, which would initialise returning layers afresh
+            optimizer.frozen, optimizer.tx = before[:2]
+            optimizer.opt_state, optimizer.grads = nnx.data(before[2]), nnx.data(before[3])
             raise
         nnx.update(self.model, arrays["model"])
         nnx.update(self.optimizer, arrays["optimizer"])

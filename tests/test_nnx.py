@@ -362,3 +362,39 @@ def test_wrong_arguments_are_named():
     freezer = sfj.nnx.Freezer(model, optimizer, policy)
     with pytest.raises(ValueError, match="features: the policy 'similarity_guided' needs"):
         freezer.step()
+
+
+def test_a_failed_restore_leaves_the_optimizer_as_it_was(tmp_path):
+    """Also where the checkpoint has layers frozen that are active now: their moments must not be lost."""
+    wide = Net(nnx.Rngs(0), width=8)
+    wide_optimizer = sfj.nnx.Optimizer(wide, TX, layers=sfj.nnx.find_layers(wide, X))
+    wide_optimizer.freeze(wide, ["stem"])
+    sfj.nnx.Freezer(wide, wide_optimizer, sfj.never()).save(tmp_path / "wide")
+    model, optimizer = make()
+    freezer = sfj.nnx.Freezer(model, optimizer, sfj.never())
+    run_for(2, model, optimizer, freezer)
+    before = arrays(optimizer)
+    with pytest.raises(ValueError, match="does not fit"):
+        freezer.restore(tmp_path / "wide")
+    after = arrays(optimizer)
+    assert after.keys() == before.keys()
+    for key, leaf in before.items():
+        np.testing.assert_array_equal(after[key], leaf, err_msg=key)
+
+
+def test_layers_frozen_by_hand_stay_frozen_under_a_policy(tmp_path):
+    def start(by_hand):
+        model, optimizer = make()
+        optimizer.freeze(model, list(by_hand))
+        return model, optimizer, sfj.nnx.Freezer(model, optimizer, sfj.static_prefix(0.4, total_steps=1))
+
+    model, optimizer, freezer = start(["blocks/1/b_first"])
+    train_step(model, optimizer, X, Y)
+    freezer.step()
+    assert optimizer.frozen.names == {"stem", "blocks/0/b_first", "blocks/1/b_first"}
+    assert freezer.events == [(1, ("stem", "blocks/0/b_first"))]
+    freezer.save(tmp_path / "run")
+    model, optimizer, freezer = start([])
+    freezer.restore(tmp_path / "run")
+    freezer.step()
+    assert optimizer.frozen.names == {"stem", "blocks/0/b_first", "blocks/1/b_first"}
