@@ -5,6 +5,8 @@ import os
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
+from pathlib import Path
+
 import jax
 import pytest
 
@@ -26,3 +28,12 @@ def jax_defaults():
     """For tests that run optax or Flax code which does not take strict promotion (Adam's bias correction, pooling)."""
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
         yield
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder beside the repository with real data and weights; tests that need it are skipped where it is not."""
+    folder = Path(__file__).resolve().parents[2] / "shared"
+    if not (folder / "data").is_dir():
+        pytest.skip("needs ../shared/data (TFDS directories and weights), which is not here")
+    return folder
