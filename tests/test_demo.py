@@ -1,6 +1,5 @@
 """``make demo``: that it runs to the end, writes what it says, and ends well when it cannot."""
 
-import json
 import os
 import signal
 import subprocess
@@ -11,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from train import demo, fashion_mnist
+from train import demo, fashion_mnist, log
 from train.run import batches
 
 ROOT = Path(__file__).parents[1]
@@ -49,19 +48,19 @@ def test_the_demo_runs_to_the_end(tmp_path):
                       "--tolerance", "0.1", "--quiet")  # fmt: skip
     out, err = process.communicate(timeout=300)
     assert process.returncode == 0, err
-    runs = [json.loads(line) for line in (tmp_path / "runs.jsonl").read_text().splitlines()]
-    assert [run["name"] for run in runs] == ["never", "smartfrz", "linear"]
+    runs = [log.read(tmp_path / f"{name}.jsonl") for name in ("never", "smartfrz", "linear")]
     for run in runs:
-        assert len(run["step_seconds"]) == len(run["step_flops"]) == 6000 // demo.BATCH_SIZE
-        assert 0.3 < run["accuracy"] <= 1
-    assert len(set(runs[0]["step_flops"])) == 1
-    assert runs[2]["step_flops"][-1] < 0.5 * runs[0]["step_flops"][-1]
-    assert runs[2]["events"][-1][0] < len(runs[2]["step_flops"])
+        assert [step.step for step in run.steps] == list(range(1, 6000 // demo.BATCH_SIZE + 1))
+        assert 0.3 < run.metrics["accuracy"] <= 1
+    flops = [[step.flops for step in run.steps] for run in runs]
+    assert len(set(flops[0])) == 1
+    assert flops[2][-1] < 0.5 * flops[0][-1]
+    assert runs[2].freezes[-1].step < len(flops[2])
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
     table = (tmp_path / "demo.md").read_text()
     for wanted in ("never", "smartfrz", "linear", "TFLOPs", "accuracy", "compilation"):
         assert wanted in table
-    for path in ("demo.png", "demo.md", "runs.jsonl", "recordings", "predictor"):
+    for path in ("demo.png", "demo.md", "recordings", "predictor"):
         assert (tmp_path / path).exists()
         assert str(tmp_path / path) in out
 
@@ -71,14 +70,14 @@ def test_an_interrupted_demo_says_so(tmp_path):
     process = command("--out", str(tmp_path))
     for _ in range(600):
         time.sleep(0.1)
-        if (tmp_path / "runs.jsonl").exists():
+        if (tmp_path / "pretrain.jsonl").exists():
             break
     time.sleep(8)
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "interrupted" in err
-    assert str(tmp_path / "runs.jsonl") in err
+    assert str(tmp_path) in err
     assert "Traceback" not in err
 
 

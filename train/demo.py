@@ -29,7 +29,8 @@ from models.resnet import BasicBlock, ResNet
 from smartfrz_jax import recording
 from train import fashion_mnist, report
 from train.interrupt import Interrupt
-from train.run import Run, batches, run
+from train.log import Evaluation, Log, Run
+from train.run import batches, run
 
 BATCH_SIZE = 64
 LEARNING_RATE = 0.05
@@ -76,7 +77,8 @@ def accuracy(model: nnx.Module, split: fashion_mnist.Split) -> float:
 class Demo:
     """The data, the pre-trained weights and the compiled steps that all runs of the demo share."""
 
-    def __init__(self, epochs: int, pretrain_epochs: int, seed: int, interrupt: Interrupt, *, quiet: bool):
+    def __init__(self, out: Path, epochs: int, pretrain_epochs: int, seed: int, interrupt: Interrupt, *, quiet: bool):
+        self.out = out
         self.train_split, self.test_split = fashion_mnist.load()
         self.epochs, self.pretrain_epochs, self.seed = epochs, pretrain_epochs, seed
         self.interrupt, self.quiet = interrupt, quiet
@@ -102,9 +104,8 @@ class Demo:
         seed: int,
         tx: optax.GradientTransformation | None = None,
         recorder: sfj.Recorder | None = None,
-        label: str | None = None,
     ) -> tuple[Run, nnx.Module]:
-        """Fine-tunes the pre-trained network on all ten classes."""
+        """Fine-tunes the pre-trained network on all ten classes; the log is called as the run."""
         model = new_model(0)
         nnx.update(model, self.pretrained)
         optimizer = sfj.nnx.Optimizer(model, tx or self.sgd, wrt=nnx.Param, layers=self.layers)
@@ -112,7 +113,8 @@ class Demo:
         images, labels = self.train_split
         indices = self.interrupt.checked(batches(len(labels), BATCH_SIZE, self.epochs, seed))
         data = ((images[i], labels[i]) for i in indices)
-        with self.bar(self.total_steps, label or f"fine-tune, {name}") as bar:
+        log = Log(self.out / f"{name}.jsonl", Run(name, self.layers.names, {"seed": seed, "epochs": self.epochs}))
+        with self.bar(self.total_steps, f"fine-tune, {name}") as bar, log:
 
             def after_step(step: int) -> None:
                 bar.update()
@@ -120,9 +122,9 @@ class Demo:
                 if recorder is not None and step % record_every(self.total_steps) == 0:
                     recorder.record(step, nnx.state(model, nnx.Param), self.features(model, self.probe))
 
-            result = run(name, model, optimizer, freezer, self.step, data, after_step=after_step)
-        result.accuracy = accuracy(model, self.test_split)
-        return result, model
+            run(log, model, optimizer, freezer, self.step, data, after_step=after_step)
+            log.add(Evaluation(self.total_steps, {"accuracy": accuracy(model, self.test_split)}))
+        return log.run, model
 
     def pretrain(self) -> None:
         """Trains on the first five classes, then gives the network a new head."""
@@ -133,8 +135,9 @@ class Demo:
         freezer = sfj.nnx.Freezer(model, optimizer, sfj.never())
         indices = self.interrupt.checked(batches(len(labels), BATCH_SIZE, self.pretrain_epochs, self.seed))
         data = ((images[i], labels[i]) for i in indices)
-        with self.bar(steps, "pre-train on 5 classes") as bar:
-            run("pretrain", model, optimizer, freezer, self.step, data, after_step=lambda _: bar.update())
+        log = Log(self.out / "pretrain.jsonl", Run("pretrain", self.layers.names, {"seed": self.seed}))
+        with self.bar(steps, "pre-train on 5 classes") as bar, log:
+            run(log, model, optimizer, freezer, self.step, data, after_step=lambda _: bar.update())
         model.fc = new_model(self.seed + 1).fc
         self.pretrained = nnx.state(model)
 
@@ -155,20 +158,19 @@ def demo(args: argparse.Namespace, say: Callable[[str], None], interrupt: Interr
     out: Path = args.out
     device = f"{jax.devices()[0].platform}, {os.cpu_count()} cores"
     versions = f"jax {jax.__version__}, Python {platform.python_version()}, {device}"
-    demo = Demo(args.epochs, args.pretrain_epochs, args.seed, interrupt, quiet=args.quiet)
+    demo = Demo(out, args.epochs, args.pretrain_epochs, args.seed, interrupt, quiet=args.quiet)
     say(
         f"smartfrz_jax demo: {len(demo.layers)} layers, {len(demo.train_split.labels)} images, {demo.total_steps} "
         f"steps of {BATCH_SIZE} ({versions})"
     )
     demo.pretrain()
-    _, reference = demo.fine_tune("never", sfj.never(), seed=args.seed + 10, label="reference run")
+    _, reference = demo.fine_tune("reference", sfj.never(), seed=args.seed + 10)
 
     recorder = demo.recorder(reference)
-    demo.fine_tune("never", sfj.never(), seed=args.seed + 20, recorder=recorder, label="recorded run")
+    demo.fine_tune("recorded", sfj.never(), seed=args.seed + 20, recorder=recorder)
     training = recorder.finish(demo.total_steps, data="fashion_mnist", seed=args.seed + 20)
     held_out_recorder = demo.recorder(reference)
     full, _ = demo.fine_tune("never", sfj.never(), seed=args.seed + 30, recorder=held_out_recorder)
-    save_run(full, out)
     held_out = held_out_recorder.finish(demo.total_steps, data="fashion_mnist", seed=args.seed + 30)
     data_set = out / "recordings"
     for name, recorded in (("recorded", training), ("never", held_out)):
@@ -200,11 +202,9 @@ def demo(args: argparse.Namespace, say: Callable[[str], None], interrupt: Interr
 
     policy = sfj.smartfrz(fitted.predictor, total_steps=demo.total_steps)
     guided, _ = demo.fine_tune("smartfrz", policy, seed=args.seed + 30)
-    save_run(guided, out)
     schedules = sfj.freezeout_schedules(demo.layers, learning_rate=LEARNING_RATE, total_steps=demo.total_steps)
     freezeout = optax.chain(optax.trace(0.9), sfj.scale_by_layer_schedule(demo.layers, schedules))
     linear, _ = demo.fine_tune("linear", sfj.linear(demo.total_steps), seed=args.seed + 30, tx=freezeout)
-    save_run(linear, out)
 
     runs = [full, guided, linear]
     picture = out / "demo.png"
@@ -213,14 +213,8 @@ def demo(args: argparse.Namespace, say: Callable[[str], None], interrupt: Interr
     (out / "demo.md").write_text(f"{versions}, seed {args.seed}, one run each\n\n{text}\n")
     say(f"\n{text}\n")
     say("One run each, so differences in accuracy below about 2 points are noise. Seconds are without compilation.")
-    say(f"picture      {picture}\ntable        {out / 'demo.md'}\nevery step   {out / 'runs.jsonl'}")
+    say(f"picture      {picture}\ntable        {out / 'demo.md'}\nevery step   {out}/*.jsonl, a file for each run")
     say(f"recordings   {data_set}\npredictor    {out / 'predictor'}\n({time.perf_counter() - begin:.0f} s in all)")
-
-
-def save_run(result: Run, out: Path) -> None:
-    """Adds a run to the log."""
-    with (out / "runs.jsonl").open("a") as file:
-        file.write(result.to_json() + "\n")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -249,7 +243,7 @@ def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     try:
         args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "runs.jsonl").write_text("")
+        (args.out / "pretrain.jsonl").write_text("")
     except OSError as error:
         print(
             f"--out: cannot write to {args.out} ({error.strerror}); choose another folder with --out", file=sys.stderr
@@ -259,7 +253,7 @@ def main(argv: list[str] | None = None) -> int:
         with Interrupt() as interrupt:
             demo(args, print, interrupt)
     except KeyboardInterrupt:
-        print(f"\ninterrupted; the runs finished so far are in {args.out / 'runs.jsonl'}", file=sys.stderr)
+        print(f"\ninterrupted; the steps so far are in {args.out}/*.jsonl", file=sys.stderr)
         return 130
     return 0
 

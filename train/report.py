@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from train.run import Run
+from train.log import Run
 
 mpl.use("Agg")
 
@@ -18,22 +18,35 @@ _COLOURS = {"never": "#4d4d4d", "smartfrz": "#d1495b", "linear": "#2e86ab"}
 
 
 def table(runs: Sequence[Run]) -> str:
-    """A Markdown table with a column for each run; savings are against the first."""
+    """A Markdown table with a column for each run; savings are against the first.
+
+    Args:
+        runs: The runs, the unfrozen one first; each with at least one step.
+    """
     full = runs[0]
+
+    def frozen_at_the_end(run: Run) -> int:
+        return sum(len(event.names) for event in run.freezes)
 
     def saved(value: float, of_full: float, text: str) -> str:
         return text if value == of_full else f"{text} ({value / of_full - 1:+.0%})"
 
     rows = [
         ("", [run.name for run in runs]),
-        ("accuracy on the test images", [f"{run.accuracy:.1%}" for run in runs]),
+        *(
+            (f"{metric}, evaluation split", [f"{run.metrics[metric]:.1%}" if run.metrics else "-" for run in runs])
+            for metric in full.metrics
+        ),
         ("training, seconds", [saved(run.seconds, full.seconds, f"{run.seconds:.1f}") for run in runs]),
         ("compiled programs, TFLOPs", [saved(run.tflops, full.tflops, f"{run.tflops:.3f}") for run in runs]),
-        ("layers frozen at the end", [f"{sum(len(e.names) for e in run.events)} of {len(run.layers)}" for run in runs]),
+        (
+            "layers frozen at the end",
+            [f"{frozen_at_the_end(run)} of {len(run.layers)}" for run in runs],
+        ),
         ("layers frozen, mean of all steps", [f"{run.frozen_share:.0%}" for run in runs]),
         ("of the seconds: policy, its own compilation too", [f"{run.policy_seconds:.2f}" for run in runs]),
         ("not in the seconds: compilation", [f"{run.compile_seconds:.1f}" for run in runs]),
-        ("programs", [str(run.programs) for run in runs]),
+        ("programs", [str(len(run.programs)) for run in runs]),
     ]
     label = max(len(name) for name, _ in rows)
     width = max(len(cell) for _, cells in rows for cell in cells)
@@ -46,12 +59,12 @@ def picture(runs: Sequence[Run], path: Path, title: str) -> None:
     """Draws which layer froze when in each run but the first, and the cost of every step of all.
 
     Args:
-        runs: The runs, the unfrozen one first.
+        runs: The runs, the unfrozen one first; or a single run, which is then drawn itself.
         path: PNG file to write.
         title: Title of the picture.
     """
-    shown = runs[1:]
-    figure = plt.figure(figsize=(6.2 * len(shown), 9.5), layout="constrained")
+    shown = runs[1:] or runs
+    figure = plt.figure(figsize=(max(9.0, 6.2 * len(shown)), 9.5), layout="constrained")
     figure.suptitle(title)
     grid = figure.add_gridspec(2, len(shown), height_ratios=(1.25, 1))
     for column, run in enumerate(shown):
@@ -61,7 +74,7 @@ def picture(runs: Sequence[Run], path: Path, title: str) -> None:
         figure.add_subplot(cost[0]),
         runs,
         "GFLOP per step (compiled program)",
-        lambda run: np.array(run.step_flops) / 1e9,
+        lambda run: np.array([step.flops for step in run.steps]) / 1e9,
     )
     _draw_cost(figure.add_subplot(cost[1]), runs, "ms per step (median of 9)", _smoothed_milliseconds)
     figure.savefig(path, dpi=110)
@@ -69,8 +82,8 @@ def picture(runs: Sequence[Run], path: Path, title: str) -> None:
 
 
 def _draw_freezing(axes: Axes, run: Run, *, labels: bool) -> None:
-    steps = len(run.step_flops)
-    frozen_at = {name: event.step for event in run.events for name in event.names}
+    steps = len(run.steps)
+    frozen_at = {name: event.step for event in run.freezes for name in event.names}
     for row, layer in enumerate(run.layers):
         until = frozen_at.get(layer, steps)
         axes.barh(row, until, color=_COLOURS.get(run.name, "#888888"), height=0.8)
@@ -93,5 +106,5 @@ def _draw_cost(axes: Axes, runs: Sequence[Run], label: str, values: Callable[[Ru
 
 
 def _smoothed_milliseconds(run: Run) -> np.ndarray:
-    seconds = np.pad(run.step_seconds, 4, mode="reflect")
+    seconds = np.pad([step.seconds for step in run.steps], 4, mode="reflect")
     return 1e3 * np.median(np.lib.stride_tricks.sliding_window_view(seconds, 9), axis=1)

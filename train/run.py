@@ -1,9 +1,7 @@
-"""One training run with a freezing policy, measured step by step."""
+"""The training loop with a freezing policy, measured step by step."""
 
 from __future__ import annotations
 
-import dataclasses
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
@@ -14,57 +12,7 @@ from flax import nnx
 
 import smartfrz_jax as sfj
 from smartfrz_jax.step import TrainStep
-
-Progress = Callable[..., Iterable[Any]]
-
-
-@dataclasses.dataclass
-class Run:
-    """What one run did and cost.
-
-    Attributes:
-        name: Name of the policy.
-        layers: Layer names, front to back.
-        step_seconds: Seconds of each train step, compilation apart.
-        step_flops: FLOPs of the compiled program of each step.
-        frozen_layers: Number of layers frozen in each step.
-        events: What froze when.
-        policy_seconds: Time spent in the policy: records, predictor, moving the optimizer state.
-        compile_seconds: Time that it took to trace and compile the programs of this run, in whichever run they were
-            first needed.
-        programs: Number of programs the run used.
-        accuracy: Share of the test images that are classified right.
-    """
-
-    name: str
-    layers: tuple[str, ...]
-    step_seconds: list[float] = dataclasses.field(default_factory=list)
-    step_flops: list[float] = dataclasses.field(default_factory=list)
-    frozen_layers: list[int] = dataclasses.field(default_factory=list)
-    events: list[sfj.FreezeEvent] = dataclasses.field(default_factory=list)
-    policy_seconds: float = 0.0
-    compile_seconds: float = 0.0
-    programs: int = 0
-    accuracy: float = float("nan")
-
-    @property
-    def tflops(self) -> float:
-        """TFLOPs of all steps."""
-        return sum(self.step_flops) / 1e12
-
-    @property
-    def seconds(self) -> float:
-        """Time of all steps and of the policy."""
-        return sum(self.step_seconds) + self.policy_seconds
-
-    @property
-    def frozen_share(self) -> float:
-        """Share of the layers that were frozen, over all steps."""
-        return float(np.mean(self.frozen_layers)) / len(self.layers)
-
-    def to_json(self) -> str:
-        """All fields, on one line."""
-        return json.dumps(dataclasses.asdict(self))
+from train.log import Compiled, Log, Step, finite
 
 
 def batches(n: int, batch_size: int, epochs: int, seed: int) -> Iterator[np.ndarray]:
@@ -77,7 +25,7 @@ def batches(n: int, batch_size: int, epochs: int, seed: int) -> Iterator[np.ndar
 
 
 def run(
-    name: str,
+    log: Log,
     model: nnx.Module,
     optimizer: sfj.nnx.Optimizer,
     freezer: sfj.nnx.Freezer,
@@ -85,11 +33,11 @@ def run(
     data: Iterable[tuple[Any, ...]],
     *,
     after_step: Callable[[int], object] | None = None,
-) -> Run:
-    """Trains on all of ``data``.
+) -> None:
+    """Trains on all of ``data``, and logs every step.
 
     Args:
-        name: Name of the run.
+        log: Log of the run; where the run goes on from a checkpoint, it has the steps until there.
         model: The model; changed in place.
         optimizer: Its optimizer.
         freezer: Decides what freezes.
@@ -97,31 +45,39 @@ def run(
         data: Batches.
         after_step: Called with the number of steps done, outside of what is timed.
 
-    Returns:
-        The measurements; without the accuracy.
-
     Raises:
         FloatingPointError: If the loss is not finite.
     """
-    result = Run(name, freezer.layers.names)
-    used: dict[sfj.Frozen, sfj.Program] = {}
-    for step, batch in enumerate(data, start=1):
+    used: set[sfj.Frozen] = set()
+    for batch in data:
+        step = freezer.steps + 1
         program = train_step.program(model, optimizer, *batch)
+        if program.frozen not in used:
+            used.add(program.frozen)
+            compile_seconds = program.cost.trace_seconds + program.cost.compile_seconds
+            log.add(Compiled(step, len(program.frozen.names), compile_seconds))
         start = time.perf_counter()
         loss = jax.block_until_ready(train_step(model, optimizer, *batch))
         trained = time.perf_counter()
         freezer.step(loss=loss)
         jax.block_until_ready(freezer.policy_state)
-        result.policy_seconds += time.perf_counter() - trained
-        result.step_seconds.append(trained - start)
-        result.step_flops.append(program.cost.flops)
-        result.frozen_layers.append(len(program.frozen.names))
-        used[program.frozen] = program
+        decided = time.perf_counter()
+        log.add(
+            Step(
+                step,
+                finite(float(loss)),
+                trained - start,
+                decided - trained,
+                len(program.frozen.names),
+                program.cost.flops,
+                program.cost.temp_bytes,
+            )
+        )
+        if freezer.events and freezer.events[-1].step == step:
+            log.add(freezer.events[-1])
         if not np.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} after step {step} of the run {name!r}; lower its rate")
+            raise FloatingPointError(
+                f"the loss is {loss} after step {step} of the run {log.run.name!r}; lower its rate"
+            )
         if after_step is not None:
             after_step(step)
-    result.events = freezer.events
-    result.compile_seconds = sum(program.cost.trace_seconds + program.cost.compile_seconds for program in used.values())
-    result.programs = len(used)
-    return result

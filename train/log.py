@@ -1,0 +1,200 @@
+"""What a training run did, as JSON lines on disk and as an object: settings, steps, programs, freezes, evaluations."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any, NamedTuple, TextIO
+
+import numpy as np
+
+import smartfrz_jax as sfj
+
+
+class Step(NamedTuple):
+    """One train step.
+
+    Attributes:
+        step: Its number, from 1.
+        loss: Loss of its batch; None if it is not finite.
+        seconds: Seconds it took, compilation apart.
+        policy_seconds: Seconds of the policy after it: records, predictor, moving the optimizer state.
+        frozen: Number of layers frozen in it.
+        flops: FLOPs of its compiled program.
+        temp_bytes: Bytes of that program's temporary buffers.
+    """
+
+    step: int
+    loss: float | None
+    seconds: float
+    policy_seconds: float
+    frozen: int
+    flops: float
+    temp_bytes: int
+
+
+class Compiled(NamedTuple):
+    """A program of the train step.
+
+    Attributes:
+        step: Step that needed it first.
+        frozen: Number of layers frozen in it.
+        seconds: Seconds it took to trace and compile, in whichever run it was first needed.
+    """
+
+    step: int
+    frozen: int
+    seconds: float
+
+
+class Evaluation(NamedTuple):
+    """Figures on the evaluation split.
+
+    Attributes:
+        step: Number of train steps done before.
+        metrics: The figures by name, the main one first.
+    """
+
+    step: int
+    metrics: dict[str, float]
+
+
+@dataclasses.dataclass
+class Run:
+    """What one run did and cost.
+
+    Attributes:
+        name: Name of the policy.
+        layers: Layer names, front to back.
+        settings: What the run was started with.
+        steps: The train steps.
+        programs: The programs they ran.
+        freezes: What froze when.
+        evaluations: Figures on the evaluation split, in order.
+    """
+
+    name: str
+    layers: tuple[str, ...]
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    steps: list[Step] = dataclasses.field(default_factory=list)
+    programs: list[Compiled] = dataclasses.field(default_factory=list)
+    freezes: list[sfj.FreezeEvent] = dataclasses.field(default_factory=list)
+    evaluations: list[Evaluation] = dataclasses.field(default_factory=list)
+
+    @property
+    def tflops(self) -> float:
+        """TFLOPs of all steps, as compiled."""
+        return sum(step.flops for step in self.steps) / 1e12
+
+    @property
+    def policy_seconds(self) -> float:
+        """Seconds of the policy."""
+        return sum(step.policy_seconds for step in self.steps)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds of all steps and of the policy, without compilation and evaluation."""
+        return sum(step.seconds for step in self.steps) + self.policy_seconds
+
+    @property
+    def compile_seconds(self) -> float:
+        """Seconds of tracing and compiling the programs of this run."""
+        return sum(program.seconds for program in self.programs)
+
+    @property
+    def frozen_share(self) -> float:
+        """Share of the layers that were frozen, over all steps."""
+        return float(np.mean([step.frozen for step in self.steps])) / len(self.layers)
+
+    @property
+    def metrics(self) -> dict[str, float]:
+        """Figures of the last evaluation; empty before the first."""
+        return self.evaluations[-1].metrics if self.evaluations else {}
+
+
+_KINDS = {"step": ("steps", Step), "program": ("programs", Compiled), "freeze": ("freezes", sfj.FreezeEvent),
+          "evaluation": ("evaluations", Evaluation)}  # fmt: skip
+
+
+class Log:
+    """Writes a run to a file as it goes on: a line of JSON for the settings, then one for each thing that happens.
+
+    Every line has a key ``event``: ``run``, ``step``, ``program``, ``freeze`` or ``evaluation``; the other keys are the
+    attributes of :class:`Run`, :class:`Step`, :class:`Compiled`, ``FreezeEvent`` and :class:`Evaluation`.
+
+    Args:
+        path: The file. It is written anew.
+        run: The run; lines are written for what it has already.
+
+    Raises:
+        OSError: If the file cannot be written.
+
+    A context manager, which closes the file.
+    """
+
+    def __init__(self, path: Path, run: Run):
+        self.run = run
+        self._file: TextIO = path.open("w")
+        self._write("run", {"name": run.name, "layers": run.layers, "settings": run.settings})
+        for event, (field, _) in _KINDS.items():
+            for item in getattr(run, field):
+                self._write(event, item._asdict())
+
+    def add(self, item: Step | Compiled | sfj.FreezeEvent | Evaluation) -> None:
+        """Adds something that happened to the run and to the file."""
+        event, field = next((event, field) for event, (field, kind) in _KINDS.items() if isinstance(item, kind))
+        getattr(self.run, field).append(item)
+        self._write(event, item._asdict())
+
+    def __enter__(self) -> Log:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._file.close()
+
+    def _write(self, event: str, fields: dict[str, Any]) -> None:
+        self._file.write(json.dumps({"event": event} | fields, allow_nan=False) + "\n")
+        self._file.flush()
+
+
+def finite(value: float) -> float | None:
+    """``value``, or None if it is infinite or not a number, which JSON cannot hold."""
+    return value if math.isfinite(value) else None
+
+
+def read(path: Path, *, until: int | None = None) -> Run:
+    """Reads a log.
+
+    Args:
+        path: The file.
+        until: Leave out what happened after this step; all is read by default.
+
+    Returns:
+        The run, as far as it was written.
+
+    Raises:
+        FileNotFoundError: If the file is not there.
+        ValueError: If it is not a log.
+    """
+    if not path.is_file():
+        raise FileNotFoundError(f"path: {path} is not there; expected the log.jsonl of a run")
+    # A line without its end was being written when the run was killed.
+    lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    try:
+        entries = [json.loads(line) for line in lines]
+        head = entries[0]
+        run = Run(head["name"], tuple(head["layers"]), head["settings"])
+        for entry in entries[1:]:
+            field, kind = _KINDS[entry.pop("event")]
+            item = kind(**entry)
+            if until is None or item.step <= until:
+                getattr(run, field).append(item)
+    except (ValueError, KeyError, TypeError, IndexError) as error:
+        raise ValueError(
+            f"path: {path} is not the log of a run ({type(error).__name__}: {error}); expected the log.jsonl that "
+            "train.finetune writes"
+        ) from error
+    run.freezes = [sfj.FreezeEvent(event.step, tuple(event.names)) for event in run.freezes]
+    return run
