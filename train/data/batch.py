@@ -1,0 +1,112 @@
+"""What a training script gets: batches of one static shape."""
+
+from __future__ import annotations
+
+import abc
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, NamedTuple
+
+import jax
+
+from train.data.order import Order, steps_in_order
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Float, Int, Key
+
+
+class Batch(NamedTuple):
+    """A batch on the device.
+
+    Attributes:
+        inputs: What the model is called with, ``model(*inputs)``, once ``augment`` or ``prepare`` is applied.
+        labels: Classes, int32 of shape ``(batch,)``.
+        weights: float32 of shape ``(batch,)``: 1, or 0 for an example that only fills the batch up and counts nowhere.
+    """
+
+    inputs: tuple[Array, ...]
+    labels: Int[Array, " batch"]
+    weights: Float[Array, " batch"]
+
+
+class Data(abc.ABC):
+    """One split, in batches; what image and text sets have in common.
+
+    The batch of a step is a pure function of the seed and the step, so a run that stops anywhere carries on with
+    ``batches(start_step)`` and ``key(step)`` as if it had never stopped.
+
+    Attributes:
+        num_classes: Number of classes.
+
+    Args:
+        order: Which examples are in the batch of a step.
+        num_classes: Number of classes.
+    """
+
+    def __init__(self, order: Order, num_classes: int):
+        self._order = order
+        self.num_classes = num_classes
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Training batches in an epoch."""
+        return self._order.steps_per_epoch
+
+    @property
+    def evaluation_steps(self) -> int:
+        """Batches of an evaluation."""
+        return steps_in_order(self._order.examples, self._order.batch_size)
+
+    @abc.abstractmethod
+    def batch(self, step: int) -> Batch:
+        """The training batch of a step, counted from 0 over all epochs; not yet augmented."""
+
+    @abc.abstractmethod
+    def evaluation_batch(self, step: int) -> Batch:
+        """A batch of the examples in the order of the split; the last one is filled up with weight 0."""
+
+    def batches(self, start_step: int = 0, stop_step: int | None = None) -> Iterator[Batch]:
+        """Training batches from ``start_step`` on, up to ``stop_step`` or without end.
+
+        Raises:
+            ValueError: If ``start_step`` is negative or behind ``stop_step``.
+        """
+        if start_step < 0 or (stop_step is not None and stop_step < start_step):
+            raise ValueError(
+                f"start_step, stop_step: got {start_step} and {stop_step}, expected 0 <= start_step <= stop_step; "
+                "steps count from 0 over all epochs"
+            )
+        return self._batches(start_step, stop_step)
+
+    def evaluation_batches(self) -> Iterator[Batch]:
+        """Every example once, in the order of the split."""
+        return (self.evaluation_batch(step) for step in range(self.evaluation_steps))
+
+    def key(self, step: int) -> Key[Array, ""]:
+        """The key for all that is random in a step: augmentation, dropout."""
+        return jax.random.fold_in(jax.random.key(self._order.seed), step)
+
+    def augment(
+        self, key: Key[Array, ""], inputs: tuple[Array, ...], labels: Int[Array, " batch"]
+    ) -> tuple[tuple[Array, ...], Array]:
+        """Inputs and labels to train on; pure, to be called inside the jitted train step.
+
+        Args:
+            key: Of this step.
+            inputs: Of a training batch.
+            labels: Of a training batch.
+
+        Returns:
+            Inputs of the model; and the labels as they are, or float32 probabilities of shape ``(batch, classes)``
+            where the set mixes examples.
+        """
+        return inputs, labels
+
+    def prepare(self, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
+        """Inputs to evaluate on; pure, to be called inside the jitted evaluation step."""
+        return inputs
+
+    def _batches(self, start: int, stop: int | None) -> Iterator[Batch]:
+        step = start
+        while stop is None or step < stop:
+            yield self.batch(step)
+            step += 1
