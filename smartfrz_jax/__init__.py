@@ -3,6 +3,10 @@
 from smartfrz_jax import linen as linen
 from smartfrz_jax import nnx as nnx
 from smartfrz_jax import paths as paths
+from smartfrz_jax.accounting import Account as Account
+from smartfrz_jax.accounting import Parts as Parts
+from smartfrz_jax.accounting import StepFlops as StepFlops
+from smartfrz_jax.accounting import account as account
 from smartfrz_jax.cka import layer_cka as layer_cka
 from smartfrz_jax.cka import linear_cka as linear_cka
 from smartfrz_jax.cost import ProgramCost as ProgramCost

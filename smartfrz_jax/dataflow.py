@@ -15,13 +15,11 @@ from typing import Any
 import jax
 from jax.extend import core as jex
 
-from smartfrz_jax import paths
+from smartfrz_jax import inlining, paths
 
 PyTree = Any
 _Inner = tuple[Any, list[Any]]
 
-# Calls that only group equations: replaced by what they call. Those with their own differentiation rule stay whole.
-_TRANSPARENT = frozenset({"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint"})
 # What comes out of these depends on the data that go in, though the body run once may not show it.
 _CONTROL_FLOW = frozenset({"cond", "scan", "while"})
 
@@ -68,8 +66,7 @@ def consumption(forward: Callable[..., Any], params: PyTree, *inputs: Any) -> Co
         >>> sorted(used.first, key=used.first.get)
         ['b', 'a']
     """
-    jaxpr, names = _trace(forward, params, inputs)
-    return _consumption(jaxpr, names, data_is_closed_over=not inputs)
+    return _consumption(*_trace(forward, params, inputs), data_is_closed_over=not inputs)
 
 
 def tapped(
@@ -104,7 +101,7 @@ def tapped(
         if not last:
             raise ValueError(f"forward: does not use any parameter of layer {group!r}, so that layer has no output")
         outvars.append(_batched_output(jaxpr, max(last), examples))
-    kept = _needed(jaxpr.jaxpr, outvars)
+    kept = inlining.needed(jaxpr.jaxpr, outvars)
     run = _as_function(jaxpr, kept, outvars)
 
     def outputs(params: PyTree, *inputs: Any) -> dict[str, jax.Array]:
@@ -119,35 +116,9 @@ def tapped(
 
 def _trace(forward: Callable[..., Any], params: PyTree, inputs: Sequence[Any]) -> tuple[Any, list[str]]:
     closed = jax.make_jaxpr(forward)(params, *inputs)
-    return _inline(closed), list(paths.flatten(params))
-
-
-def _inline(closed: Any) -> Any:
-    """The same jaxpr without calls that only group equations, every variable bound once."""
-    env: dict[Any, Any] = {}
-    eqns = list(_inlined_eqns(closed.jaxpr, env))
-    jaxpr = closed.jaxpr.replace(eqns=eqns, outvars=[_read(env, var) for var in closed.jaxpr.outvars])
-    return jex.ClosedJaxpr(jaxpr, closed.consts)
-
-
-def _read(env: dict[Any, Any], atom: Any) -> Any:
-    return atom if isinstance(atom, jex.Literal) else env.get(atom, atom)
-
-
-def _inlined_eqns(jaxpr: Any, env: dict[Any, Any]) -> Iterator[Any]:
-    for eqn in jaxpr.eqns:
-        invars = [_read(env, var) for var in eqn.invars]
-        if eqn.primitive.name in _TRANSPARENT:
-            inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
-            body = inner.jaxpr if isinstance(inner, jex.ClosedJaxpr) else inner
-            if not getattr(inner, "consts", ()):  # consts would need a place at the top: such a call stays whole
-                inner_env = dict(zip(body.invars, invars, strict=True))
-                yield from _inlined_eqns(body, inner_env)
-                env.update(zip(eqn.outvars, (_read(inner_env, var) for var in body.outvars), strict=True))
-                continue
-        outvars = [jex.Var(var.aval) for var in eqn.outvars]
-        env.update(zip(eqn.outvars, outvars, strict=True))
-        yield eqn.replace(invars=invars, outvars=outvars)
+    names = list(paths.flatten(params))
+    data = closed.jaxpr.invars[len(names) :] if inputs else closed.jaxpr.constvars
+    return inlining.inline(closed, closed.jaxpr.invars[: len(names)], data), names
 
 
 def _consumption(closed: Any, names: Sequence[str], *, data_is_closed_over: bool) -> Consumption:
@@ -231,16 +202,6 @@ def _batched_output(closed: Any, index: int, examples: int) -> Any:
         f"({closed.jaxpr.eqns[index].primitive}) has a leading axis that is a multiple of it; "
         "let the first axis of the first input count the examples"
     )
-
-
-def _needed(jaxpr: Any, outvars: Sequence[Any]) -> list[Any]:
-    wanted = set(outvars)
-    kept = []
-    for eqn in reversed(jaxpr.eqns):
-        if wanted.intersection(eqn.outvars):
-            kept.append(eqn)
-            wanted.update(var for var in eqn.invars if not isinstance(var, jex.Literal))
-    return kept[::-1]
 
 
 def _as_function(closed: Any, eqns: Sequence[Any], outvars: Sequence[Any]) -> Callable[..., list[Any]]:
