@@ -6,6 +6,7 @@ in it. See :class:`Optimizer`.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,8 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from smartfrz_jax import dataflow, freezer, freezing, paths
+from smartfrz_jax import accounting, dataflow, freezer, freezing, paths
+from smartfrz_jax.accounting import Account
 from smartfrz_jax.freezing import Frozen
 from smartfrz_jax.layers import Granularity, Layers, check_params, group
 from smartfrz_jax.policies.base import Policy
@@ -105,6 +107,54 @@ def features(
     return of_model
 
 
+def account(
+    model: nnx.Module,
+    layers: Layers,
+    loss_fn: Callable[..., Any],
+    *inputs: Any,
+    tx: optax.GradientTransformation | None = None,
+    wrt: nnx.filterlib.Filter = nnx.Param,
+    backend: str | None = None,
+) -> Account:
+    """Predicts what a train step of an NNX model costs, for any frozen set; see :func:`smartfrz_jax.account`.
+
+    Args:
+        model: The model, in the mode in which it trains; arrays or ``jax.ShapeDtypeStruct``.
+        layers: Its layers.
+        loss_fn: A function of ``(model, *inputs)`` to a scalar, or to ``(scalar, aux)``. It is only traced.
+        *inputs: An example batch; arrays or ``jax.ShapeDtypeStruct``.
+        tx: The optimizer; without it, updates are not counted.
+        wrt: Filter of the variables that train.
+        backend: Platform that the step will run on; JAX's default.
+
+    Returns:
+        The account.
+
+    Raises:
+        ValueError: If there are no inputs, or the loss is not a scalar or depends on no parameter.
+
+    Example:
+        >>> model = nnx.Sequential(nnx.Linear(8, 8, rngs=nnx.Rngs(0)), nnx.Linear(8, 4, rngs=nnx.Rngs(0)))
+        >>> x = jnp.ones((32, 8))
+        >>> costs = account(model, find_layers(model, x), lambda model, x: model(x).sum(), x)
+        >>> costs.macs["linear"] == 32 * (8 * 8 + 8 * 4)
+        True
+    """
+    graphdef, variables = nnx.split(model)
+
+    def run(frozen: Frozen, variables: PyTree, *inputs: Any) -> Any:
+        module = nnx.merge(graphdef, variables, copy=True)
+        for _ in _hold(module, frozen):
+            pass
+        return loss_fn(module, *inputs), nnx.as_pure(nnx.state(module))
+
+    def trace(frozen: Frozen) -> accounting.Trace:
+        return accounting.Trace(functools.partial(run, frozen), nnx.as_pure(variables), inputs)
+
+    active, held = trace(Frozen(layers)), trace(Frozen(layers, frozenset(layers.names)))
+    return accounting.assemble(layers, active, held, _params(model, wrt), tx, backend or jax.default_backend())
+
+
 class Optimizer(nnx.Optimizer):
     """``nnx.Optimizer`` with a frozen set, which is static: ``nnx.jit`` makes one program for each.
 
@@ -148,7 +198,9 @@ class Optimizer(nnx.Optimizer):
         """``nnx.value_and_grad`` with respect to the model, without the work for frozen layers.
 
         Frozen layers run in evaluation mode: their BatchNorms use and keep their running statistics, and the dropouts
-        that follow them are off.
+        that follow them are off. Modules with an attribute ``frozen_params`` find in it, as a static
+        ``frozenset[str]``, the names of their own frozen parameters, relative to the module: a model that scans over
+        stacked weights can keep frozen and live ones apart by it.
 
         Args:
             loss_fn: A function of ``(model, *args, **kwargs)`` to a scalar, or to ``(scalar, aux)`` with ``has_aux``.
@@ -320,11 +372,17 @@ def _call(module: nnx.Module, forward: Callable[..., Any] | None, inputs: tuple[
 
 
 def _hold(model: nnx.Module, frozen: Frozen) -> Iterator[tuple[str, nnx.Variable, Any]]:
-    """Puts what belongs to frozen layers into evaluation mode; yields their BatchNorm statistics as they are now."""
+    """Puts what belongs to frozen layers into evaluation mode; yields their BatchNorm statistics as they are now.
+
+    Tells modules that want to know (by an attribute ``frozen_params``) which of their parameters are frozen.
+    """
     layer_of = {name: layer.name for layer in frozen.layers for name in (*layer.params, *layer.state)}
     for path, module in nnx.iter_modules(model):
         prefix = paths.SEPARATOR.join((*map(str, path), ""))
         inside = {layer for name, layer in layer_of.items() if name.startswith(prefix)}
+        if hasattr(module, "frozen_params"):
+            own = frozenset(name.removeprefix(prefix) for name in frozen.params if name.startswith(prefix))
+            module.frozen_params = own  # pyright: ignore[reportAttributeAccessIssue]
         if not inside or not inside <= frozen.names:
             continue
         if isinstance(module, nnx.BatchNorm):

@@ -7,7 +7,6 @@ import pytest
 from flax import nnx
 
 import smartfrz_jax as sfj
-from models.deit import DeiT
 from models.resnet import BasicBlock, Bottleneck, ResNet
 
 IMAGE = jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.float32)
@@ -37,16 +36,6 @@ def test_history_of_resnet50_takes_about_6_megabytes():
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(history)) < 6.7e6
 
 
-def test_deit_tiny_has_the_published_number_of_parameters():
-    model = nnx.eval_shape(lambda: DeiT(rngs=nnx.Rngs(0)))
-    assert parameters(model) == 5_717_416
-    layers = sfj.nnx.find_layers(model, IMAGE)
-    assert len(layers) == 1 + 2 + 12 * 4 + 1
-    assert "blocks/3/norm1/scale" in layers[3 + 3 * 4].params
-    blocks = sfj.nnx.find_layers(model, IMAGE, granularity="block")
-    assert blocks.names == ("patch_embed", "cls_token", "pos_embed", *(f"blocks/{i}" for i in range(12)), "head")
-
-
 @pytest.mark.parametrize("block", [BasicBlock, Bottleneck])
 @pytest.mark.parametrize(("stem", "size"), [("cifar", 8), ("imagenet", 32)])
 @pytest.mark.slow
@@ -57,11 +46,3 @@ def test_resnet_gives_logits_and_a_gradient_everywhere(block, stem, size):
     grads = nnx.grad(lambda model: jnp.square(model(x)).mean())(model)
     for path, grad in sfj.paths.flatten(nnx.as_pure(grads)).items():
         assert float(jnp.abs(grad).max()) > 0, path
-
-
-@pytest.mark.slow
-def test_deit_gives_logits_and_refuses_sizes_that_do_not_fit():
-    model = DeiT(image_size=8, patch_size=4, dim=8, depth=2, heads=2, num_classes=3, rngs=nnx.Rngs(0))
-    assert model(jnp.ones((2, 8, 8, 3))).shape == (2, 3)
-    with pytest.raises(ValueError, match=r"patch_size, heads: got 3 and 2"):
-        DeiT(image_size=8, patch_size=3, dim=8, heads=2, rngs=nnx.Rngs(0))
