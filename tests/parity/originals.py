@@ -1,0 +1,129 @@
+"""The same networks in torch, and what is computed with them there."""
+
+import re
+
+import numpy as np
+import safetensors.torch
+import torch
+
+try:
+    import torchvision
+except RuntimeError:
+    # torchvision's compiled operators do not load beside every build of torch. The networks need none of them, so
+    # declaring them is enough to import it.
+    _LIBRARY = torch.library.Library("torchvision", "DEF")
+    for _name in ("roi_align", "ps_roi_align", "roi_pool", "ps_roi_pool", "deform_conv2d"):
+        _LIBRARY.define(f"{_name}(Tensor x) -> Tensor")
+        _LIBRARY.define(f"_{_name}_backward(Tensor x) -> Tensor")
+    _LIBRARY.define("nms(Tensor x) -> Tensor")
+    _LIBRARY.define("qnms(Tensor x) -> Tensor")
+    import torchvision
+
+import timm
+from transformers import BertConfig, BertForSequenceClassification
+
+from tests.parity import drawing
+from tests.parity.cases import CASES, CLASSES
+
+_NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": CLASSES}
+_MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
+# Blocks of EfficientNet-Lite0's stages; timm numbers them by stage, the port from first to last.
+_DEPTHS = (1, 2, 2, 3, 3, 4, 1)
+
+
+def _bert(**sizes):
+    # Not "eager" attention, whose softmax is in float32 even where everything else is in float64.
+    return BertForSequenceClassification._from_config(BertConfig(**sizes, **_NO_DROPOUT), attn_implementation="sdpa")
+
+
+NETWORKS = {
+    "resnet50": lambda: torchvision.models.resnet50(num_classes=CLASSES),
+    "vgg11": lambda: torchvision.models.vgg11(num_classes=CLASSES, dropout=0.0),
+    "vgg11_bn": lambda: torchvision.models.vgg11_bn(num_classes=CLASSES, dropout=0.0),
+    "mobilenetv2": lambda: torchvision.models.mobilenet_v2(num_classes=CLASSES, dropout=0.0),
+    "deit_tiny": lambda: timm.create_model("deit_tiny_patch16_224", img_size=64, num_classes=CLASSES),
+    "deit_tiny_distilled": lambda: timm.create_model(
+        "deit_tiny_distilled_patch16_224", img_size=64, num_classes=CLASSES
+    ),
+    "bert_base": _bert,
+    "minilm": lambda: _bert(**_MINILM),
+    # The original's momentum of 0.99 is 0.01 in torch; timm leaves it at torch's default.
+    "efficientnet_lite0": lambda: timm.create_model("tf_efficientnet_lite0", num_classes=CLASSES, bn_momentum=0.01),
+}
+
+
+def model(name, dtype):
+    """The network with the weights drawn for it, on a tensor's name as ``models/`` has it."""
+    network = NETWORKS[name]().to(dtype)
+    state = {
+        key: torch.from_numpy(drawing.tensor(_here(name, key), tuple(value.shape)))
+        for key, value in network.state_dict().items()
+        if not key.endswith("num_batches_tracked")
+    }
+    network.load_state_dict(state)
+    return network
+
+
+def outputs(name, dtype=torch.float64):
+    """What is compared; see :func:`tests.parity.cases.outputs`."""
+    network, case = model(name, dtype), CASES[name]
+    inputs = [torch.from_numpy(array) for array in case.inputs]
+    inputs = [x.permute(0, 3, 1, 2).to(dtype) if x.is_floating_point() else x.long() for x in inputs]
+
+    def logits():
+        result = network(*inputs)
+        return getattr(result, "logits", result)
+
+    network.eval()
+    with torch.no_grad():
+        evaluated = logits()
+    network.train()
+    trained = logits()
+    loss = torch.nn.functional.cross_entropy(trained, torch.from_numpy(case.labels).long())
+    loss.backward()
+    statistics = {key: value for key, value in network.named_buffers() if "running" in key}
+    return {
+        "eval": {"logits": evaluated.numpy()},
+        "train": {"logits": trained.detach().numpy(), "loss": loss.detach().numpy()},
+        "statistics": {_here(name, key): value.numpy() for key, value in statistics.items()},
+        "gradients": {_here(name, key): value.grad.numpy() for key, value in network.named_parameters()},
+    }
+
+
+def write_file(name, path):
+    """Stores the network with the weights drawn for it as a safetensors file."""
+    state = model(name, torch.float32).state_dict()
+    safetensors.torch.save_file({_here(name, key): value.contiguous() for key, value in state.items()}, path)
+
+
+def reads_file(name, path):
+    """Whether the network takes all tensors of a safetensors file, and they are, bit by bit, those drawn for it."""
+    tensors = safetensors.torch.load_file(path)
+    network = NETWORKS[name]()
+    keys = [key for key in network.state_dict() if not key.endswith("num_batches_tracked")]
+    network.load_state_dict({key: tensors[_here(name, key)] for key in keys})
+    state = network.state_dict()
+    drawn = (drawing.tensor(_here(name, key), tuple(state[key].shape)) for key in keys)
+    same = all(np.array_equal(state[key].numpy(), values) for key, values in zip(keys, drawn, strict=True))
+    return same and len(tensors) == len(keys)
+
+
+def _here(name, key):
+    return _port_name(key) if name == "efficientnet_lite0" else key
+
+
+def _port_name(key):
+    """Name in the PyTorch port of a tensor of timm's EfficientNet-Lite0."""
+    key = re.sub(r"^conv_stem", "_conv_stem", re.sub(r"^conv_head", "_conv_head", key))
+    key = re.sub(r"^bn2", "_bn1", re.sub(r"^bn1", "_bn0", key))
+    key = re.sub(r"^classifier", "_fc", key)
+    block = re.match(r"blocks\.(\d+)\.(\d+)\.(\w+)\.(.*)", key)
+    if not block:
+        return key
+    stage, position = int(block[1]), int(block[2])
+    if stage == 0:  # no expansion in front
+        modules = {"conv_dw": "_depthwise_conv", "bn1": "_bn1", "conv_pw": "_project_conv", "bn2": "_bn2"}
+    else:
+        modules = {"conv_pw": "_expand_conv", "bn1": "_bn0", "conv_dw": "_depthwise_conv", "bn2": "_bn1"}
+        modules |= {"conv_pwl": "_project_conv", "bn3": "_bn2"}
+    return f"_blocks.{sum(_DEPTHS[:stage]) + position}.{modules[block[3]]}.{block[4]}"
