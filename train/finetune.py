@@ -1,0 +1,217 @@
+"""Fine-tunes a network on a TFDS data set while a policy freezes its layers; see ``--help``."""
+
+from __future__ import annotations
+
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from flax import nnx
+from tqdm import tqdm
+
+import smartfrz_jax as sfj
+from models import weights
+from train import report
+from train.data import Data, metrics
+from train.interrupt import Interrupt
+from train.log import Evaluation, Log, Run, read
+from train.networks import make_network
+from train.optimizers import make_optimizer
+from train.options import Options, parse
+from train.policies import make_policy
+from train.run import run
+from train.splits import open_data
+
+
+def loss_fn(model: nnx.Module, inputs: tuple[jax.Array, ...], labels: jax.Array) -> jax.Array:
+    """Mean cross entropy; labels are classes, or probabilities where examples are mixed."""
+    logits = model(*inputs)  # pyright: ignore[reportCallIssue]
+    if labels.ndim == 2:
+        return optax.softmax_cross_entropy(logits, labels).mean()
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+def make_train_step(data: Data) -> sfj.TrainStep:
+    """The compiled step of ``(model, optimizer, key, inputs, labels)``; augmentation is part of it."""
+
+    @nnx.jit
+    def train_step(
+        model: nnx.Module, optimizer: sfj.nnx.Optimizer, key: jax.Array, inputs: tuple[Any, ...], labels: jax.Array
+    ) -> jax.Array:
+        inputs, labels = data.augment(key, inputs, labels)
+        loss, grads = optimizer.value_and_grad(loss_fn)(model, inputs, labels)
+        optimizer.update(model, grads)
+        return loss
+
+    return sfj.TrainStep(train_step)
+
+
+def make_evaluation(data: Data, figures: dict[str, metrics.Metric]) -> Callable[[nnx.Module], dict[str, float]]:
+    """A function of the model to its figures on a split, every example once."""
+
+    @nnx.jit
+    def counts_of(model: nnx.Module, inputs: tuple[Any, ...], labels: jax.Array, weights: jax.Array) -> jax.Array:
+        logits = model(*data.prepare(inputs))  # pyright: ignore[reportCallIssue]
+        return metrics.confusion(logits, labels, weights)
+
+    def evaluate(model: nnx.Module) -> dict[str, float]:
+        evaluated = nnx.merge(*nnx.split(model))  # shares the arrays, not the mode
+        evaluated.eval()
+        counts = sum(np.asarray(counts_of(evaluated, *batch), np.int64) for batch in data.evaluation_batches())
+        return {name: figure(counts) for name, figure in figures.items()}
+
+    return evaluate
+
+
+def finetune(options: Options, say: Callable[[str], None], interrupt: Interrupt) -> None:
+    """The whole run; writes into ``options.out`` as it goes.
+
+    Args:
+        options: The command line.
+        say: Prints.
+        interrupt: Where Ctrl-C is noticed.
+
+    Raises:
+        KeyboardInterrupt: After Ctrl-C; a checkpoint has been written.
+        FileNotFoundError: If data, weights, or a checkpoint to resume from are not there.
+        ValueError: If options do not fit each other, the network or the data.
+        FloatingPointError: If the loss is not finite.
+    """
+    begin = time.perf_counter()
+    train_data, evaluation_data = open_data(options)
+    model = make_network(options, num_classes=train_data.num_classes, seed=options.seed)
+    if options.weights is not None:
+        weights.load(model, options.weights, new_head=options.head == "new", resample=True)
+    model.train()
+
+    first = train_data.batch(0)
+    example = train_data.prepare(first.inputs)
+    layers = sfj.nnx.find_layers(model, *example)
+    steps_per_epoch = train_data.steps_per_epoch
+    total_steps = options.epochs * steps_per_epoch
+    tx = make_optimizer(options, layers, total_steps)
+    account = sfj.nnx.account(model, layers, loss_fn, example, first.labels, tx=tx)
+    features, reference = None, None
+    if options.reference is not None:
+        layer_outputs = sfj.nnx.features(model, layers, *example)
+        known = make_network(options, num_classes=train_data.num_classes, seed=options.seed)
+        weights.load(known, options.reference)
+        features, reference = (lambda model: layer_outputs(model, *example)), layer_outputs(known, *example)
+    policy = make_policy(
+        options,
+        steps_per_epoch=steps_per_epoch,
+        costs={name: parts.forward for name, parts in account.flops().by_layer.items() if name},
+        reference=reference,
+    )
+    optimizer = sfj.nnx.Optimizer(model, tx, layers=layers)
+    freezer = sfj.nnx.Freezer(model, optimizer, policy, features=features)
+
+    history = Run(options.policy, layers.names, options.settings())
+    if options.resume:
+        checkpoint = last_checkpoint(options.out)
+        freezer.restore(checkpoint)
+        history = read(options.out / "log.jsonl", until=freezer.steps)
+        check_same(history.settings, options.settings())
+        say(f"resumed from {checkpoint}, {freezer.steps} of {total_steps} steps done")
+    versions = f"jax {jax.__version__}, Python {platform.python_version()}, {jax.devices()[0].device_kind}"
+    say(
+        f"{options.model}: {len(layers)} layers, {account.flops().total / 1e9:.2f} GFLOP a step of {options.batch_size}"
+    )
+    say(f"{options.data}: {steps_per_epoch} steps an epoch, {total_steps} in all ({versions})")
+
+    evaluate = make_evaluation(evaluation_data, metrics.metrics_of(options.data))
+    bar = tqdm(total=total_steps, initial=freezer.steps, unit="step", disable=options.quiet, ncols=100)
+
+    def batches() -> Iterator[tuple[Any, ...]]:
+        steps = range(freezer.steps, total_steps)
+        for step, batch in zip(steps, train_data.batches(freezer.steps, total_steps), strict=True):
+            yield train_data.key(step), batch.inputs, batch.labels
+
+    def after_step(step: int) -> None:
+        bar.update()
+        bar.set_postfix(loss=f"{log.run.steps[-1].loss:.3f}", frozen=f"{len(freezer.frozen.names)}/{len(layers)}")
+        if step % steps_per_epoch == 0:
+            log.add(Evaluation(step, evaluate(model)))
+            figures = ", ".join(f"{name} {value:.4f}" for name, value in log.run.metrics.items())
+            bar.write(f"epoch {step // steps_per_epoch}: {figures}", file=sys.stdout)
+            save_checkpoint(freezer, options.out)
+
+    with bar, Log(options.out / "log.jsonl", history) as log:
+        try:
+            data = interrupt.checked(batches())
+            run(log, model, optimizer, freezer, make_train_step(train_data), data, after_step=after_step)
+        except KeyboardInterrupt:
+            save_checkpoint(freezer, options.out)
+            raise
+
+    weights.save(model, options.out / "model.safetensors", overwrite=True)
+    runs = [log.run] if options.baseline is None else [read(options.baseline / "log.jsonl"), log.run]
+    table = report.table(runs)
+    (options.out / "report.md").write_text(f"{' '.join(sys.argv)}\n\n{versions}\n\n{table}\n")
+    report.picture(runs, options.out / "report.png", f"{options.model} on {options.data} ({versions})")
+    say(f"\n{table}\n\neverything is in {options.out} ({time.perf_counter() - begin:.0f} s in all)")
+
+
+def save_checkpoint(freezer: sfj.nnx.Freezer, out: Path) -> None:
+    """Writes a checkpoint, and only then removes the earlier ones."""
+    target = out / "checkpoints" / f"{freezer.steps:08d}"
+    freezer.save(target, overwrite=True)
+    for earlier in target.parent.iterdir():
+        if earlier.name.isdigit() and earlier != target:
+            shutil.rmtree(earlier)
+
+
+def last_checkpoint(out: Path) -> Path:
+    """The newest checkpoint of a run.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    found = sorted(path for path in (out / "checkpoints").glob("*") if path.name.isdigit())
+    if not found:
+        raise FileNotFoundError(f"resume: {out / 'checkpoints'} holds no checkpoint; leave --resume out to start anew")
+    return found[-1]
+
+
+def check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
+    """Checks that a run goes on as it was started.
+
+    Raises:
+        ValueError: If an option that changes what is computed differs.
+    """
+    free = {"resume", "baseline", "quiet", "workers", "out", "data_dir"}
+    changed = [f"{name} (was {before.get(name)}, is {now[name]})" for name in now if before.get(name) != now[name]]
+    changed = [text for text in changed if text.split(" ")[0] not in free]
+    if changed:
+        raise ValueError(f"resume: the run was started with other options: {', '.join(changed)}; repeat those it had")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the script; returns the exit code: 0, 2 if something asked for is wrong, 130 if interrupted."""
+    options = parse(argv)
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        if (options.out / "log.jsonl").exists() and not options.resume:
+            raise FileExistsError(
+                f"out: {options.out} holds a run; go on with it with --resume, or choose another folder"
+            )
+        with Interrupt() as interrupt:
+            finetune(options, print, interrupt)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; go on with --resume --out {options.out}", file=sys.stderr)
+        return 130
+    except (OSError, ValueError, FloatingPointError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

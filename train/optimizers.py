@@ -1,0 +1,67 @@
+"""The optimizers of the training scripts."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+import optax
+
+import smartfrz_jax as sfj
+
+if TYPE_CHECKING:
+    from train.options import Options
+
+PyTree = Any
+OptimizerName = Literal["sgd", "adamw"]
+
+
+def make_optimizer(options: Options, layers: sfj.Layers, total_steps: int) -> optax.GradientTransformation:
+    """SGD with momentum, or AdamW, under a cosine schedule; clipping inside, so that it is over active layers only.
+
+    With the policy ``linear`` every layer has the schedule of FreezeOut, which ends when it freezes.
+
+    Args:
+        options: The command line.
+        layers: The network's layers.
+        total_steps: Steps of the whole run.
+
+    Returns:
+        The transformation. Make it once: another one is another program.
+
+    Raises:
+        ValueError: If the warm-up is longer than the run, or is asked for together with FreezeOut.
+    """
+    warmup = round(options.warmup_epochs * total_steps / options.epochs)
+    if warmup >= total_steps or (warmup and options.policy == "linear"):
+        raise ValueError(
+            f"warmup_epochs: got {options.warmup_epochs} of {options.epochs} epochs with policy {options.policy!r}; "
+            "expected fewer than the epochs, and 0 with 'linear', which has a schedule of its own for every layer"
+        )
+    if options.policy == "linear":
+        schedules = sfj.freezeout_schedules(
+            layers,
+            learning_rate=options.learning_rate,
+            total_steps=total_steps,
+            t0=options.t0,
+            spacing=options.spacing,  # pyright: ignore[reportArgumentType]  # argparse has checked it
+        )
+        step = sfj.scale_by_layer_schedule(layers, schedules)
+    else:
+        cosine = optax.warmup_cosine_decay_schedule if warmup else optax.cosine_decay_schedule
+        arguments = (
+            (0.0, options.learning_rate, warmup, total_steps) if warmup else (options.learning_rate, total_steps)
+        )
+        step = optax.scale_by_learning_rate(cosine(*arguments))
+    clip = [] if options.clip is None else [optax.clip_by_global_norm(options.clip)]
+    decay = [optax.add_decayed_weights(options.weight_decay, _decayed)] if options.weight_decay else []
+    match options.optimizer:
+        case "sgd":
+            return optax.chain(*clip, *decay, optax.trace(options.momentum), step)
+        case "adamw":
+            return optax.chain(*clip, optax.scale_by_adam(), *decay, step)
+
+
+def _decayed(params: PyTree) -> PyTree:
+    """Kernels and embeddings, not biases and normalisations."""
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)

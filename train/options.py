@@ -1,0 +1,162 @@
+"""The typed command line of ``train.finetune``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+from pathlib import Path
+from typing import get_args
+
+from train.networks import Name
+from train.optimizers import OptimizerName
+from train.policies import PolicyName
+
+_DESCRIPTION = """\
+Fine-tunes (or trains) a network on a TFDS data set while a policy freezes its layers.
+
+  python -m train.finetune --model efficientnet-lite0 --weights efficientnet_lite0.safetensors \\
+      --data cifar10 --data-dir ~/tensorflow_datasets --policy linear --epochs 10 --out runs/linear
+
+The output folder gets log.jsonl (a line for every step), checkpoints/ (restored with --resume), model.safetensors (the
+trained weights, under the names they were loaded by), report.md and report.png.
+"""
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """What a fine-tuning is asked to do; see ``python -m train.finetune --help``."""
+
+    model: Name
+    data: str
+    data_dir: Path
+    out: Path
+    weights: Path | None
+    head: str
+    vocab: Path | None
+    train_split: str
+    evaluation_split: str | None
+    image_size: int | None
+    max_tokens: int
+    augment: str
+    workers: int
+    epochs: int
+    batch_size: int
+    optimizer: OptimizerName
+    learning_rate: float
+    momentum: float
+    weight_decay: float
+    warmup_epochs: float
+    clip: float | None
+    precision: str
+    stem: str
+    scan: bool
+    policy: PolicyName
+    t0: float
+    spacing: str
+    evaluations_per_epoch: int
+    percentile: float
+    tolerance: float
+    budget: float
+    at: float
+    predictor: Path | None
+    window: int
+    threshold: float
+    reference: Path | None
+    seed: int
+    resume: bool
+    baseline: Path | None
+    quiet: bool
+
+    def settings(self) -> dict[str, str | float | bool | None]:
+        """All options, as JSON can hold them."""
+        return {
+            name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(self).items()
+        }
+
+
+def parse(argv: list[str] | None) -> Options:
+    """Reads the command line; exits with a message if it is wrong.
+
+    Args:
+        argv: The arguments; ``sys.argv`` by default.
+
+    Returns:
+        The options.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m train.finetune",
+        description=_DESCRIPTION,
+        formatter_class=type(
+            "Formatter", (argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter), {}
+        ),
+    )
+    add = parser.add_argument_group("network").add_argument
+    add("--model", required=True, choices=get_args(Name), help="the network")
+    add("--weights", type=Path, help="safetensors file to start from; default: from scratch")
+    add("--head", choices=["new", "keep"], default="new", help="whether the head of --weights is made anew or kept")
+    add(
+        "--stem", choices=["imagenet", "cifar"], default="imagenet", help="cifar: for images of 32x32; no early strides"
+    )
+    add("--precision", choices=["float32", "bfloat16"], default="float32", help="of the computation; weights: float32")
+    add("--scan", action="store_true", help="scan over a transformer's blocks: compiles faster")
+
+    add = parser.add_argument_group("data").add_argument
+    add("--data", required=True, help="TFDS name: cifar10, cifar100, imagenet2012, glue/mrpc, glue/cola, or another")
+    add("--data-dir", type=Path, required=True, help="folder of prepared TFDS data sets (array_record)")
+    add("--train-split", default="train", help="split to train on, such as train[:500]")
+    add("--evaluation-split", help="split to evaluate on; default: the usual one of the data set")
+    add("--image-size", type=int, help="height and width that images are resized to; default: 224")
+    add("--vocab", type=Path, help="WordPiece vocabulary (vocab.txt), for text")
+    add("--max-tokens", type=int, default=128, help="longest text; the rest is cut off")
+    add(
+        "--augment",
+        choices=["none", "flip-crop", "resized-crop", "deit"],
+        default="flip-crop",
+        help="of training images; deit: resized crop, flip, RandAugment, mixup, CutMix",
+    )
+    add("--workers", type=int, default=0, help="processes that decode images, where the set is not held in memory")
+
+    add = parser.add_argument_group("training").add_argument
+    add("--epochs", type=int, default=10, help="times that every example is seen")
+    add("--batch-size", type=int, default=32, help="examples of a step")
+    add("--optimizer", choices=get_args(OptimizerName), default="sgd", help="the paper's is sgd")
+    add("--learning-rate", type=float, default=0.01, help="at the start; annealed to 0 by a cosine")
+    add("--momentum", type=float, default=0.9, help="of sgd")
+    add("--weight-decay", type=float, default=0.0, help="of kernels and embeddings, not of biases and normalisations")
+    add("--warmup-epochs", type=float, default=0.0, help="in which the learning rate rises from 0")
+    add("--clip", type=float, help="largest norm of the gradients of active layers; default: none")
+    add("--seed", type=int, default=0, help="of initialisation, order, augmentation and dropout")
+
+    add = parser.add_argument_group("freezing").add_argument
+    add("--policy", choices=get_args(PolicyName), default="never", help="what decides when layers freeze")
+    add("--predictor", type=Path, help="smartfrz: checkpoint of the predictor")
+    add("--window", type=int, default=30, help="smartfrz: records that the predictor sees")
+    add("--threshold", type=float, default=0.5, help="smartfrz: probability from which a layer freezes")
+    add("--t0", type=float, default=0.5, help="linear: share of training after which the first layer freezes")
+    add("--spacing", choices=["linear", "cubic"], default="linear", help="linear: of the moments of freezing")
+    add("--evaluations-per-epoch", type=int, default=4, help="autofreeze, similarity_guided: decisions in an epoch")
+    add(
+        "--percentile", type=float, default=50, help="autofreeze: share of active layers taken as converged, in percent"
+    )
+    add("--tolerance", type=float, default=0.02, help="similarity_guided: change in CKA that counts as none")
+    add("--reference", type=Path, help="similarity_guided: model.safetensors of a finished run of the same network")
+    add("--budget", type=float, default=0.5, help="static_prefix, random: share of the forward FLOPs to freeze")
+    add("--at", type=float, default=0.0, help="static_prefix: share of training after which it freezes")
+
+    add = parser.add_argument_group("run").add_argument
+    add("--out", type=Path, required=True, help="folder for everything that is written")
+    add("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    add("--baseline", type=Path, help="--out of an earlier run, to compare with in the report")
+    add("--quiet", action="store_true", help="no progress bar")
+    options = Options(**vars(parser.parse_args(argv)))
+
+    for name in ("epochs", "batch_size", "evaluations_per_epoch", "max_tokens", "window"):
+        if getattr(options, name) < 1:
+            parser.error(f"argument --{name.replace('_', '-')}: got {getattr(options, name)}, expected at least 1")
+    for name in ("learning_rate", "weight_decay", "warmup_epochs", "momentum", "workers"):
+        if not 0 <= getattr(options, name) < float("inf"):
+            parser.error(f"argument --{name.replace('_', '-')}: got {getattr(options, name)}, expected 0 or more")
+    for name, policy in (("predictor", "smartfrz"), ("reference", "similarity_guided")):
+        if options.policy == policy and getattr(options, name) is None:
+            parser.error(f"argument --policy: {policy} needs --{name}; see --help")
+    return options

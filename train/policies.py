@@ -1,0 +1,66 @@
+"""The freezing policies of the training scripts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Literal
+
+import jax
+
+import smartfrz_jax as sfj
+
+if TYPE_CHECKING:
+    from train.options import Options
+
+PolicyName = Literal["never", "smartfrz", "linear", "autofreeze", "similarity_guided", "static_prefix", "random"]
+
+
+def make_policy(
+    options: Options,
+    *,
+    steps_per_epoch: int,
+    costs: Mapping[str, float],
+    reference: Mapping[str, jax.Array] | None,
+) -> sfj.Policy:
+    """The policy that the command line asks for.
+
+    Args:
+        options: The command line.
+        steps_per_epoch: Train steps of an epoch.
+        costs: Forward FLOPs of each layer, for policies with a budget.
+        reference: Outputs of the reference network's layers on the probe batch, for ``similarity_guided``.
+
+    Returns:
+        The policy.
+
+    Raises:
+        FileNotFoundError: If the predictor's checkpoint is not there.
+        ValueError: If it is damaged, or an option is out of range.
+    """
+    total_steps = options.epochs * steps_per_epoch
+    evaluate_every = max(1, steps_per_epoch // options.evaluations_per_epoch)
+    match options.policy:
+        case "never":
+            return sfj.never()
+        case "smartfrz":
+            assert options.predictor is not None  # the command line has checked it
+            predictor = sfj.Predictor.restore(options.predictor)
+            return sfj.smartfrz(
+                predictor,
+                total_steps=total_steps,
+                window=options.window,
+                threshold=options.threshold,
+                seed=options.seed,
+            )
+        case "linear":
+            spacing = "cubic" if options.spacing == "cubic" else "linear"
+            return sfj.linear(total_steps, t0=options.t0, spacing=spacing)
+        case "autofreeze":
+            return sfj.autofreeze(evaluate_every, percentile=options.percentile)
+        case "similarity_guided":
+            assert reference is not None
+            return sfj.similarity_guided(reference, evaluate_every, tolerance=options.tolerance)
+        case "static_prefix":
+            return sfj.static_prefix(options.budget, total_steps=total_steps, at=options.at, costs=costs)
+        case "random":
+            return sfj.random(options.budget, total_steps=total_steps, seed=options.seed, costs=costs)
