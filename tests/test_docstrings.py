@@ -8,10 +8,11 @@ import pytest
 
 import models
 import smartfrz_jax
+import train.data
 
 MODULES = sorted(
     module.name
-    for package in (smartfrz_jax, models)
+    for package in (smartfrz_jax, models, train.data)
     for module in pkgutil.walk_packages(package.__path__, package.__name__ + ".")
 )
 

@@ -64,7 +64,9 @@ def make_evaluation(data: Data, figures: dict[str, metrics.Metric]) -> Callable[
     def evaluate(model: nnx.Module) -> dict[str, float]:
         evaluated = nnx.merge(*nnx.split(model))  # shares the arrays, not the mode
         evaluated.eval()
-        counts = sum(np.asarray(counts_of(evaluated, *batch), np.int64) for batch in data.evaluation_batches())
+        counts = np.zeros((data.num_classes, data.num_classes), np.int64)
+        for batch in data.evaluation_batches():
+            counts += np.asarray(counts_of(evaluated, *batch))
         return {name: figure(counts) for name, figure in figures.items()}
 
     return evaluate

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax.numpy as jnp
 from flax import nnx
@@ -14,6 +14,7 @@ from models.efficientnet_lite import efficientnet_lite0
 from models.mobilenetv2 import mobilenetv2
 from models.resnet import resnet50
 from models.vgg import vgg11
+from train.data import augment
 
 if TYPE_CHECKING:
     from train.options import Options
@@ -30,30 +31,17 @@ Name = Literal[
     "minilm",
 ]
 
-_IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-_TENSORFLOW = (127 / 255,) * 3, (128 / 255,) * 3
-
-
-class Normalisation(NamedTuple):
-    """What a network expects of the channels of an image, on a scale from 0 to 1.
-
-    Attributes:
-        mean: Subtracted first.
-        std: Divided by then.
-    """
-
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-
 
 def is_text(name: Name) -> bool:
     """Whether the network reads text."""
     return name in ("bert-base", "minilm")
 
 
-def normalisation(name: Name) -> Normalisation:
-    """What the weights of an image network were trained with."""
-    return Normalisation(*(_TENSORFLOW if name == "efficientnet-lite0" else _IMAGENET))
+def normalisation(name: Name) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the channels, on a scale from 0 to 1, that the published weights expect."""
+    if name == "efficientnet-lite0":
+        return augment.LITE_MEAN, augment.LITE_STD
+    return augment.IMAGENET_MEAN, augment.IMAGENET_STD
 
 
 def make_network(options: Options, *, num_classes: int, seed: int) -> nnx.Module:

@@ -48,11 +48,13 @@ def make_optimizer(options: Options, layers: sfj.Layers, total_steps: int) -> op
         )
         step = sfj.scale_by_layer_schedule(layers, schedules)
     else:
-        cosine = optax.warmup_cosine_decay_schedule if warmup else optax.cosine_decay_schedule
-        arguments = (
-            (0.0, options.learning_rate, warmup, total_steps) if warmup else (options.learning_rate, total_steps)
+        peak = options.learning_rate
+        rate = (
+            optax.warmup_cosine_decay_schedule(0.0, peak, warmup, total_steps)
+            if warmup
+            else optax.cosine_decay_schedule(peak, total_steps)
         )
-        step = optax.scale_by_learning_rate(cosine(*arguments))
+        step = optax.scale_by_learning_rate(rate)
     clip = [] if options.clip is None else [optax.clip_by_global_norm(options.clip)]
     decay = [optax.add_decayed_weights(options.weight_decay, _decayed)] if options.weight_decay else []
     match options.optimizer:

@@ -37,56 +37,63 @@ def _bert(**sizes):
 
 
 NETWORKS = {
-    "resnet50": lambda: torchvision.models.resnet50(num_classes=CLASSES),
-    "vgg11": lambda: torchvision.models.vgg11(num_classes=CLASSES, dropout=0.0),
-    "vgg11_bn": lambda: torchvision.models.vgg11_bn(num_classes=CLASSES, dropout=0.0),
-    "mobilenetv2": lambda: torchvision.models.mobilenet_v2(num_classes=CLASSES, dropout=0.0),
-    "deit_tiny": lambda: timm.create_model("deit_tiny_patch16_224", img_size=64, num_classes=CLASSES),
-    "deit_tiny_distilled": lambda: timm.create_model(
-        "deit_tiny_distilled_patch16_224", img_size=64, num_classes=CLASSES
+    "resnet50": lambda size: torchvision.models.resnet50(num_classes=CLASSES),
+    "vgg11": lambda size: torchvision.models.vgg11(num_classes=CLASSES, dropout=0.0),
+    "vgg11_bn": lambda size: torchvision.models.vgg11_bn(num_classes=CLASSES, dropout=0.0),
+    "mobilenetv2": lambda size: torchvision.models.mobilenet_v2(num_classes=CLASSES, dropout=0.0),
+    "deit_tiny": lambda size: timm.create_model("deit_tiny_patch16_224", img_size=size, num_classes=CLASSES),
+    "deit_tiny_distilled": lambda size: timm.create_model(
+        "deit_tiny_distilled_patch16_224", img_size=size, num_classes=CLASSES
     ),
-    "bert_base": _bert,
-    "minilm": lambda: _bert(**_MINILM),
+    "bert_base": lambda size: _bert(),
+    "minilm": lambda size: _bert(**_MINILM),
     # The original's momentum of 0.99 is 0.01 in torch; timm leaves it at torch's default.
-    "efficientnet_lite0": lambda: timm.create_model("tf_efficientnet_lite0", num_classes=CLASSES, bn_momentum=0.01),
+    "efficientnet_lite0": lambda size: timm.create_model(
+        "tf_efficientnet_lite0", num_classes=CLASSES, bn_momentum=0.01
+    ),
 }
+
+
+def network(name, size=64):
+    """The network as it is initialised, without dropout, for images of ``size`` x ``size``."""
+    return NETWORKS[name](size)
 
 
 def model(name, dtype):
     """The network with the weights drawn for it, on a tensor's name as ``models/`` has it."""
-    network = NETWORKS[name]().to(dtype)
+    drawn = network(name).to(dtype)
     state = {
         key: torch.from_numpy(drawing.tensor(_here(name, key), tuple(value.shape)))
-        for key, value in network.state_dict().items()
+        for key, value in drawn.state_dict().items()
         if not key.endswith("num_batches_tracked")
     }
-    network.load_state_dict(state)
-    return network
+    drawn.load_state_dict(state)
+    return drawn
 
 
 def outputs(name, dtype=torch.float64):
     """What is compared; see :func:`tests.parity.cases.outputs`."""
-    network, case = model(name, dtype), CASES[name]
+    drawn, case = model(name, dtype), CASES[name]
     inputs = [torch.from_numpy(array) for array in case.inputs]
     inputs = [x.permute(0, 3, 1, 2).to(dtype) if x.is_floating_point() else x.long() for x in inputs]
 
     def logits():
-        result = network(*inputs)
+        result = drawn(*inputs)
         return getattr(result, "logits", result)
 
-    network.eval()
+    drawn.eval()
     with torch.no_grad():
         evaluated = logits()
-    network.train()
+    drawn.train()
     trained = logits()
     loss = torch.nn.functional.cross_entropy(trained, torch.from_numpy(case.labels).long())
     loss.backward()
-    statistics = {key: value for key, value in network.named_buffers() if "running" in key}
+    statistics = {key: value for key, value in drawn.named_buffers() if "running" in key}
     return {
         "eval": {"logits": evaluated.numpy()},
         "train": {"logits": trained.detach().numpy(), "loss": loss.detach().numpy()},
         "statistics": {_here(name, key): value.numpy() for key, value in statistics.items()},
-        "gradients": {_here(name, key): value.grad.numpy() for key, value in network.named_parameters()},
+        "gradients": {_here(name, key): value.grad.numpy() for key, value in drawn.named_parameters()},
     }
 
 
@@ -99,10 +106,10 @@ def write_file(name, path):
 def reads_file(name, path):
     """Whether the network takes all tensors of a safetensors file, and they are, bit by bit, those drawn for it."""
     tensors = safetensors.torch.load_file(path)
-    network = NETWORKS[name]()
-    keys = [key for key in network.state_dict() if not key.endswith("num_batches_tracked")]
-    network.load_state_dict({key: tensors[_here(name, key)] for key in keys})
-    state = network.state_dict()
+    taken = network(name)
+    keys = [key for key in taken.state_dict() if not key.endswith("num_batches_tracked")]
+    taken.load_state_dict({key: tensors[_here(name, key)] for key in keys})
+    state = taken.state_dict()
     drawn = (drawing.tensor(_here(name, key), tuple(state[key].shape)) for key in keys)
     same = all(np.array_equal(state[key].numpy(), values) for key, values in zip(keys, drawn, strict=True))
     return same and len(tensors) == len(keys)

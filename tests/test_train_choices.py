@@ -1,0 +1,112 @@
+"""The optimizers and policies of the training scripts do what their options say."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import smartfrz_jax as sfj
+from train.optimizers import make_optimizer
+from train.options import parse
+from train.policies import make_policy
+
+PARAMS = {
+    "a": {"kernel": jnp.ones((3, 3)), "bias": jnp.ones(3)},
+    "b": {"kernel": jnp.ones((3, 2)), "bias": jnp.ones(2)},
+}
+STEPS = 40
+
+
+def forward(params, x):
+    return (x @ params["a"]["kernel"] + params["a"]["bias"]) @ params["b"]["kernel"] + params["b"]["bias"]
+
+
+@pytest.fixture
+def layers(jax_defaults):
+    return sfj.find_layers(PARAMS, forward, jnp.ones((1, 3)))
+
+
+def options(*changed):
+    return parse(["--model", "resnet50", "--data", "x", "--data-dir", "y", "--out", "z", "--epochs", "4", *changed])
+
+
+def trajectory(tx):
+    params, state = PARAMS, tx.init(PARAMS)
+    for step in range(STEPS):
+        rng = np.random.default_rng(step)
+        grads = jax.tree.map(lambda leaf: jnp.asarray(rng.standard_normal(leaf.shape), jnp.float32), params)  # noqa: B023
+        updates, state = tx.update(grads, state, params)
+        params = optax.apply_updates(params, updates)
+    return params
+
+
+def kernels(params):
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
+
+
+COSINE = optax.cosine_decay_schedule(0.1, STEPS)
+
+
+@pytest.mark.parametrize(
+    ("changed", "reference"),
+    [
+        ((), optax.sgd(COSINE, momentum=0.9)),
+        (("--momentum", "0.5", "--clip", "0.3"), optax.chain(optax.clip_by_global_norm(0.3), optax.sgd(COSINE, 0.5))),
+        (("--optimizer", "adamw", "--weight-decay", "0.2"), optax.adamw(COSINE, weight_decay=0.2, mask=kernels)),
+        (
+            ("--warmup-epochs", "1"),
+            optax.sgd(optax.warmup_cosine_decay_schedule(0.0, 0.1, STEPS // 4, STEPS), momentum=0.9),
+        ),
+    ],
+)
+def test_the_optimizer_is_that_of_optax(layers, changed, reference):
+    ours = make_optimizer(options("--learning-rate", "0.1", *changed), layers, STEPS)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), trajectory(ours), trajectory(reference))
+
+
+def test_weight_decay_shrinks_kernels_only(layers):
+    tx = make_optimizer(options("--weight-decay", "0.5", "--learning-rate", "0.1"), layers, STEPS)
+    updates, _ = tx.update(jax.tree.map(jnp.zeros_like, PARAMS), tx.init(PARAMS), PARAMS)
+    assert float(updates["a"]["kernel"][0, 0]) == pytest.approx(-0.05)
+    assert float(updates["a"]["bias"][0]) == 0
+
+
+def test_linear_anneals_every_layer_to_its_own_end(layers):
+    tx = make_optimizer(options("--policy", "linear", "--t0", "0.5", "--learning-rate", "0.1"), layers, STEPS)
+    state = tx.init(PARAMS)
+    sizes = []
+    for _ in range(STEPS):
+        updates, state = tx.update(jax.tree.map(jnp.ones_like, PARAMS), state, PARAMS)
+        sizes.append((abs(float(updates["a"]["bias"][0])), abs(float(updates["b"]["bias"][0]))))
+    assert sizes[STEPS // 2][0] < 1e-6 < sizes[STEPS // 2 - 2][0]
+    assert sizes[-2][1] > 0
+
+
+@pytest.mark.parametrize("changed", [("--warmup-epochs", "4"), ("--warmup-epochs", "1", "--policy", "linear")])
+def test_a_warm_up_that_does_not_fit_is_refused(layers, changed):
+    with pytest.raises(ValueError, match=r"warmup_epochs: got \d"):
+        make_optimizer(options(*changed), layers, STEPS)
+
+
+@pytest.mark.parametrize(
+    "name", ["never", "linear", "autofreeze", "similarity_guided", "static_prefix", "random", "smartfrz"]
+)
+def test_every_policy_can_be_chosen(layers, tmp_path, name):
+    from flax import nnx
+
+    changed = ["--policy", name, "--window", "2", "--budget", "0.75"]
+    if name == "smartfrz":
+        sfj.Predictor(sfj.PredictorConfig(size=16), rngs=nnx.Rngs(0)).save(tmp_path / "predictor")
+        changed += ["--predictor", str(tmp_path / "predictor")]
+    reference = None
+    if name == "similarity_guided":
+        changed += ["--reference", "model.safetensors"]
+        reference = {"a": jnp.eye(3), "b": jnp.eye(3)}
+    policy = make_policy(options(*changed), steps_per_epoch=10, costs={"a": 3.0, "b": 1.0}, reference=reference)
+    state = policy.init(layers, PARAMS)
+    if name in ("never", "static_prefix", "linear", "random"):
+        frozen = frozenset()
+        for step in range(1, STEPS + 1):
+            frozen, state = policy.update(state, layers, step=step, params=lambda: PARAMS)
+        assert frozen == (set() if name == "never" else {"a"})
