@@ -135,7 +135,11 @@ def test_an_interrupted_run_goes_on_bit_for_bit(sentences, tmp_path, monkeypatch
             ["--model", "minilm", "--data", "glue/cola", "--evaluation-split", "train"],
             "pass its vocab.txt with --vocab",
         ),
-        (["--weights", "none.safetensors", "--train-split", "train[:64]"], "none.safetensors"),
+        pytest.param(
+            ["--weights", "none.safetensors", "--train-split", "train[:64]"],
+            "none.safetensors",
+            marks=pytest.mark.slow,
+        ),
         (["--scan", "--train-split", "train[:64]"], "scan: efficientnet-lite0 has no stack"),
         (["--model", "vgg11", "--stem", "cifar", "--train-split", "train[:64]"], "stem: vgg11 has no strided stem"),
         pytest.param(

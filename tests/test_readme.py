@@ -15,8 +15,15 @@ def test_there_are_snippets():
 
 
 @pytest.mark.usefixtures("jax_defaults")
-@pytest.mark.parametrize("snippet", SNIPPETS, ids=TITLES)
-def test_snippet(snippet, capsys):
+@pytest.mark.parametrize(
+    "snippet",
+    [
+        pytest.param(s, id=t, marks=[pytest.mark.slow] if "mobilenetv2" in s else [])
+        for s, t in zip(SNIPPETS, TITLES, strict=True)
+    ],
+)
+def test_snippet(snippet, capsys, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)  # for those that write files
     exec(compile(snippet, "README.md", "exec"), {"__name__": "readme"})
     printed = re.findall(r"^print\(.*\)  # (.*)$", snippet, flags=re.M)
     assert capsys.readouterr().out.splitlines() == printed
