@@ -23,7 +23,7 @@ class Step(NamedTuple):
         policy_seconds: Seconds of the policy after it: records, predictor, moving the optimizer state.
         frozen: Number of layers frozen in it.
         flops: FLOPs of its compiled program.
-        temp_bytes: Bytes of that program's temporary buffers.
+        peak_bytes: Bytes that program needs: parameters, optimizer state, batch, temporary buffers.
     """
 
     step: int
@@ -32,7 +32,7 @@ class Step(NamedTuple):
     policy_seconds: float
     frozen: int
     flops: float
-    temp_bytes: int
+    peak_bytes: int
 
 
 class Compiled(NamedTuple):

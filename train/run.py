@@ -70,7 +70,7 @@ def run(
                 decided - trained,
                 len(program.frozen.names),
                 program.cost.flops,
-                program.cost.temp_bytes,
+                program.cost.peak_bytes,
             )
         )
         if freezer.events and freezer.events[-1].step == step:
