@@ -1,7 +1,7 @@
 """EfficientNet-Lite (EfficientNet: Tan and Le 2019, arXiv 1905.11946; Lite: Google's TPU repository).
 
-EfficientNet without squeeze-and-excite and with ReLU6 in place of swish. Padding, BatchNorm and initialisation follow
-TensorFlow's original, module names those of its PyTorch port.
+EfficientNet without squeeze-and-excite and with ReLU6 in place of swish. Padding, BatchNorm and the initialisation of
+convolutions follow TensorFlow's original, module names and the head's initialisation its PyTorch port.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from flax.typing import Dtype
 
 from models.batch_norm import BatchNorm
 from models.checks import check_images, check_rate, check_stem
+from models.depthwise import depthwise_convolution
 from models.mobilenetv2 import rounded_width
 from models.torch_names import torch_name
 
@@ -78,7 +79,9 @@ class MBConv(nnx.Module):
         self.shortcut = stride == 1 and d_in == d_out
         self.expand_conv = nnx.data(_conv(d_in, inside, 1, **kwargs) if expansion != 1 else None)
         self.bn0 = nnx.data(_norm(inside, **kwargs) if expansion != 1 else None)
-        self.depthwise_conv = _conv(inside, inside, kernel, stride, groups=inside, **kwargs)
+        self.depthwise_conv = _conv(
+            inside, inside, kernel, stride, groups=inside, conv_general_dilated=depthwise_convolution, **kwargs
+        )
         self.bn1 = _norm(inside, **kwargs)
         self.project_conv = _conv(inside, d_out, 1, **kwargs)
         self.bn2 = _norm(d_out, **kwargs)
@@ -225,5 +228,6 @@ def _norm(width: int, **kwargs: Any) -> BatchNorm:
 
 
 def _dense_init(key: jax.Array, shape: tuple[int, ...], dtype: Dtype = jnp.float32, *_: Any) -> jax.Array:
-    bound = 1 / math.sqrt(shape[1])
+    # As the PyTorch port. TensorFlow's bound is 1 / sqrt(classes): logits of 12 with 10 classes, which does not train.
+    bound = 1 / math.sqrt(shape[0])
     return jax.random.uniform(key, shape, dtype, -bound, bound)

@@ -15,6 +15,7 @@ from flax.typing import Dtype
 
 from models.batch_norm import BatchNorm
 from models.checks import check_images, check_rate, check_stem
+from models.depthwise import depthwise_convolution
 from models.sequential import Sequential
 from models.torch_names import torch_name
 
@@ -52,10 +53,8 @@ STAGES = (
 
 
 def _conv_norm(d_in: int, d_out: int, kernel: int, stride: int = 1, *, depthwise: bool = False, **kwargs: Any):
-    groups = d_in if depthwise else 1
-    conv = _Conv(
-        d_in, d_out, (kernel, kernel), strides=stride, padding=kernel // 2, feature_group_count=groups, **kwargs
-    )
+    groups = {"feature_group_count": d_in, "conv_general_dilated": depthwise_convolution} if depthwise else {}
+    conv = _Conv(d_in, d_out, (kernel, kernel), strides=stride, padding=kernel // 2, **groups, **kwargs)
     return Sequential([conv, BatchNorm(d_out, **kwargs), nnx.relu6])
 
 

@@ -37,6 +37,7 @@ _FREE = frozenset({
 # fmt: on
 _REDUCTIONS = frozenset({"reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or"})
 _WINDOWS = frozenset({"reduce_window_sum", "reduce_window_max", "reduce_window_min"})
+_PARTS = frozenset({"broadcast_in_dim", "convert_element_type", "pad", "reshape", "slice", "squeeze", "transpose"})
 _NOT_DIFFERENTIABLE = frozenset({"stop_gradient", "sign", "floor", "ceil", "round"})
 
 # What XLA's CPU backend makes of the gradient of a max pooling: for every comparison in a window, the larger value and
@@ -111,14 +112,48 @@ def of_jaxpr(jaxpr: Any, backend: str) -> Flops:
 
 
 def macs(eqn: Any) -> int:
-    """Multiply-adds of a convolution or a product as they are published: positions on padding count. 0 for others."""
+    """Multiply-adds of a convolution or a product as they are published: positions on padding count. 0 for others.
+
+    A convolution may also be a call that is one written out: see :func:`written_out`.
+    """
     if eqn.primitive.name == "conv_general_dilated":
         kernel = eqn.invars[1].aval.shape
         out_features = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
         return _size(eqn.outvars[0]) * math.prod(kernel) // out_features
     if eqn.primitive.name == "dot_general":
         return int(of_equation(eqn, "").needed) // 2
-    return 0
+    return sum(_size(product.outvars[0]) for product in written_out(eqn))
+
+
+def written_out(eqn: Any) -> list[Any]:
+    """The products in a convolution that is written out, as what it is by definition: a sum of shifted products.
+
+    Args:
+        eqn: An equation of an inlined jaxpr.
+
+    Returns:
+        The multiplications, if the equation is a call with a differentiation rule of its own, of two arguments, that
+        adds up products of parts of one with parts of the other and does nothing else. None for all others.
+    """
+    if eqn.primitive.name != "custom_vjp_call" or len(eqn.invars) != 2 or len(eqn.outvars) != 1:
+        return []
+    body = inlining.body_of(eqn)
+    if body is None:
+        return []
+    flat = inlining.inline(jex.ClosedJaxpr(body, []), (), ()).jaxpr
+    parts = {var: {i} for i, var in enumerate(flat.invars)}  # of which arguments a value has parts
+    products, sums = [], 0
+    for step in inlining.needed(flat, flat.outvars):
+        name = step.primitive.name
+        of = [parts.get(var, set()) for var in step.invars if not isinstance(var, jex.Literal)]
+        if name == "mul" and of in ([{0}, {1}], [{1}, {0}]):
+            products.append(step)
+        elif name == "add" and of == [{0, 1}, {0, 1}]:
+            sums += 1
+        elif name not in _PARTS or (set().union(*of) == {0, 1} and name != "convert_element_type"):
+            return []
+        parts[step.outvars[0]] = set().union(*of)
+    return products if len(products) == sums + 1 > 1 else []
 
 
 def of_gradient(eqn: Any, wanted: Collection[int], backend: str) -> Flops:

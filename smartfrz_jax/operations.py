@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-from smartfrz_jax import inlining
+from smartfrz_jax import flops, inlining
 
 CONVOLUTION = "convolution"
 LINEAR = "linear"
@@ -77,6 +77,8 @@ def kind_of(eqn: Any, on_weights: list[bool], on_data: list[bool]) -> str:
         return _PRIMITIVES[name]
     if name == "dot_general":
         return ATTENTION if all(on_data) else LINEAR
+    if flops.written_out(eqn):
+        return ATTENTION if all(on_data) else CONVOLUTION
     for function in _functions(eqn):
         if kind := _kind_of_name(function):
             return kind

@@ -11,6 +11,7 @@ from flax import nnx
 
 import smartfrz_jax as sfj
 from models import bert, deit, efficientnet_lite, mobilenetv2, resnet, vgg
+from models.depthwise import depthwise_convolution
 from smartfrz_jax import flops, inlining
 
 pytestmark = pytest.mark.usefixtures("jax_defaults")
@@ -121,6 +122,24 @@ def test_multiply_adds_are_not_changed_by_padding():
     assert account.macs["convolution"] == 2 * 64 * 9 * 3 * 5
     assert account.elements["bias"] == 2 * 64 * 5
     assert account.counted["convolution"] == 64 * 9 * 3 * 5
+
+
+def test_what_xla_adds_for_depthwise_convolutions_is_apart():
+    def make(**options):
+        return nnx.eval_shape(lambda: nnx.Conv(8, 8, (3, 3), feature_group_count=8, rngs=nnx.Rngs(0), **options))
+
+    parts = []
+    for model in (make(), make(conv_general_dilated=depthwise_convolution)):
+        images = shape(2, 8, 8, 8)
+        account = sfj.nnx.account(model, sfj.nnx.find_layers(model, images), lambda m, x: m(x).sum(), images)
+        assert +account.macs == {"convolution": 2 * 64 * 9 * 8}
+        parts.append(account.flops().by_kind["convolution"])
+    plain, ours = parts
+    assert plain.weight_gradients > 0
+    assert plain.added > 7 * plain.weight_gradients
+    assert ours.added == 0
+    # XLA leaves out the positions on padding in its convolutions.
+    assert plain.needed < ours.needed < 1.6 * plain.needed
 
 
 # Networks.
@@ -260,6 +279,11 @@ def test_published_multiply_adds_and_the_papers_totals(name):
     assert total == convolutions + linear + sum(REST[name].values())
     assert 6e-12 * total * 50_000 * epochs == pytest.approx(tflops, rel=0.003)
     assert f"{6e-12 * total * 50_000 * epochs:,.1f}" in account.table(50_000 * epochs)
+
+
+def test_multiply_adds_of_efficientnet_lite0():
+    _, _, _, account = network(efficientnet_lite.efficientnet_lite0, size=224, n=1)
+    assert +account.macs == {"convolution": 385_187_552 - 1_280_000, "linear": 1_280_000}
 
 
 COMPILED = {

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from smartfrz_jax import flops, inlining
+from smartfrz_jax import flops, inlining, operations
 
 
 def shape(*dims: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
@@ -94,6 +94,47 @@ def test_what_the_backend_adds_is_apart():
     assert on_cpu.needed == elsewhere.needed == forward.needed
     assert on_cpu.added > 6 * forward.needed
     assert elsewhere.added == 0
+
+
+def shifted(x, w):
+    padded = lax.pad(x, jnp.zeros(()), ((0, 0, 0), (1, 1, 0), (0, 0, 0)))
+    first, second, third = (padded[:, i : i + 14] * w[i] for i in range(3))
+    return first + second + third
+
+
+def scaled(x, w):
+    return x * w[0]
+
+
+def biased(x, w):
+    return shifted(x, w) + w[0]
+
+
+def squared(x, w):
+    return shifted(shifted(x, w), w)
+
+
+def rectified(x, w):
+    return jnp.maximum(x, 0) * w[0] + x * w[1]
+
+
+@pytest.mark.parametrize(
+    ("function", "products"), [(shifted, 3), (scaled, 0), (biased, 0), (squared, 0), (rectified, 0)]
+)
+def test_convolutions_that_are_written_out(function, products):
+    whole = jax.custom_vjp(jax.jit(function))
+    whole.defvjp(lambda x, w: (function(x, w), (x, w)), lambda residuals, dy: jax.vjp(function, *residuals)[1](dy))
+    shapes = shape(4, 14, 8), shape(3, 1, 1, 8)
+    eqn = equation(whole, *shapes)
+    assert len(flops.written_out(eqn)) == products
+    assert flops.macs(eqn) == products * 4 * 14 * 8
+    if products:
+        check(whole, *shapes, gradients=(0, 1))
+        kinds = {
+            operations.kind_of(eqn, [False, True], [True, False]),
+            operations.kind_of(eqn, [False, False], [True, True]),
+        }
+        assert kinds == {"convolution", "attention"}
 
 
 def test_products():

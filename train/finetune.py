@@ -38,6 +38,13 @@ def loss_fn(model: nnx.Module, inputs: tuple[jax.Array, ...], labels: jax.Array)
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
+def fix_statistics(model: nnx.Module) -> None:
+    """Lets the BatchNorms use, and keep, the statistics they have."""
+    for _, module in nnx.iter_modules(model):
+        if isinstance(module, nnx.BatchNorm):
+            module.use_running_average = True
+
+
 def make_train_step(data: Data) -> sfj.TrainStep:
     """The compiled step of ``(model, optimizer, key, inputs, labels)``; augmentation is part of it."""
 
@@ -92,6 +99,8 @@ def finetune(options: Options, say: Callable[[str], None], interrupt: Interrupt)
     if options.weights is not None:
         weights.load(model, options.weights, new_head=options.head == "new", resample=True)
     model.train()
+    if options.batch_norm == "fixed":
+        fix_statistics(model)
 
     first = train_data.batch(0)
     example = train_data.prepare(first.inputs)

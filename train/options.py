@@ -50,6 +50,7 @@ class Options:
     precision: str
     stem: str
     scan: bool
+    batch_norm: str
     policy: PolicyName
     t0: float
     spacing: str
@@ -99,6 +100,13 @@ def parse(argv: list[str] | None) -> Options:
     )
     add("--precision", choices=["float32", "bfloat16"], default="float32", help="of the computation; weights: float32")
     add("--scan", action="store_true", help="scan over a transformer's blocks: compiles faster")
+
+    add(
+        "--batch-norm",
+        choices=["train", "fixed"],
+        default="train",
+        help="fixed: BatchNorms use the statistics of --weights throughout; better for short runs on little data",
+    )
 
     add = parser.add_argument_group("data").add_argument
     add("--data", required=True, help="TFDS name: cifar10, cifar100, imagenet2012, glue/mrpc, glue/cola, or another")
