@@ -270,7 +270,7 @@ def test_policies_that_look_at_gradients_and_features_run():
         freezer.step()
     assert freezer.events
     assert optimizer.frozen.names == set(NAMES[: len(optimizer.frozen.names)])
-    assert set(optimizer.grads) == set(optimizer.frozen.active_leaves(sfj.nnx._params(model, nnx.Param)))
+    assert set(optimizer.grads) == set(optimizer.frozen.active_leaves(nnx.as_pure(nnx.state(model, nnx.Param))))
 
     model, optimizer = make()
     extract = sfj.nnx.features(model, optimizer.frozen.layers, X)

@@ -1,0 +1,71 @@
+"""The cost account of an NNX model."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from flax import nnx
+
+from smartfrz_jax import accounting
+from smartfrz_jax.accounting import Account
+from smartfrz_jax.freezing import Frozen
+from smartfrz_jax.layers import Layers
+from smartfrz_jax.nnx.hold import hold
+
+PyTree = Any
+
+
+def account(
+    model: nnx.Module,
+    layers: Layers,
+    loss_fn: Callable[..., Any],
+    *inputs: Any,
+    tx: optax.GradientTransformation | None = None,
+    wrt: nnx.filterlib.Filter = nnx.Param,
+    backend: str | None = None,
+) -> Account:
+    """Predicts what a train step of an NNX model costs, for any frozen set; see :func:`smartfrz_jax.account`.
+
+    Args:
+        model: The model, in the mode in which it trains; arrays or ``jax.ShapeDtypeStruct``.
+        layers: Its layers.
+        loss_fn: A function of ``(model, *inputs)`` to a scalar, or to ``(scalar, aux)``. It is only traced.
+        *inputs: An example batch; arrays or ``jax.ShapeDtypeStruct``.
+        tx: The optimizer; without it, updates are not counted.
+        wrt: Filter of the variables that train.
+        backend: Platform that the step will run on; JAX's default.
+
+    Returns:
+        The account.
+
+    Raises:
+        ValueError: If there are no inputs, or the loss is not a scalar or depends on no parameter.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from smartfrz_jax.nnx import find_layers
+        >>> model = nnx.Sequential(nnx.Linear(8, 8, rngs=nnx.Rngs(0)), nnx.Linear(8, 4, rngs=nnx.Rngs(0)))
+        >>> x = jnp.ones((32, 8))
+        >>> costs = account(model, find_layers(model, x), lambda model, x: model(x).sum(), x)
+        >>> costs.macs["linear"] == 32 * (8 * 8 + 8 * 4)
+        True
+    """
+    graphdef, variables = nnx.split(model)
+
+    def run(frozen: Frozen, variables: PyTree, *inputs: Any) -> Any:
+        module = nnx.merge(graphdef, variables, copy=True)
+        for _ in hold(module, frozen):
+            pass
+        return loss_fn(module, *inputs), nnx.as_pure(nnx.state(module))
+
+    def trace(frozen: Frozen) -> accounting.Trace:
+        return accounting.Trace(functools.partial(run, frozen), nnx.as_pure(variables), inputs)
+
+    active, held = trace(Frozen(layers)), trace(Frozen(layers, frozenset(layers.names)))
+    return accounting.assemble(
+        layers, active, held, nnx.as_pure(nnx.state(model, wrt)), tx, backend or jax.default_backend()
+    )

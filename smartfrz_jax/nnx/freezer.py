@@ -1,0 +1,105 @@
+"""Lets a policy freeze the layers of an NNX model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+from flax import nnx
+
+from smartfrz_jax import freezer
+from smartfrz_jax.freezing import Frozen
+from smartfrz_jax.nnx.optimizer import Optimizer
+from smartfrz_jax.policies.base import Policy
+
+PyTree = Any
+
+
+class Freezer(freezer.Freezer):
+    """Lets a policy freeze the layers of an NNX model: call :meth:`step` after every train step.
+
+    Args:
+        model: The model.
+        optimizer: Its :class:`Optimizer`.
+        policy: The policy.
+        features: A function of the model to its layers' outputs on a probe batch (see :func:`features`), for policies
+            that compare representations.
+
+    Raises:
+        TypeError: If ``optimizer`` is a plain ``nnx.Optimizer``, or ``policy`` not a policy.
+    """
+
+    def __init__(
+        self,
+        model: nnx.Module,
+        optimizer: Optimizer,
+        policy: Policy,
+        *,
+        features: Callable[[nnx.Module], dict[str, jax.Array]] | None = None,
+    ):
+        if not isinstance(optimizer, Optimizer):
+            raise TypeError(
+                f"optimizer: got {type(optimizer).__module__}.{type(optimizer).__name__}, expected a smartfrz_jax.nnx."
+                "Optimizer; make it in place of nnx.Optimizer, with the same arguments"
+            )
+        frozen, params = optimizer.frozen, _params(model, optimizer.wrt)
+        super().__init__(policy, frozen.layers, params, step=int(optimizer.step[...]), frozen=frozen)
+        self.model, self.optimizer = model, optimizer
+        self._features = features
+        if "grads" in policy.needs:
+            optimizer.record_grads(model)
+
+    def step(self, *, loss: jax.Array | None = None) -> Frozen:
+        """Shows the policy the train step just done, and freezes what it decides.
+
+        Args:
+            loss: Loss of the step, for policies that look at it.
+
+        Returns:
+            The frozen set from now on.
+        """
+        model, optimizer, make_features = self.model, self.optimizer, self._features
+        frozen = self.observe(
+            lambda: _params(model, optimizer.wrt),
+            loss=loss,
+            grads={name: grad[...] for name, grad in optimizer.grads.items()} if optimizer.keep_grads else None,
+            features=None if make_features is None else lambda: make_features(model),
+        )
+        optimizer.freeze(model, frozen)
+        return frozen
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+        """Writes model, optimizer, policy state and frozen set as one Orbax checkpoint.
+
+        Raises:
+            FileExistsError: If ``path`` exists and ``overwrite`` is false.
+        """
+        self.save_run(path, self._arrays(), overwrite=overwrite)
+
+    def restore(self, path: str | Path) -> None:
+        """Reads a checkpoint into the model and the optimizer; the run goes on as if it had never stopped.
+
+        Raises:
+            FileNotFoundError: If there is no such directory.
+            ValueError: If the checkpoint is damaged, or of another network; nothing has changed then.
+        """
+        optimizer = self.optimizer
+        before = optimizer.frozen, optimizer.tx, optimizer.opt_state, optimizer.grads
+        optimizer.freeze(self.model, self.saved_frozen(path))
+        try:
+            arrays = self.restore_run(path, self._arrays())
+        except Exception:  # not by freezing back, which would initialise returning layers afresh
+            optimizer.frozen, optimizer.tx = before[:2]
+            optimizer.opt_state, optimizer.grads = nnx.data(before[2]), nnx.data(before[3])
+            raise
+        nnx.update(self.model, arrays["model"])
+        nnx.update(self.optimizer, arrays["optimizer"])
+
+    def _arrays(self) -> dict[str, Any]:
+        return {"model": nnx.as_pure(nnx.state(self.model)), "optimizer": nnx.as_pure(nnx.state(self.optimizer))}
+
+
+def _params(model: nnx.Module, wrt: nnx.filterlib.Filter) -> PyTree:
+    return nnx.as_pure(nnx.state(model, wrt))

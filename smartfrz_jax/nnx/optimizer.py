@@ -1,0 +1,143 @@
+"""An ``nnx.Optimizer`` with a frozen set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from smartfrz_jax import freezing
+from smartfrz_jax.freezing import Frozen
+from smartfrz_jax.layers import Layers
+from smartfrz_jax.nnx.hold import check_held, hold
+
+PyTree = Any
+
+
+class Optimizer(nnx.Optimizer):
+    """``nnx.Optimizer`` with a frozen set, which is static: ``nnx.jit`` makes one program for each.
+
+    Args:
+        model: The model.
+        tx: Any optax transformation; clipping, weight decay and the like belong inside.
+        wrt: Filter of the variables that train.
+        layers: The model's layers, from :func:`find_layers`.
+
+    Attributes:
+        frozen: The frozen set.
+
+    Example:
+        >>> from smartfrz_jax.nnx import find_layers
+        >>> model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Linear(3, 4, rngs=nnx.Rngs(0)))
+        >>> layers = find_layers(model, jnp.ones((1, 2)))
+        >>> optimizer = Optimizer(model, optax.adam(1e-3), wrt=nnx.Param, layers=layers)
+        >>> optimizer.freeze(model, ["layers/0"])
+        >>> @nnx.jit
+        ... def train_step(model, optimizer, x):
+        ...     loss, grads = optimizer.value_and_grad(lambda model, x: (model(x) ** 2).mean())(model, x)
+        ...     optimizer.update(model, grads)
+        ...     return loss
+        >>> loss = train_step(model, optimizer, jnp.ones((1, 2)))
+    """
+
+    def __init__(
+        self,
+        model: nnx.Module,
+        tx: optax.GradientTransformation,
+        *,
+        wrt: nnx.filterlib.Filter = nnx.Param,
+        layers: Layers,
+    ):
+        self.frozen = Frozen(layers)
+        self.unfrozen_tx = tx
+        self.keep_grads = False
+        self.grads = nnx.data({})
+        super().__init__(model, freezing.freeze(tx, self.frozen), wrt=wrt)
+
+    def value_and_grad(self, loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Callable[..., Any]:
+        """``nnx.value_and_grad`` with respect to the model, without the work for frozen layers.
+
+        Frozen layers run in evaluation mode: their BatchNorms use and keep their running statistics, and the dropouts
+        that follow them are off. Modules with an attribute ``frozen_params`` find in it, as a static
+        ``frozenset[str]``, the names of their own frozen parameters, relative to the module: a model that scans over
+        stacked weights can keep frozen and live ones apart by it.
+
+        Args:
+            loss_fn: A function of ``(model, *args, **kwargs)`` to a scalar, or to ``(scalar, aux)`` with ``has_aux``.
+                Modules among the further arguments must not be changed by it.
+            has_aux: As in ``nnx.value_and_grad``.
+
+        Returns:
+            A function of the same arguments to ``(value, grads)``; the gradients of frozen variables are exact zeros.
+        """
+
+        def with_grads(model: nnx.Module, *args: Any, **kwargs: Any) -> Any:
+            graphdef, params, rest = nnx.split(model, self.wrt, ...)
+
+            def pure_loss(params: PyTree, rest: PyTree) -> Any:
+                # A copy, so that the modes set here end with the trace.
+                module = nnx.merge(graphdef, self.frozen.stop_gradient(params), rest, copy=True)
+                statistics = list(hold(module, self.frozen))
+                out = loss_fn(module, *args, **kwargs)
+                check_held(statistics)
+                loss, aux = out if has_aux else (out, None)
+                return loss, (aux, nnx.split(module, self.wrt, ...)[2])
+
+            (loss, (aux, rest)), grads = jax.value_and_grad(pure_loss, has_aux=True)(params, rest)
+            nnx.update(model, rest)
+            return ((loss, aux) if has_aux else loss), grads
+
+        return with_grads
+
+    def update(self, model: nnx.Module, grads: PyTree, /, **kwargs: Any) -> PyTree:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Updates the active layers of the model; frozen ones stay as they are, bit for bit.
+
+        Args:
+            model: The model.
+            grads: Gradients, as from :meth:`value_and_grad`.
+            **kwargs: Extra arguments for the optax transformation.
+
+        Returns:
+            The updates; zeros for frozen variables.
+        """
+        params = nnx.as_pure(nnx.state(model, self.wrt))
+        pure_grads = nnx.as_pure(nnx.state(grads, self.wrt))
+        updates, opt_state = self.tx.update(pure_grads, nnx.as_pure(self.opt_state), params, **nnx.as_pure(kwargs))
+        nnx.update(model, freezing.apply_updates(params, updates, self.frozen))
+        nnx.update(self.opt_state, nnx.state(opt_state))
+        self.step[...] += 1
+        if self.keep_grads:
+            nnx.update(self.grads, self.frozen.active_leaves(pure_grads))
+        return updates
+
+    def freeze(self, model: nnx.Module, frozen: Frozen | list[str]) -> None:
+        """Changes the frozen set; the state of layers that stay active is kept exactly.
+
+        Args:
+            model: The model.
+            frozen: The new frozen set, or names of layers to add to the present one.
+
+        Raises:
+            ValueError: If a layer is not one of the model's.
+        """
+        new = frozen if isinstance(frozen, Frozen) else self.frozen.add(frozen)
+        if new == self.frozen:
+            return
+        params = nnx.as_pure(nnx.state(model, self.wrt))
+        migrated = freezing.migrate(nnx.as_pure(self.opt_state), self.unfrozen_tx, params, new)
+        tx = freezing.freeze(self.unfrozen_tx, new)
+        opt_state = nnx.Optimizer(model, tx, wrt=self.wrt).opt_state  # for its Variables
+        nnx.update(opt_state, nnx.state(migrated))
+        self.frozen, self.tx, self.opt_state = new, tx, nnx.data(opt_state)
+        if self.keep_grads:
+            self.record_grads(model)
+
+    def record_grads(self, model: nnx.Module) -> None:
+        """From now on keeps the gradients of the last step, in ``grads``, for policies that look at them."""
+        self.keep_grads = True
+        active = self.frozen.active_leaves(nnx.as_pure(nnx.state(model, self.wrt)))
+        self.grads = nnx.data({name: nnx.Variable(jnp.zeros_like(leaf)) for name, leaf in active.items()})
