@@ -4,8 +4,6 @@ from smartfrz_jax import linen as linen
 from smartfrz_jax import nnx as nnx
 from smartfrz_jax import paths as paths
 from smartfrz_jax.accounting import Account as Account
-from smartfrz_jax.accounting import Parts as Parts
-from smartfrz_jax.accounting import StepFlops as StepFlops
 from smartfrz_jax.accounting import account as account
 from smartfrz_jax.cka import layer_cka as layer_cka
 from smartfrz_jax.cka import linear_cka as linear_cka
@@ -47,6 +45,8 @@ from smartfrz_jax.recording import Recorder as Recorder
 from smartfrz_jax.recording import Recording as Recording
 from smartfrz_jax.step import Program as Program
 from smartfrz_jax.step import TrainStep as TrainStep
+from smartfrz_jax.step_flops import Parts as Parts
+from smartfrz_jax.step_flops import StepFlops as StepFlops
 from smartfrz_jax.tailoring import Tailoring as Tailoring
 from smartfrz_jax.targets import Examples as Examples
 from smartfrz_jax.targets import make_examples as make_examples

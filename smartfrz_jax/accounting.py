@@ -8,75 +8,22 @@ anywhere before. So, once each equation has its price, any frozen set is a matte
 from __future__ import annotations
 
 import collections
-import dataclasses
+import contextlib
 import functools
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import optax
 
-from smartfrz_jax import equations, flops, inlining, operations, paths
+from smartfrz_jax import equations, flops, fusion, operations, step_trace
 from smartfrz_jax.equations import Equation, Input, Trace
 from smartfrz_jax.flops import Flops
 from smartfrz_jax.freezing import Frozen
 from smartfrz_jax.layers import Layers
+from smartfrz_jax.step_flops import Parts, StepFlops
 
 PyTree = Any
-
-
-class Parts(NamedTuple):
-    """Floating-point operations of one step, by what they are for.
-
-    Attributes:
-        forward: The forward pass.
-        weight_gradients: Gradients of the weights of active layers.
-        activation_gradients: Gradients of what is between the layers.
-        update: The optimizer.
-        added: What XLA adds on this platform, by replacing operations with more expensive ones.
-    """
-
-    forward: float = 0.0
-    weight_gradients: float = 0.0
-    activation_gradients: float = 0.0
-    update: float = 0.0
-    added: float = 0.0
-
-    @property
-    def total(self) -> float:
-        """Their sum: what the compiled program counts."""
-        return sum(self)
-
-    @property
-    def needed(self) -> float:
-        """Their sum without what XLA adds."""
-        return self.total - self.added
-
-
-@dataclasses.dataclass(frozen=True)
-class StepFlops:
-    """Floating-point operations of one train step.
-
-    Attributes:
-        parts: All together.
-        by_layer: By layer name, front to back. What is in none, such as scaling the images, is under ``""``.
-        by_kind: By kind of operation; see :mod:`smartfrz_jax.operations`.
-    """
-
-    parts: Parts
-    by_layer: Mapping[str, Parts]
-    by_kind: Mapping[str, Parts]
-
-    @property
-    def total(self) -> float:
-        """All operations."""
-        return self.parts.total
-
-    def __str__(self) -> str:
-        head = "GFLOP".ljust(16) + "".join(field.replace("_", " ").rjust(22) for field in Parts._fields)
-        rows = [(kind, parts) for kind, parts in (*self.by_kind.items(), ("all", self.parts)) if parts.total]
-        lines = (kind.ljust(16) + "".join(f"{part / 1e9:22,.6f}" for part in parts) for kind, parts in rows)
-        return "\n".join((head, *lines))
 
 
 class Account:
@@ -99,6 +46,7 @@ class Account:
         active: list[Equation],
         held: list[Equation],
         update: list[float],
+        trace_step: Callable[[Frozen], Any],
         backend: str,
     ):
         self.layers, self.examples = layers, examples
@@ -107,8 +55,10 @@ class Account:
             self.macs[equation.kind] += flops.macs(equation.eqn)
         self.elements = operations.elements((e.eqn, e.kind) for e in active)
         self._active, self._held, self._update, self._backend = active, held, update, backend
+        self._trace_step = trace_step
         self._gradients: dict[Any, tuple[Flops, Flops]] = {}
         self._steps: dict[frozenset[str], StepFlops] = {}
+        self._compiled: dict[frozenset[str], float] = {}
 
     def flops(self, frozen: Frozen | None = None) -> StepFlops:
         """Predicted FLOPs of one step.
@@ -122,16 +72,34 @@ class Account:
         Raises:
             ValueError: If the frozen set is of another network.
         """
-        frozen = Frozen(self.layers) if frozen is None else frozen
-        if frozen.layers != self.layers:
-            raise ValueError(
-                f"frozen: got a frozen set of a network of {len(frozen.layers)} layers "
-                f"({', '.join(frozen.layers.names[:2])}, ...), expected one of the {len(self.layers)} layers of this "
-                f"account ({', '.join(self.layers.names[:2])}, ...); make it with Frozen(account.layers, names)"
-            )
+        frozen = self._checked(frozen)
         if frozen.names not in self._steps:
             self._steps[frozen.names] = self._count(frozen)
         return self._steps[frozen.names]
+
+    def compiled_flops(self, frozen: Frozen | None = None) -> float:
+        """Predicted FLOPs of one step as it is compiled: those of :meth:`flops`, some of them several times.
+
+        XLA computes cheap values, such as normalised and activated ones, again in every loop that reads them; see
+        :mod:`smartfrz_jax.fusion`. What ``jax.checkpoint`` computes a second time is counted here too.
+
+        Args:
+            frozen: The frozen set; none by default.
+
+        Returns:
+            The FLOPs that ``smartfrz_jax.program_cost`` will find in the compiled step. The first call for a frozen
+            set takes a trace of the whole step, so seconds. Only XLA's CPU backend is modelled: for others, the total
+            of :meth:`flops`.
+
+        Raises:
+            ValueError: If the frozen set is of another network.
+        """
+        frozen = self._checked(frozen)
+        if self._backend != "cpu":
+            return self.flops(frozen).total
+        if frozen.names not in self._compiled:
+            self._compiled[frozen.names] = fusion.compiled_flops(self._trace_step(frozen))
+        return self._compiled[frozen.names]
 
     def saving(self, frozen: Frozen, before: Frozen | None = None) -> float:
         """Share of a step's FLOPs that freezing saves.
@@ -172,6 +140,16 @@ class Account:
         lines = (f"{kind:14s}{macs:18,.0f}{6e-12 * macs * examples:12,.1f}" for kind, macs in rows)
         return "\n".join((f"{'':14s}{'MACs an example':>18s}{'TFLOPs':>12s}", *lines))
 
+    def _checked(self, frozen: Frozen | None) -> Frozen:
+        frozen = Frozen(self.layers) if frozen is None else frozen
+        if frozen.layers != self.layers:
+            raise ValueError(
+                f"frozen: got a frozen set of a network of {len(frozen.layers)} layers "
+                f"({', '.join(frozen.layers.names[:2])}, ...), expected one of the {len(self.layers)} layers of this "
+                f"account ({', '.join(self.layers.names[:2])}, ...); make it with Frozen(account.layers, names)"
+            )
+        return frozen
+
     def _count(self, frozen: Frozen) -> StepFlops:
         mask = frozen.mask
         active = sum(1 << i for i, is_frozen in enumerate(mask) if not is_frozen)
@@ -195,9 +173,9 @@ class Account:
         by_layer = {name: Parts() for name in names}
         by_kind = {kind: Parts() for kind in operations.KINDS}
         for (owner, kind), cell in cells.items():
-            by_layer[names[owner + 1]] = _add(by_layer[names[owner + 1]], cell)
-            by_kind[kind] = _add(by_kind[kind], cell)
-        return StepFlops(functools.reduce(_add, cells.values(), Parts()), by_layer, by_kind)
+            by_layer[names[owner + 1]] = by_layer[names[owner + 1]].plus(cell)
+            by_kind[kind] = by_kind[kind].plus(cell)
+        return StepFlops(functools.reduce(Parts.plus, cells.values(), Parts()), by_layer, by_kind)
 
     def _gradient(self, equation: Equation, wanted: list[Input]) -> tuple[Flops, Flops]:
         """Price of the gradients of an equation's weights and of its other inputs, those that are wanted."""
@@ -222,12 +200,13 @@ def account(
     params: PyTree,
     *inputs: Any,
     tx: optax.GradientTransformation | None = None,
-    held_loss_fn: Callable[..., Any] | None = None,
+    hold: Callable[[Frozen], contextlib.AbstractContextManager[Any]] | None = None,
     backend: str | None = None,
 ) -> Account:
     """Predicts what a train step costs, for any frozen set.
 
-    Scanned blocks are counted one by one. What ``jax.checkpoint`` computes a second time is not counted.
+    Scanned blocks are counted one by one. What ``jax.checkpoint`` computes a second time is counted in
+    :meth:`Account.compiled_flops` alone.
 
     Args:
         loss_fn: A function of ``(params, *inputs)`` to a scalar, or to a tuple whose first leaf is one. It is only
@@ -237,9 +216,8 @@ def account(
         *inputs: The batch, or ``jax.ShapeDtypeStruct`` of its shape, and what else the loss depends on; the first axis
             of the first counts the examples.
         tx: The optimizer; without it, updates are not counted.
-        held_loss_fn: The same as ``loss_fn``, all layers in the mode that they have when frozen; for networks whose
-            frozen layers do something else than active ones (BatchNorm). In Linen, ``loss_fn`` inside
-            ``smartfrz_jax.linen.hold`` of all layers.
+        hold: A context in which the layers of a frozen set run as they do when frozen, for networks in which that is
+            not as active ones do (BatchNorm, dropout): in Linen, ``smartfrz_jax.linen.hold``.
         backend: Platform that the step will run on; JAX's default.
 
     Returns:
@@ -260,42 +238,50 @@ def account(
         >>> step.forward, step.weight_gradients, step.activation_gradients
         (8192.0, 4096.0, 0.0)
     """
-    backend = backend or jax.default_backend()
-    return assemble(
-        layers,
-        Trace(loss_fn, params, inputs),
-        None if held_loss_fn is None else Trace(held_loss_fn, params, inputs),
-        params,
-        tx,
-        backend,
-    )
+
+    def loss_of(frozen: Frozen) -> Callable[..., Any]:
+        def run(*args: Any) -> Any:
+            with contextlib.nullcontext() if hold is None else hold(frozen):
+                return loss_fn(*args)
+
+        return run
+
+    return assemble(layers, loss_of, params, params, inputs, tx, backend or jax.default_backend())
 
 
-def assemble(layers: Layers, active: Trace, held: Trace | None, params: PyTree, tx: Any, backend: str) -> Account:
-    """An :class:`Account` from the loss with all layers active, and with all of them frozen."""
-    if not active.inputs:
+def assemble(
+    layers: Layers,
+    loss_of: Callable[[Frozen], Callable[..., Any]],
+    variables: PyTree,
+    params: PyTree,
+    inputs: tuple[Any, ...],
+    tx: optax.GradientTransformation | None,
+    backend: str,
+) -> Account:
+    """An :class:`Account` from the loss of ``(variables, *inputs)`` under every frozen set.
+
+    Args:
+        layers: The layers.
+        loss_of: The loss for a frozen set.
+        variables: The parameters, and maybe other variables.
+        params: The parameters as the optimizer sees them.
+        inputs: The batch.
+        tx: The optimizer, if any.
+        backend: Platform.
+    """
+    if not inputs:
         raise ValueError("inputs: got none; what depends on the data is traced, so pass the batch after the parameters")
-    trained = list(equations.equations(active, layers, backend))
-    frozen = trained if held is None else list(equations.equations(held, layers, backend))
-    update = (
-        [0.0] * len(layers) if tx is None else [_update(tx, layers, name, params, backend) for name in layers.names]
+    active, held = (
+        list(equations.equations(Trace(loss_of(frozen), variables, inputs), layers, backend))
+        for frozen in (Frozen(layers), Frozen(layers, frozenset(layers.names)))
     )
-    return Account(layers, jax.tree.leaves(active.inputs)[0].shape[0], trained, frozen, update, backend)
+    update = (
+        [0.0] * len(layers)
+        if tx is None
+        else [step_trace.update_flops(tx, layers, name, params, backend) for name in layers.names]
+    )
 
+    def trace_step(frozen: Frozen) -> Any:
+        return step_trace.trace(loss_of(frozen), frozen, variables, params, inputs, tx)
 
-def _update(tx: optax.GradientTransformation, layers: Layers, layer: str, params: PyTree, backend: str) -> float:
-    """FLOPs of the optimizer for one layer."""
-    # As a partition of optax's shows the optimizer the layers that it is for.
-    shown = paths.tree_map(lambda name, leaf: leaf if layers.owner[name] == layer else optax.MaskedNode(), params)
-
-    def update(params: PyTree, grads: PyTree, opt_state: PyTree) -> tuple[PyTree, PyTree]:
-        updates, opt_state = tx.update(grads, opt_state, params)
-        return optax.apply_updates(params, updates), opt_state
-
-    closed = jax.make_jaxpr(update)(shown, shown, jax.eval_shape(tx.init, shown))
-    flat = inlining.inline(closed, (), ()).jaxpr
-    return sum(flops.of_equation(eqn, backend).needed for eqn in inlining.needed(flat, flat.outvars))
-
-
-def _add(parts: Parts, more: Iterable[float]) -> Parts:
-    return Parts(*(a + b for a, b in zip(parts, more, strict=True)))
+    return Account(layers, jax.tree.leaves(inputs)[0].shape[0], active, held, update, trace_step, backend)

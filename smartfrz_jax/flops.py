@@ -21,13 +21,13 @@ from jax.extend import core as jex
 from smartfrz_jax import inlining
 
 # fmt: off
-_ELEMENTWISE = frozenset({
+ELEMENTWISE = frozenset({
     "abs", "add", "add_any", "and", "ceil", "clamp", "convert_element_type", "div", "eq", "floor", "ge", "gt",
     "imag", "is_finite", "le", "lt", "max", "min", "mul", "ne", "neg", "nextafter", "not", "or", "real", "rem",
     "round", "select_n", "shift_left", "shift_right_arithmetic", "shift_right_logical", "sign", "square", "sub",
     "xor",
 })
-_FREE = frozenset({
+FREE = frozenset({
     "bitcast_convert_type", "broadcast_in_dim", "cbrt", "concatenate", "copy", "copy_p", "cos", "create_token",
     "device_put", "dynamic_slice", "dynamic_update_slice", "erf", "exp", "exp2", "expand_dims", "expm1", "iota",
     "log", "log1p", "optimization_barrier", "pad", "pow", "random_unwrap", "random_wrap", "reshape", "rev", "rsqrt",
@@ -35,7 +35,7 @@ _FREE = frozenset({
     "transpose",
 })
 # fmt: on
-_REDUCTIONS = frozenset({"reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or"})
+REDUCTIONS = frozenset({"reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or"})
 _WINDOWS = frozenset({"reduce_window_sum", "reduce_window_max", "reduce_window_min"})
 _PARTS = frozenset({"broadcast_in_dim", "convert_element_type", "pad", "reshape", "slice", "squeeze", "transpose"})
 _NOT_DIFFERENTIABLE = frozenset({"stop_gradient", "sign", "floor", "ceil", "round"})
@@ -79,16 +79,16 @@ def of_equation(eqn: Any, backend: str) -> Flops:
         backend: Platform that it will run on, such as ``"cpu"``.
     """
     name, params = eqn.primitive.name, eqn.params
-    if name in _FREE:
+    if name in FREE:
         return ZERO
-    if name in _ELEMENTWISE:
+    if name in ELEMENTWISE:
         return Flops(sum(_size(var) for var in eqn.outvars))
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
         return Flops(2.0 * _size(eqn.outvars[0]) * math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted))
     if name == "conv_general_dilated":
         return _convolution(eqn, backend)
-    if name in _REDUCTIONS:
+    if name in REDUCTIONS:
         return Flops(sum(_size(var) for var in eqn.invars) - sum(_size(var) for var in eqn.outvars))
     if name in _WINDOWS:
         return Flops(_size(eqn.outvars[0]) * (math.prod(params["window_dimensions"]) - 1.0))

@@ -14,10 +14,12 @@ import jax.numpy as jnp
 from jax.extend import core as jex
 
 # Calls that only group equations. Those with their own differentiation rule stay whole.
-_TRANSPARENT = frozenset({"jit", "pjit", "closed_call", "core_call", "remat2", "checkpoint"})
+_REMAT = frozenset({"remat2", "checkpoint"})
+_TRANSPARENT = frozenset({"jit", "pjit", "closed_call", "core_call"}) | _REMAT
+_WITH_RULES = frozenset({"custom_jvp_call", "custom_vjp_call"})
 
 
-def inline(closed: Any, params: Collection[Any], data: Collection[Any]) -> Any:
+def inline(closed: Any, params: Collection[Any], data: Collection[Any], *, rules: bool = False) -> Any:
     """The same jaxpr without calls and without loops over weights, every variable bound once.
 
     A scan is unrolled if something it runs over depends on parameters and not on data; scans over the data, such as a
@@ -28,11 +30,13 @@ def inline(closed: Any, params: Collection[Any], data: Collection[Any]) -> Any:
         closed: A ``ClosedJaxpr``.
         params: Those of its variables that are parameters.
         data: Those of its variables that are data.
+        rules: Whether nothing will be differentiated any more. Then calls with their own differentiation rule are
+            replaced too, and there are barriers around what ``jax.checkpoint`` computes a second time.
 
     Returns:
         A ``ClosedJaxpr`` with the same inputs and outputs.
     """
-    inliner = _Inliner(params, data)
+    inliner = _Inliner(params, data, rules)
     env: dict[Any, Any] = {}
     inliner.run(closed.jaxpr, env)
     outvars = [_read(env, var) for var in closed.jaxpr.outvars]
@@ -82,8 +86,10 @@ def needed(jaxpr: Any, outvars: Sequence[Any]) -> list[Any]:
 class _Inliner:
     """The equations so far, what made each value, and what each value depends on."""
 
-    def __init__(self, params: Collection[Any], data: Collection[Any]):
+    def __init__(self, params: Collection[Any], data: Collection[Any], rules: bool):
         self.eqns: list[Any] = []
+        self._rules = rules
+        self._transparent = _TRANSPARENT | _WITH_RULES if rules else _TRANSPARENT
         self._maker: dict[Any, Any] = {}
         self._on_params, self._on_data = set(params), set(data)
 
@@ -96,7 +102,9 @@ class _Inliner:
                 eqn = eqn.replace(source_info=eqn.source_info.replace(name_stack=stack))
             invars = [_read(env, var) for var in eqn.invars]
             name, body = eqn.primitive.name, body_of(eqn)
-            if name in _TRANSPARENT and body is not None:
+            if name in self._transparent and body is not None:
+                if self._rules and name in _REMAT and eqn.params["differentiated"]:
+                    invars = self._behind_barrier(eqn, invars)
                 outs = self._call(body, invars, eqn)
             elif name == "scan" and body is not None and self._is_over_weights(eqn, invars):
                 outs = self._unrolled(eqn, body, invars)
@@ -108,6 +116,11 @@ class _Inliner:
         env = dict(zip(body.invars, invars, strict=True))
         self.run(body, env, call)
         return [_read(env, var) for var in body.outvars]
+
+    def _behind_barrier(self, call: Any, invars: list[Any]) -> list[Any]:
+        variables = list(_variables(invars))
+        behind = iter(self._emit(call, lambda *values: jax.lax.optimization_barrier(values), variables))
+        return [var if isinstance(var, jex.Literal) else next(behind) for var in invars]
 
     def _append(self, eqn: Any, invars: list[Any]) -> list[Any]:
         outvars = [jex.Var(var.aval) for var in eqn.outvars]

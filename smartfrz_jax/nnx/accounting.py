@@ -62,10 +62,12 @@ def account(
             pass
         return loss_fn(module, *inputs), nnx.as_pure(nnx.state(module))
 
-    def trace(frozen: Frozen) -> accounting.Trace:
-        return accounting.Trace(functools.partial(run, frozen), nnx.as_pure(variables), inputs)
-
-    active, held = trace(Frozen(layers)), trace(Frozen(layers, frozenset(layers.names)))
     return accounting.assemble(
-        layers, active, held, nnx.as_pure(nnx.state(model, wrt)), tx, backend or jax.default_backend()
+        layers,
+        lambda frozen: functools.partial(run, frozen),
+        nnx.as_pure(variables),
+        nnx.as_pure(nnx.state(model, wrt)),
+        inputs,
+        tx,
+        backend or jax.default_backend(),
     )
