@@ -7,9 +7,11 @@ from typing import Any, NamedTuple
 
 import jax
 
+from smartfrz_jax.collectives import Collectives, collectives
+
 
 class ProgramCost(NamedTuple):
-    """Cost of one compiled program.
+    """Cost of one compiled program; of one that is spread over several devices, what one device does.
 
     Attributes:
         flops: Floating-point operations of one call, as XLA counts them in the optimised program; a multiply-add is 2.
@@ -20,6 +22,8 @@ class ProgramCost(NamedTuple):
             donated arguments) and temporary buffers.
         trace_seconds: Time to trace and lower.
         compile_seconds: Time of XLA.
+        devices: Number of devices that the program is for.
+        collectives: What these send to each other.
     """
 
     flops: float
@@ -29,6 +33,8 @@ class ProgramCost(NamedTuple):
     peak_bytes: int
     trace_seconds: float
     compile_seconds: float
+    devices: int = 1
+    collectives: Collectives = Collectives()
 
 
 def program_cost(step: Any, *args: Any, **kwargs: Any) -> ProgramCost:
@@ -54,15 +60,33 @@ def program_cost(step: Any, *args: Any, **kwargs: Any) -> ProgramCost:
         >>> program_cost(jax.jit(jnp.dot), jnp.ones((8, 8)), jnp.ones((8, 8))).flops
         1024.0
     """
+    check_jitted(step)
+    start = time.perf_counter()
+    lowered = step.lower(*args, **kwargs)
+    return measure(lowered, time.perf_counter() - start)[0]
+
+
+def check_jitted(step: Any) -> None:
+    """Raises a ``TypeError`` unless ``step`` was made by ``jax.jit`` or ``nnx.jit``."""
     if not hasattr(step, "lower"):
         raise TypeError(
             f"step: got {type(step).__name__}, expected a function made by jax.jit or nnx.jit; wrap it first"
         )
+
+
+def measure(lowered: Any, trace_seconds: float) -> tuple[ProgramCost, Any]:
+    """Compiles what was lowered.
+
+    Args:
+        lowered: From ``step.lower(...)``.
+        trace_seconds: Time that this took.
+
+    Returns:
+        The cost, and the compiled program, to be called.
+    """
     start = time.perf_counter()
-    lowered = step.lower(*args, **kwargs)
-    traced = time.perf_counter()
     stage = lowered.compile()
-    compiled = time.perf_counter()
+    compile_seconds = time.perf_counter() - start
     # nnx.jit wraps the stage of jax.jit.
     inner: jax.stages.Compiled = getattr(stage, "compiled", stage)
     analysis = inner.cost_analysis()
@@ -72,12 +96,17 @@ def program_cost(step: Any, *args: Any, **kwargs: Any) -> ProgramCost:
     if memory is not None:  # its own peak leaves out temporary buffers on some platforms
         held = memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes
         held -= memory.alias_size_in_bytes
-    return ProgramCost(
+    shardings = jax.tree.leaves((inner.input_shardings, inner.output_shardings))
+    devices = max((sharding.num_devices for sharding in shardings), default=1)
+    cost = ProgramCost(
         flops=float(properties.get("flops", 0.0)),
         bytes_accessed=float(properties.get("bytes accessed", 0.0)),
         temp_bytes=int(memory.temp_size_in_bytes) if memory is not None else 0,
         argument_bytes=int(memory.argument_size_in_bytes) if memory is not None else 0,
         peak_bytes=int(held),
-        trace_seconds=traced - start,
-        compile_seconds=compiled - traced,
+        trace_seconds=trace_seconds,
+        compile_seconds=compile_seconds,
+        devices=devices,
+        collectives=collectives(inner.as_text() or "") if devices > 1 else Collectives(),
     )
+    return cost, stage

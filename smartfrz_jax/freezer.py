@@ -17,15 +17,29 @@ _KIND = "training run"
 
 
 class FreezeEvent(NamedTuple):
-    """Layers that froze at the same moment.
+    """Layers that froze, or train again, from the same moment on.
 
     Attributes:
         step: Number of train steps done before.
-        names: Names of the layers, front to back.
+        names: Names of the layers that froze, front to back.
+        returned: Names of the layers that train again.
     """
 
     step: int
     names: tuple[str, ...]
+    returned: tuple[str, ...] = ()
+
+
+class Pending(NamedTuple):
+    """A decision that has not taken effect yet.
+
+    Attributes:
+        due: Number of train steps after which it does.
+        frozen: The frozen set from then on.
+    """
+
+    due: int
+    frozen: Frozen
 
 
 class Freezer:
@@ -40,35 +54,67 @@ class Freezer:
         params: Its parameter pytree at the start of the run.
         step: Number of train steps already done.
         frozen: Layers that are frozen already; they stay so, whatever the policy decides.
+        lead: Steps from a decision to its effect: time in which the program for it can be compiled. What is decided
+            meanwhile waits for the next. So a run does not depend on how fast programs are compiled.
+        min_saving: Share of a step's FLOPs that a change must save; what saves less is gathered until it does. Layers
+            that are to train again do so at once.
+        saving: The share that going from the second frozen set to the first saves: an account's ``saving``.
 
     Attributes:
         frozen: The frozen set from now on.
+        pending: What will take effect next, if anything.
         events: What froze when, in order.
         policy_state: The policy's state.
 
     Raises:
         TypeError: If ``policy`` is not a :class:`~smartfrz_jax.Policy`.
-        ValueError: If the policy names a layer that the network does not have.
+        ValueError: If the policy names a layer that the network does not have, ``lead`` is negative, or ``min_saving``
+            is no share or there is nothing to predict it with.
     """
 
-    def __init__(self, policy: Policy, layers: Layers, params: PyTree, *, step: int = 0, frozen: Frozen | None = None):
+    def __init__(
+        self,
+        policy: Policy,
+        layers: Layers,
+        params: PyTree,
+        *,
+        step: int = 0,
+        frozen: Frozen | None = None,
+        lead: int = 0,
+        min_saving: float = 0.0,
+        saving: Callable[[Frozen, Frozen], float] | None = None,
+    ):
         if not isinstance(policy, Policy):
             raise TypeError(
                 f"policy: got {type(policy).__name__}, expected a smartfrz_jax.Policy such as smartfrz(...)"
             )
+        if lead < 0:
+            raise ValueError(f"lead: got {lead}, expected a number of steps, 0 for decisions that take effect at once")
+        if not 0 <= min_saving < 1:
+            raise ValueError(f"min_saving: got {min_saving}, expected a share of a step's FLOPs, from 0 to below 1")
+        if min_saving and saving is None:
+            raise ValueError(
+                f"min_saving: got {min_saving}, but nothing predicts what freezing saves; give TrainStep the account"
+            )
         self.policy = policy
         self.layers = layers
+        self._lead, self._min_saving, self._saving = lead, min_saving, saving
+        self.pending: Pending | None = None
+        self._is_prepared = False
         self.steps = step
         self.frozen = Frozen(layers) if frozen is None else frozen
         self._from_start = self.frozen.names
         self.events: list[FreezeEvent] = []
         self.policy_state = policy.init(layers, params)
 
-    def observe(self, params: Callable[[], PyTree], **signals: Any) -> Frozen:
+    def observe(
+        self, params: Callable[[], PyTree], *, prepare: Callable[[Frozen], None] | None = None, **signals: Any
+    ) -> Frozen:
         """Shows the policy the outcome of one train step.
 
         Args:
             params: A function without arguments that gives the parameter pytree after the step.
+            prepare: Called with a frozen set that will take effect later, so that its program can be compiled.
             **signals: Further signals, see ``smartfrz_jax.policies.base.UpdateFn``.
 
         Returns:
@@ -78,12 +124,29 @@ class Freezer:
         names, self.policy_state = self.policy.update(
             self.policy_state, self.layers, step=self.steps, params=params, **signals
         )
-        names = names | self._from_start
-        if names != self.frozen.names:
-            new = self.layers.check(names, "policy's decision")
-            self.events.append(FreezeEvent(self.steps, tuple(name for name in new if name not in self.frozen.names)))
-            self.frozen = Frozen(self.layers, frozenset(names))
+        wanted = Frozen(self.layers, frozenset(self.layers.check(names, "policy's decision")) | self._from_start)
+        if self.pending is None and wanted != self.frozen and self._is_worth(wanted):
+            self.pending, self._is_prepared = Pending(self.steps + self._lead, wanted), self._lead == 0
+        if self.pending is not None:
+            if not self._is_prepared and prepare is not None:
+                prepare(self.pending.frozen)
+            self._is_prepared = True
+            if self.steps >= self.pending.due:
+                self._take_effect(self.pending.frozen)
         return self.frozen
+
+    def _is_worth(self, wanted: Frozen) -> bool:
+        if self._saving is None or not self.frozen.names <= wanted.names:
+            return True
+        return self._saving(wanted, self.frozen) >= self._min_saving
+
+    def _take_effect(self, frozen: Frozen) -> None:
+        before, after = self.frozen.names, frozen.names
+        names, returned = (
+            tuple(n for n in self.layers.names if n in some) for some in (after - before, before - after)
+        )
+        self.events.append(FreezeEvent(self.steps, names, returned))
+        self.frozen, self.pending = frozen, None
 
     def save_run(self, path: str | Path, run: PyTree, *, overwrite: bool = False) -> None:
         """Writes a pytree of the run's arrays together with the policy's state and the frozen set.
@@ -101,7 +164,8 @@ class Freezer:
             "frozen": sorted(self.frozen.names),
             "from_start": sorted(self._from_start),
             "steps": self.steps,
-            "events": [[event.step, list(event.names)] for event in self.events],
+            "pending": self.pending and [self.pending.due, sorted(self.pending.frozen.names)],
+            "events": [[event.step, list(event.names), list(event.returned)] for event in self.events],
         }
         checkpoint.write(path, {"run": run, "policy": self.policy_state}, _KIND, metadata, overwrite=overwrite)
 
@@ -142,5 +206,9 @@ class Freezer:
         metadata = checkpoint.read_metadata(path, _KIND)
         self.frozen, self.policy_state, self.steps = frozen, saved["policy"], metadata["steps"]
         self._from_start = frozenset(metadata["from_start"])
-        self.events = [FreezeEvent(step, tuple(names)) for step, names in metadata["events"]]
+        self.pending, self._is_prepared = None, False
+        if metadata["pending"] is not None:
+            due, names = metadata["pending"]
+            self.pending = Pending(due, Frozen(self.layers, frozenset(names)))
+        self.events = [FreezeEvent(step, tuple(names), tuple(back)) for step, names, back in metadata["events"]]
         return saved["run"]

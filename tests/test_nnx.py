@@ -392,7 +392,7 @@ def test_layers_frozen_by_hand_stay_frozen_under_a_policy(tmp_path):
     train_step(model, optimizer, X, Y)
     freezer.step()
     assert optimizer.frozen.names == {"stem", "blocks/0/b_first", "blocks/1/b_first"}
-    assert freezer.events == [(1, ("stem", "blocks/0/b_first"))]
+    assert freezer.events == [(1, ("stem", "blocks/0/b_first"), ())]
     freezer.save(tmp_path / "run")
     model, optimizer, freezer = start([])
     freezer.restore(tmp_path / "run")

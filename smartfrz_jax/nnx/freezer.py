@@ -9,10 +9,11 @@ from typing import Any
 import jax
 from flax import nnx
 
-from smartfrz_jax import freezer
+from smartfrz_jax import abstract, freezer
 from smartfrz_jax.freezing import Frozen
 from smartfrz_jax.nnx.optimizer import Optimizer
 from smartfrz_jax.policies.base import Policy
+from smartfrz_jax.step import TrainStep
 
 PyTree = Any
 
@@ -26,6 +27,9 @@ class Freezer(freezer.Freezer):
         policy: The policy.
         features: A function of the model to its layers' outputs on a probe batch (see :func:`features`), for policies
             that compare representations.
+        train_step: The compiled step, to have the program for what is decided compiled ahead.
+        lead: Steps from a decision to its effect; see :class:`smartfrz_jax.Freezer`.
+        min_saving: Share of a step's FLOPs that a change must save; the train step's account predicts it.
 
     Raises:
         TypeError: If ``optimizer`` is a plain ``nnx.Optimizer``, or ``policy`` not a policy.
@@ -38,6 +42,9 @@ class Freezer(freezer.Freezer):
         policy: Policy,
         *,
         features: Callable[[nnx.Module], dict[str, jax.Array]] | None = None,
+        train_step: TrainStep | None = None,
+        lead: int = 0,
+        min_saving: float = 0.0,
     ):
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
@@ -45,9 +52,20 @@ class Freezer(freezer.Freezer):
                 "Optimizer; make it in place of nnx.Optimizer, with the same arguments"
             )
         frozen, params = optimizer.frozen, _params(model, optimizer.wrt)
-        super().__init__(policy, frozen.layers, params, step=int(optimizer.step[...]), frozen=frozen)
+        account = None if train_step is None else train_step.account
+        super().__init__(
+            policy,
+            frozen.layers,
+            params,
+            step=int(optimizer.step[...]),
+            frozen=frozen,
+            lead=lead,
+            min_saving=min_saving,
+            saving=None if account is None else account.saving,
+        )
         self.model, self.optimizer = model, optimizer
         self._features = features
+        self._train_step = train_step
         if "grads" in policy.needs:
             optimizer.record_grads(model)
 
@@ -60,9 +78,10 @@ class Freezer(freezer.Freezer):
         Returns:
             The frozen set from now on.
         """
-        model, optimizer, make_features = self.model, self.optimizer, self._features
+        model, optimizer, make_features, train_step = self.model, self.optimizer, self._features, self._train_step
         frozen = self.observe(
             lambda: _params(model, optimizer.wrt),
+            prepare=None if train_step is None else lambda new: train_step.prepare(_abstract(model, optimizer, new)),
             loss=loss,
             grads={name: grad[...] for name, grad in optimizer.grads.items()} if optimizer.keep_grads else None,
             features=None if make_features is None else lambda: make_features(model),
@@ -103,3 +122,17 @@ class Freezer(freezer.Freezer):
 
 def _params(model: nnx.Module, wrt: nnx.filterlib.Filter) -> PyTree:
     return nnx.as_pure(nnx.state(model, wrt))
+
+
+def _abstract(model: nnx.Module, optimizer: Optimizer, frozen: Frozen) -> Optimizer:
+    """The optimizer as it will be with another frozen set, with shapes, and where they lie, in place of arrays."""
+    graphdef, state = nnx.split((model, optimizer))
+
+    def freeze(state: Any) -> Optimizer:
+        model, optimizer = nnx.merge(graphdef, state, copy=True)
+        optimizer.freeze(model, frozen)
+        return optimizer
+
+    new, shapes = nnx.split(nnx.eval_shape(freeze, state))
+    before, params = nnx.as_pure(nnx.state(optimizer)), _params(model, optimizer.wrt)
+    return nnx.merge(new, abstract.placed(nnx.as_pure(shapes), before, params))

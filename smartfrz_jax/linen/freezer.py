@@ -1,0 +1,114 @@
+"""Lets a policy freeze the layers of a functional loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from smartfrz_jax import abstract, freezer
+from smartfrz_jax.freezing import Frozen
+from smartfrz_jax.linen.train_state import TrainState
+from smartfrz_jax.policies.base import Policy
+from smartfrz_jax.step import TrainStep
+
+
+class Freezer(freezer.Freezer):
+    """Lets a policy freeze the layers of a functional loop: call :meth:`step` after every train step.
+
+    Args:
+        state: The :class:`TrainState` at the start.
+        policy: The policy.
+        features: A function of the state to the layers' outputs on a probe batch (see
+            :func:`smartfrz_jax.dataflow.tapped`), for policies that compare representations.
+        train_step: The compiled step, to have the program for what is decided compiled ahead.
+        lead: Steps from a decision to its effect; see :class:`smartfrz_jax.Freezer`.
+        min_saving: Share of a step's FLOPs that a change must save; the train step's account predicts it.
+
+    Raises:
+        TypeError: If ``state`` is a plain Flax ``TrainState``, or ``policy`` not a policy.
+        ValueError: If the policy needs gradients and the state does not keep them.
+    """
+
+    def __init__(
+        self,
+        state: TrainState,
+        policy: Policy,
+        *,
+        features: Callable[[Any], dict[str, jax.Array]] | None = None,
+        train_step: TrainStep | None = None,
+        lead: int = 0,
+        min_saving: float = 0.0,
+    ):
+        if not isinstance(state, TrainState):
+            raise TypeError(
+                f"state: got {type(state).__module__}.{type(state).__name__}, expected a smartfrz_jax.linen.TrainState"
+                "; make it in place of Flax's, with layers=find_layers(...)"
+            )
+        account = None if train_step is None else train_step.account
+        super().__init__(
+            policy,
+            state.frozen.layers,
+            state.params,
+            step=int(state.step),
+            frozen=state.frozen,
+            lead=lead,
+            min_saving=min_saving,
+            saving=None if account is None else account.saving,
+        )
+        if "grads" in policy.needs and not state.keep_grads:
+            raise ValueError(
+                "state: the policy looks at gradients and the state drops them; create it with keep_grads=True"
+            )
+        self._features = features
+        self._train_step = train_step
+
+    def step(self, state: TrainState, *, loss: jax.Array | None = None) -> TrainState:
+        """Shows the policy the train step just done, and freezes what it decides.
+
+        Args:
+            state: The state after the step.
+            loss: Loss of the step, for policies that look at it.
+
+        Returns:
+            The state to go on with.
+        """
+        make_features, train_step = self._features, self._train_step
+        return state.freeze(
+            self.observe(
+                lambda: state.params,
+                prepare=None if train_step is None else lambda new: train_step.prepare(_abstract(state, new)),
+                loss=loss,
+                grads=state.grads if state.keep_grads else None,
+                features=None if make_features is None else lambda: make_features(state),
+            )
+        )
+
+    def save(self, path: str | Path, state: TrainState, *, overwrite: bool = False) -> None:
+        """Writes the state, the policy's state and the frozen set as one Orbax checkpoint.
+
+        Raises:
+            FileExistsError: If ``path`` exists and ``overwrite`` is false.
+        """
+        self.save_run(path, state, overwrite=overwrite)
+
+    def restore(self, path: str | Path, state: TrainState) -> TrainState:
+        """Reads a checkpoint; the run goes on as if it had never stopped.
+
+        Args:
+            path: Directory of the checkpoint.
+            state: A state of the same network and optimizer, for instance a new one.
+
+        Raises:
+            FileNotFoundError: If there is no such directory.
+            ValueError: If the checkpoint is damaged, or of another network.
+        """
+        return self.restore_run(path, state.freeze(self.saved_frozen(path)))
+
+
+def _abstract(state: TrainState, frozen: Frozen) -> TrainState:
+    """The state as it will be with another frozen set, with shapes, and where they lie, in place of arrays."""
+    shapes = jax.eval_shape(lambda state: state.freeze(frozen), state)
+    return abstract.placed(shapes, state, state.params)

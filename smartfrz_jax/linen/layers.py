@@ -1,0 +1,55 @@
+"""Layers of a Linen module."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from flax import linen as nn
+
+from smartfrz_jax.layers import Granularity, Layers
+from smartfrz_jax.layers import find_layers as find_layers_of_params
+
+PyTree = Any
+
+
+def find_layers(
+    module: nn.Module,
+    variables: Mapping[str, Any],
+    *inputs: Any,
+    granularity: Granularity = "layer",
+    **kwargs: Any,
+) -> Layers:
+    """Layers of a Linen module, in forward order; see :func:`smartfrz_jax.find_layers`.
+
+    Args:
+        module: The module.
+        variables: Its variables, as ``module.init`` gives them; ``{"params": params}`` if it has no other.
+        *inputs: An example batch; arrays or ``jax.ShapeDtypeStruct``.
+        granularity: ``"layer"``, ``"block"`` or a function from a parameter's name to its layer's name.
+        **kwargs: Further arguments of the module's ``__call__``, such as ``train=False``. The module is only traced.
+
+    Returns:
+        The layers of ``variables["params"]``, front to back.
+
+    Raises:
+        ValueError: If ``variables`` has no ``"params"``, these are empty, or ``granularity`` is unknown.
+
+    Example:
+        >>> module, x = nn.Dense(3), jax.numpy.ones((1, 2))
+        >>> find_layers(module, module.init(jax.random.key(0), x), x).names
+        ('kernel',)
+    """
+    if "params" not in variables:
+        raise ValueError(
+            f"variables: got the keys {', '.join(map(repr, variables))}, expected 'params' among them; pass what "
+            "module.init returned, or {'params': params}"
+        )
+    others = {name: collection for name, collection in variables.items() if name != "params"}
+
+    def forward(params: PyTree, *inputs: Any) -> Any:
+        rngs = {"dropout": jax.random.key(0)}
+        return module.apply({"params": params, **others}, *inputs, rngs=rngs, mutable=list(others), **kwargs)
+
+    return find_layers_of_params(variables["params"], forward, *inputs, granularity=granularity)

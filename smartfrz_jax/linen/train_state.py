@@ -1,0 +1,169 @@
+"""A ``TrainState`` with a frozen set."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import struct
+from flax.training import train_state
+
+from smartfrz_jax import freezing, paths
+from smartfrz_jax.freezing import Frozen
+from smartfrz_jax.kept import Kept, Returning, make_kept
+from smartfrz_jax.layers import Layers
+from smartfrz_jax.linen.hold import hold
+
+PyTree = Any
+
+
+class TrainState(train_state.TrainState):
+    """Flax's ``TrainState`` with a frozen set, which is static: ``jax.jit`` makes one program for each.
+
+    Subclass it to hold more, for example ``batch_stats``.
+
+    Attributes:
+        frozen: The frozen set.
+        unfrozen_tx: The optax transformation as it was given; ``tx`` is that one for the active layers.
+        grads: Gradients of the active layers in the last step by parameter name, if ``keep_grads``.
+        keep_grads: Whether ``grads`` is kept, for policies that look at gradients.
+        kept: What the optimizer held of the frozen layers when they froze, for their return; ``None`` if they are to
+            return with fresh optimizer state. It belongs to the run and is on the host: of the states of one run, only
+            the last that froze something or let it return can do so again.
+        kept_version: Which contents of ``kept`` go with this state.
+
+    Example:
+        >>> from smartfrz_jax import find_layers
+        >>> params = {"a": {"kernel": jnp.ones((2, 2))}, "b": {"kernel": jnp.ones((2, 2))}}
+        >>> apply_fn = lambda params, x: x @ params["a"]["kernel"] @ params["b"]["kernel"]
+        >>> layers = find_layers(params, apply_fn, jnp.ones((1, 2)))
+        >>> state = TrainState.create(apply_fn=apply_fn, params=params, tx=optax.adam(1e-3), layers=layers)
+        >>> state = state.freeze(["a"])
+        >>> @jax.jit
+        ... def train_step(state, x):
+        ...     loss, grads = state.value_and_grad(lambda params: (state.apply_fn(params, x) ** 2).mean())(state.params)
+        ...     return state.apply_gradients(grads=grads), loss
+        >>> state, loss = train_step(state, jnp.ones((1, 2)))
+    """
+
+    frozen: Frozen = struct.field(pytree_node=False, kw_only=True)
+    unfrozen_tx: optax.GradientTransformation = struct.field(pytree_node=False, kw_only=True)
+    keep_grads: bool = struct.field(pytree_node=False, kw_only=True, default=False)
+    grads: dict[str, jax.Array] = struct.field(kw_only=True, default_factory=dict)
+    kept: Kept | None = struct.field(pytree_node=False, kw_only=True, default=None)
+    kept_version: jax.Array | None = struct.field(kw_only=True, default=None)
+
+    @classmethod
+    def create(
+        cls,
+        *,
+        apply_fn: Callable[..., Any],
+        params: PyTree,
+        tx: optax.GradientTransformation,
+        layers: Layers,
+        keep_grads: bool = False,
+        returning: Returning = "fresh",
+        **kwargs: Any,
+    ) -> TrainState:
+        """A state at step 0 with nothing frozen.
+
+        Args:
+            apply_fn: Usually ``model.apply``.
+            params: Parameter pytree.
+            tx: Any optax transformation; clipping, weight decay and the like belong inside.
+            layers: The layers of ``params``, from :func:`find_layers`, or :func:`smartfrz_jax.find_layers`.
+            keep_grads: Whether to keep each step's gradients in ``grads``, which some policies need.
+            returning: What the optimizer starts from for layers that train again: ``"fresh"`` state, or what it
+                ``"kept"`` of them, on the host, from the moment at which they froze. See
+                :class:`smartfrz_jax.kept.Kept`, above all for Adam.
+            **kwargs: Further fields, of a subclass.
+
+        Raises:
+            ValueError: If a parameter belongs to none of the layers, or ``returning`` is unknown.
+        """
+        kept = make_kept(returning)
+        frozen = Frozen(layers)
+        grads = {name: jnp.zeros_like(leaf) for name, leaf in paths.flatten(params).items()} if keep_grads else {}
+        return cls(
+            step=jnp.zeros((), jnp.int32),
+            apply_fn=apply_fn,
+            params=params,
+            tx=freezing.freeze(tx, frozen),
+            opt_state=freezing.freeze(tx, frozen).init(params),
+            frozen=frozen,
+            unfrozen_tx=tx,
+            keep_grads=keep_grads,
+            grads=grads,
+            kept=kept,
+            kept_version=None if kept is None else jnp.zeros((), jnp.int32),
+            **kwargs,
+        )
+
+    def value_and_grad(self, loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Callable[..., Any]:
+        """``jax.value_and_grad`` with respect to the parameters, without the work for frozen layers.
+
+        Linen modules of frozen layers run in evaluation mode: their BatchNorms use and keep their running statistics,
+        and the dropouts that follow them are off.
+
+        Args:
+            loss_fn: A function of ``(params, *args, **kwargs)`` to a scalar, or to ``(scalar, aux)`` with ``has_aux``.
+            has_aux: As in ``jax.value_and_grad``.
+
+        Returns:
+            A function of the same arguments to ``(value, grads)``; the gradients of frozen leaves are exact zeros.
+        """
+
+        def held(*args: Any, **kwargs: Any) -> Any:
+            with hold(self.frozen):
+                return loss_fn(*args, **kwargs)
+
+        return freezing.value_and_grad(held, self.frozen, has_aux=has_aux)
+
+    def apply_gradients(self, *, grads: PyTree, **kwargs: Any) -> TrainState:
+        """Updates the active layers; frozen ones stay as they are, bit for bit.
+
+        Args:
+            grads: Gradients with the structure of ``params``.
+            **kwargs: Fields to replace at the same time.
+
+        Returns:
+            The state after one more step.
+        """
+        updates, opt_state = self.tx.update(grads, self.opt_state, self.params)
+        return self.replace(
+            step=self.step + 1,
+            params=freezing.apply_updates(self.params, updates, self.frozen),
+            opt_state=opt_state,
+            grads=self.frozen.active_leaves(grads) if self.keep_grads else {},
+            **kwargs,
+        )
+
+    def freeze(self, frozen: Frozen | Iterable[str]) -> TrainState:
+        """The state for another frozen set; what the optimizer holds of layers that stay active is kept exactly.
+
+        Args:
+            frozen: The new frozen set, or names of layers to add to the present one.
+
+        Raises:
+            ValueError: If a layer is not one of the network's, or ``kept`` has gone on with another state.
+        """
+        new = frozen if isinstance(frozen, Frozen) else self.frozen.add(frozen)
+        if new == self.frozen:
+            return self
+        if self.kept is None:
+            opt_state, version = freezing.migrate(self.opt_state, self.unfrozen_tx, self.params, new), None
+        else:
+            opt_state, version = self.kept.migrate(
+                self.kept_version, self.opt_state, self.unfrozen_tx, self.params, new
+            )
+        zeros = {name: jnp.zeros_like(leaf) for name, leaf in new.active_leaves(self.params).items()}
+        return self.replace(
+            frozen=new,
+            tx=freezing.freeze(self.unfrozen_tx, new),
+            opt_state=opt_state,
+            grads=zeros if self.keep_grads else {},
+            kept_version=version,
+        )

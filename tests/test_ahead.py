@@ -1,0 +1,284 @@
+"""Programs compiled ahead: decisions that take effect a fixed number of steps later, whatever the machine's speed."""
+
+import gc
+import threading
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import smartfrz_jax as sfj
+import smartfrz_jax.step as step_module
+
+pytestmark = pytest.mark.usefixtures("jax_defaults")
+
+WIDTH, DEPTH = 8, 4
+X = jax.random.normal(jax.random.key(1), (16, WIDTH))
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs):
+        self.layers = nnx.List([nnx.Linear(WIDTH, WIDTH, rngs=rngs) for _ in range(DEPTH)])
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = jnp.tanh(layer(x))
+        return x
+
+
+def loss_fn(model, x):
+    return ((model(x) - 0.5) ** 2).mean()
+
+
+def decided(at: dict[int, tuple[str, ...]]) -> sfj.Policy:
+    """Freezes what it is told, from the steps on that it is told; the sets are whole sets, so they may shrink."""
+
+    def init(layers, params):
+        return {}
+
+    def update(state, layers, *, step, **signals):
+        names = [names for since, names in at.items() if step >= since]
+        return frozenset(names[-1] if names else ()), state
+
+    return sfj.Policy(init, update, "decided")
+
+
+NAMES = tuple(f"layers/{i}" for i in range(DEPTH))
+TX = optax.adam(0.01)
+
+
+class Loop:
+    """A training run."""
+
+    def __init__(self, policy, *, account=False, max_programs=8, **options):
+        self.model = Net(nnx.Rngs(0))
+        self.layers = sfj.nnx.find_layers(self.model, X)
+        self.optimizer = sfj.nnx.Optimizer(self.model, TX, layers=self.layers)
+        self.traces = 0
+
+        @nnx.jit
+        def train_step(model, optimizer, x):
+            self.traces += 1
+            loss, grads = optimizer.value_and_grad(loss_fn)(model, x)
+            optimizer.update(model, grads)
+            return loss
+
+        costs = sfj.nnx.account(self.model, self.layers, loss_fn, X, tx=TX) if account else None
+        self.step = sfj.TrainStep(train_step, account=costs, max_programs=max_programs)
+        self.freezer = sfj.nnx.Freezer(self.model, self.optimizer, policy, train_step=self.step, **options)
+        self.frozen = []
+
+    def run(self, steps):
+        for _ in range(steps):
+            loss = self.step(self.model, self.optimizer, X)
+            self.frozen.append(len(self.optimizer.frozen.names))
+            self.freezer.step(loss=loss)
+        return self
+
+    @property
+    def params(self):
+        return jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(self.model)))
+
+
+def slowed(monkeypatch, seconds):
+    measure = step_module.measure
+
+    def slow(*args):
+        time.sleep(seconds)
+        return measure(*args)
+
+    monkeypatch.setattr(step_module, "measure", slow)
+
+
+TWICE = {3: NAMES[:1], 8: NAMES[:2]}
+
+
+def test_decisions_take_effect_after_the_lead():
+    loop = Loop(decided(TWICE), lead=4).run(20)
+    assert loop.frozen == [0] * 7 + [1] * 5 + [2] * 8
+    assert [event.step for event in loop.freezer.events] == [7, 12]
+    assert loop.freezer.pending is None
+
+
+def test_what_is_decided_meanwhile_waits_for_the_next():
+    loop = Loop(decided({3: NAMES[:1], 4: NAMES[:2], 5: NAMES[:3]}), lead=4).run(20)
+    assert loop.frozen == [0] * 7 + [1] * 5 + [3] * 8  # the two that came meanwhile are one change, 5 steps later
+    assert len(loop.step.programs) == 3
+
+
+@pytest.mark.parametrize("lead", [0, 2, 7])
+def test_the_speed_of_compiling_changes_nothing(monkeypatch, lead):
+    fast = Loop(decided(TWICE), lead=lead).run(20)
+    with monkeypatch.context() as patched:
+        slowed(patched, 0.3)
+        slow = Loop(decided(TWICE), lead=lead).run(20)
+    assert slow.frozen == fast.frozen
+    assert slow.freezer.events == fast.freezer.events
+    jax.tree.map(np.testing.assert_array_equal, slow.params, fast.params)
+
+
+def test_programs_are_compiled_in_the_background_once():
+    loop = Loop(decided(TWICE), lead=3)
+    threads = []
+    measure = step_module.measure
+
+    def noted(*args):
+        threads.append(threading.current_thread() is threading.main_thread())
+        return measure(*args)
+
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(step_module, "measure", noted)
+        loop.run(20)
+    assert threads == [True, False, False]
+    assert [program.ahead for program in loop.step.programs] == [False, True, True]
+    assert loop.traces == 3
+
+
+def test_waiting_is_known(monkeypatch):
+    slowed(monkeypatch, 0.4)
+    waiting = Loop(decided({2: NAMES[:1]}), lead=1).run(6)
+    _, late = waiting.step.programs
+    assert late.waited > 0.3
+    assert waiting.step.wait_seconds == pytest.approx(sum(program.waited for program in waiting.step.programs))
+
+    ready = Loop(decided({2: NAMES[:1]}), lead=3).run(4)
+    assert ready.freezer.pending is not None
+    time.sleep(1.0)
+    ready.run(3)
+    _, early = ready.step.programs
+    assert early.waited - early.cost.trace_seconds < 0.1
+
+
+def test_a_program_that_does_not_compile_is_an_error_where_it_is_needed(monkeypatch):
+    loop = Loop(decided({2: NAMES[:1]}), lead=3).run(1)
+
+    def broken(*args):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(step_module, "measure", broken)
+    loop.run(3)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        loop.run(2)
+
+
+def test_small_savings_are_gathered():
+    one_by_one = {i: NAMES[:i] for i in range(1, DEPTH)}
+    shares = Loop(decided({}), account=True)
+    sets = [sfj.Frozen(shares.layers, frozenset(NAMES[:i])) for i in range(DEPTH)]
+    saving = shares.step.account.saving
+    assert saving(sets[1]) < saving(sets[2], sets[1]) < saving(sets[2])
+    between = saving(sets[2], sets[1]) + 0.01
+    assert saving(sets[3], sets[2]) > between  # it is relative to the step as it is by then
+    loop = Loop(decided(one_by_one), account=True, min_saving=between).run(6)
+    assert loop.frozen == [0, 0, 2, 3, 3, 3]
+    assert len(loop.step.programs) == 3
+    assert len(Loop(decided(one_by_one), account=True).run(6).step.programs) == DEPTH
+    more = Loop(decided(one_by_one), account=True, min_saving=0.95).run(6)
+    assert set(more.frozen) == {0}
+
+
+def test_layers_return_at_once_however_little_is_saved():
+    loop = Loop(decided({1: NAMES[:3], 4: NAMES[:1]}), account=True, min_saving=0.3).run(6)
+    assert loop.frozen == [0, 3, 3, 3, 1, 1]
+    assert loop.freezer.events[-1] == (4, (), NAMES[1:3])
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(loop.params))
+
+
+def test_returning_layers_are_compiled_ahead_too():
+    loop = Loop(decided({1: NAMES[:3], 4: NAMES[:1]}), lead=2).run(10)
+    assert loop.frozen == [0] * 3 + [3] * 3 + [1] * 4
+    assert loop.traces == 3
+    assert [program.ahead for program in loop.step.programs] == [False, True, True]
+
+
+def test_a_restored_run_goes_on_with_what_is_pending(tmp_path):
+    straight = Loop(decided(TWICE), lead=4).run(20)
+    first = Loop(decided(TWICE), lead=4).run(5)
+    assert first.freezer.pending == (7, sfj.Frozen(first.layers, frozenset(NAMES[:1])))
+    first.freezer.save(tmp_path / "run")
+    second = Loop(decided(TWICE), lead=4)
+    second.freezer.restore(tmp_path / "run")
+    assert second.freezer.pending == first.freezer.pending
+    second.run(15)
+    assert first.frozen + second.frozen == straight.frozen
+    assert [program.ahead for program in second.step.programs] == [False, True, True]
+    jax.tree.map(np.testing.assert_array_equal, second.params, straight.params)
+
+
+def test_a_linen_state_too():
+    params = {name: jnp.eye(WIDTH) * 0.5 for name in "abc"}
+
+    def apply_fn(params, x):
+        for name in "abc":
+            x = jnp.tanh(x @ params[name])
+        return x
+
+    layers = sfj.find_layers(params, apply_fn, X)
+    state = sfj.linen.TrainState.create(apply_fn=apply_fn, params=params, tx=TX, layers=layers)
+    traces = []
+
+    @jax.jit
+    def train_step(state, x):
+        traces.append(1)
+        loss, grads = state.value_and_grad(lambda params: (state.apply_fn(params, x) ** 2).mean())(state.params)
+        return state.apply_gradients(grads=grads), loss
+
+    step = sfj.TrainStep(train_step)
+    freezer = sfj.linen.Freezer(state, decided({2: ("a",), 6: ("a", "b")}), train_step=step, lead=2)
+    frozen = []
+    for _ in range(12):
+        state, loss = step(state, X)
+        frozen.append(len(state.frozen.names))
+        state = freezer.step(state, loss=loss)
+    assert frozen == [0] * 4 + [1] * 4 + [2] * 4
+    assert [program.ahead for program in step.programs] == [False, True, True]
+    assert len(traces) == 3
+
+
+def live_programs() -> int:
+    gc.collect()
+    return len(jax.devices()[0].client.live_executables())
+
+
+def live_bytes() -> int:
+    gc.collect()
+    return sum(array.nbytes for array in jax.live_arrays())
+
+
+def test_old_programs_and_old_optimizer_state_are_released():
+    loop = Loop(decided({}), max_programs=1).run(1)
+    programs, arrays = live_programs(), live_bytes()
+    one = WIDTH * (WIDTH + 1) * 4
+    for n in range(1, DEPTH):
+        loop.optimizer.freeze(loop.model, list(NAMES[:n]))
+        loop.step(loop.model, loop.optimizer, X)
+        assert live_bytes() == arrays - 2 * n * one  # Adam's two moments
+    # What moving the optimizer state compiled stays; the steps' programs do not.
+    assert len(loop.step.programs) == DEPTH
+    assert live_programs() <= programs
+    many = Loop(decided({}), max_programs=DEPTH).run(1)
+    before = live_programs()
+    for n in range(1, DEPTH):
+        many.optimizer.freeze(many.model, list(NAMES[:n]))
+        many.step(many.model, many.optimizer, X)
+    assert live_programs() >= before + DEPTH - 1
+
+
+def test_errors():
+    loop = Loop(decided({}))
+    with pytest.raises(ValueError, match="owner: the step was not called yet"):
+        loop.step.prepare(loop.optimizer)
+    with pytest.raises(ValueError, match="max_programs: got 0"):
+        Loop(decided({}), max_programs=0)
+    with pytest.raises(ValueError, match="lead: got -1"):
+        Loop(decided({}), lead=-1)
+    with pytest.raises(ValueError, match="min_saving: got 1.0, expected a share"):
+        Loop(decided({}), account=True, min_saving=1.0)
+    with pytest.raises(ValueError, match=r"min_saving: got 0.1, but nothing predicts .* give TrainStep the account"):
+        Loop(decided({}), min_saving=0.1)
+    with pytest.raises(TypeError, match="step: got function, expected a function made by"):
+        sfj.TrainStep(lambda x: x)
