@@ -133,7 +133,7 @@ def measure(name: str, network: Network, size: int, rounds: int, *, with_torch: 
     device_inputs = tuple(jnp.asarray(array) for array in inputs)
     device_labels = jnp.asarray(labels)
     steps: dict[str, Callable[[], Any]] = {
-        "ours": lambda: jax.block_until_ready(train_step(model, optimizer, device_inputs, device_labels))
+        "ours": lambda: jax.block_until_ready(step(model, optimizer, device_inputs, device_labels))
     }
     if with_torch:
         steps["torch"] = of_torch(name, inputs, labels)
@@ -155,7 +155,7 @@ def measure(name: str, network: Network, size: int, rounds: int, *, with_torch: 
         f"{macs:.3f}",
         "-" if network.published is None else f"{network.published:.2f}",
         f"{cost.flops / 1e9:.1f}",
-        f"{account.flops().total / cost.flops:.3f}",
+        f"{account.compiled_flops() / cost.flops:.3f}",
         f"{cost.trace_seconds:.1f} + {cost.compile_seconds:.1f}",
         f"{cost.temp_bytes / 2**20:.0f}",
         f"{1e3 * median['ours']:.0f}",

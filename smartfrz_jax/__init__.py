@@ -41,6 +41,7 @@ from smartfrz_jax.policies import static_prefix as static_prefix
 from smartfrz_jax.predictor import Predictor as Predictor
 from smartfrz_jax.predictor import PredictorConfig as PredictorConfig
 from smartfrz_jax.predictor import freeze_probability as freeze_probability
+from smartfrz_jax.program_cache import keep_programs as keep_programs
 from smartfrz_jax.recording import Recorder as Recorder
 from smartfrz_jax.recording import Recording as Recording
 from smartfrz_jax.step import Program as Program

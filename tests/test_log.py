@@ -5,15 +5,17 @@ import json
 import pytest
 
 import smartfrz_jax as sfj
-from train.log import Compiled, Evaluation, Log, Run, Step, finite, read
+from train import report
+from train.log import Compiled, Evaluation, Log, Phase, Run, Step, finite, read
 
 
 @pytest.fixture
 def path(tmp_path):
     with Log(tmp_path / "log.jsonl", Run("linear", ("a", "b"), {"seed": 3})) as log:
-        log.add(Compiled(1, 0, 2.0))
+        log.add(Compiled(1, 0, 2.0, False, 1.5, 1000))
         for step in (1, 2, 3):
             log.add(Step(step, finite(1.0 / step), 0.5, 0.25, int(step > 2), 100.0 * step, 8))
+        log.add(Compiled(3, 1, 1.0, True, 0.25, 700))
         log.add(sfj.FreezeEvent(2, ("a",)))
         log.add(Evaluation(3, {"accuracy": 0.75}))
     return tmp_path / "log.jsonl"
@@ -27,8 +29,32 @@ def test_a_log_reads_back_as_written(path):
     assert run.metrics == {"accuracy": 0.75}
     assert run.tflops == pytest.approx(600e-12)
     assert run.seconds == pytest.approx(3 * 0.75)
-    assert run.compile_seconds == 2.0
+    assert run.compile_seconds == 3.0
+    assert run.wait_seconds == 1.75
     assert run.frozen_share == pytest.approx(1 / 6)
+
+
+def test_phases_are_steps_with_the_same_layers_frozen(tmp_path):
+    with Log(tmp_path / "log.jsonl", Run("linear", ("a", "b"))) as log:
+        for step, (frozen, seconds) in enumerate([(0, 4.0), (0, 1.0), (0, 2.0), (1, 0.5), (0, 3.0)], 1):
+            log.add(Step(step, 1.0, seconds, 0.0, frozen, 10.0 - frozen, 80 - frozen))
+        log.add(Compiled(1, 0, 1.0, False, 1.0, 500))
+        log.add(Compiled(4, 1, 1.0, True, 0.0, 400))
+        log.add(sfj.FreezeEvent(3, ("a",)))
+        log.add(sfj.FreezeEvent(4, (), ("a",)))
+    run = read(tmp_path / "log.jsonl")
+    assert run.phases == log.run.phases == [
+        Phase(1, 3, 0, 2.0, 10.0, 80, 500),
+        Phase(4, 1, 1, 0.5, 9.0, 79, 400),
+        Phase(5, 1, 0, 3.0, 10.0, 80, 500),
+    ]  # fmt: skip
+    assert run.freezes == log.run.freezes
+    rows = report.phases(run).splitlines()
+    assert len(rows) == 5
+    assert rows[3].split(" | ")[2:5] == ["1 of 2", "500.0", "0.000"]
+    assert "0 of 2" in report.table([run])
+    report.picture([run], tmp_path / "run.png", "run")
+    assert (tmp_path / "run.png").stat().st_size > 10_000
 
 
 def test_a_log_continues_from_a_step(path):
@@ -53,7 +79,7 @@ def test_a_line_cut_off_by_a_kill_is_left_out(path):
 def test_every_line_is_strict_json(path):
     assert finite(float("nan")) is None
     events = [json.loads(line, parse_constant=pytest.fail)["event"] for line in path.read_text().splitlines()]
-    assert events == ["run", "program", "step", "step", "step", "freeze", "evaluation"]
+    assert events == ["run", "program", "step", "step", "step", "program", "freeze", "evaluation"]
 
 
 @pytest.mark.parametrize("text", ["", "not JSON\n", "[]\n", '{"event": "run", "name": "x"}\n', '{"event": "step"}\n'])

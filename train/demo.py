@@ -35,6 +35,7 @@ from train.run import batches, run
 BATCH_SIZE = 64
 LEARNING_RATE = 0.05
 WIDTHS, STAGE_SIZES = (8, 16, 32), (2, 2, 2)
+LEAD, MIN_SAVING = 10, 0.02  # steps from a decision to its effect; share of a step that a new program must save
 PROBE_SIZE = 128  # images on which layer outputs are compared
 
 
@@ -83,12 +84,14 @@ class Demo:
         self.epochs, self.pretrain_epochs, self.seed = epochs, pretrain_epochs, seed
         self.interrupt, self.quiet = interrupt, quiet
         self.total_steps = epochs * (len(self.train_split.labels) // BATCH_SIZE)
-        self.step = sfj.TrainStep(train_step)
         # The paper's optimizer. One object for all runs: another one would be another program.
         self.sgd = optax.sgd(optax.cosine_decay_schedule(LEARNING_RATE, self.total_steps), momentum=0.9)
         model = new_model(seed)
         self.probe = jnp.asarray(self.train_split.images[:PROBE_SIZE])
         self.layers = sfj.nnx.find_layers(model, self.probe)
+        batch = self.train_split.images[:BATCH_SIZE], self.train_split.labels[:BATCH_SIZE]
+        account = sfj.nnx.account(model, self.layers, loss_fn, *batch, tx=self.sgd)
+        self.step = sfj.TrainStep(train_step, account=account)
         self.features = sfj.nnx.features(model, self.layers, self.probe)
         self.pretrained = nnx.state(model)
 
@@ -109,7 +112,7 @@ class Demo:
         model = new_model(0)
         nnx.update(model, self.pretrained)
         optimizer = sfj.nnx.Optimizer(model, tx or self.sgd, wrt=nnx.Param, layers=self.layers)
-        freezer = sfj.nnx.Freezer(model, optimizer, policy)
+        freezer = sfj.nnx.Freezer(model, optimizer, policy, train_step=self.step, lead=LEAD, min_saving=MIN_SAVING)
         images, labels = self.train_split
         indices = self.interrupt.checked(batches(len(labels), BATCH_SIZE, self.epochs, seed))
         data = ((images[i], labels[i]) for i in indices)

@@ -45,7 +45,7 @@ def fix_statistics(model: nnx.Module) -> None:
             module.use_running_average = True
 
 
-def make_train_step(data: Data) -> sfj.TrainStep:
+def make_train_step(data: Data, account: sfj.Account) -> sfj.TrainStep:
     """The compiled step of ``(model, optimizer, key, inputs, labels)``; augmentation is part of it."""
 
     @nnx.jit
@@ -57,7 +57,7 @@ def make_train_step(data: Data) -> sfj.TrainStep:
         optimizer.update(model, grads)
         return loss
 
-    return sfj.TrainStep(train_step)
+    return sfj.TrainStep(train_step, account=account)
 
 
 def make_evaluation(data: Data, figures: dict[str, metrics.Metric]) -> Callable[[nnx.Module], dict[str, float]]:
@@ -94,6 +94,8 @@ def finetune(options: Options, say: Callable[[str], None], interrupt: Interrupt)
         FloatingPointError: If the loss is not finite.
     """
     begin = time.perf_counter()
+    if options.keep_programs is not None:
+        sfj.keep_programs(options.keep_programs)
     train_data, evaluation_data = open_data(options)
     model = make_network(options, num_classes=train_data.num_classes, seed=options.seed)
     if options.weights is not None:
@@ -122,7 +124,16 @@ def finetune(options: Options, say: Callable[[str], None], interrupt: Interrupt)
         reference=reference,
     )
     optimizer = sfj.nnx.Optimizer(model, tx, layers=layers)
-    freezer = sfj.nnx.Freezer(model, optimizer, policy, features=features)
+    train_step = make_train_step(train_data, account)
+    freezer = sfj.nnx.Freezer(
+        model,
+        optimizer,
+        policy,
+        features=features,
+        train_step=train_step,
+        lead=options.lead,
+        min_saving=options.min_saving,
+    )
 
     history = Run(options.policy, layers.names, options.settings())
     if options.resume:
@@ -157,15 +168,15 @@ def finetune(options: Options, say: Callable[[str], None], interrupt: Interrupt)
     with bar, Log(options.out / "log.jsonl", history) as log:
         try:
             data = interrupt.checked(batches())
-            run(log, model, optimizer, freezer, make_train_step(train_data), data, after_step=after_step)
+            run(log, model, optimizer, freezer, train_step, data, after_step=after_step)
         except KeyboardInterrupt:
             save_checkpoint(freezer, options.out)
             raise
 
     weights.save(model, options.out / "model.safetensors", overwrite=True)
     runs = [log.run] if options.baseline is None else [read(options.baseline / "log.jsonl"), log.run]
-    table = report.table(runs)
-    (options.out / "report.md").write_text(f"{' '.join(sys.argv)}\n\n{versions}\n\n{table}\n")
+    table, phases = report.table(runs), report.phases(log.run)
+    (options.out / "report.md").write_text(f"{' '.join(sys.argv)}\n\n{versions}\n\n{table}\n\n{phases}\n")
     report.picture(runs, options.out / "report.png", f"{options.model} on {options.data} ({versions})")
     say(f"\n{table}\n\neverything is in {options.out} ({time.perf_counter() - begin:.0f} s in all)")
 
@@ -197,7 +208,7 @@ def check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
     Raises:
         ValueError: If an option that changes what is computed differs.
     """
-    free = {"resume", "baseline", "quiet", "workers", "out", "data_dir"}
+    free = {"resume", "baseline", "quiet", "workers", "out", "data_dir", "keep_programs"}
     changed = [f"{name} (was {before.get(name)}, is {now[name]})" for name in now if before.get(name) != now[name]]
     changed = [text for text in changed if text.split(" ")[0] not in free]
     if changed:

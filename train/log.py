@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import math
 from pathlib import Path
@@ -36,17 +37,45 @@ class Step(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """A program of the train step.
+    """A program of the train step, and what it begins: a phase in which the same layers are frozen.
 
     Attributes:
         step: Step that needed it first.
         frozen: Number of layers frozen in it.
         seconds: Seconds it took to trace and compile, in whichever run it was first needed.
+        ahead: Whether it was compiled while training went on.
+        waited: Seconds that this run stood still for it.
+        live_bytes: Bytes of all arrays after its first step: parameters, optimizer state, data, the policy's state.
     """
 
     step: int
     frozen: int
     seconds: float
+    ahead: bool
+    waited: float
+    live_bytes: int
+
+
+class Phase(NamedTuple):
+    """Steps in a row with the same layers frozen.
+
+    Attributes:
+        step: The first of them.
+        steps: Their number.
+        frozen: Number of layers frozen.
+        seconds: Median of the seconds of a step.
+        flops: FLOPs of a step.
+        peak_bytes: Bytes that the program needs.
+        live_bytes: Bytes of all arrays between the steps, from the first time that its program was used.
+    """
+
+    step: int
+    steps: int
+    frozen: int
+    seconds: float
+    flops: float
+    peak_bytes: int
+    live_bytes: int
 
 
 class Evaluation(NamedTuple):
@@ -102,6 +131,33 @@ class Run:
     def compile_seconds(self) -> float:
         """Seconds of tracing and compiling the programs of this run."""
         return sum(program.seconds for program in self.programs)
+
+    @property
+    def wait_seconds(self) -> float:
+        """Seconds that the run stood still for tracing and compiling."""
+        return sum(program.waited for program in self.programs)
+
+    @property
+    def phases(self) -> list[Phase]:
+        """The phases, in order: step time and memory over time."""
+        live_bytes = {program.frozen: program.live_bytes for program in self.programs}
+        phases = []
+        for _, group in itertools.groupby(self.steps, key=lambda step: (step.frozen, step.flops, step.peak_bytes)):
+            steps = list(group)
+            first = steps[0]
+            seconds = float(np.median([step.seconds for step in steps]))
+            phases.append(
+                Phase(
+                    first.step,
+                    len(steps),
+                    first.frozen,
+                    seconds,
+                    first.flops,
+                    first.peak_bytes,
+                    live_bytes.get(first.frozen, 0),
+                )
+            )
+        return phases
 
     @property
     def frozen_share(self) -> float:
@@ -196,5 +252,5 @@ def read(path: Path, *, until: int | None = None) -> Run:
             f"path: {path} is not the log of a run ({type(error).__name__}: {error}); expected the log.jsonl that "
             "train.finetune writes"
         ) from error
-    run.freezes = [sfj.FreezeEvent(event.step, tuple(event.names)) for event in run.freezes]
+    run.freezes = [sfj.FreezeEvent(at, tuple(names), tuple(returned)) for at, names, returned in run.freezes]
     return run

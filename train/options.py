@@ -63,9 +63,12 @@ class Options:
     window: int
     threshold: float
     reference: Path | None
+    lead: int
+    min_saving: float
     seed: int
     resume: bool
     baseline: Path | None
+    keep_programs: Path | None
     quiet: bool
 
     def settings(self) -> dict[str, str | float | bool | None]:
@@ -151,17 +154,21 @@ def parse(argv: list[str] | None) -> Options:
     add("--budget", type=float, default=0.5, help="static_prefix, random: share of the forward FLOPs to freeze")
     add("--at", type=float, default=0.0, help="static_prefix: share of training after which it freezes")
 
+    add("--lead", type=int, default=20, help="steps from a decision to its effect, in which its program is compiled")
+    add("--min-saving", type=float, default=0.01, help="share of a step's FLOPs that a new program must save")
+
     add = parser.add_argument_group("run").add_argument
     add("--out", type=Path, required=True, help="folder for everything that is written")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
     add("--baseline", type=Path, help="--out of an earlier run, to compare with in the report")
+    add("--keep-programs", type=Path, help="folder in which compiled programs are kept for later runs")
     add("--quiet", action="store_true", help="no progress bar")
     options = Options(**vars(parser.parse_args(argv)))
 
     for name in ("epochs", "batch_size", "evaluations_per_epoch", "max_tokens", "window"):
         if getattr(options, name) < 1:
             parser.error(f"argument --{name.replace('_', '-')}: got {getattr(options, name)}, expected at least 1")
-    for name in ("learning_rate", "weight_decay", "warmup_epochs", "momentum", "workers"):
+    for name in ("learning_rate", "weight_decay", "warmup_epochs", "momentum", "workers", "lead", "min_saving"):
         if not 0 <= getattr(options, name) < float("inf"):
             parser.error(f"argument --{name.replace('_', '-')}: got {getattr(options, name)}, expected 0 or more")
     for name, policy in (("predictor", "smartfrz"), ("reference", "similarity_guided")):

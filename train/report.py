@@ -26,7 +26,7 @@ def table(runs: Sequence[Run]) -> str:
     full = runs[0]
 
     def frozen_at_the_end(run: Run) -> int:
-        return sum(len(event.names) for event in run.freezes)
+        return sum(len(event.names) - len(event.returned) for event in run.freezes)
 
     def saved(value: float, of_full: float, text: str) -> str:
         return text if value == of_full else f"{text} ({value / of_full - 1:+.0%})"
@@ -45,13 +45,34 @@ def table(runs: Sequence[Run]) -> str:
         ),
         ("layers frozen, mean of all steps", [f"{run.frozen_share:.0%}" for run in runs]),
         ("of the seconds: policy, its own compilation too", [f"{run.policy_seconds:.2f}" for run in runs]),
-        ("not in the seconds: compilation", [f"{run.compile_seconds:.1f}" for run in runs]),
+        ("not in the seconds: waiting for programs", [f"{run.wait_seconds:.1f}" for run in runs]),
+        ("compilation, beside the training or waited for", [f"{run.compile_seconds:.1f}" for run in runs]),
         ("programs", [str(len(run.programs)) for run in runs]),
     ]
     label = max(len(name) for name, _ in rows)
     width = max(len(cell) for _, cells in rows for cell in cells)
     lines = [f"| {name:<{label}} | {' | '.join(f'{cell:>{width}}' for cell in cells)} |" for name, cells in rows]
     lines.insert(1, f"|{'-' * (label + 2)}|{'|'.join('-' * (width + 1) + ':' for _ in runs)}|")
+    return "\n".join(lines)
+
+
+def phases(run: Run) -> str:
+    """A Markdown table with a row for each phase of a run: step time and memory over time."""
+    head = ("from step", "steps", "layers frozen", "ms a step", "GFLOP a step", "MB, program", "MB, live arrays")
+    rows = [
+        (
+            f"{phase.step}",
+            f"{phase.steps}",
+            f"{phase.frozen} of {len(run.layers)}",
+            f"{1e3 * phase.seconds:.1f}",
+            f"{phase.flops / 1e9:.3f}",
+            f"{phase.peak_bytes / 1e6:.1f}",
+            f"{phase.live_bytes / 1e6:.1f}",
+        )
+        for phase in run.phases
+    ]
+    lines = [f"| {' | '.join(row)} |" for row in (head, *rows)]
+    lines.insert(1, f"|{'|'.join('--:' for _ in head)}|")
     return "\n".join(lines)
 
 
@@ -69,7 +90,7 @@ def picture(runs: Sequence[Run], path: Path, title: str) -> None:
     grid = figure.add_gridspec(2, len(shown), height_ratios=(1.25, 1))
     for column, run in enumerate(shown):
         _draw_freezing(figure.add_subplot(grid[0, column]), run, labels=column == 0)
-    cost = grid[1, :].subgridspec(1, 2)
+    cost = grid[1, :].subgridspec(1, 3)
     _draw_cost(
         figure.add_subplot(cost[0]),
         runs,
@@ -77,21 +98,33 @@ def picture(runs: Sequence[Run], path: Path, title: str) -> None:
         lambda run: np.array([step.flops for step in run.steps]) / 1e9,
     )
     _draw_cost(figure.add_subplot(cost[1]), runs, "ms per step (median of 9)", _smoothed_milliseconds)
+    _draw_cost(
+        figure.add_subplot(cost[2]),
+        runs,
+        "MB of the compiled program",
+        lambda run: np.array([step.peak_bytes for step in run.steps]) / 1e6,
+    )
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
 def _draw_freezing(axes: Axes, run: Run, *, labels: bool) -> None:
     steps = len(run.steps)
-    frozen_at = {name: event.step for event in run.freezes for name in event.names}
     for row, layer in enumerate(run.layers):
-        until = frozen_at.get(layer, steps)
-        axes.barh(row, until, color=_COLOURS.get(run.name, "#888888"), height=0.8)
-        axes.barh(row, steps - until, left=until, color="#dfe7ec", height=0.8)
+        axes.barh(row, steps, color=_COLOURS.get(run.name, "#888888"), height=0.8)
+        since = None
+        for event in run.freezes:
+            if layer in event.names:
+                since = event.step
+            elif layer in event.returned and since is not None:
+                axes.barh(row, event.step - since, left=since, color="#dfe7ec", height=0.8)
+                since = None
+        if since is not None:
+            axes.barh(row, steps - since, left=since, color="#dfe7ec", height=0.8)
     axes.set_ylim(len(run.layers) - 0.4, -0.6)
     axes.set_xlim(0, steps)
     axes.set_yticks(range(len(run.layers)), run.layers if labels else [""] * len(run.layers), fontsize=8)
-    axes.set_title(f"{run.name}: trained until (grey: frozen)")
+    axes.set_title(f"{run.name}: trains (grey: frozen)")
     axes.set_xlabel("train step")
 
 

@@ -50,15 +50,18 @@ def run(
     """
     used: set[sfj.Frozen] = set()
     for batch in data:
-        step = freezer.steps + 1
+        step, programs = freezer.steps + 1, len(train_step.programs)
         program = train_step.program(model, optimizer, *batch)
-        if program.frozen not in used:
-            used.add(program.frozen)
-            compile_seconds = program.cost.trace_seconds + program.cost.compile_seconds
-            log.add(Compiled(step, len(program.frozen.names), compile_seconds))
         start = time.perf_counter()
         loss = jax.block_until_ready(train_step(model, optimizer, *batch))
         trained = time.perf_counter()
+        if program.frozen not in used:
+            used.add(program.frozen)
+            compile_seconds = program.cost.trace_seconds + program.cost.compile_seconds
+            waited = program.waited if len(train_step.programs) > programs else 0.0
+            live_bytes = sum(array.nbytes for array in jax.live_arrays())
+            log.add(Compiled(step, len(program.frozen.names), compile_seconds, program.ahead, waited, live_bytes))
+        before_policy = time.perf_counter()
         freezer.step(loss=loss)
         jax.block_until_ready(freezer.policy_state)
         decided = time.perf_counter()
@@ -67,7 +70,7 @@ def run(
                 step,
                 finite(float(loss)),
                 trained - start,
-                decided - trained,
+                decided - before_policy,
                 len(program.frozen.names),
                 program.cost.flops,
                 program.cost.peak_bytes,
