@@ -42,7 +42,8 @@ def placed(shapes: PyTree, before: PyTree, params: PyTree) -> PyTree:
         like = known.get(name)
         if like is None:
             like = next((leaf for param, leaf in parameters.items() if name.endswith(param)), None)
-        sharding = getattr(like, "sharding", None)
+        # State that is not shaped like its parameter, such as Adafactor's rows and columns, starts anywhere.
+        sharding = getattr(like, "sharding", None) if like is not None and like.shape == leaf.shape else None
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding, weak_type=leaf.weak_type)
 
     return paths.tree_map(place, shapes)

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -179,17 +179,28 @@ def apply_updates(params: PyTree, updates: PyTree, frozen: Frozen) -> PyTree:
     return paths.tree_map(lambda name, old, new: old if name in frozen.params else new, params, updated)
 
 
-def migrate(opt_state: Any, tx: optax.GradientTransformation, params: PyTree, frozen: Frozen) -> Any:
+def migrate(
+    opt_state: Any,
+    tx: optax.GradientTransformation,
+    params: PyTree,
+    frozen: Frozen,
+    *,
+    kept: Mapping[str, Any] | None = None,
+) -> Any:
     """Optimizer state for a new frozen set, every value kept that the new state has a place for.
 
     State of layers that freeze is dropped (its memory is free once the old state is), that of layers that stay active
-    is carried over unchanged, that of layers that return is initialised afresh.
+    is carried over unchanged, as the same arrays, that of layers that return is initialised afresh, or taken from
+    ``kept``. Shared state such as step counts goes on in either case; :class:`~smartfrz_jax.kept.Kept` says what this
+    means for Adam.
 
     Args:
         opt_state: State of ``freeze(tx, other)`` for any other set, or of ``tx`` itself.
         tx: The optax transformation.
         params: Parameter pytree.
         frozen: The new frozen set.
+        kept: What :func:`dropped` gave when the layers that return froze. It is placed as fresh state would be: with
+            the sharding of the parameter, as far as ``tx`` gives it that.
 
     Returns:
         State of ``freeze(tx, frozen)``.
@@ -197,22 +208,59 @@ def migrate(opt_state: Any, tx: optax.GradientTransformation, params: PyTree, fr
     Raises:
         ValueError: If a value is missing, left over, or has another shape or dtype than ``tx`` gives it for ``params``.
     """
-    # Where tx itself is a multi_transform, the type alone does not tell its own state from that of freeze(tx, other).
-    if not isinstance(opt_state, optax.MultiTransformState) or (
-        _by_path(opt_state).keys() == _by_path(jax.eval_shape(tx.init, params)).keys()
-    ):
-        opt_state = optax.MultiTransformState(
-            {_ACTIVE: optax.MaskedState(opt_state), _FROZEN: optax.MaskedState(optax.EmptyState())}
-        )
-    old = _by_path(opt_state)
+    opt_state = _with_groups(opt_state, tx, params)
+    old = by_path(opt_state)
     target = freeze(tx, frozen)
     abstract = jax.eval_shape(target.init, params)
-    wanted = _by_path(abstract)
+    wanted = by_path(abstract)
     _check_fits(old, wanted, dropped=_masked(opt_state), absent=_masked(abstract))
     source = old
     if wanted.keys() - old.keys():  # a layer returns
-        source = _by_path(target.init(params)) | old
+        fresh = {path: leaf for path, leaf in by_path(target.init(params)).items() if path not in old}
+        source = old | (fresh if kept is None else {path: _put_back(kept, path, leaf) for path, leaf in fresh.items()})
     return jax.tree_util.tree_map_with_path(lambda path, _: source[keystr(path)], abstract)
+
+
+def dropped(opt_state: Any, tx: optax.GradientTransformation, params: PyTree, frozen: Frozen) -> dict[str, Any]:
+    """What :func:`migrate` to a new frozen set drops: the state of layers that freeze, by key path.
+
+    Args:
+        opt_state: State of ``freeze(tx, other)`` for any other set, or of ``tx`` itself.
+        tx: The optax transformation.
+        params: Parameter pytree.
+        frozen: The new frozen set.
+    """
+    wanted = by_path(jax.eval_shape(freeze(tx, frozen).init, params))
+    return {path: leaf for path, leaf in by_path(_with_groups(opt_state, tx, params)).items() if path not in wanted}
+
+
+def by_path(tree: Any) -> dict[str, Any]:
+    """Leaves of a pytree by key path, as ``jax.tree_util.keystr`` writes it."""
+    return {keystr(path): leaf for path, leaf in tree_leaves_with_path(tree)}
+
+
+def _with_groups(opt_state: Any, tx: optax.GradientTransformation, params: PyTree) -> Any:
+    """A state of ``tx`` itself as one of ``freeze(tx, nothing)``; one of ``freeze(tx, other)`` as it is."""
+    # Where tx itself is a multi_transform, the type alone does not tell its own state from that of freeze(tx, other).
+    if not isinstance(opt_state, optax.MultiTransformState) or (
+        by_path(opt_state).keys() == by_path(jax.eval_shape(tx.init, params)).keys()
+    ):
+        return optax.MultiTransformState(
+            {_ACTIVE: optax.MaskedState(opt_state), _FROZEN: optax.MaskedState(optax.EmptyState())}
+        )
+    return opt_state
+
+
+def _put_back(kept: Mapping[str, Any], path: str, fresh: Any) -> jax.Array:
+    """A value that was put aside, on the devices on which a fresh one would be."""
+    if _text(kept.get(path)) != _text(fresh):
+        raise ValueError(
+            f"kept: {path} is {_text(kept.get(path))}, but tx makes it {_text(fresh)}; pass all that was dropped when "
+            "the layers that return froze, or None to let them start afresh"
+        )
+    # A copy: on a CPU the array could share its memory with NumPy's, which a step that donates it would write over.
+    value = jax.numpy.array(kept[path])
+    return jax.device_put(value, fresh.sharding) if fresh.committed else value
 
 
 def _check_fits(old: dict[str, Any], wanted: dict[str, Any], *, dropped: list[str], absent: list[str]) -> None:
@@ -238,7 +286,3 @@ def _masked(tree: Any) -> list[str]:
 
 def _text(leaf: Any) -> str:
     return "missing" if leaf is None else f"{jax.numpy.result_type(leaf)}{list(np.shape(leaf))}"
-
-
-def _by_path(tree: Any) -> dict[str, Any]:
-    return {keystr(path): leaf for path, leaf in tree_leaves_with_path(tree)}

@@ -92,7 +92,7 @@ class Freezer(freezer.Freezer):
         Raises:
             FileExistsError: If ``path`` exists and ``overwrite`` is false.
         """
-        self.save_run(path, state, overwrite=overwrite)
+        self.save_run(path, _run(state), overwrite=overwrite)
 
     def restore(self, path: str | Path, state: TrainState) -> TrainState:
         """Reads a checkpoint; the run goes on as if it had never stopped.
@@ -105,7 +105,17 @@ class Freezer(freezer.Freezer):
             FileNotFoundError: If there is no such directory.
             ValueError: If the checkpoint is damaged, or of another network.
         """
-        return self.restore_run(path, state.freeze(self.saved_frozen(path)))
+        if state.kept is None:
+            return self.restore_run(path, state.freeze(self.saved_frozen(path)))
+        with state.kept.unchanged_on_error():
+            saved = self.restore_run(path, _run(state.freeze(self.saved_frozen(path))))
+        state.kept.load(saved["state"].kept_version, saved["kept"])
+        return saved["state"]
+
+
+def _run(state: TrainState) -> Any:
+    """What a checkpoint holds."""
+    return state if state.kept is None else {"state": state, "kept": state.kept.arrays}
 
 
 def _abstract(state: TrainState, frozen: Frozen) -> TrainState:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -105,19 +106,23 @@ class Freezer(freezer.Freezer):
             ValueError: If the checkpoint is damaged, or of another network; nothing has changed then.
         """
         optimizer = self.optimizer
-        before = optimizer.frozen, optimizer.tx, optimizer.opt_state, optimizer.grads
-        optimizer.freeze(self.model, self.saved_frozen(path))
+        before = optimizer.frozen, optimizer.tx, optimizer.opt_state, optimizer.grads, optimizer.kept_version
         try:
-            arrays = self.restore_run(path, self._arrays())
+            with optimizer.kept.unchanged_on_error() if optimizer.kept else contextlib.nullcontext():
+                optimizer.freeze(self.model, self.saved_frozen(path))
+                arrays = self.restore_run(path, self._arrays())
         except Exception:  # not by freezing back, which would initialise returning layers afresh
-            optimizer.frozen, optimizer.tx = before[:2]
-            optimizer.opt_state, optimizer.grads = nnx.data(before[2]), nnx.data(before[3])
+            optimizer.frozen, optimizer.tx, opt_state, grads, optimizer.kept_version = before
+            optimizer.opt_state, optimizer.grads = nnx.data(opt_state), nnx.data(grads)
             raise
         nnx.update(self.model, arrays["model"])
         nnx.update(self.optimizer, arrays["optimizer"])
+        if optimizer.kept is not None:
+            optimizer.kept.load(arrays["optimizer"]["kept_version"], arrays["kept"])
 
     def _arrays(self) -> dict[str, Any]:
-        return {"model": nnx.as_pure(nnx.state(self.model)), "optimizer": nnx.as_pure(nnx.state(self.optimizer))}
+        arrays = {"model": nnx.as_pure(nnx.state(self.model)), "optimizer": nnx.as_pure(nnx.state(self.optimizer))}
+        return arrays if self.optimizer.kept is None else arrays | {"kept": self.optimizer.kept.arrays}
 
 
 def _params(model: nnx.Module, wrt: nnx.filterlib.Filter) -> PyTree:

@@ -12,6 +12,7 @@ from flax import nnx
 
 from smartfrz_jax import freezing
 from smartfrz_jax.freezing import Frozen
+from smartfrz_jax.kept import Returning, make_kept
 from smartfrz_jax.layers import Layers
 from smartfrz_jax.nnx.hold import check_held, hold
 
@@ -26,9 +27,17 @@ class Optimizer(nnx.Optimizer):
         tx: Any optax transformation; clipping, weight decay and the like belong inside.
         wrt: Filter of the variables that train.
         layers: The model's layers, from :func:`find_layers`.
+        returning: What the optimizer starts from for layers that train again: ``"fresh"`` state, or what it ``"kept"``
+            of them, on the host, from the moment at which they froze. See :class:`smartfrz_jax.kept.Kept`, above all
+            for Adam.
 
     Attributes:
         frozen: The frozen set.
+        kept: What was put aside of the frozen layers; ``None`` if they return with fresh state. Clones of an optimizer
+            share it, and only the one that froze something last can do so again.
+
+    Raises:
+        ValueError: If a parameter belongs to none of the layers, or ``returning`` is unknown.
 
     Example:
         >>> from smartfrz_jax.nnx import find_layers
@@ -51,11 +60,14 @@ class Optimizer(nnx.Optimizer):
         *,
         wrt: nnx.filterlib.Filter = nnx.Param,
         layers: Layers,
+        returning: Returning = "fresh",
     ):
         self.frozen = Frozen(layers)
         self.unfrozen_tx = tx
         self.keep_grads = False
         self.grads = nnx.data({})
+        self.kept = make_kept(returning)
+        self.kept_version = None if self.kept is None else nnx.OptState(jnp.zeros((), jnp.int32))
         super().__init__(model, freezing.freeze(tx, self.frozen), wrt=wrt)
 
     def value_and_grad(self, loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Callable[..., Any]:
@@ -122,13 +134,18 @@ class Optimizer(nnx.Optimizer):
             frozen: The new frozen set, or names of layers to add to the present one.
 
         Raises:
-            ValueError: If a layer is not one of the model's.
+            ValueError: If a layer is not one of the model's, or ``kept`` has gone on with a clone.
         """
         new = frozen if isinstance(frozen, Frozen) else self.frozen.add(frozen)
         if new == self.frozen:
             return
-        params = nnx.as_pure(nnx.state(model, self.wrt))
-        migrated = freezing.migrate(nnx.as_pure(self.opt_state), self.unfrozen_tx, params, new)
+        params, old = nnx.as_pure(nnx.state(model, self.wrt)), nnx.as_pure(self.opt_state)
+        if self.kept is None or self.kept_version is None:
+            migrated = freezing.migrate(old, self.unfrozen_tx, params, new)
+        else:
+            version = self.kept_version[...]
+            migrated, version = self.kept.migrate(version, old, self.unfrozen_tx, params, new)
+            self.kept_version = nnx.OptState(version)
         tx = freezing.freeze(self.unfrozen_tx, new)
         opt_state = nnx.Optimizer(model, tx, wrt=self.wrt).opt_state  # for its Variables
         nnx.update(opt_state, nnx.state(migrated))
