@@ -37,6 +37,9 @@ class Account:
         examples: Number of examples in the batch.
         macs: Multiply-adds of one forward pass, by kind of operation: convolutions, linear maps and products of data.
         elements: Elements of one forward pass that other operations work on, by kind.
+        params: Shapes of the parameters.
+        tx: The optimizer, if any.
+        backend: Platform that the step will run on.
     """
 
     def __init__(
@@ -47,14 +50,17 @@ class Account:
         held: list[Equation],
         update: list[float],
         trace_step: Callable[[Frozen], Any],
+        params: PyTree,
+        tx: optax.GradientTransformation | None,
         backend: str,
     ):
-        self.layers, self.examples = layers, examples
+        self.layers, self.examples, self.tx, self.backend = layers, examples, tx, backend
+        self.params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
         self.macs = collections.Counter[str]()
         for equation in active:
             self.macs[equation.kind] += flops.macs(equation.eqn)
         self.elements = operations.elements((e.eqn, e.kind) for e in active)
-        self._active, self._held, self._update, self._backend = active, held, update, backend
+        self._active, self._held, self._update = active, held, update
         self._trace_step = trace_step
         self._gradients: dict[Any, tuple[Flops, Flops]] = {}
         self._steps: dict[frozenset[str], StepFlops] = {}
@@ -95,11 +101,25 @@ class Account:
             ValueError: If the frozen set is of another network.
         """
         frozen = self._checked(frozen)
-        if self._backend != "cpu":
+        if self.backend != "cpu":
             return self.flops(frozen).total
         if frozen.names not in self._compiled:
-            self._compiled[frozen.names] = fusion.compiled_flops(self._trace_step(frozen))
+            self._compiled[frozen.names] = fusion.compiled_flops(self.trace(frozen))
         return self._compiled[frozen.names]
+
+    def trace(self, frozen: Frozen | None = None) -> Any:
+        """The jaxpr of a step that does what a frozen set asks for and no more; it takes seconds.
+
+        Args:
+            frozen: The frozen set; none by default.
+
+        Returns:
+            A ``ClosedJaxpr`` of ``(variables, params, opt_state, inputs)``, flattened.
+
+        Raises:
+            ValueError: If the frozen set is of another network.
+        """
+        return self._trace_step(self._checked(frozen))
 
     def saving(self, frozen: Frozen, before: Frozen | None = None) -> float:
         """Share of a step's FLOPs that freezing saves.
@@ -184,8 +204,8 @@ class Account:
         key = equation.signature, tuple(i.position for i in wanted), tuple(i.is_weight for i in wanted)
         if key not in self._gradients:
             weights = {i.position for i in wanted if i.is_weight}
-            every = flops.of_gradient(equation.eqn, {i.position for i in wanted}, self._backend)
-            only = every if len(weights) == len(wanted) else flops.of_gradient(equation.eqn, weights, self._backend)
+            every = flops.of_gradient(equation.eqn, {i.position for i in wanted}, self.backend)
+            only = every if len(weights) == len(wanted) else flops.of_gradient(equation.eqn, weights, self.backend)
             self._gradients[key] = only, every - only
         weights, rest = self._gradients[key]
         return (
@@ -284,4 +304,4 @@ def assemble(
     def trace_step(frozen: Frozen) -> Any:
         return step_trace.trace(loss_of(frozen), frozen, variables, params, inputs, tx)
 
-    return Account(layers, jax.tree.leaves(inputs)[0].shape[0], active, held, update, trace_step, backend)
+    return Account(layers, jax.tree.leaves(inputs)[0].shape[0], active, held, update, trace_step, params, tx, backend)

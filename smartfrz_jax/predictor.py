@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -135,7 +136,6 @@ class Predictor(nnx.Module):
         return nnx.merge(graphdef, state)
 
 
-@nnx.jit
 def freeze_probability(
     predictor: Predictor, records: Float[Array, "layers window size"], mask: Bool[Array, "layers window"]
 ) -> Float[Array, " layers"]:
@@ -149,4 +149,10 @@ def freeze_probability(
     Returns:
         Probabilities, shape ``(layers,)``; meaningless for a layer without records.
     """
-    return jax.nn.softmax(jax.vmap(predictor)(records, mask), axis=-1)[:, 1]
+    return _probability(*nnx.split(predictor), records, mask)
+
+
+# Not nnx.jit, which writes the arrays back: under a mesh they would then belong to it, and the predictor to no other.
+@functools.partial(jax.jit, static_argnums=0)
+def _probability(graphdef: nnx.GraphDef[Predictor], state: nnx.State, records: jax.Array, mask: jax.Array) -> jax.Array:
+    return jax.nn.softmax(jax.vmap(nnx.merge(graphdef, state))(records, mask), axis=-1)[:, 1]

@@ -14,6 +14,7 @@ from flax import nnx
 
 from smartfrz_jax import abstract
 from smartfrz_jax.accounting import Account
+from smartfrz_jax.checking import Measured, SavingCheck, jaxpr_of
 from smartfrz_jax.cost import ProgramCost, check_jitted, measure
 from smartfrz_jax.freezing import Frozen
 
@@ -48,8 +49,9 @@ class TrainStep:
         step: A function made by ``jax.jit`` or ``nnx.jit``. One of its arguments is a ``TrainState`` of
             ``smartfrz_jax.linen`` or an ``Optimizer`` of ``smartfrz_jax.nnx``. It must not be called by others too:
             they would compile the programs again.
-        account: The account of the step, from :func:`smartfrz_jax.account`. With it, programs that save less than
-            predicted are reported; see :mod:`smartfrz_jax.checking`.
+        account: The account of the step, from :func:`smartfrz_jax.account`. With it, a program for a batch as that of
+            the first that saves less than predicted is a ``SavingWarning``, once for each cause; see
+            :class:`smartfrz_jax.SavingCheck`.
         max_programs: How many programs are kept. Two are needed to go from one to the next.
 
     Attributes:
@@ -84,6 +86,8 @@ class TrainStep:
         self.account = account
         self.programs: list[Program] = []
         self._step = step
+        self._check = None if account is None else SavingCheck(account)
+        self._checked_batch: Any = None
         self._max_programs = max_programs
         self._compiled: dict[Any, tuple[Program, Callable[..., Any]]] = {}  # least recently used first
         self._coming: dict[Any, _Coming] = {}
@@ -131,10 +135,7 @@ class TrainStep:
         key = _key(args)
         if key in self._compiled or key in self._coming:
             return
-        start = time.perf_counter()
-        lowered = self._step.lower(*args)
-        traced = time.perf_counter() - start
-        self._coming[key] = _Coming(traced, self._pool.submit(measure, lowered, traced))
+        self._begin(key, args)
 
     def __call__(self, *args: Any) -> Any:
         """Runs the step."""
@@ -146,21 +147,31 @@ class TrainStep:
             frozen = _owner(args).frozen
             self._last = tuple(map(abstract.of, args))
             start = time.perf_counter()
-            coming = self._coming.pop(key, None)
-            if coming is None:
-                lowered = self._step.lower(*args)
-                cost, compiled = measure(lowered, time.perf_counter() - start)
-                program = Program(frozen, cost, waited=time.perf_counter() - start)
-            else:
-                cost, compiled = coming.result.result()
-                program = Program(frozen, cost, ahead=True, waited=coming.traced + time.perf_counter() - start)
+            ahead = key in self._coming
+            if not ahead:
+                self._begin(key, args)
+            coming = self._coming.pop(key)
+            cost, compiled = coming.result.result()
+            waited = time.perf_counter() - start + (coming.traced if ahead else 0.0)
+            program = Program(frozen, cost, ahead, waited)
             self.programs.append(program)
             self._compiled[key] = program, compiled
             self._release()
+            if self._check is not None:
+                self._checked_batch = self._checked_batch or key[1:]
+                if key[1:] == self._checked_batch:
+                    self._check(Measured(frozen, cost, coming.jaxpr))
         elif next(reversed(self._compiled)) != key:
             self._compiled[key] = self._compiled.pop(key)
             self._last = tuple(map(abstract.of, args))
         return self._compiled[key]
+
+    def _begin(self, key: Any, args: tuple[Any, ...]) -> None:
+        start = time.perf_counter()
+        traced = self._step.trace(*args)
+        lowered = traced.lower()
+        seconds = time.perf_counter() - start
+        self._coming[key] = _Coming(seconds, jaxpr_of(traced), self._pool.submit(measure, lowered, seconds))
 
     def _release(self) -> None:
         while len(self._compiled) > self._max_programs:
@@ -174,6 +185,7 @@ class _Coming:
     """A program that is being compiled."""
 
     traced: float
+    jaxpr: Any
     result: Future[tuple[ProgramCost, Callable[..., Any]]]
 
 

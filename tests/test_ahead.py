@@ -13,6 +13,7 @@ from flax import nnx
 
 import smartfrz_jax as sfj
 import smartfrz_jax.step as step_module
+from smartfrz_jax.checking import SavingWarning
 
 pytestmark = pytest.mark.usefixtures("jax_defaults")
 
@@ -133,7 +134,7 @@ def test_programs_are_compiled_in_the_background_once():
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(step_module, "measure", noted)
         loop.run(20)
-    assert threads == [True, False, False]
+    assert threads == [False] * 3  # also of the first, which the loop waits for
     assert [program.ahead for program in loop.step.programs] == [False, True, True]
     assert loop.traces == 3
 
@@ -239,6 +240,28 @@ def test_a_linen_state_too():
     assert len(traces) == 3
 
 
+@pytest.mark.parametrize("wrong", [False, True])
+def test_a_saving_that_does_not_come_is_reported_once(wrong, recwarn):
+    loop = Loop(decided({}), account=True)
+
+    @nnx.jit
+    def train_step(model, optimizer, x):
+        grad_fn = (nnx.value_and_grad if wrong else optimizer.value_and_grad)(loss_fn)
+        loss, grads = grad_fn(model, x)
+        optimizer.update(model, grads)
+        return loss, optax.tree.norm(grads)
+
+    step = sfj.TrainStep(train_step, account=loop.step.account)
+    for n in range(3):
+        loop.optimizer.freeze(loop.model, list(NAMES[:n]))
+        step(loop.model, loop.optimizer, X)
+    found = [warning for warning in recwarn if warning.category is SavingWarning]
+    assert len(found) == wrong
+    if wrong:
+        assert "layers/0" in str(found[0].message)
+        assert "norm" in str(found[0].message)
+
+
 def live_programs() -> int:
     gc.collect()
     return len(jax.devices()[0].client.live_executables())
@@ -276,9 +299,36 @@ def test_errors():
         Loop(decided({}), max_programs=0)
     with pytest.raises(ValueError, match="lead: got -1"):
         Loop(decided({}), lead=-1)
-    with pytest.raises(ValueError, match="min_saving: got 1.0, expected a share"):
+    with pytest.raises(ValueError, match=r"min_saving: got 1\.0, expected a share"):
         Loop(decided({}), account=True, min_saving=1.0)
     with pytest.raises(ValueError, match=r"min_saving: got 0.1, but nothing predicts .* give TrainStep the account"):
         Loop(decided({}), min_saving=0.1)
     with pytest.raises(TypeError, match="step: got function, expected a function made by"):
         sfj.TrainStep(lambda x: x)
+
+
+def test_sharded_runs_are_compiled_ahead_for_the_same_devices():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    over = jax.NamedSharding(mesh, jax.P("data"))
+    whole = jax.NamedSharding(mesh, jax.P())
+    plain = Loop(decided({3: NAMES[:2], 7: NAMES[:1]}), lead=2).run(12)
+    loop = Loop(decided({3: NAMES[:2], 7: NAMES[:1]}), lead=2)
+    for module in (loop.model, loop.optimizer):
+        nnx.update(module, jax.device_put(nnx.state(module), whole))
+    x = jax.device_put(X, over)
+    for _ in range(12):
+        loop.step(loop.model, loop.optimizer, x)
+        loop.freezer.step()
+    assert [program.ahead for program in loop.step.programs] == [False, True, True]
+    assert loop.traces == 3
+    for leaf in jax.tree.leaves((nnx.state(loop.model), nnx.state(loop.optimizer))):
+        assert leaf.sharding.device_set == whole.device_set
+    for ours, expected in zip(jax.tree.leaves(loop.params), jax.tree.leaves(plain.params), strict=True):
+        np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_a_batch_of_another_shape_is_another_program():
+    loop = Loop(decided({}))
+    for n in (16, 8, 16):
+        loop.step(loop.model, loop.optimizer, X[:n])
+    assert loop.traces == len(loop.step.programs) == 2

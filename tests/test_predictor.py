@@ -199,6 +199,18 @@ def test_compiled_once_whatever_the_values_and_masks():
     assert count
 
 
+def test_one_predictor_serves_several_meshes():
+    predictor = predictor_with_biases(SMALL)
+    records, mask = records_of(3, 9, 12), np.ones((3, 9), bool)
+    expected = freeze_probability(predictor, records, jnp.asarray(mask))
+    for devices in (8, 2):
+        mesh = jax.make_mesh((devices,), ("data",), devices=jax.devices()[:devices])
+        with jax.set_mesh(mesh):
+            whole = jax.NamedSharding(mesh, jax.P())
+            got = freeze_probability(predictor, *jax.device_put((records, jnp.asarray(mask)), whole))
+        np.testing.assert_allclose(got, expected, rtol=1e-6)
+
+
 def test_save_and_restore_are_bit_identical(tmp_path):
     predictor = predictor_with_biases(SMALL)
     predictor.save(tmp_path / "p")

@@ -60,5 +60,5 @@ def test_a_second_process_compiles_nothing(tmp_path):
 
 def test_a_directory_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(OSError, match="directory: programs cannot be kept in .*file"):
+    with pytest.raises(OSError, match=r"directory: programs cannot be kept in .*file"):
         sfj.keep_programs(tmp_path / "file")
