@@ -5,6 +5,15 @@ from smartfrz_jax import nnx as nnx
 from smartfrz_jax import paths as paths
 from smartfrz_jax.accounting import Account as Account
 from smartfrz_jax.accounting import account as account
+from smartfrz_jax.activation_cache import ActivationCache as ActivationCache
+from smartfrz_jax.break_even import BreakEven as BreakEven
+from smartfrz_jax.break_even import break_even as break_even
+from smartfrz_jax.checking import Finding as Finding
+from smartfrz_jax.checking import Measured as Measured
+from smartfrz_jax.checking import SavingCheck as SavingCheck
+from smartfrz_jax.checking import SavingWarning as SavingWarning
+from smartfrz_jax.checking import check_saving as check_saving
+from smartfrz_jax.checking import jaxpr_of as jaxpr_of
 from smartfrz_jax.cka import layer_cka as layer_cka
 from smartfrz_jax.cka import linear_cka as linear_cka
 from smartfrz_jax.cost import ProgramCost as ProgramCost
@@ -41,6 +50,7 @@ from smartfrz_jax.policies import static_prefix as static_prefix
 from smartfrz_jax.predictor import Predictor as Predictor
 from smartfrz_jax.predictor import PredictorConfig as PredictorConfig
 from smartfrz_jax.predictor import freeze_probability as freeze_probability
+from smartfrz_jax.prefix_cache import PrefixCache as PrefixCache
 from smartfrz_jax.program_cache import keep_programs as keep_programs
 from smartfrz_jax.recording import Recorder as Recorder
 from smartfrz_jax.recording import Recording as Recording

@@ -101,7 +101,8 @@ class InterruptedAt(interrupt.Interrupt):
 @pytest.mark.slow
 def test_an_interrupted_run_goes_on_bit_for_bit(sentences, tmp_path, monkeypatch, capsys):
     arguments = [*sentences[:-2], "--train-split", "train[:80]", "--batch-size", "20", "--epochs", "2", "--policy",
-                 "linear", "--t0", "0.3", "--lead", "1", "--min-saving", "0.05", "--evaluation-split", "validation[:20]", "--out"]  # fmt: skip
+                 "linear", "--t0", "0.3", "--lead", "1", "--min-saving", "0.05",
+                 "--evaluation-split", "validation[:20]", "--out"]  # fmt: skip
     assert finetune.main([*arguments, str(tmp_path / "straight")]) == 0
     monkeypatch.setattr(finetune, "Interrupt", InterruptedAt)
     InterruptedAt.step = 7  # in the second epoch, half of the layers frozen

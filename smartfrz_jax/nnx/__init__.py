@@ -9,3 +9,4 @@ from smartfrz_jax.nnx.freezer import Freezer as Freezer
 from smartfrz_jax.nnx.layers import features as features
 from smartfrz_jax.nnx.layers import find_layers as find_layers
 from smartfrz_jax.nnx.optimizer import Optimizer as Optimizer
+from smartfrz_jax.nnx.prefix_cache import PrefixCache as PrefixCache

@@ -1,0 +1,295 @@
+"""A store of activations by example, on the device, in host memory or on disk."""
+
+from __future__ import annotations
+
+import functools
+import math
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Int
+
+Place = Literal["device", "host"] | Path
+
+_NARROW = ("float32", "bfloat16", "float16")
+
+
+def stored_shapes(
+    frontier: Sequence[jax.ShapeDtypeStruct], rows: int, dtype: DTypeLike | None
+) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Shapes and dtypes of the arrays that hold ``rows`` examples.
+
+    Args:
+        frontier: Shape and dtype of each value of one example.
+        rows: Number of examples, times views.
+        dtype: Type in which floating-point values wider than it are held; their own by default.
+
+    Raises:
+        ValueError: If ``dtype`` is not one to store activations in.
+    """
+    if dtype is not None and jnp.dtype(dtype).name not in _NARROW:
+        raise ValueError(f"dtype: got {jnp.dtype(dtype).name}, expected {', '.join(_NARROW)}, or None for what it is")
+
+    def narrow(own: Any) -> Any:
+        wider = dtype is not None and jnp.issubdtype(own, jnp.floating) and own.itemsize > jnp.dtype(dtype).itemsize
+        return jnp.dtype(dtype) if wider else own
+
+    return tuple(jax.ShapeDtypeStruct((rows, *value.shape), narrow(value.dtype)) for value in frontier)
+
+
+class ActivationCache:
+    """Activations of every example of a data set, of which some, or all, may still be missing.
+
+    Its size is predicted, and compared with what is free, before anything is allocated.
+
+    Args:
+        frontier: Shape and dtype of each value of one example.
+        examples: Number of examples in the data set.
+        place: ``"device"``, where looking up is a gather; ``"host"``, memory of the host; or a directory, new or
+            empty, for files that are mapped into memory. The files stay when the run ends.
+        dtype: Type in which wider floating-point values are held: ``"bfloat16"`` rounds them by at most 2^-8 of
+            their size, ``"float16"`` by at most 2^-11 of it (and 2^-25), and refuses those beyond 65504. By default
+            they are kept bit for bit.
+        views: Number of augmented views of each example, each with a slot.
+        budget: Most bytes to use; by default, what is free at the moment.
+
+    Attributes:
+        nbytes: Bytes that it takes.
+        filled: Boolean array of shape ``(examples, views)``, true where activations are stored.
+
+    Raises:
+        ValueError: If it would not fit, or ``place`` or ``dtype`` is unknown.
+        FileExistsError: If the directory is not empty.
+        NotADirectoryError: If it is a file.
+        PermissionError: If nothing can be written there.
+
+    Example:
+        >>> cache = ActivationCache([jax.ShapeDtypeStruct((4,), jnp.float32)], examples=10)
+        >>> cache.nbytes
+        160
+        >>> cache.put(np.array([3, 7]), [jnp.ones((2, 4))])
+        >>> cache.has(np.array([3, 7])), cache.has(np.array([0, 3]))
+        (True, False)
+        >>> cache.take(np.array([7]))[0].shape
+        (1, 4)
+    """
+
+    def __init__(
+        self,
+        frontier: Sequence[jax.ShapeDtypeStruct],
+        examples: int,
+        *,
+        place: Place | str = "device",
+        dtype: DTypeLike | None = None,
+        views: int = 1,
+        budget: int | None = None,
+    ):
+        for argument, number in (("examples", examples), ("views", views)):
+            if number < 1:
+                raise ValueError(f"{argument}: got {number}, expected at least 1")
+        self.frontier = tuple(frontier)
+        self._shapes = stored_shapes(frontier, examples * views, dtype)
+        self.nbytes = sum(math.prod(shape.shape) * shape.dtype.itemsize for shape in self._shapes)
+        make = {"device": _Device, "host": _Host}.get(str(place))
+        directory = None if make else _directory(Path(place))
+        free = _free(directory, on_device=make is _Device) if budget is None else budget
+        if free is not None and self.nbytes > free:
+            raise ValueError(
+                f"examples: {examples:,} of {views} view(s) with {self.nbytes // (examples * views):,} bytes each take "
+                f"{self.nbytes:,} bytes, but {'the budget is' if budget is not None else 'free are'} {free:,}; store "
+                "them as bfloat16 (dtype), at another place, or freeze more layers first, where the frontier is smaller"
+            )
+        self.filled = np.zeros((examples, views), bool)
+        self._store: _Store = _Disk(self._shapes, directory) if directory else (make or _Host)(self._shapes)
+
+    @property
+    def values(self) -> tuple[Any, ...]:
+        """The arrays that hold the activations, of shape ``(examples * views, ...)``, views of an example in a row.
+
+        Those on the device can be arguments of a jitted step that looks up its rows itself.
+        """
+        return tuple(self._store.values)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing is missing."""
+        return bool(self.filled.all())
+
+    def has(self, indices: Int[np.ndarray, " n"], view: int = 0) -> bool:
+        """Whether the activations of all these examples are stored."""
+        return bool(self.filled[self._checked(indices, view), view].all())
+
+    def put(self, indices: Int[np.ndarray, " n"], activations: Sequence[Array], view: int = 0) -> None:
+        """Stores activations.
+
+        Args:
+            indices: Which examples they are of.
+            activations: Arrays of shape ``(n, ...)``.
+            view: Which view of the examples.
+
+        Raises:
+            ValueError: If an index or a shape is wrong, or a value is too large for float16.
+        """
+        indices = self._checked(indices, view)
+        expected = [(len(indices), *shape.shape[1:]) for shape in self._shapes]
+        got = [tuple(value.shape) for value in activations]
+        if got != expected:
+            raise ValueError(
+                f"activations: got shapes {got}, expected {expected}; pass what PrefixCache.activations returns"
+            )
+        narrowed, overflows = _narrowed(list(activations), tuple(shape.dtype for shape in self._shapes))
+        if overflows is not None and bool(overflows):
+            raise ValueError("activations: some are beyond 65504, the largest float16; store them as bfloat16")
+        self._store.put(self._rows(indices, view), narrowed)
+        self.filled[indices, view] = True
+
+    def take(self, indices: Int[np.ndarray, " n"], view: int = 0) -> tuple[jax.Array, ...]:
+        """Looks activations up.
+
+        Args:
+            indices: Which examples, each any number of times.
+            view: Which view of them.
+
+        Returns:
+            Arrays of shape ``(n, ...)`` on the device, in the dtype in which they are stored.
+
+        Raises:
+            ValueError: If some are not stored.
+        """
+        indices = self._checked(indices, view)
+        missing = indices[~self.filled[indices, view]]
+        if len(missing):
+            raise ValueError(
+                f"indices: of view {view}, nothing is stored for {len(missing)} of {len(indices)} examples, such as "
+                f"{missing[:3].tolist()}; compute their activations and put them first"
+            )
+        return tuple(self._store.take(self._rows(indices, view)))
+
+    def clear(self) -> None:
+        """Forgets everything that is stored; the space stays taken."""
+        self.filled[:] = False
+
+    def _rows(self, indices: np.ndarray, view: int) -> np.ndarray:
+        return (indices * self.filled.shape[1] + view).astype(np.int32 if self.filled.size < 2**31 else np.int64)
+
+    def _checked(self, indices: Any, view: int) -> np.ndarray:
+        examples, views = self.filled.shape
+        array = np.asarray(indices)
+        if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+            raise ValueError(f"indices: got {array.dtype}{list(array.shape)}, expected a vector of integers")
+        if array.size and (array.min() < 0 or array.max() >= examples):
+            raise ValueError(f"indices: got {array.min()} to {array.max()}, expected 0 to {examples - 1}")
+        if not 0 <= view < views:
+            raise ValueError(f"view: got {view}, expected 0 to {views - 1}; say how many views there are (views)")
+        return array.astype(np.int64)
+
+
+class _Store(Protocol):
+    values: list[Any]
+
+    def put(self, rows: np.ndarray, values: Sequence[jax.Array]) -> None: ...
+    def take(self, rows: np.ndarray) -> list[jax.Array]: ...
+
+
+class _Device:
+    """Arrays of JAX."""
+
+    def __init__(self, shapes: Sequence[jax.ShapeDtypeStruct]):
+        self.values: list[Any] = [jnp.zeros(shape.shape, shape.dtype) for shape in shapes]
+
+    def put(self, rows: np.ndarray, values: Sequence[jax.Array]) -> None:
+        self.values = _scattered(self.values, rows, list(values))
+
+    def take(self, rows: np.ndarray) -> list[jax.Array]:
+        return _gathered(self.values, rows)
+
+
+class _Host:
+    """Arrays of NumPy."""
+
+    def __init__(self, shapes: Sequence[jax.ShapeDtypeStruct]):
+        self.values: list[Any] = [np.zeros(shape.shape, shape.dtype) for shape in shapes]
+
+    def put(self, rows: np.ndarray, values: Sequence[jax.Array]) -> None:
+        for stored, new in zip(self.values, values, strict=True):
+            stored[rows] = np.asarray(new)
+
+    def take(self, rows: np.ndarray) -> list[jax.Array]:
+        return [jax.device_put(np.ascontiguousarray(stored[rows])) for stored in self.values]
+
+
+class _Disk(_Host):
+    """Files mapped into memory, as arrays of NumPy."""
+
+    def __init__(self, shapes: Sequence[jax.ShapeDtypeStruct], directory: Path):
+        self.values = []
+        for i, shape in enumerate(shapes):
+            file = directory / f"activations-{i}.bin"
+            with file.open("wb") as opened:
+                size = math.prod(shape.shape) * shape.dtype.itemsize
+                if hasattr(os, "posix_fallocate"):  # so that a full disk is an error here, not a signal later
+                    os.posix_fallocate(opened.fileno(), 0, size)
+                else:
+                    opened.truncate(size)
+            self.values.append(np.memmap(file, dtype=shape.dtype, mode="r+", shape=shape.shape))
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _scattered(stored: list[jax.Array], rows: jax.Array, new: list[jax.Array]) -> list[jax.Array]:
+    return [old.at[rows].set(values) for old, values in zip(stored, new, strict=True)]
+
+
+@jax.jit
+def _gathered(stored: list[jax.Array], rows: jax.Array) -> list[jax.Array]:
+    return [jnp.take(values, rows, axis=0, mode="clip") for values in stored]
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _narrowed(values: list[jax.Array], dtypes: tuple[Any, ...]) -> tuple[list[jax.Array], jax.Array | None]:
+    """The values in other types, and whether some became infinite by it, where that can happen."""
+    narrow = [value.astype(dtype) for value, dtype in zip(values, dtypes, strict=True)]
+    became = [
+        jnp.any(jnp.isinf(new) & jnp.isfinite(old))
+        for old, new in zip(values, narrow, strict=True)
+        if new.dtype == jnp.float16 != old.dtype
+    ]
+    return narrow, functools.reduce(jnp.logical_or, became) if became else None
+
+
+def _directory(path: Path) -> Path:
+    """A directory that is there, empty and writable."""
+    if path.exists() and not path.is_dir():
+        raise NotADirectoryError(f"place: {path} is a file, expected 'device', 'host' or a directory")
+    if path.is_dir() and any(path.iterdir()):
+        raise FileExistsError(f"place: the directory {path} is not empty; pass a new one, or delete what is in it")
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        (path / "writable").touch()
+        (path / "writable").unlink()
+    except OSError as error:
+        raise PermissionError(f"place: cannot write to the directory {path} ({error}); pass another") from error
+    return path
+
+
+def _free(directory: Path | None, *, on_device: bool) -> int | None:
+    """Bytes that are free; None where nobody knows."""
+    if directory is not None:
+        return shutil.disk_usage(directory).free
+    stats = jax.devices()[0].memory_stats() if on_device else None
+    if stats and "bytes_limit" in stats:
+        return int(stats["bytes_limit"] - stats.get("bytes_in_use", 0))
+    if on_device and jax.default_backend() != "cpu":
+        return None
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, ValueError, OSError):  # not on every system
+        return None
