@@ -47,9 +47,9 @@ class TrainStep:
 
     Args:
         step: A function made by ``jax.jit`` or ``nnx.jit``. One of its arguments is a ``TrainState`` of
-            ``smartfrz_jax.linen`` or an ``Optimizer`` of ``smartfrz_jax.nnx``, the others are arrays, pytrees of them, or
-            modules: what is static belongs into it (``functools.partial``). It must not be called by others too: they
-            would compile the programs again.
+            ``smartfrz_jax.linen`` or an ``Optimizer`` of ``smartfrz_jax.nnx``; the others are arrays, pytrees of them,
+            or modules: what is static belongs into it (``functools.partial``). It must not be called by others too:
+            they would compile the programs again.
         account: The account of the step, from :func:`smartfrz_jax.account`. With it, a program for a batch as that of
             the first that saves less than predicted is a ``SavingWarning``, once for each cause; see
             :class:`smartfrz_jax.SavingCheck`.
