@@ -310,19 +310,19 @@ COMPILED = {
 def test_the_account_agrees_with_the_compiled_program(name):
     model, batch, layers, account = network(COMPILED[name])
     peaks = {}
-    for case, some in frozen_sets(layers).items():
+    for case in ("none", "prefix", "middle", "all"):
+        some = frozen_sets(layers)[case]
         cost = compiled_cost(model, layers, some, batch)
         assert account.compiled_flops(some) == pytest.approx(cost.flops, rel=0.03), case
         assert account.flops(some).total == pytest.approx(cost.flops, rel=0.05), case
         peaks[case] = cost.peak_bytes
-    assert peaks["none"] > peaks["prefix"] > peaks["all but the head"]
+    assert peaks["none"] > peaks["prefix"] > peaks["all"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("size", "n"), [(96, 3), (40, 16)])
-def test_it_agrees_at_other_sizes(size, n):
+def test_it_agrees_at_another_size():
     """Which loops XLA fuses depends on the sizes."""
-    model, batch, layers, account = network(mobilenetv2.mobilenetv2, size, n)
+    model, batch, layers, account = network(mobilenetv2.mobilenetv2, 40, 16)
     some = frozen_sets(layers)["prefix"]
     cost = compiled_cost(model, layers, some, batch)
     assert account.compiled_flops(some) == pytest.approx(cost.flops, rel=0.03)
