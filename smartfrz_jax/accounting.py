@@ -304,4 +304,7 @@ def assemble(
     def trace_step(frozen: Frozen) -> Any:
         return step_trace.trace(loss_of(frozen), frozen, variables, params, inputs, tx)
 
-    return Account(layers, jax.tree.leaves(inputs)[0].shape[0], active, held, update, trace_step, params, tx, backend)
+    examples = jax.tree.leaves(inputs)[0].shape[0]
+    account = Account(layers, examples, active, held, update, trace_step, params, tx, backend)
+    account.flops()  # prices almost all gradients there are, here and not in somebody's training loop
+    return account

@@ -57,6 +57,7 @@ class TrainStep:
 
     Attributes:
         programs: What was compiled so far, in the order of first use.
+        wait_seconds: Time that the loop stood still for tracing and compiling.
 
     Raises:
         TypeError: If ``step`` is not jitted.
@@ -86,6 +87,7 @@ class TrainStep:
             raise ValueError(f"max_programs: got {max_programs}, expected at least 1, the program in use")
         self.account = account
         self.programs: list[Program] = []
+        self.wait_seconds = 0.0
         self._step = step
         self._check = None if account is None else SavingCheck(account)
         self._checked_batch: Any = None
@@ -99,11 +101,6 @@ class TrainStep:
     def compile_seconds(self) -> float:
         """Time spent on tracing and compiling, all programs together."""
         return sum(program.cost.trace_seconds + program.cost.compile_seconds for program in self.programs)
-
-    @property
-    def wait_seconds(self) -> float:
-        """Time that the loop stood still for tracing and compiling."""
-        return sum(program.waited for program in self.programs)
 
     def program(self, *args: Any) -> Program:
         """The program for these arguments, compiled now if it is new, waited for if it is being compiled.
@@ -137,6 +134,7 @@ class TrainStep:
         if key in self._compiled or key in self._coming:
             return
         self._begin(key, args)
+        self.wait_seconds += self._coming[key].traced
 
     def __call__(self, *args: Any) -> Any:
         """Runs the step."""
@@ -153,7 +151,9 @@ class TrainStep:
                 self._begin(key, args)
             coming = self._coming.pop(key)
             cost, compiled = coming.result.result()
-            waited = time.perf_counter() - start + (coming.traced if ahead else 0.0)
+            waited = time.perf_counter() - start
+            self.wait_seconds += waited
+            waited += coming.traced if ahead else 0.0
             program = Program(frozen, cost, ahead, waited)
             self.programs.append(program)
             self._compiled[key] = program, compiled

@@ -77,7 +77,8 @@ def test_efficientnet_lite0_learns_500_real_images_with_half_of_it_frozen(images
 @pytest.mark.slow
 def test_minilm_learns_200_real_sentences_while_autofreeze_freezes(sentences, tmp_path, capsys):
     arguments = ["--train-split", "train[:200]", "--epochs", "4", "--batch-size", "20", "--policy", "autofreeze",
-                 "--evaluations-per-epoch", "2", "--clip", "1", "--lead", "3"]  # fmt: skip
+                 "--evaluations-per-epoch", "2", "--clip", "1", "--lead", "3",
+                 "--min-saving", "0.1"]  # fmt: skip
     assert finetune.main(sentences + arguments) == 0, capsys.readouterr().err
     run = log.read(tmp_path / "run/log.jsonl")
     assert len(run.steps) == 40
@@ -101,7 +102,7 @@ class InterruptedAt(interrupt.Interrupt):
 @pytest.mark.slow
 def test_an_interrupted_run_goes_on_bit_for_bit(sentences, tmp_path, monkeypatch, capsys):
     arguments = [*sentences[:-2], "--train-split", "train[:80]", "--batch-size", "20", "--epochs", "2", "--policy",
-                 "linear", "--t0", "0.3", "--lead", "1", "--min-saving", "0.05",
+                 "linear", "--t0", "0.3", "--lead", "1", "--min-saving", "0.2",
                  "--evaluation-split", "validation[:20]", "--out"]  # fmt: skip
     assert finetune.main([*arguments, str(tmp_path / "straight")]) == 0
     monkeypatch.setattr(finetune, "Interrupt", InterruptedAt)

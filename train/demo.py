@@ -35,7 +35,7 @@ from train.run import batches, run
 BATCH_SIZE = 64
 LEARNING_RATE = 0.05
 WIDTHS, STAGE_SIZES = (8, 16, 32), (2, 2, 2)
-LEAD, MIN_SAVING = 10, 0.02  # steps from a decision to its effect; share of a step that a new program must save
+MIN_SAVING = 0.1  # share of a step that a new program must save
 PROBE_SIZE = 128  # images on which layer outputs are compared
 
 
@@ -112,7 +112,7 @@ class Demo:
         model = new_model(0)
         nnx.update(model, self.pretrained)
         optimizer = sfj.nnx.Optimizer(model, tx or self.sgd, wrt=nnx.Param, layers=self.layers)
-        freezer = sfj.nnx.Freezer(model, optimizer, policy, train_step=self.step, lead=LEAD, min_saving=MIN_SAVING)
+        freezer = sfj.nnx.Freezer(model, optimizer, policy, train_step=self.step, min_saving=MIN_SAVING)
         images, labels = self.train_split
         indices = self.interrupt.checked(batches(len(labels), BATCH_SIZE, self.epochs, seed))
         data = ((images[i], labels[i]) for i in indices)

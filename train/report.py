@@ -46,7 +46,7 @@ def table(runs: Sequence[Run]) -> str:
         ("layers frozen, mean of all steps", [f"{run.frozen_share:.0%}" for run in runs]),
         ("of the seconds: policy, its own compilation too", [f"{run.policy_seconds:.2f}" for run in runs]),
         ("not in the seconds: waiting for programs", [f"{run.wait_seconds:.1f}" for run in runs]),
-        ("compilation, beside the training or waited for", [f"{run.compile_seconds:.1f}" for run in runs]),
+        ("compiling, waited for or beside the training", [f"{run.compile_seconds:.1f}" for run in runs]),
         ("programs", [str(len(run.programs)) for run in runs]),
     ]
     label = max(len(name) for name, _ in rows)

@@ -58,10 +58,10 @@ def run(
         if program.frozen not in used:
             used.add(program.frozen)
             compile_seconds = program.cost.trace_seconds + program.cost.compile_seconds
-            waited = program.waited if len(train_step.programs) > programs else 0.0
+            stood_still = program.waited if len(train_step.programs) > programs else 0.0
             live_bytes = sum(array.nbytes for array in jax.live_arrays())
-            log.add(Compiled(step, len(program.frozen.names), compile_seconds, program.ahead, waited, live_bytes))
-        before_policy = time.perf_counter()
+            log.add(Compiled(step, len(program.frozen.names), compile_seconds, program.ahead, stood_still, live_bytes))
+        before_policy, waited = time.perf_counter(), train_step.wait_seconds
         freezer.step(loss=loss)
         jax.block_until_ready(freezer.policy_state)
         decided = time.perf_counter()
@@ -70,7 +70,7 @@ def run(
                 step,
                 finite(float(loss)),
                 trained - start,
-                decided - before_policy,
+                decided - before_policy - (train_step.wait_seconds - waited),
                 len(program.frozen.names),
                 program.cost.flops,
                 program.cost.peak_bytes,
