@@ -78,7 +78,7 @@ def test_efficientnet_lite0_learns_500_real_images_with_half_of_it_frozen(images
 def test_minilm_learns_200_real_sentences_while_autofreeze_freezes(sentences, tmp_path, capsys):
     arguments = ["--train-split", "train[:200]", "--epochs", "4", "--batch-size", "20", "--policy", "autofreeze",
                  "--evaluations-per-epoch", "2", "--clip", "1", "--lead", "3",
-                 "--min-saving", "0.1"]  # fmt: skip
+                 "--min-saving", "0.02"]  # fmt: skip
     assert finetune.main(sentences + arguments) == 0, capsys.readouterr().err
     run = log.read(tmp_path / "run/log.jsonl")
     assert len(run.steps) == 40
