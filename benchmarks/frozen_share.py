@@ -42,27 +42,30 @@ def prefixes(account: sfj.Account) -> list[tuple[float, sfj.Frozen]]:
     return [(float(reached[n]), sfj.Frozen(layers, frozenset(layers.names[:n]))) for n in counts]
 
 
-def of_torch(name: str, size: int, inputs: np.ndarray, labels: np.ndarray, frozen: sfj.Frozen) -> Callable[[], float]:
-    """The step of the original network with the same number of layers frozen in PyTorch's usual way."""
+def of_torch(
+    name: str,
+    size: int,
+    inputs: np.ndarray,
+    labels: np.ndarray,
+    frozen: sfj.Frozen,
+    tensor_name: Callable[[str], str],
+) -> Callable[[], float]:
+    """The step of the original network with the same parameters frozen in PyTorch's usual way."""
     import torch  # pyright: ignore[reportMissingImports]
 
     from tests.parity import originals
 
     network = originals.network(name, size=size)
     network.train()
-    kernels = [m for m in network.modules() if sum(p.ndim > 1 for p in m.parameters(recurse=False))]
-    if len(kernels) < len(frozen.layers):
-        raise RuntimeError(f"{name}: {len(kernels)} modules with kernels, expected at least {len(frozen.layers)}")
-    last = frozen.layers.names.index(frozen.active[0]) if frozen.names else 0
-    before = True
-    for module in network.modules():
-        if kernels and module is kernels[min(last, len(kernels) - 1)]:
-            before = False
-        if before and frozen.names:
-            for parameter in module.parameters(recurse=False):
-                parameter.requires_grad = False
-            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm | torch.nn.Dropout):
-                module.eval()
+    theirs = {tensor_name(param) for param in frozen.params}
+    parameters = dict(network.named_parameters())
+    if not theirs <= parameters.keys():
+        raise RuntimeError(f"{name}: torch has no parameters called {sorted(theirs - parameters.keys())[:3]}")
+    for parameter in theirs:
+        parameters[parameter].requires_grad = False
+    for path, module in network.named_modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and f"{path}.weight" in theirs:
+            module.eval()
     sgd = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=1e-3, momentum=0.9)
     x = torch.from_numpy(inputs)
     x = x.permute(0, 3, 1, 2).contiguous() if x.ndim == 4 else x.long()
@@ -116,7 +119,7 @@ def measure(name: str, batch: int, size: int, rounds: int, *, with_torch: bool) 
 
         rows["smartfrz_jax", i] = run
         if with_torch:
-            rows["PyTorch", i] = of_torch(name, size, inputs, labels, frozen)
+            rows["PyTorch", i] = of_torch(name, size, inputs, labels, frozen, model.tensor_name)  # pyright: ignore[reportAttributeAccessIssue]
     seconds: dict[tuple[str, int], list[float]] = {key: [] for key in rows}
     for warm_up in (True, *[False] * rounds):
         for key, run_once in rows.items():
