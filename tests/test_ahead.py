@@ -105,12 +105,14 @@ def test_decisions_take_effect_after_the_lead():
     assert loop.freezer.pending is None
 
 
+@pytest.mark.slow
 def test_what_is_decided_meanwhile_waits_for_the_next():
     loop = Loop(decided({3: NAMES[:1], 4: NAMES[:2], 5: NAMES[:3]}), lead=4).run(20)
     assert loop.frozen == [0] * 7 + [1] * 5 + [3] * 8  # the two that came meanwhile are one change, 5 steps later
     assert len(loop.step.programs) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lead", [0, 2, 7])
 def test_the_speed_of_compiling_changes_nothing(monkeypatch, lead):
     fast = Loop(decided(TWICE), lead=lead).run(20)
@@ -122,6 +124,7 @@ def test_the_speed_of_compiling_changes_nothing(monkeypatch, lead):
     jax.tree.map(np.testing.assert_array_equal, slow.params, fast.params)
 
 
+@pytest.mark.slow
 def test_programs_are_compiled_in_the_background_once():
     loop = Loop(decided(TWICE), lead=3)
     threads = []
@@ -139,6 +142,7 @@ def test_programs_are_compiled_in_the_background_once():
     assert loop.traces == 3
 
 
+@pytest.mark.slow
 def test_waiting_is_known(monkeypatch):
     slowed(monkeypatch, 0.4)
     waiting = Loop(decided({2: NAMES[:1]}), lead=1).run(6)
@@ -154,6 +158,7 @@ def test_waiting_is_known(monkeypatch):
     assert early.waited - early.cost.trace_seconds < 0.1
 
 
+@pytest.mark.slow
 def test_a_program_that_does_not_compile_is_an_error_where_it_is_needed(monkeypatch):
     loop = Loop(decided({2: NAMES[:1]}), lead=3).run(1)
 
@@ -182,6 +187,7 @@ def test_small_savings_are_gathered():
     assert set(more.frozen) == {0}
 
 
+@pytest.mark.slow
 def test_layers_return_at_once_however_little_is_saved():
     loop = Loop(decided({1: NAMES[:3], 4: NAMES[:1]}), account=True, min_saving=0.3).run(6)
     assert loop.frozen == [0, 3, 3, 3, 1, 1]
@@ -189,6 +195,7 @@ def test_layers_return_at_once_however_little_is_saved():
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(loop.params))
 
 
+@pytest.mark.slow
 def test_returning_layers_are_compiled_ahead_too():
     loop = Loop(decided({1: NAMES[:3], 4: NAMES[:1]}), lead=2).run(10)
     assert loop.frozen == [0] * 3 + [3] * 3 + [1] * 4
@@ -196,6 +203,7 @@ def test_returning_layers_are_compiled_ahead_too():
     assert [program.ahead for program in loop.step.programs] == [False, True, True]
 
 
+@pytest.mark.slow
 def test_a_restored_run_goes_on_with_what_is_pending(tmp_path):
     straight = Loop(decided(TWICE), lead=4).run(20)
     first = Loop(decided(TWICE), lead=4).run(5)
@@ -210,6 +218,7 @@ def test_a_restored_run_goes_on_with_what_is_pending(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, second.params, straight.params)
 
 
+@pytest.mark.slow
 def test_a_linen_state_too():
     params = {name: jnp.eye(WIDTH) * 0.5 for name in "abc"}
 
@@ -240,6 +249,7 @@ def test_a_linen_state_too():
     assert len(traces) == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [False, True])
 def test_a_saving_that_does_not_come_is_reported_once(wrong, recwarn):
     loop = Loop(decided({}), account=True)
@@ -272,6 +282,7 @@ def live_bytes() -> int:
     return sum(array.nbytes for array in jax.live_arrays())
 
 
+@pytest.mark.slow
 def test_old_programs_and_old_optimizer_state_are_released():
     loop = Loop(decided({}), max_programs=1).run(1)
     programs, arrays = live_programs(), live_bytes()
@@ -307,6 +318,7 @@ def test_errors():
         sfj.TrainStep(lambda x: x)
 
 
+@pytest.mark.slow
 def test_sharded_runs_are_compiled_ahead_for_the_same_devices():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     over = jax.NamedSharding(mesh, jax.P("data"))

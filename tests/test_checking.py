@@ -16,7 +16,7 @@ from models.deit import DeiT
 from models.resnet import BasicBlock, ResNet
 from smartfrz_jax.checking import Measured, SavingCheck, SavingWarning, check_saving, jaxpr_of
 
-pytestmark = pytest.mark.usefixtures("jax_defaults")
+pytestmark = [pytest.mark.usefixtures("jax_defaults"), pytest.mark.slow]
 
 WIDTHS = dict(zip("abcd", [(24, 32), (32, 32), (32, 40), (40, 10)], strict=True))
 PARAMS = {name: {"kernel": jnp.ones(sizes) / sizes[0], "bias": jnp.zeros(sizes[1])} for name, sizes in WIDTHS.items()}

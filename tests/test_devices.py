@@ -16,7 +16,7 @@ import smartfrz_jax as sfj
 from smartfrz_jax import Frozen, paths
 from smartfrz_jax.cost import program_cost
 
-pytestmark = pytest.mark.usefixtures("jax_defaults")
+pytestmark = [pytest.mark.usefixtures("jax_defaults"), pytest.mark.slow]
 
 WIDTHS = (16, 24, 32, 40, 8)
 NAMES = ("layers/0", "layers/1", "layers/2", "layers/3")

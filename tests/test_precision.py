@@ -13,7 +13,7 @@ import smartfrz_jax as sfj
 from smartfrz_jax import Frozen, paths
 from smartfrz_jax.cost import program_cost
 
-pytestmark = pytest.mark.usefixtures("jax_defaults")
+pytestmark = [pytest.mark.usefixtures("jax_defaults"), pytest.mark.slow]
 
 WIDTH, BATCH, BLOCKS = 32, 256, 3
 UNIT = 2 * BATCH * WIDTH * WIDTH  # FLOPs of one layer's forward pass

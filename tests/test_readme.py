@@ -9,6 +9,8 @@ TEXT = (Path(__file__).parents[1] / "README.md").read_text()
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", TEXT, flags=re.S | re.M)
 TITLES = [re.findall(r"^## (.*)$", TEXT[: TEXT.index(snippet)], flags=re.M)[-1] for snippet in SNIPPETS]
 
+SLOW = "mobilenetv2|TrainStep|PrefixCache"
+
 
 def test_there_are_snippets():
     assert len(SNIPPETS) >= 5
@@ -18,7 +20,7 @@ def test_there_are_snippets():
 @pytest.mark.parametrize(
     "snippet",
     [
-        pytest.param(s, id=t, marks=[pytest.mark.slow] if "mobilenetv2" in s else [])
+        pytest.param(s, id=t, marks=[pytest.mark.slow] if re.search(SLOW, s) else [])
         for s, t in zip(SNIPPETS, TITLES, strict=True)
     ],
 )
