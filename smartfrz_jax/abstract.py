@@ -14,7 +14,7 @@ PyTree = Any
 
 
 def of(arg: Any) -> Any:
-    """An argument of a step with ``jax.ShapeDtypeStruct`` in place of its arrays."""
+    """An argument of a step with ``jax.ShapeDtypeStruct`` in place of its arrays: a module, or a pytree."""
     if isinstance(arg, nnx.Module | nnx.Optimizer):
         graphdef, state = nnx.split(arg)
         return nnx.merge(graphdef, jax.tree.map(_shape, state))
@@ -25,7 +25,7 @@ def _shape(leaf: Any) -> Any:
     if isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
         weak_type = getattr(leaf, "weak_type", False)  # random keys have none
         return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding, weak_type=weak_type)
-    return jax.ShapeDtypeStruct(np.shape(leaf), np.result_type(leaf)) if isinstance(leaf, np.ndarray) else leaf
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) if isinstance(leaf, np.ndarray) else leaf
 
 
 def placed(shapes: PyTree, before: PyTree, params: PyTree) -> PyTree:

@@ -124,9 +124,11 @@ class Freezer:
         names, self.policy_state = self.policy.update(
             self.policy_state, self.layers, step=self.steps, params=params, **signals
         )
-        wanted = Frozen(self.layers, frozenset(self.layers.check(names, "policy's decision")) | self._from_start)
-        if self.pending is None and wanted != self.frozen and self._is_worth(wanted):
-            self.pending, self._is_prepared = Pending(self.steps + self._lead, wanted), self._lead == 0
+        names = names | self._from_start
+        if self.pending is None and names != self.frozen.names:
+            wanted = Frozen(self.layers, frozenset(self.layers.check(names, "policy's decision")))
+            if self._is_worth(wanted):
+                self.pending, self._is_prepared = Pending(self.steps + self._lead, wanted), self._lead == 0
         if self.pending is not None:
             if not self._is_prepared and prepare is not None:
                 prepare(self.pending.frozen)
