@@ -28,7 +28,8 @@ import optax
 from flax import nnx
 
 import smartfrz_jax as sfj
-from benchmarks.networks import CLASSES, NETWORKS, TOKENS, VOCABULARY, loss_fn, train_step
+from benchmarks.networks import CLASSES, NETWORKS, TOKENS, loss_fn, train_step
+from benchmarks.networks import batch as random_batch
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 
@@ -85,13 +86,8 @@ def of_torch(
 def measure(name: str, batch: int, size: int, rounds: int, *, with_torch: bool) -> None:
     """Measures a network and prints its table."""
     network = NETWORKS[name]
-    rng = np.random.default_rng(0)
-    labels = rng.integers(0, CLASSES, batch, np.int32)
     options: dict[str, Any] = {"image_size": size} if name.startswith("deit") else {}
-    if network.reads_text:
-        inputs = rng.integers(0, VOCABULARY, (batch, TOKENS), np.int32)
-    else:
-        inputs = rng.standard_normal((batch, size, size, 3), np.float32)
+    (inputs,), labels = random_batch(network, batch, size)
     images, classes = (jnp.asarray(inputs),), jnp.asarray(labels)
     tx = optax.sgd(1e-3, momentum=0.9)
     step = sfj.TrainStep(train_step, max_programs=len(SHARES))

@@ -85,13 +85,13 @@ def train_step(
     return loss
 
 
-def batch(network: Network, size: int) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
-    """Random inputs and labels."""
+def batch(network: Network, size: int, pixels: int = 224) -> tuple[tuple[np.ndarray, ...], np.ndarray]:
+    """Random inputs and labels of ``size`` examples: texts of 128 tokens, or square images."""
     rng = np.random.default_rng(0)
     labels = rng.integers(0, CLASSES, size, np.int32)
     if network.reads_text:
         return (rng.integers(0, VOCABULARY, (size, TOKENS), np.int32),), labels
-    return (rng.standard_normal((size, 224, 224, 3), np.float32),), labels
+    return (rng.standard_normal((size, pixels, pixels, 3), np.float32),), labels
 
 
 def of_torch(name: str, inputs: tuple[np.ndarray, ...], labels: np.ndarray) -> Callable[[], float]:

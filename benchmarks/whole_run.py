@@ -26,7 +26,8 @@ import optax
 from flax import nnx
 
 import smartfrz_jax as sfj
-from benchmarks.networks import CLASSES, NETWORKS, TOKENS, VOCABULARY, loss_fn, train_step
+from benchmarks.networks import CLASSES, NETWORKS, loss_fn, train_step
+from benchmarks.networks import batch as random_batch
 from train.log import Log, Run
 from train.run import run
 
@@ -38,13 +39,8 @@ class Case:
 
     def __init__(self, name: str, batch: int, size: int):
         network = NETWORKS[name]
-        rng = np.random.default_rng(0)
         options: dict[str, Any] = {"image_size": size} if name.startswith("deit") else {}
-        if network.reads_text:
-            inputs = jnp.asarray(rng.integers(0, VOCABULARY, (batch, TOKENS), np.int32))
-        else:
-            inputs = jnp.asarray(rng.standard_normal((batch, size, size, 3), np.float32))
-        self.batch = (inputs,), jnp.asarray(rng.integers(0, CLASSES, batch, np.int32))
+        self.batch = jax.tree.map(jnp.asarray, random_batch(network, batch, size))
         self.make = lambda: network.make(num_classes=CLASSES, rngs=nnx.Rngs(0), **options)
         self.tx = optax.sgd(1e-4, momentum=0.9)
         model = self.make()
