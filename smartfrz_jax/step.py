@@ -6,7 +6,7 @@ import dataclasses
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -14,6 +14,7 @@ from flax import nnx
 
 from smartfrz_jax import abstract
 from smartfrz_jax.accounting import Account
+from smartfrz_jax.bound import Bound, bind
 from smartfrz_jax.checking import Measured, SavingCheck, jaxpr_of
 from smartfrz_jax.cost import ProgramCost, check_jitted, measure
 from smartfrz_jax.freezing import Frozen
@@ -92,8 +93,9 @@ class TrainStep:
         self._check = None if account is None else SavingCheck(account)
         self._checked_batch: Any = None
         self._max_programs = max_programs
-        self._compiled: dict[Any, tuple[Program, Callable[..., Any]]] = {}  # least recently used first
-        self._coming: dict[Any, _Coming] = {}
+        self._compiled: dict[_Key, _Compiled] = {}  # least recently used first
+        self._coming: dict[_Key, _Coming] = {}
+        self._bound: dict[Any, Bound] = {}  # by the batch's shapes
         self._last: tuple[Any, ...] | None = None
         self._pool = ThreadPoolExecutor(1, "compile")
 
@@ -111,7 +113,7 @@ class TrainStep:
         Raises:
             TypeError: If no argument has a frozen set.
         """
-        return self._find(args)[0]
+        return self._find(_key(args), args).program
 
     def prepare(self, owner: Any) -> None:
         """Begins to compile the program for another frozen set, in the background.
@@ -138,10 +140,28 @@ class TrainStep:
 
     def __call__(self, *args: Any) -> Any:
         """Runs the step."""
-        return self._find(args)[1](*args)
-
-    def _find(self, args: tuple[Any, ...]) -> tuple[Program, Callable[..., Any]]:
+        batch = _batch_key(args)
+        bound = self._bound.get(batch)
+        if bound is not None and bound.holds(args):
+            try:
+                return bound(*args)
+            except (TypeError, ValueError):  # perhaps arrays lie elsewhere now
+                del self._bound[batch]
+        self._bound = {other: bound for other, bound in self._bound.items() if bound.holds(args)}
         key = _key(args)
+        compiled = self._find(key, args)
+        try:
+            out, bound = compiled.run(args)
+        except (TypeError, ValueError):
+            if compiled.placement == _placement(args):
+                raise
+            del self._compiled[key]  # for arrays of another shape, or on other devices
+            out, bound = self._find(key, args).run(args)
+        if bound is not None:
+            self._bound[batch] = bound
+        return out
+
+    def _find(self, key: _Key, args: tuple[Any, ...]) -> _Compiled:
         if key not in self._compiled:
             frozen = _owner(args).frozen
             self._last = tuple(map(abstract.of, args))
@@ -150,29 +170,30 @@ class TrainStep:
             if not ahead:
                 self._begin(key, args)
             coming = self._coming.pop(key)
-            cost, compiled = coming.result.result()
+            cost, stage = coming.result.result()
             waited = time.perf_counter() - start
             self.wait_seconds += waited
             waited += coming.traced if ahead else 0.0
             program = Program(frozen, cost, ahead, waited)
             self.programs.append(program)
-            self._compiled[key] = program, compiled
+            self._compiled[key] = _Compiled(program, stage, coming.placement)
             self._release()
             if self._check is not None:
-                self._checked_batch = self._checked_batch or key[1:]
-                if key[1:] == self._checked_batch:
+                self._checked_batch = self._checked_batch or key.batch
+                if key.batch == self._checked_batch:
                     self._check(Measured(frozen, cost, coming.jaxpr))
         elif next(reversed(self._compiled)) != key:
             self._compiled[key] = self._compiled.pop(key)
             self._last = tuple(map(abstract.of, args))
         return self._compiled[key]
 
-    def _begin(self, key: Any, args: tuple[Any, ...]) -> None:
+    def _begin(self, key: _Key, args: tuple[Any, ...]) -> None:
         start = time.perf_counter()
         traced = self._step.trace(*args)
         lowered = traced.lower()
         seconds = time.perf_counter() - start
-        self._coming[key] = _Coming(seconds, jaxpr_of(traced), self._pool.submit(measure, lowered, seconds))
+        result = self._pool.submit(measure, lowered, seconds)
+        self._coming[key] = _Coming(seconds, jaxpr_of(traced), _placement(args), result)
 
     def _release(self) -> None:
         while len(self._compiled) > self._max_programs:
@@ -181,12 +202,38 @@ class TrainStep:
         getattr(self._step, "jitted_fn", self._step).clear_cache()
 
 
+class _Key(NamedTuple):
+    """What a program is for.
+
+    Attributes:
+        structure: Of all arguments, with the optimizer and its frozen set.
+        batch: Structure, shapes and dtypes of what is neither a module nor the owner of the frozen set.
+    """
+
+    structure: Any
+    batch: Any
+
+
+@dataclasses.dataclass
+class _Compiled:
+    """A program and what it can be called with."""
+
+    program: Program
+    stage: Any
+    placement: Any
+
+    def run(self, args: tuple[Any, ...]) -> tuple[Any, Bound | None]:
+        """Runs the step; binds the program to the arguments' variables if it has any."""
+        return bind(self.stage, args) if hasattr(self.stage, "compiled") else (self.stage(*args), None)
+
+
 @dataclasses.dataclass
 class _Coming:
     """A program that is being compiled."""
 
     traced: float
     jaxpr: Any
+    placement: Any
     result: Future[tuple[ProgramCost, Callable[..., Any]]]
 
 
@@ -204,10 +251,23 @@ def _owner(args: tuple[Any, ...]) -> Any:
     return owner
 
 
-def _key(args: tuple[Any, ...]) -> Any:
-    """What a program is for: the optimizer with its frozen set, and the shapes of the batch."""
+def _key(args: tuple[Any, ...]) -> _Key:
+    # Transformations for equal optimizers and frozen sets are equal, so structures with them in are.
+    nodes = tuple(arg for arg in args if isinstance(arg, nnx.Pytree))
+    others = [arg for arg in args if not isinstance(arg, nnx.Pytree)]
+    return _Key((_owner(args).tx, nnx.graphdef(nodes), jax.tree.structure(others)), _batch_key(args))
+
+
+def _batch_key(args: tuple[Any, ...]) -> Any:
     owner = _owner(args)
-    batch = [arg for arg in args if arg is not owner and not isinstance(arg, nnx.Module)]
-    leaves, structure = jax.tree.flatten(batch)
-    # Transformations for equal optimizers and frozen sets are equal.
-    return owner.tx, structure, tuple((np.shape(leaf), str(getattr(leaf, "dtype", type(leaf)))) for leaf in leaves)
+    leaves, structure = jax.tree.flatten([arg for arg in args if arg is not owner and not isinstance(arg, nnx.Pytree)])
+    return structure, tuple((np.shape(leaf), str(getattr(leaf, "dtype", type(leaf)))) for leaf in leaves)
+
+
+def _placement(args: tuple[Any, ...]) -> list[Any]:
+    """Shape, dtype and devices of all arrays."""
+    states = [nnx.state(arg) if isinstance(arg, nnx.Pytree) else arg for arg in args]
+    return [
+        (np.shape(leaf), getattr(leaf, "dtype", None), getattr(leaf, "sharding", None))
+        for leaf in jax.tree.leaves(states)
+    ]
