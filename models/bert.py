@@ -15,9 +15,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from models.checks import check_rate
-from models.scan import is_live, scan_blocks
 from models.torch_names import torch_name
 from models.transformer import at_least_float32, attend, layer_norm, make_dropout
+from smartfrz_jax.nnx.scan import is_live, scan_blocks
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -32,7 +32,7 @@ class Embeddings(nnx.Module):
     """Sum of the embeddings of words, positions and token types.
 
     Attributes:
-        frozen_params: Names of its frozen parameters; see :func:`models.scan.scan_blocks`.
+        frozen_params: Names of its frozen parameters; see :func:`smartfrz_jax.nnx.scan_blocks`.
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class Layer(nnx.Module):
     """Post-norm transformer block.
 
     Attributes:
-        frozen_params: Names of its frozen parameters; see :func:`models.scan.scan_blocks`.
+        frozen_params: Names of its frozen parameters; see :func:`smartfrz_jax.nnx.scan_blocks`.
     """
 
     def __init__(
@@ -170,7 +170,7 @@ class Encoder(nnx.Module):
         Args:
             x: Embedded tokens.
             mask: Tokens are attended to where it is not 0.
-            live: Whether the gradient of ``x`` is wanted; see :func:`models.scan.scan_blocks`.
+            live: Whether the gradient of ``x`` is wanted; see :func:`smartfrz_jax.nnx.scan_blocks`.
         """
         if self.scan:
             return scan_blocks(self.layer, x, mask, live=live)
@@ -209,7 +209,7 @@ class Bert(nnx.Module):
         dropout: Rate of dropout behind the embeddings, the attention and the MLPs, and before the head.
         attention_dropout: Rate of dropout on the attention weights.
         scan: Whether to run the blocks as a scan over their stacked weights, which compiles faster; see
-            :func:`models.scan.scan_blocks`. It changes neither parameters nor results.
+            :func:`smartfrz_jax.nnx.scan_blocks`. It changes neither parameters nor results.
         dtype: Type to compute in, such as ``jnp.bfloat16``; ``param_dtype`` by default. Norms, softmax and head are
             in at least float32.
         param_dtype: Type of the parameters.

@@ -15,9 +15,9 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from models.checks import check_images, check_rate
-from models.scan import scan_blocks
 from models.torch_names import torch_name
 from models.transformer import at_least_float32, attend, layer_norm, make_dropout
+from smartfrz_jax.nnx import scan_blocks
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -113,7 +113,7 @@ class Block(nnx.Module):
     """Pre-norm transformer block.
 
     Attributes:
-        frozen_params: Names of its frozen parameters; see :func:`models.scan.scan_blocks`.
+        frozen_params: Names of its frozen parameters; see :func:`smartfrz_jax.nnx.scan_blocks`.
     """
 
     def __init__(
@@ -162,7 +162,7 @@ class DeiT(nnx.Module):
         attention_dropout: Rate of dropout on the attention weights.
         drop_path: Rate of stochastic depth in the last block; it rises linearly from 0 in the first.
         scan: Whether to run the blocks as a scan over their stacked weights, which compiles faster; see
-            :func:`models.scan.scan_blocks`. It changes neither parameters nor results.
+            :func:`smartfrz_jax.nnx.scan_blocks`. It changes neither parameters nor results.
         dtype: Type to compute in, such as ``jnp.bfloat16``; ``param_dtype`` by default. Norms, softmax and heads are
             in at least float32.
         param_dtype: Type of the parameters.

@@ -13,7 +13,7 @@ from jax.interpreters import partial_eval
 import smartfrz_jax as sfj
 from models.bert import Bert
 from models.deit import DeiT
-from models.scan import scan_blocks
+from smartfrz_jax.nnx import scan_blocks
 from smartfrz_jax import paths
 
 IMAGES = jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
