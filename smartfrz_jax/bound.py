@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Mapping
+import weakref
+from collections.abc import Callable, Mapping
 from itertools import repeat
 from typing import Any
 
@@ -109,6 +110,8 @@ def _is_same(now: Mapping[Any, Any], then: Mapping[Any, Any]) -> bool:
 class Bound:
     """A compiled program bound to the variables of the modules that it was called with; made by :func:`bind`.
 
+    It does not keep the modules alive, but what they are made of: to be dropped when they are.
+
     Args:
         nodes: The modules, by their place among the arguments.
         watch: What the modules are made of.
@@ -122,7 +125,7 @@ class Bound:
 
     def __init__(
         self,
-        nodes: dict[int, Any],
+        nodes: dict[int, weakref.ref[Any]],
         watch: Watch,
         *,
         compiled: Any,
@@ -139,10 +142,11 @@ class Bound:
 
     def holds(self, args: tuple[Any, ...]) -> bool:
         """Whether the program can be called with these arguments: the same modules, made of the same."""
-        if not _is_same(_nodes(args), self._nodes):
+        nodes = _nodes(args)
+        if not _is_same(nodes, {place: node() for place, node in self._nodes.items()}):
             return False
         if not self._watch.is_unchanged():
-            now = Watch(tuple(self._nodes.values()))
+            now = Watch(tuple(nodes.values()))
             if not self._watch.matches(now):
                 return False
             self._watch = now  # other functions of nnx.jit renew pytrees among the attributes
@@ -158,12 +162,15 @@ class Bound:
         return jax.tree.unflatten(self._out_tree, [results[place] for place in self._outputs])
 
 
-def bind(stage: Any, args: tuple[Any, ...]) -> tuple[Any, Bound | None]:
+def bind(
+    stage: Any, args: tuple[Any, ...], on_end: Callable[[object], object] | None = None
+) -> tuple[Any, Bound | None]:
     """Calls a compiled program of ``nnx.jit`` in the usual way, and watches what goes in and out.
 
     Args:
         stage: What ``step.lower(...).compile()`` gives for a step made by ``nnx.jit``.
         args: The step's arguments.
+        on_end: Called, with a dead reference, when one of the modules is no more.
 
     Returns:
         What the step returns, and the bound program. ``None`` in its place if not every array could be attributed: two
@@ -199,7 +206,7 @@ def bind(stage: Any, args: tuple[Any, ...]) -> tuple[Any, Bound | None]:
     if not is_clear:
         return out, None
     bound = Bound(
-        nodes,
+        {place: weakref.ref(node, on_end) for place, node in nodes.items()},
         now,
         compiled=stage.compiled,
         inputs=[place_in[id(value)] for value in spy.arguments],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+import weakref
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
@@ -95,7 +96,7 @@ class TrainStep:
         self._max_programs = max_programs
         self._compiled: dict[_Key, _Compiled] = {}  # least recently used first
         self._coming: dict[_Key, _Coming] = {}
-        self._bound: dict[Any, Bound] = {}  # by the batch's shapes
+        self._bound = _Bounds()
         self._last: tuple[Any, ...] | None = None
         self._pool = ThreadPoolExecutor(1, "compile")
 
@@ -140,25 +141,26 @@ class TrainStep:
 
     def __call__(self, *args: Any) -> Any:
         """Runs the step."""
-        batch = _batch_key(args)
-        bound = self._bound.get(batch)
-        if bound is not None and bound.holds(args):
+        call = _batch_key(args), tuple(id(arg) for arg in args if isinstance(arg, nnx.Pytree))
+        bound = self._bound.get(call)
+        if bound is not None:
             try:
-                return bound(*args)
+                if bound.holds(args):
+                    return bound(*args)
             except (TypeError, ValueError):  # perhaps arrays lie elsewhere now
-                del self._bound[batch]
-        self._bound = {other: bound for other, bound in self._bound.items() if bound.holds(args)}
+                pass
+            self._bound.pop(call, None)
         key = _key(args)
         compiled = self._find(key, args)
         try:
-            out, bound = compiled.run(args)
+            out, bound = compiled.run(args, self._bound.dropper(call))
         except (TypeError, ValueError):
             if compiled.placement == _placement(args):
                 raise
             del self._compiled[key]  # for arrays of another shape, or on other devices
-            out, bound = self._find(key, args).run(args)
+            out, bound = self._find(key, args).run(args, self._bound.dropper(call))
         if bound is not None:
-            self._bound[batch] = bound
+            self._bound[call] = bound
         return out
 
     def _find(self, key: _Key, args: tuple[Any, ...]) -> _Compiled:
@@ -198,6 +200,7 @@ class TrainStep:
     def _release(self) -> None:
         while len(self._compiled) > self._max_programs:
             del self._compiled[next(iter(self._compiled))]
+            self._bound.clear()  # one of them may be of that program
         # What is called are the programs above; what JAX keeps beside them are traces and programs of the past.
         getattr(self._step, "jitted_fn", self._step).clear_cache()
 
@@ -214,6 +217,21 @@ class _Key(NamedTuple):
     batch: Any
 
 
+class _Bounds(dict[Any, Bound]):
+    """Bound programs by the batch's shapes and the modules; gone when the modules are."""
+
+    def dropper(self, key: Any) -> Callable[[object], object]:
+        """A function that drops an entry, and keeps nothing alive."""
+        me = weakref.ref(self)
+
+        def drop(_: object) -> None:
+            bounds = me()
+            if bounds is not None:
+                bounds.pop(key, None)
+
+        return drop
+
+
 @dataclasses.dataclass
 class _Compiled:
     """A program and what it can be called with."""
@@ -222,9 +240,9 @@ class _Compiled:
     stage: Any
     placement: Any
 
-    def run(self, args: tuple[Any, ...]) -> tuple[Any, Bound | None]:
+    def run(self, args: tuple[Any, ...], on_end: Callable[[object], object]) -> tuple[Any, Bound | None]:
         """Runs the step; binds the program to the arguments' variables if it has any."""
-        return bind(self.stage, args) if hasattr(self.stage, "compiled") else (self.stage(*args), None)
+        return bind(self.stage, args, on_end) if hasattr(self.stage, "compiled") else (self.stage(*args), None)
 
 
 @dataclasses.dataclass

@@ -1,3 +1,6 @@
+import gc
+import weakref
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -186,6 +189,35 @@ def test_donated_buffers_are_given_up():
         step(model, optimizer, batch(n))
         assert old.is_deleted()
     assert_same((model, plain), (optimizer, plain_optimizer))
+
+
+def test_models_take_turns_and_are_not_kept_alive(monkeypatch):
+    step, nets = sfj.TrainStep(make_step()), [setting() for _ in range(2)]
+    flattenings, count = Flattenings(monkeypatch), 0
+    for n in range(6):
+        for model, optimizer in nets:
+            before = flattenings.count
+            step(model, optimizer, batch(n))
+            count = flattenings.count - before
+    assert count == 0
+    del model, optimizer
+    alive = [[weakref.ref(leaf) for leaf in jax.tree.leaves(nnx.state(net))] for net in nets]
+    del nets[1]
+    gc.collect()
+    assert all(leaf() is not None for leaf in alive[0])
+    assert not any(leaf() is not None for leaf in alive[1])
+
+
+def test_old_optimizer_state_is_released_at_the_first_step_after_a_freeze():
+    model, optimizer = setting()
+    step = sfj.TrainStep(make_step())
+    for n in range(3):
+        step(model, optimizer, batch(n))
+    old = [weakref.ref(leaf) for leaf in jax.tree.leaves(nnx.state(optimizer))]
+    optimizer.freeze(model, ["first"])
+    step(model, optimizer, batch(3))
+    gc.collect()
+    assert not any(leaf() is not None for leaf in old)
 
 
 class TestBind:
