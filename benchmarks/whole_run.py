@@ -65,8 +65,8 @@ class Case:
     def deciding(self) -> float:
         """Seconds of all decisions of ``smartfrz`` in ten epochs of CIFAR-10."""
         params = nnx.as_pure(nnx.state(self.make(), nnx.Param))
-        predictor = sfj.Predictor(rngs=nnx.Rngs(0))
-        policy = sfj.smartfrz(predictor, total_steps=CIFAR10_STEPS, threshold=1.0)
+        predictor = sfj.Predictor(paper=True, rngs=nnx.Rngs(0))
+        policy = sfj.smartfrz(predictor, total_steps=CIFAR10_STEPS, caution=1.0)
         state = policy.init(self.layers, params)
         seconds = 0.0
         for step in range(1, CIFAR10_STEPS + 1):

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -73,6 +74,39 @@ def layer_cka(features: Mapping[str, Array], reference: Mapping[str, Array]) -> 
     return _layer_cka(tuple(features.values()), tuple(reference[name] for name in features))
 
 
+def layer_gram(features: Mapping[str, Array]) -> Float[Array, "layers pairs"]:
+    """What is left of every layer's outputs for CKA with any other: scalar products of these vectors are linear CKAs.
+
+    A layer's vector is the upper triangle of ``K / ||K||_F``, where ``K = X X^T`` is the Gram matrix of its centred
+    outputs, with the off-diagonal elements times the square root of 2, as each stands for two. It has
+    ``examples * (examples + 1) / 2`` elements, however wide the layer is, so a layer's outputs at many moments can be
+    kept and compared later.
+
+    Args:
+        features: Output of each layer on a batch, shape ``(examples, ...)``, by layer name.
+
+    Returns:
+        float32 of shape ``(layers, examples * (examples + 1) / 2)``, in the order of ``features``. A layer whose output
+        is the same for all examples has zeros, as in :func:`linear_cka`.
+
+    Raises:
+        ValueError: If there are no layers, or a layer has fewer than 2 examples, another number than the first, or no
+            features.
+
+    Example:
+        >>> x = jnp.array([[0.0, 1.0], [2.0, 0.0], [1.0, 3.0]])
+        >>> grams = layer_gram({"a": x, "b": 5.0 * x[:, ::-1] + 7.0})
+        >>> round(float(grams[0] @ grams[1]), 4)
+        1.0
+    """
+    if not features:
+        raise ValueError("features: got no layers; pass the output of each layer by layer name")
+    first, *_ = features
+    for name, x in features.items():
+        _check(x.shape, features[first].shape, f"features[{name!r}]", f"features[{first!r}]")
+    return _layer_gram(tuple(features.values()))
+
+
 def _check(x: tuple[int, ...], y: tuple[int, ...], x_name: str, y_name: str) -> None:
     for name, shape in ((x_name, x), (y_name, y)):
         if not shape or shape[0] < 2 or 0 in shape[1:]:
@@ -89,6 +123,19 @@ def _check(x: tuple[int, ...], y: tuple[int, ...], x_name: str, y_name: str) -> 
 @jax.jit
 def _layer_cka(features: tuple[jax.Array, ...], reference: tuple[jax.Array, ...]) -> jax.Array:
     return jnp.stack([_linear_cka(x, y) for x, y in zip(features, reference, strict=True)])
+
+
+@jax.jit
+def _layer_gram(features: tuple[jax.Array, ...]) -> jax.Array:
+    examples = features[0].shape[0]
+    rows, columns = np.triu_indices(examples)
+    weight = np.where(rows == columns, 1.0, np.sqrt(2.0)).astype(np.float32)
+    vectors = []
+    for x in map(_normalised, features):
+        vector = _product(x, x.T)[rows, columns] * weight
+        norm = jnp.sqrt(jnp.sum(jnp.square(vector)))
+        vectors.append(vector / jnp.where(norm == 0, 1.0, norm))
+    return jnp.stack(vectors)
 
 
 @jax.jit

@@ -96,8 +96,8 @@ _UPDATED = Diagnosis(
 _SCANNED = Diagnosis(
     "scan",
     "frozen and active blocks are stacked and run in one scan, whose backward pass computes the gradients of all rows",
-    "scan over the frozen blocks and over the active ones apart, as smartfrz_jax.nnx.scan_blocks does, or run the blocks "
-    "one by one",
+    "scan over the frozen blocks and over the active ones apart, as smartfrz_jax.nnx.scan_blocks does, or run the "
+    "blocks one by one",
 )
 _ELSEWHERE = Diagnosis(
     "unknown",

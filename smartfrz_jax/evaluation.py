@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float
+    from jaxtyping import Bool, Float, Int
 
 _BINS = 10
 
@@ -25,6 +25,8 @@ class Evaluation(NamedTuple):
         calibration_error: Expected calibration error: mean distance between probability and share of *freeze*, over 10
             bins of equal width, weighted by the examples in them.
         brier: Mean squared distance between probability and target.
+        moment_auc: ``auc`` within groups of examples, such as the layers of a run at one moment, weighted by each
+            group's pairs of one to freeze and one to keep. Nan without groups, or if none has both.
     """
 
     n: int
@@ -33,21 +35,29 @@ class Evaluation(NamedTuple):
     auc: float
     calibration_error: float
     brier: float
+    moment_auc: float
 
 
-def evaluate(probability: Float[np.ndarray, " n"], target: Bool[np.ndarray, " n"]) -> Evaluation:
+def evaluate(
+    probability: Float[np.ndarray, " n"],
+    target: Bool[np.ndarray, " n"],
+    *,
+    groups: Int[np.ndarray, " n"] | None = None,
+) -> Evaluation:
     """Compares freeze probabilities with their targets.
 
     Args:
         probability: Probability of *freeze*, shape ``(n,)``.
         target: True where the layer should be frozen, bool of shape ``(n,)``.
+        groups: Number of the group of each example, shape ``(n,)``, for ``moment_auc``; see
+            :func:`~smartfrz_jax.moments`.
 
     Returns:
         The figures.
 
     Raises:
         ValueError: If a shape does not fit, there are no examples, or a probability is not from 0 to 1.
-        TypeError: If ``target`` is not boolean.
+        TypeError: If ``target`` is not boolean, or ``groups`` are not integers.
 
     Example:
         >>> evaluate(np.array([0.1, 0.4, 0.35, 0.8]), np.array([False, False, True, True])).auc
@@ -73,7 +83,17 @@ def evaluate(probability: Float[np.ndarray, " n"], target: Bool[np.ndarray, " n"
         auc=_auc(p, target),
         calibration_error=_calibration_error(p, target),
         brier=float(np.mean((p - target) ** 2)),
+        moment_auc=float("nan") if groups is None else _auc_within(p, target, _checked_groups(groups, p.shape)),
     )
+
+
+def _checked_groups(groups: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+    groups = np.asarray(groups)
+    if groups.dtype.kind not in "iu":
+        raise TypeError(f"groups: got dtype {groups.dtype}, expected integers, such as moments(examples)")
+    if groups.shape != shape:
+        raise ValueError(f"groups: got shape {groups.shape}, expected {shape}, one number for each probability")
+    return groups
 
 
 def _balanced_accuracy(p: np.ndarray, target: np.ndarray) -> float:
@@ -84,14 +104,21 @@ def _balanced_accuracy(p: np.ndarray, target: np.ndarray) -> float:
 
 
 def _auc(p: np.ndarray, target: np.ndarray) -> float:
-    positives = int(target.sum())
-    negatives = target.size - positives
-    if not positives or not negatives:
-        return float("nan")
-    _, value, counts = np.unique(p, return_inverse=True, return_counts=True)
-    rank = np.cumsum(counts) - (counts - 1) / 2  # of equal values: their mean
-    wins = rank[value][target].sum() - positives * (positives + 1) / 2
-    return float(wins / (positives * negatives))
+    return _auc_within(p, target, np.zeros(p.size, int))
+
+
+def _auc_within(p: np.ndarray, target: np.ndarray, groups: np.ndarray) -> float:
+    """Share of the pairs within groups that are ordered rightly: the mean of the groups' AUC, weighted by pairs."""
+    wins = pairs = 0.0
+    order = np.argsort(groups, kind="stable")
+    for members in np.split(order, np.flatnonzero(np.diff(groups[order])) + 1):
+        chosen = target[members]
+        positives, negatives = int(chosen.sum()), int((~chosen).sum())
+        _, value, counts = np.unique(p[members], return_inverse=True, return_counts=True)
+        rank = np.cumsum(counts) - (counts - 1) / 2  # of equal values: their mean
+        wins += rank[value][chosen].sum() - positives * (positives + 1) / 2
+        pairs += positives * negatives
+    return float(wins / pairs) if pairs else float("nan")
 
 
 def _calibration_error(p: np.ndarray, target: np.ndarray) -> float:

@@ -1,7 +1,6 @@
 """Training the predictor offline, on examples from recordings (paper, section 3.4).
 
-Consecutive histories of a layer share all records but one, so examples are held out by whole runs (:func:`by_run`) or,
-where there is only one, by layers (:func:`by_layer`), never by moments.
+What to hold out of the examples, :mod:`smartfrz_jax.splits` says.
 """
 
 from __future__ import annotations
@@ -18,8 +17,12 @@ import optax
 from flax import nnx
 
 from smartfrz_jax.evaluation import Evaluation, evaluate
+from smartfrz_jax.examples import Examples
+from smartfrz_jax.hiding import Hiding
+from smartfrz_jax.observation import Observation
 from smartfrz_jax.predictor import Predictor, freeze_probability
-from smartfrz_jax.targets import Examples
+from smartfrz_jax.splits import moments
+from smartfrz_jax.standardizing import standardized
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -42,43 +45,6 @@ class Fit(NamedTuple):
     evaluations: tuple[Evaluation, ...]
 
 
-def by_run(examples: Examples, runs: Iterable[int]) -> Bool[np.ndarray, " n"]:
-    """Mask of the examples that come from the given recordings.
-
-    Args:
-        examples: The examples.
-        runs: Indices of recordings.
-
-    Raises:
-        ValueError: If there is no such recording.
-    """
-    runs, known = sorted(set(runs)), range(len(examples.weights))
-    for unknown in [run for run in runs if run not in known]:
-        raise ValueError(f"runs: there is no recording {unknown}; the examples come from {len(known)}, counted from 0")
-    return np.isin(examples.run, runs)
-
-
-def by_layer(examples: Examples, layers: Iterable[str]) -> Bool[np.ndarray, " n"]:
-    """Mask of the examples of the given layers, in every recording that has them.
-
-    Args:
-        examples: The examples.
-        layers: Layer names.
-
-    Raises:
-        ValueError: If no recording has such a layer.
-    """
-    wanted = {layers} if isinstance(layers, str) else set(layers)
-    known = dict.fromkeys(name for names in examples.layers for name in names)
-    for unknown in sorted(wanted - known.keys()):
-        raise ValueError(f"layers: no recording has a layer {unknown!r}; they have {', '.join(map(repr, known))}")
-    mask = np.zeros(len(examples), bool)
-    for run, names in enumerate(examples.layers):
-        chosen = [index for index, name in enumerate(names) if name in wanted]
-        mask |= (examples.run == run) & np.isin(examples.layer, chosen)
-    return mask
-
-
 def fit(
     predictor: Predictor,
     examples: Examples,
@@ -88,26 +54,33 @@ def fit(
     learning_rate: float,
     batch_size: int = 32,
     momentum: float = 0.9,
+    weight_decay: float = 0.0,
     class_weights: ClassWeights = "balanced",
+    hiding: Hiding | None = None,
     seed: int = 0,
     progress: Callable[[Iterable[int]], Iterable[int]] | None = None,
 ) -> Fit:
     """Trains a predictor by SGD with momentum and cosine annealing (paper, section 4.1) on softmax cross entropy.
 
-    Every epoch goes once over all training examples in a new order. The same seed gives the same bits.
+    Before, the inputs are brought to a common scale over the training examples, unless they are the paper's; the
+    predictor keeps that scale. Every epoch goes once over all training examples in a new order. The same seed gives the
+    same bits.
 
     Args:
         predictor: The predictor to start from; it is not changed.
         examples: The examples.
-        held_out: True for examples to evaluate on and not to train on, shape ``(n,)``; see :func:`by_run` and
-            :func:`by_layer`. ``None`` trains on all.
+        held_out: True for examples to evaluate on and not to train on, shape ``(n,)``; see :func:`by_run`,
+            :func:`by_metadata` and :func:`by_layer`. ``None`` trains on all.
         epochs: Number of epochs.
         learning_rate: Learning rate at the start.
         batch_size: Examples per step; 32 in the paper.
         momentum: Momentum.
+        weight_decay: The loss has half of it times the squared norm of the kernels; biases are left alone.
         class_weights: Factors of the loss of examples to keep and to freeze. ``"balanced"`` gives both classes the same
             total weight, ``None`` is ``(1, 1)``.
-        seed: Seed of the order of examples.
+        hiding: What is hidden from the predictor at random as it learns, so that it works without; never when it is
+            evaluated. Default nothing.
+        seed: Seed of the order of examples and of what is hidden.
         progress: Wraps the iterable of epochs, such as ``tqdm.tqdm``.
 
     Returns:
@@ -119,9 +92,12 @@ def fit(
             loss becomes NaN or infinite.
 
     Example:
-        >>> from smartfrz_jax import PredictorConfig, Recording, make_examples
-        >>> runs = [Recording(("a",), np.arange(8), np.ones((8, 1, 4)), np.ones((8, 1)), total_steps=8)] * 2
-        >>> examples = make_examples(runs, window=3)
+        >>> from smartfrz_jax import PredictorConfig, Recording, by_run, make_examples
+        >>> run = Recording(
+        ...     layers=("a",), steps=np.arange(8), record_every=1, total_steps=8, weights=np.ones((8, 1, 4)),
+        ...     start=np.zeros((1, 4)), losses=np.ones(8), first_loss=1.0, cka=np.ones((8, 1)),
+        ... )  # fmt: skip
+        >>> examples = make_examples([run, run], window=3, min_records=1)
         >>> predictor = Predictor(PredictorConfig(size=4), rngs=nnx.Rngs(0))
         >>> result = fit(predictor, examples, held_out=by_run(examples, [1]), epochs=3, learning_rate=0.01)
         >>> [evaluation.n for evaluation in result.evaluations]
@@ -129,13 +105,13 @@ def fit(
     """
     _check_size(predictor, examples)
     training, testing = _split(examples, held_out)
-    _check_numbers(epochs, batch_size, learning_rate, momentum)
-    weights = _class_weights(training.target, class_weights)
+    _check_numbers(epochs, batch_size, learning_rate, momentum, weight_decay)
+    weights = class_factors(training.target, class_weights)
     n, steps_per_epoch = len(training), math.ceil(len(training) / batch_size)
     schedule = optax.cosine_decay_schedule(learning_rate, epochs * steps_per_epoch)
     rates = np.asarray(schedule(np.arange(epochs * steps_per_epoch, dtype=np.float32)))
-    rng = np.random.default_rng(seed)
-    graphdef, params = nnx.split(predictor)
+    rng, hiding_rng = np.random.default_rng(seed), np.random.default_rng([seed, 1])
+    graphdef, params, statistics = nnx.split(standardized(predictor, training), nnx.Param, ...)
     opt_state = optax.sgd(learning_rate, momentum).init(params)
     losses, evaluations = [], []
     for epoch in (progress or iter)(range(epochs)):
@@ -143,14 +119,18 @@ def fit(
         for step in range(steps_per_epoch):
             chosen = order[step * batch_size : (step + 1) * batch_size]
             padded = np.pad(chosen, (0, batch_size - len(chosen)), mode="edge")
-            records, mask, target = training.batch(padded)
+            observation, target = training.batch(padded)
+            if hiding is not None:
+                observation = hiding(observation, hiding_rng)
             factor = np.where(np.arange(batch_size) < len(chosen), weights[target.astype(int)], 0) / len(chosen)
             params, opt_state, loss = _step(
                 graphdef,
                 params,
+                statistics,
                 opt_state,
-                (records, mask, target, factor.astype(np.float32)),
+                (observation, target, factor.astype(np.float32)),
                 rates[epoch * steps_per_epoch + step],
+                np.float32(weight_decay),
                 momentum=momentum,
             )
             batch_losses.append(loss * (len(chosen) / n))
@@ -160,8 +140,9 @@ def fit(
                 f"learning_rate: the loss became {losses[-1]} in epoch {epoch} with {learning_rate}; choose a lower one"
             )
         if len(testing):
-            evaluations.append(evaluate(predict(nnx.merge(graphdef, params), testing), testing.target))
-    return Fit(nnx.merge(graphdef, params), np.array(losses), tuple(evaluations))
+            probability = predict(nnx.merge(graphdef, params, statistics), testing)
+            evaluations.append(evaluate(probability, testing.target, groups=moments(testing)))
+    return Fit(nnx.merge(graphdef, params, statistics), np.array(losses), tuple(evaluations))
 
 
 def predict(predictor: Predictor, examples: Examples, *, batch_size: int = 256) -> Float[np.ndarray, " n"]:
@@ -184,8 +165,8 @@ def predict(predictor: Predictor, examples: Examples, *, batch_size: int = 256) 
     probability = np.zeros(len(examples), np.float32)
     for start in range(0, len(examples), batch_size):
         chosen = np.arange(start, min(start + batch_size, len(examples)))
-        records, mask, _ = examples.batch(np.pad(chosen, (0, batch_size - len(chosen)), mode="edge"))
-        probability[chosen] = freeze_probability(predictor, jnp.asarray(records), jnp.asarray(mask))[: len(chosen)]
+        observation, _ = examples.batch(np.pad(chosen, (0, batch_size - len(chosen)), mode="edge"))
+        probability[chosen] = freeze_probability(predictor, observation)[: len(chosen)]
     return probability
 
 
@@ -193,19 +174,22 @@ def predict(predictor: Predictor, examples: Examples, *, batch_size: int = 256) 
 def _step(
     graphdef: nnx.GraphDef[Predictor],
     params: PyTree,
+    statistics: PyTree,
     opt_state: PyTree,
-    batch: tuple[jax.Array, jax.Array, jax.Array, jax.Array],
+    batch: tuple[Observation, jax.Array, jax.Array],
     learning_rate: jax.Array,
+    weight_decay: jax.Array,
     *,
     momentum: float,
 ) -> tuple[PyTree, PyTree, jax.Array]:
-    records, mask, target, factor = batch
+    observation, target, factor = batch
 
     def loss_fn(params: PyTree) -> jax.Array:
-        logits = jax.vmap(nnx.merge(graphdef, params))(records, mask)
+        logits = jax.vmap(nnx.merge(graphdef, params, statistics))(observation)
         return jnp.sum(factor * optax.softmax_cross_entropy_with_integer_labels(logits, target.astype(jnp.int32)))
 
     loss, grads = jax.value_and_grad(loss_fn)(params)
+    grads = jax.tree.map(lambda grad, param: grad + weight_decay * param if param.ndim > 1 else grad, grads, params)
     updates, opt_state = optax.sgd(learning_rate, momentum).update(grads, opt_state, params)
     return optax.apply_updates(params, updates), opt_state, loss
 
@@ -233,14 +217,14 @@ def _split(examples: Examples, held_out: np.ndarray | None) -> tuple[Examples, E
     return examples.select(~held_out), examples.select(held_out)
 
 
-def _class_weights(target: np.ndarray, class_weights: ClassWeights) -> np.ndarray:
-    """Factors of the loss, shape ``(2,)``: of keep, of freeze."""
+def class_factors(target: np.ndarray, class_weights: ClassWeights) -> np.ndarray:
+    """Factors of the loss, shape ``(2,)``: of keep, of freeze; see :func:`fit`."""
     counts = np.bincount(target, minlength=2)
     if not counts.all():
         raise ValueError(
             f"examples: the targets of all {len(target)} training examples are {'freeze' if counts[1] else 'keep'}; "
             "record runs to their end and from their start, or change the criterion, for example "
-            "make_examples(recordings, criterion=functools.partial(settled, tolerance=0.05))"
+            "make_examples(recordings, criterion=Settled('cka', tolerance=0.05))"
         )
     if class_weights == "balanced":
         return len(target) / (2 * counts)
@@ -261,7 +245,7 @@ def _check_size(predictor: Predictor, examples: Examples) -> None:
         )
 
 
-def _check_numbers(epochs: int, batch_size: int, learning_rate: float, momentum: float) -> None:
+def _check_numbers(epochs: int, batch_size: int, learning_rate: float, momentum: float, weight_decay: float) -> None:
     for argument, value in (("epochs", epochs), ("batch_size", batch_size)):
         if value < 1:
             raise ValueError(f"{argument}: got {value}, expected at least 1")
@@ -269,3 +253,5 @@ def _check_numbers(epochs: int, batch_size: int, learning_rate: float, momentum:
         raise ValueError(f"learning_rate: got {learning_rate}, expected a number above 0")
     if not 0 <= momentum < 1:
         raise ValueError(f"momentum: got {momentum}, expected a number from 0 up to, but not, 1")
+    if not 0 <= weight_decay < math.inf:
+        raise ValueError(f"weight_decay: got {weight_decay}, expected a number from 0 up")

@@ -6,40 +6,54 @@ import dataclasses
 import functools
 import itertools
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from smartfrz_jax import checkpoint
+from smartfrz_jax.encoding import PAPER, Encoding, encode_records
+from smartfrz_jax.observation import Observation
+from smartfrz_jax.regime import FLAGGED, context_names, encode_context
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Bool, Float
+    from jaxtyping import Array, Float
 
 _KIND = "predictor"
+_VERSION = 2  # of the checkpoint and of what the encodings mean
+_BOUND = 5.0  # of numbers of the context, in standard deviations of the training examples
+
+Pooling = Literal["attention", "mean"]
 
 
 @dataclasses.dataclass(frozen=True)
 class PredictorConfig:
-    """Sizes of a predictor; the defaults are the paper's (appendix C).
+    """Shape of a predictor, and what it reads; the sizes are the paper's (appendix C).
 
     Attributes:
         size: Tailored weights per record.
         hidden: Width of the two hidden layers of the key, query and value MLPs.
         features: Width of keys, queries and values.
         head_hidden: Width of the two hidden layers of the classifier.
+        encoding: What it reads of an observation; :data:`~smartfrz_jax.encoding.PAPER` is the paper's.
+        pooling: How the records' values become one: by attention, or by their mean (a control).
     """
 
     size: int = 1024
     hidden: int = 256
     features: int = 64
     head_hidden: int = 32
+    encoding: Encoding = dataclasses.field(default_factory=Encoding)
+    pooling: Pooling = "attention"
 
     def __post_init__(self) -> None:
-        for field in dataclasses.fields(self):
-            if getattr(self, field.name) < 1:
-                raise ValueError(f"{field.name}: got {getattr(self, field.name)}, expected at least 1")
+        for name in ("size", "hidden", "features", "head_hidden"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
+        if self.pooling not in get_args(Pooling):
+            raise ValueError(f"pooling: got {self.pooling!r}, expected one of {', '.join(get_args(Pooling))}")
+        self.encoding.width(self.size)
 
 
 class MLP(nnx.Module):
@@ -57,41 +71,104 @@ class MLP(nnx.Module):
         return last(x)
 
 
+class Statistic(nnx.Variable):
+    """What ``fit`` measures of its examples, to bring inputs to a common scale; not trained."""
+
+
 class Predictor(nnx.Module):
     """Attention over a layer's recent weights: is it ready to be frozen?
 
     Each record W_j gives a key, a query and a value (Eq. 1); the newest record's query scores the keys, softmax over
     the window (Eq. 2); the values' weighted mean (Eq. 3) goes through a classifier (Eq. 4).
 
+    In the paper a record is its weights. Here ``config.encoding`` says in which form they are read, and with which
+    context; ``Predictor(paper=True, rngs=...)`` is the paper's.
+
     Example:
         >>> predictor = Predictor(PredictorConfig(size=8), rngs=nnx.Rngs(0))
-        >>> predictor(jnp.ones((30, 8)), jnp.ones(30, bool)).shape
+        >>> unknown = jnp.float32(jnp.nan)
+        >>> seen = Observation(
+        ...     records=jnp.ones((30, 8)), mask=jnp.ones(30, bool), start=jnp.zeros(8), elapsed=jnp.float32(30),
+        ...     losses=jnp.full(30, unknown), first_loss=unknown, progress=unknown, depth=jnp.float32(0.5),
+        ... )  # fmt: skip
+        >>> predictor(seen).shape
         (2,)
     """
 
-    def __init__(self, config: PredictorConfig | None = None, *, rngs: nnx.Rngs):
-        config = config or PredictorConfig()
-        encoder = (config.size, config.hidden, config.hidden, config.features)
-        self.config = config
-        self.key = MLP(encoder, rngs=rngs)
-        self.query = MLP(encoder, rngs=rngs)
-        self.value = MLP(encoder, rngs=rngs)
-        self.classifier = MLP((config.features, config.head_hidden, config.head_hidden, 2), rngs=rngs)
+    def __init__(self, config: PredictorConfig | None = None, *, paper: bool = False, rngs: nnx.Rngs):
+        """Draws the weights.
 
-    def __call__(self, records: Float[Array, "window size"], mask: Bool[Array, " window"]) -> Float[Array, "2"]:
+        Args:
+            config: Shape and inputs; ``None`` is the default.
+            paper: Whether to make the paper's predictor: raw weights, no context, the sizes of appendix C.
+            rngs: Random keys.
+
+        Raises:
+            ValueError: If both ``config`` and ``paper`` are given.
+        """
+        if paper and config is not None:
+            raise ValueError(
+                "config: got one and paper=True; pass PredictorConfig(encoding=PAPER, ...) for other sizes"
+            )
+        config = config or PredictorConfig(encoding=PAPER if paper else Encoding())
+        encoding, width = config.encoding, config.encoding.width(config.size)
+        names = context_names(encoding)
+        context = len(names) + sum(name in FLAGGED for name in names)
+        self.config = config
+        inner = (config.hidden, config.hidden, config.features)
+        if width:
+            encoder = (width + (context if encoding.context_in != "classifier" else 0), *inner)
+            if config.pooling == "attention":
+                self.key = MLP(encoder, rngs=rngs)
+                self.query = MLP(encoder, rngs=rngs)
+            self.value = MLP(encoder, rngs=rngs)
+        pooled = (config.features if width else 0) + (context if encoding.context_in != "records" or not width else 0)
+        self.classifier = MLP((pooled, config.head_hidden, config.head_hidden, 2), rngs=rngs)
+        if names:
+            self.context_mean, self.context_std = Statistic(jnp.zeros(len(names))), Statistic(jnp.ones(len(names)))
+        if encoding.weights == "sorted_deltas":
+            self.weights_rms = Statistic(jnp.ones(()))
+
+    def __call__(self, observation: Observation) -> Float[Array, "2"]:
         """Logits of (keep training, freeze) for one layer.
 
         Args:
-            records: Tailored weights, oldest first, the newest last.
-            mask: False where there is no record; whatever stands there has no influence. The newest must exist.
+            observation: What is known of the layer. Where its mask is false, whatever stands there has no influence.
         """
-        records = jnp.where(mask[:, None], records, 0.0)  # else a NaN there would pass through attention of zero
-        keys, values = self.key(records), self.value(records)
-        query = self.query(records[-1])
+        encoding = self.config.encoding
+        context = self._context(observation)
+        if encoding.weights == "none":
+            return self.classifier(context)
+        records, mask = encode_records(encoding, observation)
+        if encoding.weights == "sorted_deltas":
+            records = records / self.weights_rms[...]
+        if encoding.context_in != "classifier":
+            beside = jnp.broadcast_to(context[None], (len(records), len(context)))
+            records = jnp.concatenate([records, beside], axis=1)
+        pooled = self._pool(records, mask)
+        return self.classifier(jnp.concatenate([pooled, context]) if encoding.context_in != "records" else pooled)
+
+    def _pool(self, records: jax.Array, mask: jax.Array) -> jax.Array:
+        values = self.value(records)
+        if self.config.pooling == "mean":
+            return jnp.sum(jnp.where(mask[:, None], values, 0.0), axis=0) / jnp.maximum(
+                jnp.sum(mask, dtype=jnp.float32), 1.0
+            )
+        keys, query = self.key(records), self.query(records[-1])
         scores = jnp.where(mask, keys @ query, -jnp.inf)
         # With no record at all the softmax would be NaN; such a layer's answer is not used, but it must not raise.
         attention = jax.nn.softmax(jnp.where(mask.any(), scores, 0.0))
-        return self.classifier(attention @ values)
+        return attention @ values
+
+    def _context(self, observation: Observation) -> jax.Array:
+        """Standardised, bounded, zero (the mean) where unknown; then which of :data:`FLAGGED` are unknown."""
+        names = context_names(self.config.encoding)
+        if not names:
+            return jnp.zeros(0)
+        values, known = encode_context(self.config.encoding, observation)
+        standard = jnp.clip((values - self.context_mean[...]) / self.context_std[...], -_BOUND, _BOUND)
+        flags = [~known[index] for index, name in enumerate(names) if name in FLAGGED]
+        return jnp.concatenate([jnp.where(known, standard, 0.0), jnp.array(flags, jnp.float32)])
 
     def save(self, path: str | Path, *, overwrite: bool = False) -> None:
         """Writes the weights and the configuration as an Orbax checkpoint.
@@ -107,7 +184,11 @@ class Predictor(nnx.Module):
             path,
             nnx.to_pure_dict(nnx.state(self)),
             _KIND,
-            {"config": dataclasses.asdict(self.config)},
+            {
+                "version": _VERSION,
+                "config": dataclasses.asdict(self.config),
+                "context": list(context_names(self.config.encoding)),
+            },
             overwrite=overwrite,
         )
 
@@ -117,42 +198,63 @@ class Predictor(nnx.Module):
 
         Args:
             path: Directory of the checkpoint.
-            config: The sizes that the caller needs; ``None`` takes those of the checkpoint.
+            config: What the caller needs; ``None`` takes what the checkpoint has.
 
         Raises:
             FileNotFoundError: If there is no such directory.
-            ValueError: If it is not a complete predictor checkpoint, or its shapes are not those of ``config``.
+            ValueError: If it is not a complete predictor checkpoint of this version, or not of ``config``.
         """
-        metadata = checkpoint.read_metadata(path, _KIND)
-        try:
-            sizes = PredictorConfig(**metadata["config"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise ValueError(
-                f"path: the predictor in {path} has no usable config ({type(error).__name__}: {error} in {metadata}); "
-                "restore one that Predictor.save wrote"
-            ) from error
-        graphdef, state = nnx.split(nnx.eval_shape(lambda: cls(config or sizes, rngs=nnx.Rngs(0))))
-        nnx.replace_by_pure_dict(state, checkpoint.read(path, nnx.to_pure_dict(state), _KIND))
+        saved = _saved_config(path)
+        for name in ("encoding", "pooling"):
+            if config is not None and getattr(saved, name) != getattr(config, name):
+                raise ValueError(
+                    f"config: has {getattr(config, name)} for {name}, but the predictor in {path} was trained with "
+                    f"{getattr(saved, name)}; leave config out to take the checkpoint's"
+                )
+        graphdef, state = nnx.split(nnx.eval_shape(lambda: cls(config or saved, rngs=nnx.Rngs(0))))
+        arrays = checkpoint.read(path, nnx.to_pure_dict(state), _KIND)
+        # By way of the host: what was read would insist on its device, and the run may be on others.
+        nnx.replace_by_pure_dict(state, jax.device_put(jax.device_get(arrays)))
         return nnx.merge(graphdef, state)
 
 
-def freeze_probability(
-    predictor: Predictor, records: Float[Array, "layers window size"], mask: Bool[Array, "layers window"]
-) -> Float[Array, " layers"]:
+def _saved_config(path: str | Path) -> PredictorConfig:
+    metadata = checkpoint.read_metadata(path, _KIND)
+    if metadata.get("version") != _VERSION:
+        raise ValueError(
+            f"path: the predictor in {path} has version {metadata.get('version', 1)}, expected {_VERSION}, since what "
+            "predictors read has changed; fit it again, or read it with the smartfrz_jax that saved it"
+        )
+    try:
+        config = PredictorConfig(**metadata["config"] | {"encoding": Encoding(**metadata["config"]["encoding"])})
+        context = tuple(metadata["context"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(
+            f"path: the predictor in {path} has no usable config ({type(error).__name__}: {error} in {metadata}); "
+            "restore one that Predictor.save wrote"
+        ) from error
+    if context != context_names(config.encoding):
+        raise ValueError(
+            f"path: the predictor in {path} was trained on the context {context}, expected "
+            f"{context_names(config.encoding)}; fit it again, or read it with the smartfrz_jax that saved it"
+        )
+    return config
+
+
+def freeze_probability(predictor: Predictor, observation: Observation) -> Float[Array, " layers"]:
     """Confidence that each layer can be frozen (softmax of Eq. 4), all layers in one compiled call.
 
     Args:
         predictor: The predictor.
-        records: Tailored weights of every layer, oldest first, shape ``(layers, window, size)``.
-        mask: Which records exist, shape ``(layers, window)``.
+        observation: What is known of every layer; each of its arrays has a leading axis of layers.
 
     Returns:
         Probabilities, shape ``(layers,)``; meaningless for a layer without records.
     """
-    return _probability(*nnx.split(predictor), records, mask)
+    return _probability(*nnx.split(predictor), observation)
 
 
 # Not nnx.jit, which writes the arrays back: under a mesh they would then belong to it, and the predictor to no other.
 @functools.partial(jax.jit, static_argnums=0)
-def _probability(graphdef: nnx.GraphDef[Predictor], state: nnx.State, records: jax.Array, mask: jax.Array) -> jax.Array:
-    return jax.nn.softmax(jax.vmap(nnx.merge(graphdef, state))(records, mask), axis=-1)[:, 1]
+def _probability(graphdef: nnx.GraphDef[Predictor], state: nnx.State, observation: Observation) -> jax.Array:
+    return jax.nn.softmax(jax.vmap(nnx.merge(graphdef, state))(observation), axis=-1)[:, 1]

@@ -1,17 +1,32 @@
-"""What is recorded while a network trains again beside its well-trained reference: the predictor's training data.
+"""A recorded training run, and the data set of such runs from which the predictor learns.
 
 A data set is a directory. Each recording, one training run, is a compressed NumPy archive in it, ``<name>.npz``, which
 ``numpy.load(path, allow_pickle=False)`` reads. Its arrays are
 
 ===================  =========================================  ==================================================
-``format_version``   int64, ``()``                              1
+``format_version``   int64, ``()``                              2
 ``layers``           unicode, ``(layers,)``                     layer names, front to back
 ``steps``            int64, ``(records,)``                      train steps done at each record, ascending
-``weights``          float32, ``(records, layers, size)``       tailored weights
-``cka``              float32, ``(records, layers)``             linear CKA of a layer's output with the reference's
+``record_every``     int64, ``()``                              train steps between records
 ``total_steps``      int64, ``()``                              train steps of the whole run
+``weights``          float32, ``(records, layers, size)``       tailored weights
+``start``            float32, ``(layers, size)``                the same before the first step
+``losses``           float32, ``(records,)``                    mean training loss over the interval that ended with
+                                                                each record; NaN where it is unknown
+``first_loss``       float32, ``()``                            the same over the first interval of the run
 ``metadata``         unicode, ``()``                            a JSON object: architecture, data set, seed, ...
 ===================  =========================================  ==================================================
+
+and what tells when a layer could have been frozen, at least one of these, each float32 of shape ``(records, layers)``:
+
+===================  ===============================================================================================
+``cka``              linear CKA of a layer's output with that of a well-trained reference (the paper's)
+``own_cka``          linear CKA of a layer's output with its own at the last record
+``swap_harm``        what it costs the finished network to get the weights of the layers up to this one back as they
+                     were then: increase of the held-out loss in nats; NaN where it was not measured
+``branch_harm``      what it costs a short branch of the run, from then on, that the layers up to this one are frozen:
+                     as above (see :mod:`smartfrz_jax.harm` for both)
+===================  ===============================================================================================
 
 A data set grows by adding files; files that are there are never written to.
 """
@@ -21,61 +36,86 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from smartfrz_jax.cka import layer_cka
-from smartfrz_jax.layers import Layers
-from smartfrz_jax.tailoring import Tailoring
-
 if TYPE_CHECKING:
-    import jax
     from jaxtyping import Float, Int
 
-PyTree = Any
+FORMAT_VERSION = 2
 
-FORMAT_VERSION = 1
+SUPERVISION = ("cka", "own_cka", "swap_harm", "branch_harm")
 
-_DTYPES = {"steps": np.int64, "weights": np.float32, "cka": np.float32}
+_PARTIAL = ("swap_harm", "branch_harm")  # NaN where not measured
+_DTYPES = {"steps": np.int64} | dict.fromkeys(("weights", "start", "losses", *SUPERVISION), np.float32)
+_SCALARS = {"record_every": int, "total_steps": int, "first_loss": lambda loss: float(np.float32(loss))}
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
 class Recording:
-    """One training run beside its reference.
+    """One training run: weights, losses, and at least one measure of when each layer could have been frozen.
 
     Attributes:
         layers: Layer names, front to back.
-        steps: Train steps done at each record, ascending, int64 of shape ``(records,)``.
-        weights: Tailored weights, float32 of shape ``(records, layers, size)``.
-        cka: CKA of each layer's output with the reference's, float32 of shape ``(records, layers)``.
+        steps: Train steps done at each record, ``record_every`` apart, int64 of shape ``(records,)``.
+        record_every: Train steps between records.
         total_steps: Train steps of the whole run.
+        weights: Tailored weights, float32 of shape ``(records, layers, size)``.
+        start: Tailored weights before the first step, float32 of shape ``(layers, size)``.
+        losses: Mean training loss over the interval that ended with each record, float32 of shape ``(records,)``; NaN
+            where it is unknown.
+        first_loss: Mean training loss over the first interval of the run; NaN if unknown.
+        cka: CKA of each layer's output with the reference's, float32 of shape ``(records, layers)``, or ``None``.
+        own_cka: CKA of each layer's output with its own at the last record, likewise.
+        swap_harm: See :func:`smartfrz_jax.harm.swap_harm`, likewise; NaN where it was not measured.
+        branch_harm: See :func:`smartfrz_jax.harm.branch_harm`, likewise; NaN where it was not measured.
         metadata: Anything that JSON can hold: architecture, data set, schedule, seed.
 
     Raises:
-        ValueError: If shapes do not fit, steps do not ascend or exceed ``total_steps``, a weight or CKA is NaN or
-            infinite, or ``metadata`` is not for JSON.
+        ValueError: If shapes do not fit, steps are not multiples of ``record_every`` in a row or exceed
+            ``total_steps``, all of ``cka``, ``own_cka``, ``swap_harm`` and ``branch_harm`` are missing, a value is
+            infinite, or NaN where the above does not allow it, or ``metadata`` is not for JSON.
         TypeError: If an array has a dtype of another kind.
     """
 
     layers: tuple[str, ...]
     steps: Int[np.ndarray, " records"]
-    weights: Float[np.ndarray, "records layers size"]
-    cka: Float[np.ndarray, "records layers"]
+    record_every: int
     total_steps: int
+    weights: Float[np.ndarray, "records layers size"]
+    start: Float[np.ndarray, "layers size"]
+    losses: Float[np.ndarray, " records"]
+    first_loss: float
+    cka: Float[np.ndarray, "records layers"] | None = None
+    own_cka: Float[np.ndarray, "records layers"] | None = None
+    swap_harm: Float[np.ndarray, "records layers"] | None = None
+    branch_harm: Float[np.ndarray, "records layers"] | None = None
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
-        object.__setattr__(self, "total_steps", int(self.total_steps))
+        for field, kind in _SCALARS.items():
+            object.__setattr__(self, field, kind(getattr(self, field)))
         for field, dtype in _DTYPES.items():
+            if getattr(self, field) is None and field in SUPERVISION:
+                continue
             array = np.asarray(getattr(self, field))
             if not np.can_cast(array.dtype, dtype, "same_kind"):
                 raise TypeError(f"{field}: got dtype {array.dtype}, expected {np.dtype(dtype)}")
             object.__setattr__(self, field, array.astype(dtype, copy=False))
         object.__setattr__(self, "metadata", json.loads(_json(self.metadata)))
+        self._check_shapes()
+        check_steps(self.steps, self.record_every)
+        if self.total_steps < self.steps[-1]:
+            raise ValueError(
+                f"total_steps: got {self.total_steps}, expected at least the last recorded step, {self.steps[-1]}"
+            )
+        self._check_values()
+
+    def _check_shapes(self) -> None:
         records, layers = len(self.steps) if self.steps.ndim else 0, len(self.layers)
         if not records or not layers or self.steps.ndim != 1:
             raise ValueError(
@@ -87,97 +127,37 @@ class Recording:
                 f"weights: got shape {self.weights.shape}, expected ({records}, {layers}, size): "
                 f"{records} records of {layers} layers, at least one weight each"
             )
-        if self.cka.shape != (records, layers):
-            raise ValueError(
-                f"cka: got shape {self.cka.shape}, expected {(records, layers)}, as steps and layers have it"
-            )
-        _check_ascending(self.steps)
-        _check_finite(self.layers, self.steps, self.weights, self.cka)
-        if self.total_steps < self.steps[-1]:
-            raise ValueError(
-                f"total_steps: got {self.total_steps}, expected at least the last recorded step, {self.steps[-1]}"
-            )
-
-
-class Recorder:
-    """Records tailored weights and CKA of a network while it trains.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> from smartfrz_jax import Tailoring, find_layers
-        >>> params = {"a": {"kernel": jnp.eye(2)}}
-        >>> layers = find_layers(params, lambda p, x: x @ p["a"]["kernel"], jnp.eye(2))
-        >>> recorder = Recorder(layers, Tailoring.create(layers, params, size=8), {"a": jnp.eye(2)})
-        >>> recorder.record(10, params, {"a": jnp.eye(2)})
-        >>> recorder.finish(20, seed=0).weights.shape
-        (1, 1, 8)
-    """
-
-    def __init__(self, layers: Layers, tailoring: Tailoring, reference_features: Mapping[str, jax.Array]):
-        """Starts with no records.
-
-        Args:
-            layers: The network's layers.
-            tailoring: Their tailoring.
-            reference_features: Output of each layer of the well-trained network on the probe batch, by layer name.
-
-        Raises:
-            ValueError: If ``tailoring`` is for other layers, or a layer's reference output is missing.
-        """
-        if tailoring.layers != layers:
-            raise ValueError(
-                f"tailoring: made for other layers ({len(tailoring.layers)} from {tailoring.layers.names[0]!r} on) "
-                f"than layers ({len(layers)} from {layers.names[0]!r} on); make it with Tailoring.create(layers, ...)"
-            )
-        self.layers = layers
-        self.tailoring = tailoring
-        self.reference_features = _of_layers(layers, reference_features, "reference_features")
-        self._steps: list[int] = []
-        self._weights: list[np.ndarray] = []
-        self._cka: list[np.ndarray] = []
-
-    def record(self, step: int, params: PyTree, features: Mapping[str, jax.Array]) -> None:
-        """Adds a record.
-
-        Args:
-            step: Train steps done.
-            params: The network's parameters after that step.
-            features: Output of each of its layers on the probe batch, by layer name; others are ignored.
-
-        Raises:
-            ValueError: If ``step`` does not ascend, a layer's output is missing or of another number of examples than
-                the reference's, or a weight or CKA is NaN or infinite. Nothing is recorded then.
-        """
-        _check_ascending(np.array([*self._steps[-1:], step]))
-        cka = np.asarray(layer_cka(_of_layers(self.layers, features, "features"), self.reference_features))
-        weights = np.asarray(self.tailoring(params))
-        _check_finite(self.layers.names, np.array([step]), weights[None], cka[None])
-        self._steps.append(step)
-        self._weights.append(weights)
-        self._cka.append(cka)
-
-    def finish(self, total_steps: int, **metadata: Any) -> Recording:
-        """The records so far.
-
-        Args:
-            total_steps: Train steps of the whole run.
-            **metadata: Anything that JSON can hold: architecture, data set, schedule, seed.
-
-        Raises:
-            ValueError: If nothing was recorded, or as :class:`Recording` does.
-        """
-        if not self._steps:
-            raise ValueError(
-                "finish: nothing was recorded; call record(step, params, features) while the network trains"
-            )
-        return Recording(
-            layers=self.layers.names,
-            steps=np.array(self._steps, np.int64),
-            weights=np.stack(self._weights),
-            cka=np.stack(self._cka),
-            total_steps=total_steps,
-            metadata=metadata,
+        expected = {"start": self.weights.shape[1:], "losses": (records,)} | dict.fromkeys(
+            SUPERVISION, (records, layers)
         )
+        for field, shape in expected.items():
+            array = getattr(self, field)
+            if array is not None and array.shape != shape:
+                raise ValueError(
+                    f"{field}: got shape {array.shape}, expected {shape}, as steps, layers and weights say"
+                )
+        if all(getattr(self, field) is None for field in SUPERVISION):
+            raise ValueError(
+                f"{', '.join(SUPERVISION)}: got none of them, expected at least one; without it a recording does not "
+                "tell when a layer could have been frozen"
+            )
+
+    def _check_values(self) -> None:
+        check_finite(self.layers, [0], start=self.start[None])
+        check_finite(self.layers, self.steps, weights=self.weights, cka=self.cka, own_cka=self.own_cka)
+        for field in _PARTIAL:
+            harm = getattr(self, field)
+            if harm is not None and (np.isinf(harm).any() or np.isnan(harm).all()):
+                raise ValueError(
+                    f"{field}: has {int(np.isinf(harm).sum())} infinite and {int(np.isnan(harm).sum())} NaN of "
+                    f"{harm.size} values, expected nats, and NaN only where it was not measured; leave it out if it "
+                    "was not measured at all"
+                )
+        if np.isinf(self.losses).any() or np.isinf(self.first_loss):
+            raise ValueError(
+                "losses, first_loss: one is infinite, expected numbers, or NaN where it is unknown; if the training "
+                "diverged, lower its learning rate"
+            )
 
 
 def save(recording: Recording, directory: str | Path, name: str) -> Path:
@@ -201,17 +181,18 @@ def save(recording: Recording, directory: str | Path, name: str) -> Path:
     target = directory / f"{name}.npz"
     directory.mkdir(parents=True, exist_ok=True)
     temporary = directory / f".{name}.{os.getpid()}.tmp"
+    arrays = {field: getattr(recording, field) for field in _DTYPES}
     try:
         with temporary.open("wb") as file:
             np.savez_compressed(
                 file,
                 format_version=np.int64(FORMAT_VERSION),
                 layers=np.array(recording.layers),
-                steps=recording.steps,
-                weights=recording.weights,
-                cka=recording.cka,
+                record_every=np.int64(recording.record_every),
                 total_steps=np.int64(recording.total_steps),
+                first_loss=np.float32(recording.first_loss),
                 metadata=np.array(_json(recording.metadata)),
+                **{field: array for field, array in arrays.items() if array is not None},
             )
             file.flush()
             os.fsync(file.fileno())
@@ -256,17 +237,16 @@ def _read(path: Path) -> Recording:
         raise ValueError(_damaged(path, error)) from error
     if version != FORMAT_VERSION:
         raise ValueError(
-            f"directory: {path} has format version {version}, expected {FORMAT_VERSION}; "
-            "read it with the version of smartfrz_jax that wrote it"
+            f"directory: {path} has format version {version}, expected {FORMAT_VERSION}; record that run again"
+            + (" (version 1 lacks its losses and the weights before the first step)" if version == 1 else "")
+            + ", or read it with the version of smartfrz_jax that wrote it"
         )
     try:
         return Recording(
             layers=tuple(arrays["layers"].tolist()),
-            steps=arrays["steps"],
-            weights=arrays["weights"],
-            cka=arrays["cka"],
-            total_steps=int(arrays["total_steps"]),
             metadata=json.loads(str(arrays["metadata"])),
+            **{field: kind(arrays[field]) for field, kind in _SCALARS.items()},
+            **{field: arrays[field] for field in _DTYPES if field not in SUPERVISION or field in arrays},
         )
     except Exception as error:  # as above, and what Recording refuses
         raise ValueError(_damaged(path, error)) from error
@@ -279,37 +259,34 @@ def _damaged(path: Path, error: Exception) -> str:
     )
 
 
-def _of_layers(layers: Layers, features: Mapping[str, jax.Array], argument: str) -> dict[str, jax.Array]:
-    """The outputs of the layers, in their order."""
-    missing = [name for name in layers.names if name not in features]
-    if missing:
-        raise ValueError(
-            f"{argument}: lacks the output of {len(missing)} of {len(layers)} layers: {', '.join(map(repr, missing))}; "
-            "dataflow.tapped makes a function that gives them all"
-        )
-    return {name: features[name] for name in layers.names}
-
-
-def _check_ascending(steps: np.ndarray) -> None:
+def check_steps(steps: np.ndarray, record_every: int) -> None:
+    """Raises unless steps are numbers of train steps, ascending by ``record_every`` from a multiple of it."""
     if steps.dtype.kind not in "iu":
         raise TypeError(f"step: got {steps[-1]!r}, expected an integer, the number of train steps done")
-    if steps[0] < 0:
-        raise ValueError(f"step: got {steps[0]}, expected 0 or more, the number of train steps done")
-    for index in np.flatnonzero(np.diff(steps) <= 0)[:1]:
+    if record_every < 1:
+        raise ValueError(f"record_every: got {record_every}, expected at least 1 train step between records")
+    if steps[0] < 0 or steps[0] % record_every:
         raise ValueError(
-            f"step: got {steps[index + 1]} after {steps[index]}, expected ascending steps; "
-            "use a new Recorder for a new run"
+            f"step: got {steps[0]}, expected a multiple of record_every, {record_every}: the number of train steps done"
+        )
+    for index in np.flatnonzero(np.diff(steps) != record_every)[:1]:
+        raise ValueError(
+            f"step: got {steps[index + 1]} after {steps[index]}, expected {steps[index] + record_every}: records are "
+            f"record_every, {record_every}, apart; use a new Recorder for a new run"
         )
 
 
-def _check_finite(layers: tuple[str, ...], steps: np.ndarray, weights: np.ndarray, cka: np.ndarray) -> None:
-    finite_weights = np.all(np.isfinite(weights), axis=-1)
-    for record, layer in np.argwhere(~(finite_weights & np.isfinite(cka)))[:1]:
-        what = "cka" if finite_weights[record, layer] else "weights"
-        raise ValueError(
-            f"{what}: not finite for layer {layers[layer]!r} at step {steps[record]}; if the training diverged, "
-            "lower its learning rate"
-        )
+def check_finite(layers: Sequence[str], steps: Sequence[int] | np.ndarray, **fields: np.ndarray | None) -> None:
+    """Raises if a field of shape ``(steps, layers, ...)`` has a value that is NaN or infinite."""
+    for field, array in fields.items():
+        if array is None:
+            continue
+        finite = np.isfinite(array).reshape(*array.shape[:2], -1).all(axis=-1)
+        for record, layer in np.argwhere(~finite)[:1]:
+            raise ValueError(
+                f"{field}: not finite for layer {layers[layer]!r} at step {steps[record]}; if the training diverged, "
+                "lower its learning rate"
+            )
 
 
 def _json(metadata: Mapping[str, Any]) -> str:

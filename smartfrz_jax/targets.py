@@ -1,23 +1,28 @@
-"""From CKA curves to freeze/keep targets, and the predictor's training examples.
+"""When should a layer have been frozen? Freeze/keep targets from recorded runs, by several criteria.
 
 Paper, section 3.4: once a layer's CKA with the well-trained reference has stabilised, the target is *freeze*. What
-"stabilised" means the paper leaves open; two criteria are here.
+"stabilised" means the paper leaves open: :func:`settled` is with hindsight, :func:`stabilised` without. The criteria
+:class:`Settled` and :class:`Harmless` ask a whole recording, the second not whether a layer has stopped changing but
+what it costs to freeze it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from smartfrz_jax.harm import fill
 from smartfrz_jax.recording import Recording
 
 if TYPE_CHECKING:
-    from jaxtyping import Bool, Float, Int
+    from jaxtyping import Bool, Float
 
-Criterion = Callable[[np.ndarray], np.ndarray]
+Criterion = Callable[[Recording], np.ndarray]
+
+_RECENT = 5  # records whose mean loss is the loss at the end of a run
 
 
 def stabilised(
@@ -85,138 +90,75 @@ def _check(cka: np.ndarray, window: int, tolerance: float) -> np.ndarray:
     return cka
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Examples:
-    """Training examples: the history of one layer up to a moment, and whether to freeze it at that moment.
-
-    Histories overlap, so they are not stored but gathered from the recordings' weights, by :meth:`batch`.
+@dataclasses.dataclass(frozen=True)
+class Settled:
+    """Criterion: the layer's CKA has come to its end (:func:`settled`).
 
     Attributes:
-        weights: Tailored weights of each recording, shape ``(records, layers, size)``; the recordings' own arrays.
-        layers: Layer names of each recording.
-        window: Records in a history.
-        run: Which recording, int32 of shape ``(n,)``.
-        layer: Which of its layers, int32 of shape ``(n,)``.
-        moment: Which of its records is the newest of the history, int32 of shape ``(n,)``.
-        target: True for *freeze*, shape ``(n,)``.
-        progress: Train steps done at that moment as a share of the whole run, float32 of shape ``(n,)``.
-        depth: Place of the layer, 0 for the first, 1 for the last, float32 of shape ``(n,)``.
+        supervision: ``"cka"``, with a well-trained reference network, as in the paper, or ``"own_cka"``, with the
+            network's own end.
+        window: Records over which the curve must be flat, and whose mean is its final level.
+        tolerance: Largest distance from the final level, and largest difference within the window.
     """
 
-    weights: tuple[Float[np.ndarray, "records layers size"], ...]
-    layers: tuple[tuple[str, ...], ...]
-    window: int
-    run: Int[np.ndarray, " n"]
-    layer: Int[np.ndarray, " n"]
-    moment: Int[np.ndarray, " n"]
-    target: Bool[np.ndarray, " n"]
-    progress: Float[np.ndarray, " n"]
-    depth: Float[np.ndarray, " n"]
+    supervision: Literal["cka", "own_cka"] = "cka"
+    window: int = 5
+    tolerance: float = 0.02
 
-    def __len__(self) -> int:
-        return len(self.target)
+    def __post_init__(self) -> None:
+        if self.supervision not in ("cka", "own_cka"):
+            raise ValueError(f"supervision: got {self.supervision!r}, expected 'cka' or 'own_cka'")
 
-    @property
-    def size(self) -> int:
-        """Tailored weights per record."""
-        return self.weights[0].shape[2]
+    def __call__(self, recording: Recording) -> Bool[np.ndarray, "records layers"]:
+        """True where the layer should be frozen.
 
-    def batch(
-        self, indices: Int[np.ndarray, " batch"]
-    ) -> tuple[Float[np.ndarray, "batch window size"], Bool[np.ndarray, "batch window"], Bool[np.ndarray, " batch"]]:
-        """Some of the examples, as ``History.chronological`` would give them while the network trains.
-
-        Args:
-            indices: Which examples.
-
-        Returns:
-            Records, float32, oldest first and newest last, zero where there are none; the mask that is true where there
-            are; targets.
+        Raises:
+            ValueError: If the recording lacks the CKA, or an option is out of range.
         """
-        indices = np.asarray(indices)
-        age = np.arange(self.window - 1, -1, -1)
-        place = self.moment[indices, None] - age
-        mask = place >= 0
-        records = np.zeros((*place.shape, self.size), np.float32)
-        for run in np.unique(self.run[indices]):
-            here = np.flatnonzero(self.run[indices] == run)
-            records[here] = self.weights[run][np.maximum(place[here], 0), self.layer[indices[here], None]]
-        records[~mask] = 0
-        return records, mask, self.target[indices]
-
-    def select(self, chosen: np.ndarray) -> Examples:
-        """The examples at some indices, or at which a boolean array of shape ``(n,)`` is true; shares the weights."""
-        fields = ("run", "layer", "moment", "target", "progress", "depth")
-        return dataclasses.replace(self, **{field: getattr(self, field)[chosen] for field in fields})
+        return settled(_of(recording, self.supervision), window=self.window, tolerance=self.tolerance)
 
 
-def make_examples(
-    recordings: Sequence[Recording],
-    *,
-    window: int = 30,
-    min_records: int = 1,
-    criterion: Criterion = settled,
-    stride: int = 1,
-) -> Examples:
-    """Training examples of every layer at every moment of some recordings.
+@dataclasses.dataclass(frozen=True)
+class Harmless:
+    """Criterion: freezing all layers up to this one costs at most a small part of what the run gains.
 
-    Args:
-        recordings: The recordings, all tailored to the same size.
-        window: Records in a history; 30 in the paper.
-        min_records: Records that a layer must have before there is an example of it.
-        criterion: From CKA curves of shape ``(records, layers)`` to freeze (true) or keep of the same shape.
-        stride: Distance of moments in records.
+    The run's gain is the difference between its first training loss and its last. As a share of it the tolerance means
+    the same for losses of any unit and for tasks of any number of classes. What was not measured is filled in by
+    :func:`smartfrz_jax.harm.fill`; where that has nothing to go by (deeper than the deepest layer that was measured,
+    before the first moment) the layer is kept.
 
-    Returns:
-        The examples, by recording, moment and layer.
-
-    Raises:
-        ValueError: If a number is below 1, there are no recordings or moments, sizes differ, or the criterion's result
-            does not fit.
-
-    Example:
-        >>> recording = Recording(("a",), np.arange(6), np.ones((6, 1, 4)), np.ones((6, 1)), total_steps=10)
-        >>> make_examples([recording], window=3).target.tolist()
-        [False, False, False, False, True, True]
+    Attributes:
+        supervision: ``"swap_harm"`` or ``"branch_harm"``.
+        tolerance: Largest harm, as a share of the gain.
     """
-    for argument, value in (("window", window), ("min_records", min_records), ("stride", stride)):
-        if value < 1:
-            raise ValueError(f"{argument}: got {value}, expected at least 1")
-    sizes = sorted({recording.weights.shape[2] for recording in recordings})
-    if len(sizes) != 1:
-        raise ValueError(
-            f"recordings: got {len(recordings)} of tailored sizes {sizes}, expected at least one, all of one size"
-        )
-    run, layer, moment, target, progress, depth = [], [], [], [], [], []
-    for index, recording in enumerate(recordings):
-        freeze = np.asarray(criterion(recording.cka))
-        if freeze.shape != recording.cka.shape or freeze.dtype != bool:
+
+    supervision: Literal["swap_harm", "branch_harm"] = "swap_harm"
+    tolerance: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.supervision not in ("swap_harm", "branch_harm"):
+            raise ValueError(f"supervision: got {self.supervision!r}, expected 'swap_harm' or 'branch_harm'")
+        if not self.tolerance >= 0:
+            raise ValueError(f"tolerance: got {self.tolerance}, expected a share of the run's gain, 0 or more")
+
+    def __call__(self, recording: Recording) -> Bool[np.ndarray, "records layers"]:
+        """True where the layer should be frozen.
+
+        Raises:
+            ValueError: If the recording lacks the harm, or its first or last losses.
+        """
+        harm = fill(_of(recording, self.supervision), recording.steps, recording.total_steps)
+        last = recording.losses[-_RECENT:]
+        if np.isnan(recording.first_loss) or np.isnan(last).all():
             raise ValueError(
-                f"criterion: gave {freeze.dtype} of shape {freeze.shape} for recording {index}, "
-                f"expected bool of shape {recording.cka.shape}"
+                f"recording: its first_loss is {recording.first_loss} and the last {len(last)} of its losses are "
+                f"{last.tolist()}, so what the run gained is not known; pass each record its training loss"
             )
-        layers = len(recording.layers)
-        moments, which = np.meshgrid(
-            np.arange(min_records - 1, len(recording.steps), stride), np.arange(layers), indexing="ij"
-        )
-        moments, which = moments.ravel(), which.ravel()
-        run.append(np.full(len(which), index))
-        layer.append(which)
-        moment.append(moments)
-        target.append(freeze[moments, which])
-        progress.append(recording.steps[moments] / max(recording.total_steps, 1))
-        depth.append(which / max(layers - 1, 1))
-    if not any(map(len, target)):
-        longest = max(len(recording.steps) for recording in recordings)
-        raise ValueError(f"min_records: got {min_records}, but no recording has more than {longest} records")
-    return Examples(
-        weights=tuple(recording.weights for recording in recordings),
-        layers=tuple(recording.layers for recording in recordings),
-        window=window,
-        run=np.concatenate(run).astype(np.int32),
-        layer=np.concatenate(layer).astype(np.int32),
-        moment=np.concatenate(moment).astype(np.int32),
-        target=np.concatenate(target),
-        progress=np.concatenate(progress).astype(np.float32),
-        depth=np.concatenate(depth).astype(np.float32),
-    )
+        return np.nan_to_num(harm, nan=np.inf) <= self.tolerance * max(recording.first_loss - np.nanmean(last), 0.0)
+
+
+def _of(recording: Recording, supervision: str) -> np.ndarray:
+    array = getattr(recording, supervision)
+    if array is None:
+        raise ValueError(f"recording: has no {supervision}; record it, or choose a criterion by what was recorded")
+    return array

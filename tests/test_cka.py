@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smartfrz_jax.cka import layer_cka, linear_cka
+from smartfrz_jax.cka import layer_cka, layer_gram, linear_cka
 
 # More examples than features, fewer, and one side of each; feature maps; a single feature; the fewest examples.
 SHAPES = [
@@ -198,3 +198,36 @@ class TestLayerCka:
         features, other = self.layers()
         with pytest.raises(ValueError, match=r"features\['a'\], reference\['a'\]: got 6 and 5 examples"):
             layer_cka(features, other | {"a": other["a"][:5]})
+
+
+class TestLayerGram:
+    @pytest.mark.parametrize("mean", [0.0, 1e4])
+    @pytest.mark.parametrize(("shape_x", "shape_y"), SHAPES)
+    def test_scalar_products_are_cka(self, shape_x, shape_y, mean):
+        x, y = (jnp.asarray(a) for a in related(shape_x, shape_y, mean=mean))
+        grams = layer_gram({"x": x, "y": y})
+        n = shape_x[0]
+        chex.assert_shape(grams, (2, n * (n + 1) // 2))
+        assert grams.dtype == jnp.float32
+        np.testing.assert_allclose(grams[0] @ grams[1], linear_cka(x, y), rtol=1e-5)
+        np.testing.assert_allclose(grams[0] @ grams[1], reference(x, y), rtol=1e-5)
+        np.testing.assert_allclose(jnp.sum(grams**2, axis=1), 1.0, rtol=1e-6)
+
+    @pytest.mark.parametrize("scale", [1e-25, 1e25])
+    def test_is_stable_for_extreme_scales(self, scale):
+        x, y = (jnp.asarray(a) for a in related((12, 5), (12, 40), scale=scale))
+        grams = layer_gram({"x": x, "y": y})
+        np.testing.assert_allclose(grams[0] @ grams[1], reference(x, y), rtol=1e-5)
+
+    def test_without_variance_it_is_zero(self):
+        assert not layer_gram({"x": jnp.full((5, 3), 0.1)}).any()
+
+    def test_non_finite_features_are_not_hidden(self):
+        x = jnp.asarray(related((5, 3), (5, 3))[0]).at[1, 1].set(jnp.inf)
+        assert jnp.isnan(layer_gram({"x": x})).any()
+
+    def test_bad_shapes(self):
+        with pytest.raises(ValueError, match="features: got no layers"):
+            layer_gram({})
+        with pytest.raises(ValueError, match=r"features\['b'\], features\['a'\]: got 5 and 6 examples"):
+            layer_gram({"a": jnp.ones((6, 3)), "b": jnp.ones((5, 3))})

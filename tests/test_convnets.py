@@ -552,7 +552,7 @@ def test_features_are_the_outputs_of_the_normalisations_and_every_policy_decides
         "autofreeze": sfj.policies.autofreeze(2),
         "similarity_guided": sfj.policies.similarity_guided(outputs, 2, window=2, tolerance=0.1),
         "smartfrz": sfj.policies.smartfrz(predictor, total_steps=6, record_every=1, evaluate_every=3, window=2),
-        "static_prefix": sfj.policies.static_prefix(0.4, total_steps=6, at=0.5),
+        "static_prefix": sfj.policies.static_prefix(6, [(0.5, 0.8)]),
         "random": sfj.policies.random(0.4, total_steps=6),
     }
     for name, policy in policies.items():

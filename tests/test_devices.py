@@ -175,7 +175,8 @@ class Stillness(sfj.Predictor):
     def __init__(self):
         super().__init__(sfj.PredictorConfig(size=8, hidden=4, features=4, head_hidden=4), rngs=nnx.Rngs(0))
 
-    def __call__(self, records, mask):
+    def __call__(self, observation):
+        records, mask = observation.records, observation.mask
         moved = jnp.max(jnp.where(mask[:, None], jnp.abs(records - records[-1:]), 0.0))
         return jnp.stack([moved, jnp.float32(0.012)])
 
@@ -198,9 +199,9 @@ def run(policy, mesh=None, steps=12):
 
 
 POLICIES = {
-    "smartfrz": lambda: sfj.smartfrz(Stillness(), record_every=1, evaluate_every=2, window=3),
+    "smartfrz": lambda: sfj.smartfrz(Stillness(), record_every=1, evaluate_every=2, window=3, order="any", patience=1),
     "autofreeze": lambda: sfj.autofreeze(evaluate_every=3, percentile=60),
-    "static prefix": lambda: sfj.static_prefix(0.5, total_steps=12, at=0.4),
+    "static prefix": lambda: sfj.static_prefix(12, [(0.4, 0.85)]),
 }
 
 

@@ -52,7 +52,7 @@ def falls(run):
 
 @pytest.mark.slow
 def test_efficientnet_lite0_learns_500_real_images_with_half_of_it_frozen(images, shared, tmp_path, capsys):
-    arguments = ["--train-split", "train[:500]", "--epochs", "2", "--policy", "static_prefix", "--budget", "0.5",
+    arguments = ["--train-split", "train[:500]", "--epochs", "2", "--policy", "static_prefix", "--stages", "0:0.5",
                  "--batch-norm", "fixed", "--learning-rate", "0.003", "--lead", "0"]  # fmt: skip
     assert finetune.main(images + arguments) == 0, capsys.readouterr().err
     run = log.read(tmp_path / "run/log.jsonl")

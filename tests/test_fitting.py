@@ -1,5 +1,4 @@
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -9,14 +8,23 @@ from flax import nnx
 
 from smartfrz_jax import Predictor, PredictorConfig, Tailoring, find_layers, fitting
 from smartfrz_jax.dataflow import tapped
+from smartfrz_jax.encoding import PAPER, Encoding
 from smartfrz_jax.evaluation import evaluate
-from smartfrz_jax.fitting import by_layer, by_run, fit, predict
-from smartfrz_jax.recording import Recorder, Recording
-from smartfrz_jax.targets import Examples, make_examples, settled
+from smartfrz_jax.examples import Examples, make_examples
+from smartfrz_jax.fitting import fit, predict
+from smartfrz_jax.hiding import Hiding
+from smartfrz_jax.predictor import Statistic
+from smartfrz_jax.recorder import Recorder
+from smartfrz_jax.recording import Recording
+from smartfrz_jax.regime import context_names
+from smartfrz_jax.splits import by_layer, by_run, moments
+from smartfrz_jax.standardizing import contexts, standardized
+from smartfrz_jax.targets import Settled
 
 
-def small_predictor(size, seed=0):
-    return Predictor(PredictorConfig(size=size, hidden=16, features=8, head_hidden=8), rngs=nnx.Rngs(seed))
+def small_predictor(size, seed=0, encoding=PAPER):
+    config = PredictorConfig(size=size, hidden=16, features=8, head_hidden=8, encoding=encoding)
+    return Predictor(config, rngs=nnx.Rngs(seed))
 
 
 def arrays(predictor):
@@ -24,24 +32,29 @@ def arrays(predictor):
 
 
 def random_recording(seed, records=7, layers=("a", "b"), size=3):
-    """Weights that grow, and a CKA above one half (the target below) late in the run."""
+    """Weights that grow, and a CKA above 0.7 (the target below) late in the run, for the first layer first."""
     rng = np.random.default_rng(seed)
     growth = np.linspace(0.2, 2, records)[:, None, None]
     return Recording(
         layers=layers,
-        steps=np.arange(records),
-        weights=(rng.standard_normal((records, len(layers), size)) * growth).astype(np.float32),
-        cka=np.linspace(0, 1, records)[:, None] * np.ones(len(layers)),
+        steps=np.arange(1, records + 1),
+        record_every=1,
         total_steps=records,
+        weights=(rng.standard_normal((records, len(layers), size)) * growth).astype(np.float32),
+        start=rng.standard_normal((len(layers), size)).astype(np.float32),
+        losses=rng.uniform(1, 2, records),
+        first_loss=2.0,
+        cka=np.linspace(0, 1, records)[:, None] * np.linspace(1, 0.8, len(layers)),
     )
 
 
-def late(cka):
-    return cka > 0.7
+def late(recording):
+    return recording.cka > 0.7
 
 
 def random_examples(runs=3, **kwargs) -> Examples:
-    return make_examples([random_recording(seed, **kwargs) for seed in range(runs)], window=4, criterion=late)
+    recordings = [random_recording(seed, **kwargs) for seed in range(runs)]
+    return make_examples(recordings, window=4, min_records=1, criterion=late)
 
 
 OPTIONS = {"epochs": 2, "learning_rate": 0.05, "held_out": None}
@@ -94,12 +107,13 @@ def trained() -> Examples:
         reference = initial(100 + seed)
         for key in keys[0]:
             reference = twenty_steps(reference, key)
-        recorder, params = Recorder(layers, tailoring, features(reference, X)), initial(seed)
+        params = initial(seed)
+        recorder = Recorder(layers, tailoring, params, record_every=20, reference_features=features(reference, X))
         for record, key in enumerate(keys[1]):
-            recorder.record(20 * record, params, features(params, X))
             params = twenty_steps(params, key)
+            recorder.record(20 * (record + 1), params, features(params, X))
         recordings.append(recorder.finish(800, seed=seed))
-    return make_examples(recordings, window=8, criterion=functools.partial(settled, tolerance=0.05))
+    return make_examples(recordings, window=8, min_records=1, criterion=Settled(tolerance=0.05))
 
 
 def fit_trained(examples, **options):
@@ -141,26 +155,30 @@ def test_class_weights_move_the_decision(trained):
 class TestAgainstAnIndependentLoop:
     """All examples in one batch, so that their order does not matter."""
 
-    def by_hand(self, predictor, examples, weights, epochs, learning_rate, momentum):
-        records, mask, target = examples.batch(np.arange(len(examples)))
-        graphdef, params = nnx.split(predictor)
+    def by_hand(self, predictor, examples, weights, epochs, learning_rate, momentum, weight_decay=0.0):
+        observation, target = examples.batch(np.arange(len(examples)))
+        graphdef, params, statistics = nnx.split(standardized(predictor, examples), nnx.Param, ...)
 
-        @jax.jit
-        @jax.value_and_grad
-        def loss_and_grads(params):
-            logits = jax.vmap(nnx.merge(graphdef, params))(records, mask)
+        def parts(params):
+            logits = jax.vmap(nnx.merge(graphdef, params, statistics))(observation)
             log_p = jax.nn.log_softmax(logits)[jnp.arange(len(target)), target.astype(np.int32)]
-            return -jnp.mean(log_p * jnp.asarray(weights, jnp.float32)[target.astype(np.int32)])
+            kernels = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params) if leaf.ndim == 2)
+            return -jnp.mean(log_p * jnp.asarray(weights, jnp.float32)[target.astype(np.int32)]), kernels
 
+        def regularised(params):
+            loss, kernels = parts(params)
+            return loss + weight_decay / 2 * kernels, loss
+
+        loss_and_grads = jax.jit(jax.value_and_grad(regularised, has_aux=True))
         velocity = jax.tree.map(jnp.zeros_like, params)
         losses = []
         for t in range(epochs):
-            loss, grads = loss_and_grads(params)
+            (_, loss), grads = loss_and_grads(params)
             rate = learning_rate * 0.5 * (1 + np.cos(np.pi * t / epochs))
             velocity = jax.tree.map(lambda v, g: momentum * v + g, velocity, grads)
             params = jax.tree.map(lambda p, v, rate=rate: p - float(rate) * v, params, velocity)
             losses.append(float(loss))
-        return losses, [np.asarray(leaf) for leaf in jax.tree.leaves(params)]
+        return losses, arrays(nnx.merge(graphdef, params, statistics))
 
     @pytest.mark.parametrize("class_weights", [None, "balanced", (1.0, 3.0)])
     @pytest.mark.parametrize("batch_size", [42, 50])  # as many as there are examples; with padding
@@ -188,6 +206,17 @@ class TestAgainstAnIndependentLoop:
             moved = max(moved, np.abs(got - start).max())
         assert moved > 0.05
 
+    @pytest.mark.parametrize("encoding", [PAPER, Encoding("sorted_deltas")], ids=["paper", "deltas"])
+    @pytest.mark.slow
+    def test_weight_decay(self, encoding):
+        examples, predictor = random_examples(), small_predictor(3, encoding=encoding)
+        options = {"epochs": 3, "learning_rate": 0.05, "momentum": 0.5, "weight_decay": 0.3}
+        result = fit(predictor, examples, held_out=None, batch_size=42, class_weights=None, **options)
+        losses, expected = self.by_hand(predictor, examples, (1, 1), **options)
+        np.testing.assert_allclose(result.losses, losses, rtol=1e-4)
+        for got, leaf in zip(arrays(result.predictor), expected, strict=True):
+            np.testing.assert_allclose(got, leaf, rtol=1e-4, atol=1e-5)
+
     @pytest.mark.parametrize("batch_size", [64, 32])  # one batch; one and a part
     def test_first_loss_from_probabilities(self, batch_size):
         examples, predictor = random_examples(), small_predictor(3)
@@ -203,6 +232,70 @@ class TestAgainstAnIndependentLoop:
         p = predict(predictor, examples).astype(np.float64)
         expected = np.mean(np.where(examples.target, -5 * np.log(p), -2 * np.log(1 - p)))
         np.testing.assert_allclose(result.losses, [expected], rtol=1e-5)
+
+
+class TestStandardizing:
+    def test_context_has_mean_zero_and_variance_one(self):
+        examples, predictor = random_examples(size=12), small_predictor(12, encoding=Encoding())
+        values, known = contexts(Encoding(), examples)
+        got = standardized(predictor, examples)
+        standard = (values - np.asarray(got.context_mean)) / np.asarray(got.context_std)
+        for name, column, there in zip(context_names(Encoding()), standard.T, known.T, strict=True):
+            assert column[there].mean() == pytest.approx(0, abs=1e-5), name
+            assert column[there].std() == pytest.approx(1, rel=1e-4), name
+        assert not known.all()
+        np.testing.assert_array_equal(predictor.context_std[...], 1)
+
+    def test_a_number_that_is_always_the_same_is_centred(self):
+        examples = random_examples(layers=("a",))
+        got = standardized(small_predictor(3, encoding=Encoding(weights="none", regime=False)), examples)
+        assert np.asarray(got.context_mean).tolist() == pytest.approx([4 / 7, 0])
+        assert got.context_std[...].tolist() == pytest.approx([examples.progress.std(), 1])
+
+    def test_deltas_have_rms_one(self):
+        examples, deltas = random_examples(), []
+        for recording in examples.recordings:
+            path = np.concatenate([recording.start[None], recording.weights]).astype(np.float64)
+            steps = np.mean(np.diff(path, axis=0) ** 2, axis=2)
+            for moment in range(7):
+                first = 0 if moment < 4 else moment - 2  # of a full window the first record has no predecessor
+                deltas.append(steps[first : moment + 1].mean(axis=0))
+        got = standardized(small_predictor(3, encoding=Encoding("sorted_deltas")), examples)
+        assert float(got.weights_rms[...]) == pytest.approx(np.sqrt(np.mean(deltas)), rel=1e-5)
+
+    def test_fit_takes_the_training_examples_and_leaves_the_scale(self):
+        examples, predictor = random_examples(), small_predictor(3, encoding=Encoding("sorted_deltas", regime=False))
+        held_out = by_run(examples, [1])
+        result = fit(predictor, examples, **OPTIONS | {"held_out": held_out})
+        expected = standardized(predictor, examples.select(~held_out))
+        for name in ("context_mean", "context_std", "weights_rms"):
+            np.testing.assert_array_equal(getattr(result.predictor, name)[...], getattr(expected, name)[...])
+        other = standardized(predictor, examples)
+        assert float(other.weights_rms[...]) != float(expected.weights_rms[...])
+
+    def test_the_papers_predictor_stays_as_it_is(self):
+        predictor = small_predictor(3)
+        got = standardized(predictor, random_examples())
+        for a, b in zip(arrays(predictor), arrays(got), strict=True):
+            np.testing.assert_array_equal(a, b)
+        assert not jax.tree.leaves(nnx.state(got, Statistic))
+
+
+def test_hiding_is_for_training_only():
+    examples, predictor = random_examples(), small_predictor(3, encoding=Encoding(regime=False))
+    held_out = by_run(examples, [1])
+    options = OPTIONS | {"held_out": held_out}
+    plain, same, hidden, again = (
+        fit(predictor, examples, hiding=hiding, **options)
+        for hiding in (None, Hiding(), Hiding(progress=1.0, records=0.5), Hiding(progress=1.0, records=0.5))
+    )
+    np.testing.assert_array_equal(plain.losses, same.losses)
+    assert (plain.losses != hidden.losses).all()
+    np.testing.assert_array_equal(hidden.losses, again.losses)
+    testing = examples.select(held_out)
+    assert hidden.evaluations[-1] == evaluate(
+        predict(hidden.predictor, testing), testing.target, groups=moments(testing)
+    )
 
 
 def test_every_example_once_an_epoch_in_a_new_order(monkeypatch):
@@ -251,9 +344,13 @@ def test_held_out_examples_are_evaluated_on_and_nothing_else():
     held_out = by_run(examples, [1])
     result = fit(predictor, examples, **OPTIONS | {"held_out": held_out})
     testing = examples.select(held_out)
-    assert result.evaluations[-1] == evaluate(predict(result.predictor, testing), testing.target)
+    assert result.evaluations[-1] == evaluate(
+        predict(result.predictor, testing), testing.target, groups=moments(testing)
+    )
     assert len(result.evaluations) == 2
-    other = dataclasses.replace(examples, weights=(examples.weights[0], 9 * examples.weights[1], examples.weights[2]))
+    first, second, third = examples.recordings
+    changed = dataclasses.replace(second, weights=9 * second.weights)
+    other = dataclasses.replace(examples, recordings=(first, changed, third))
     for a, b in zip(
         arrays(result.predictor),
         arrays(fit(predictor, other, **OPTIONS | {"held_out": held_out}).predictor),
@@ -283,29 +380,6 @@ def test_progress_wraps_the_epochs():
     assert seen == [0, 1]
 
 
-def test_masks():
-    examples = make_examples(
-        [random_recording(0), random_recording(1, layers=("c", "a", "b")), random_recording(2, layers=("a", "b"))],
-        criterion=late,
-    )
-    assert np.unique(examples.run[by_run(examples, [2, 0])]).tolist() == [0, 2]
-    assert by_run(examples, [2, 0]).sum() == 28
-    mask = by_layer(examples, ["a"])
-    assert {(run, layer) for run, layer in zip(examples.run[mask], examples.layer[mask], strict=True)} == {
-        (0, 0),
-        (1, 1),
-        (2, 0),
-    }
-    assert mask.sum() == 21
-    np.testing.assert_array_equal(by_layer(examples, "a"), mask)
-    np.testing.assert_array_equal(by_layer(examples, ["c", "a"]), mask | ((examples.run == 1) & (examples.layer == 0)))
-    for unknown in (3, -1):
-        with pytest.raises(ValueError, match=f"runs: there is no recording {unknown}; the examples come from 3"):
-            by_run(examples, [0, unknown])
-    with pytest.raises(ValueError, match="layers: no recording has a layer 'd'; they have 'a', 'b', 'c'"):
-        by_layer(examples, ["a", "d"])
-
-
 def test_layers_can_be_held_out_of_a_single_run():
     examples = random_examples(runs=1)
     result = fit(small_predictor(3), examples, **OPTIONS | {"held_out": by_layer(examples, ["b"])})
@@ -315,10 +389,10 @@ def test_layers_can_be_held_out_of_a_single_run():
 class TestPredict:
     def test_is_the_predictor_on_each_example(self):
         examples, predictor = random_examples(), small_predictor(3)
-        records, mask, _ = examples.batch(np.arange(42))
+        observation, _ = examples.batch(np.arange(42))
+        one = jax.jit(predictor)
         expected = [
-            np.asarray(jax.nn.softmax(predictor(jnp.asarray(r), jnp.asarray(m))))[1]
-            for r, m in zip(records, mask, strict=True)
+            np.asarray(jax.nn.softmax(one(jax.tree.map(lambda leaf, i=i: leaf[i], observation))))[1] for i in range(42)
         ]
         for batch_size in (1, 10, 42, 100):
             got = predict(predictor, examples, batch_size=batch_size)
@@ -377,6 +451,8 @@ class TestFitRefuses:
             ("learning_rate", float("inf")),
             ("momentum", -0.1),
             ("momentum", 1.0),
+            ("weight_decay", -1e-4),
+            ("weight_decay", float("inf")),
             ("class_weights", (1.0, 0.0)),
             ("class_weights", (1.0, float("inf"))),
             ("class_weights", (1.0, 2.0, 3.0)),

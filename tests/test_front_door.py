@@ -63,7 +63,7 @@ def test_linen_without_freezing_is_the_stock_loop(fashion):
 
 @pytest.mark.slow
 def test_nnx_trains_and_freezes(fashion):
-    policy = sfj.static_prefix(0.25, total_steps=STEPS, at=0.5)
+    policy = sfj.static_prefix(STEPS, [(0.5, 0.5)])
     _, optimizer, history = nnx_freezing.train(*fashion, EPOCHS, BATCH, policy)
     assert optimizer.frozen.names == {"conv1", "conv2"}
     assert history[-1]["loss"] < 0.7 * history[0]["loss"]
@@ -72,7 +72,7 @@ def test_nnx_trains_and_freezes(fashion):
 
 @pytest.mark.slow
 def test_linen_trains_and_freezes(fashion):
-    policy = sfj.static_prefix(0.25, total_steps=STEPS, at=0.5)
+    policy = sfj.static_prefix(STEPS, [(0.5, 0.5)])
     state, history = linen_freezing.train(*fashion, EPOCHS, BATCH, policy)
     assert state.frozen.names == {"Conv_0", "Conv_1"}
     assert history[-1]["loss"] < 0.7 * history[0]["loss"]
@@ -82,7 +82,7 @@ def test_linen_trains_and_freezes(fashion):
 @pytest.mark.parametrize("door", ["nnx", "linen"])
 def test_frozen_layers_hold_still_in_the_stock_loop(fashion, door):
     """The same loop, once ending at the freeze and once going on: what is frozen is the same, bit for bit."""
-    policy = sfj.static_prefix(0.4, total_steps=STEPS, at=1 / EPOCHS)
+    policy = sfj.static_prefix(STEPS, [(1 / EPOCHS, 0.6)])
     if door == "nnx":
         short, long = (nnx_leaves(nnx_freezing.train(*fashion, epochs, BATCH, policy)[0]) for epochs in (1, EPOCHS))
         frozen = ("conv1", "batch_norm1", "conv2", "batch_norm2")

@@ -213,7 +213,7 @@ def test_a_bare_pytree_trains_and_freezes():
     x = jax.random.normal(jax.random.key(0), (16, 3))
     layers = sfj.find_layers(params, apply_fn, x)
     state = sfj.linen.TrainState.create(apply_fn=apply_fn, params=params, tx=optax.adam(0.05), layers=layers)
-    freezer = sfj.linen.Freezer(state, sfj.static_prefix(0.5, total_steps=20, at=0.0, keep=()))
+    freezer = sfj.linen.Freezer(state, sfj.static_prefix(20, [(0.0, 0.5)], keep=()))
 
     @jax.jit
     def step(state):

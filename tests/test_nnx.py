@@ -294,11 +294,11 @@ def run_for(steps, model, optimizer, freezer):
 def test_a_restored_run_goes_on_bit_identically_across_a_freeze(tmp_path, name, at):
     def start():
         policy = {
-            "static_prefix": lambda: sfj.static_prefix(0.5, total_steps=14, at=0.4),
+            "static_prefix": lambda: sfj.static_prefix(14, [(0.4, 0.85)]),
             "random": lambda: sfj.random(0.4, total_steps=14),
             "smartfrz": lambda: sfj.smartfrz(
                 sfj.Predictor(sfj.PredictorConfig(size=8), rngs=nnx.Rngs(3)),
-                record_every=1, evaluate_every=3, window=3, threshold=0.4,
+                record_every=1, evaluate_every=3, window=3, caution=0.4,
             ),
             "autofreeze": lambda: sfj.autofreeze(2, percentile=80),
         }[name]()  # fmt: skip
@@ -386,7 +386,7 @@ def test_layers_frozen_by_hand_stay_frozen_under_a_policy(tmp_path):
     def start(by_hand):
         model, optimizer = make()
         optimizer.freeze(model, list(by_hand))
-        return model, optimizer, sfj.nnx.Freezer(model, optimizer, sfj.static_prefix(0.4, total_steps=1))
+        return model, optimizer, sfj.nnx.Freezer(model, optimizer, sfj.static_prefix(1, [(0.0, 0.4)]))
 
     model, optimizer, freezer = start(["blocks/1/b_first"])
     train_step(model, optimizer, X, Y)

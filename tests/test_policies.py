@@ -86,7 +86,16 @@ CASES = {
         ),
         every(5),
     ),
-    "static_prefix": Case(lambda keep=None: policies.static_prefix(0.4, total_steps=STEPS, at=0.25, keep=keep), {6}),
+    "smartfrz_paper": Case(
+        lambda keep=None: policies.smartfrz(
+            eager_predictor(), record_every=3, window=2, order="any", patience=1, keep=keep
+        ),
+        every(15),
+    ),
+    "progress": Case(lambda keep=None: policies.progress(STEPS, caution=0.4, keep=keep), {12, 14, 16, 19, 21, 24}),
+    "static_prefix": Case(
+        lambda keep=None: policies.static_prefix(STEPS, [(0.25, 0.4), (0.5, 1.0)], keep=keep), {6, 12}
+    ),
     "random": Case(lambda keep=None: policies.random(0.4, total_steps=STEPS, keep=keep), set(range(STEPS + 1))),
 }
 every_policy = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -102,14 +111,14 @@ class Moment(NamedTuple):
 
 
 def advance(policy, moment, step):
-    """One train step and one update, with exactly the signals that the policy says it needs."""
+    """One train step and one update, with the loss and exactly the signals that the policy says it needs."""
     active = jax.tree.map(lambda label: jnp.float32(label == "train"), moment.frozen.labels(PARAMS))
-    params, grads, _ = train_step(moment.params, active, X, Y)
+    params, grads, loss = train_step(moment.params, active, X, Y)
     signals = {
         "grads": Frozen(LAYERS, moment.frozen.names).active_leaves(grads),
         "features": lambda: outputs(params, X),
     }
-    signals = {name: value for name, value in signals.items() if name in policy.needs}
+    signals = {name: value for name, value in signals.items() if name in policy.needs} | {"loss": loss}
     names, state = policy.update(moment.state, LAYERS, step=step, params=lambda: params, **signals)
     return Moment(params, Frozen(LAYERS, names), state), signals
 
@@ -186,7 +195,9 @@ def test_keeps_what_it_is_told_to_keep(case):
         assert name not in run(policy)[-1].frozen.names
 
 
-@pytest.mark.parametrize("name", ["linear", "linear_cubic", "smartfrz", "similarity_guided", "random"])
+@pytest.mark.parametrize(
+    "name", ["linear", "linear_cubic", "smartfrz", "smartfrz_paper", "progress", "similarity_guided", "random"]
+)
 def test_keep_nothing_lets_the_head_freeze(name):
     policy = policies.random(1.0, total_steps=STEPS, keep=()) if name == "random" else CASES[name].make(keep=())
     assert LAYERS.head in run(policy)[-1].frozen.names

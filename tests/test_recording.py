@@ -2,51 +2,33 @@ import dataclasses
 import json
 import os
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from smartfrz_jax import Tailoring, find_layers, recording
-from smartfrz_jax.cka import linear_cka
-from smartfrz_jax.recording import Recorder, Recording
-
-BATCH = jnp.asarray(np.random.default_rng(0).standard_normal((6, 4)), jnp.float32)
-
-
-def forward(params, x):
-    return x @ params["first"]["kernel"] @ params["second"]["kernel"]
+from smartfrz_jax import recording
+from smartfrz_jax.recording import SUPERVISION, Recording
 
 
-def outputs(params, x=BATCH):
-    hidden = x @ params["first"]["kernel"]
-    return {"second": hidden @ params["second"]["kernel"], "first": hidden}
-
-
-def parameters(seed):
+def example(seed=0, /, records=4, layers=("first", "second"), size=3, supervision=("cka",), **metadata):
     rng = np.random.default_rng(seed)
-    return {
-        name: {"kernel": jnp.asarray(rng.standard_normal(shape), jnp.float32)}
-        for name, shape in (("first", (4, 5)), ("second", (5, 3)))
-    }
 
+    def matrix(name):
+        values = rng.random((records, len(layers))).astype(np.float32)
+        values[:, -1] = np.nan if name.endswith("harm") and len(layers) > 1 else values[:, -1]
+        return values
 
-REFERENCE = parameters(0)
-LAYERS = find_layers(REFERENCE, forward, BATCH)
-TAILORING = Tailoring.create(LAYERS, REFERENCE, size=7)
-
-
-def recorder():
-    return Recorder(LAYERS, TAILORING, outputs(REFERENCE))
-
-
-def example(seed=0, /, records=4, layers=("first", "second"), size=3, **metadata):
-    rng = np.random.default_rng(seed)
     return Recording(
         layers=layers,
-        steps=np.arange(records) * 10,
+        steps=np.arange(1, records + 1) * 10,
+        record_every=10,
+        total_steps=10 * records + 5,
         weights=rng.standard_normal((records, len(layers), size)).astype(np.float32),
-        cka=rng.random((records, len(layers))).astype(np.float32),
-        total_steps=10 * records,
+        start=rng.standard_normal((len(layers), size)).astype(np.float32),
+        losses=np.where(rng.random(records) < 0.3, np.nan, rng.random(records)).astype(np.float32),
+        first_loss=0.5,
+        **{name: matrix(name) for name in supervision},
         metadata=metadata,
     )
 
@@ -59,94 +41,7 @@ def assert_equal(got: Recording, expected: Recording):
             assert a.dtype == b.dtype
             np.testing.assert_array_equal(a, b)
         else:
-            assert a == b
-
-
-class TestRecorder:
-    def test_records_weights_and_cka_of_every_layer(self):
-        rec = recorder()
-        runs = {0: parameters(1), 5: parameters(2), 20: REFERENCE}
-        for step, params in runs.items():
-            rec.record(step, params, outputs(params))
-        got = rec.finish(30, architecture="two linear maps", seed=3)
-        assert got.layers == ("first", "second")
-        assert (got.total_steps, got.metadata) == (30, {"architecture": "two linear maps", "seed": 3})
-        assert got.steps.tolist() == [0, 5, 20]
-        assert (got.steps.dtype, got.weights.dtype, got.cka.dtype) == (np.int64, np.float32, np.float32)
-        assert got.weights.shape == (3, 2, 7)
-        for record, params in enumerate(runs.values()):
-            np.testing.assert_array_equal(got.weights[record], TAILORING(params))
-            for layer, name in enumerate(got.layers):
-                expected = linear_cka(outputs(params)[name], outputs(REFERENCE)[name])
-                np.testing.assert_allclose(got.cka[record, layer], expected, rtol=1e-6)
-        np.testing.assert_allclose(got.cka[2], 1.0, rtol=1e-6)
-        assert (got.cka[:2] < 0.99).all()
-
-    def test_features_of_what_is_not_a_layer_are_ignored(self):
-        rec = Recorder(LAYERS, TAILORING, outputs(REFERENCE) | {"other": jnp.ones((3, 1))})
-        rec.record(0, REFERENCE, outputs(REFERENCE) | {"another": jnp.ones((2, 1))})
-        np.testing.assert_allclose(rec.finish(1).cka, 1.0, rtol=1e-6)
-
-    def test_tailoring_of_other_layers(self):
-        other = find_layers({"x": {"kernel": jnp.eye(4)}}, lambda p, x: x @ p["x"]["kernel"], BATCH)
-        with pytest.raises(
-            ValueError, match=r"tailoring: made for other layers .2 from 'first' on. than layers .1 from 'x'"
-        ):
-            Recorder(other, TAILORING, {"x": BATCH})
-
-    def test_missing_outputs(self):
-        with pytest.raises(ValueError, match="reference_features: lacks the output of 1 of 2 layers: 'second'"):
-            Recorder(LAYERS, TAILORING, {"first": BATCH})
-        rec = recorder()
-        with pytest.raises(ValueError, match="features: lacks the output of 1 of 2 layers: 'first'"):
-            rec.record(0, REFERENCE, {"second": BATCH})
-
-    def test_another_batch(self):
-        with pytest.raises(ValueError, match=r"features\['first'\].*got 5 and 6 examples"):
-            recorder().record(0, REFERENCE, outputs(REFERENCE, BATCH[:5]))
-
-    def test_steps_may_be_arrays(self):
-        rec = recorder()
-        for step in (jnp.int32(3), np.int64(7)):
-            rec.record(step, REFERENCE, outputs(REFERENCE))
-        got = rec.finish(jnp.int32(9))
-        assert got.steps.tolist() == [3, 7]
-        assert type(got.total_steps) is int
-
-    def test_steps_ascend(self):
-        rec = recorder()
-        with pytest.raises(ValueError, match="step: got -1, expected 0 or more"):
-            rec.record(-1, REFERENCE, outputs(REFERENCE))
-        with pytest.raises(TypeError, match=r"step: got .*1.5.*expected an integer"):
-            rec.record(1.5, REFERENCE, outputs(REFERENCE))
-        rec.record(5, REFERENCE, outputs(REFERENCE))
-        for step in (5, 4):
-            with pytest.raises(ValueError, match=f"step: got {step} after 5"):
-                rec.record(step, REFERENCE, outputs(REFERENCE))
-        assert rec.finish(5).steps.tolist() == [5]
-
-    def test_non_finite_values_name_layer_and_step_and_are_not_recorded(self):
-        rec = recorder()
-        rec.record(0, REFERENCE, outputs(REFERENCE))
-        bad = REFERENCE | {"second": {"kernel": jnp.full((5, 3), jnp.nan)}}
-        with pytest.raises(ValueError, match="weights: not finite for layer 'second' at step 7"):
-            rec.record(7, bad, outputs(REFERENCE))
-        with pytest.raises(ValueError, match="cka: not finite for layer 'first' at step 7"):
-            rec.record(7, REFERENCE, outputs(REFERENCE) | {"first": BATCH.at[0, 0].set(jnp.inf)})
-        rec.record(7, REFERENCE, outputs(REFERENCE))
-        assert rec.finish(7).steps.tolist() == [0, 7]
-
-    def test_finish(self):
-        rec = recorder()
-        with pytest.raises(ValueError, match="nothing was recorded"):
-            rec.finish(3)
-        rec.record(9, REFERENCE, outputs(REFERENCE))
-        with pytest.raises(ValueError, match="total_steps: got 8, expected at least the last recorded step, 9"):
-            rec.finish(8)
-        with pytest.raises(ValueError, match="metadata: JSON cannot hold it"):
-            rec.finish(9, weights=np.ones(3))
-        with pytest.raises(ValueError, match="metadata: JSON cannot hold it"):
-            rec.finish(9, loss=float("nan"))
+            np.testing.assert_equal(a, b)
 
 
 class TestRecording:
@@ -160,10 +55,25 @@ class TestRecording:
             ({"layers": ("first",)}, r"weights: got shape \(4, 2, 3\), expected \(4, 1, size\)"),
             ({"weights": np.zeros((4, 2, 0), np.float32)}, "at least one weight each"),
             ({"weights": np.zeros((4, 2), np.float32)}, r"weights: got shape \(4, 2\)"),
+            ({"start": np.zeros((2, 4), np.float32)}, r"start: got shape \(2, 4\), expected \(2, 3\)"),
+            ({"losses": np.zeros(3, np.float32)}, r"losses: got shape \(3,\), expected \(4,\)"),
             ({"cka": np.zeros((3, 2), np.float32)}, r"cka: got shape \(3, 2\), expected \(4, 2\)"),
-            ({"steps": np.array([0, 2, 2, 3])}, "step: got 2 after 2"),
-            ({"total_steps": 29}, "total_steps: got 29"),
-            ({"cka": np.array([[0, 0], [0, 0], [0, np.nan], [0, 0]])}, "cka: not finite for layer 'second' at step 20"),
+            ({"own_cka": np.zeros((4, 3), np.float32)}, r"own_cka: got shape \(4, 3\), expected \(4, 2\)"),
+            ({"branch_harm": np.zeros(4, np.float32)}, r"branch_harm: got shape \(4,\), expected \(4, 2\)"),
+            ({"cka": None}, "cka, own_cka, swap_harm, branch_harm: got none of them"),
+            ({"steps": np.array([10, 20, 20, 30])}, "step: got 20 after 20, expected 30"),
+            ({"steps": np.array([10, 20, 40, 50])}, "step: got 40 after 20, expected 30: records are record_every, 10"),
+            ({"steps": np.array([5, 15, 25, 35])}, "step: got 5, expected a multiple of record_every, 10"),
+            ({"record_every": 0}, "record_every: got 0, expected at least 1"),
+            ({"total_steps": 39}, "total_steps: got 39"),
+            ({"cka": np.array([[0, 0], [0, 0], [0, np.nan], [0, 0]])}, "cka: not finite for layer 'second' at step 30"),
+            ({"own_cka": np.full((4, 2), np.inf)}, "own_cka: not finite for layer 'first' at step 10"),
+            ({"start": np.full((2, 3), np.nan)}, "start: not finite for layer 'first' at step 0"),
+            ({"weights": np.full((4, 2, 3), np.nan)}, "weights: not finite for layer 'first' at step 10"),
+            ({"swap_harm": np.full((4, 2), np.nan)}, "swap_harm: has 0 infinite and 8 NaN of 8 values"),
+            ({"branch_harm": np.array([[np.inf, 1.0]] * 4)}, "branch_harm: has 4 infinite and 0 NaN"),
+            ({"losses": np.array([1, 1, np.inf, 1])}, "losses, first_loss: one is infinite"),
+            ({"first_loss": -np.inf}, "losses, first_loss: one is infinite"),
             ({"metadata": {"path": object()}}, "metadata: JSON cannot hold it"),
         ],
     )
@@ -178,8 +88,22 @@ class TestRecording:
             dataclasses.replace(example(), cka=np.ones((4, 2), complex))
 
     def test_casts_to_the_stated_dtypes(self):
-        got = dataclasses.replace(example(), steps=np.arange(4, dtype=np.int16), weights=np.ones((4, 2, 3)))
+        got = dataclasses.replace(
+            example(),
+            steps=np.arange(4, dtype=np.int16),
+            record_every=np.int32(1),
+            weights=np.ones((4, 2, 3)),
+            first_loss=np.float32(2.0),
+        )
         assert (got.steps.dtype, got.weights.dtype) == (np.int64, np.float32)
+        assert (type(got.record_every), type(got.first_loss)) == (int, float)
+
+    def test_what_may_be_unknown(self):
+        harm = np.array([[np.nan, 0.5]] * 4)
+        got = dataclasses.replace(
+            example(), losses=np.full(4, np.nan), first_loss=np.nan, cka=None, own_cka=None, swap_harm=harm
+        )
+        np.testing.assert_array_equal(got.swap_harm, harm)
 
     def test_metadata_is_as_it_will_be_read(self):
         assert example(shape=(1, 2)).metadata == {"shape": [1, 2]}
@@ -199,18 +123,42 @@ class TestFiles:
         for got, index in zip(recording.load(directory), [2, 0, 1], strict=True):
             assert_equal(got, recordings[index])
 
+    @settings(deadline=None, max_examples=15)
+    @given(st.sets(st.sampled_from(SUPERVISION), min_size=1), st.integers(0, 99), st.integers(1, 5), st.integers(1, 3))
+    def test_round_trip_of_any(self, tmp_path_factory, supervision, seed, records, layers):
+        names = tuple(f"layer/{i}" for i in range(layers))
+        item = example(seed, records=records, layers=names, supervision=sorted(supervision), seed=seed)
+        directory = tmp_path_factory.mktemp("any")
+        recording.save(item, directory, "run")
+        assert_equal(recording.load(directory)[0], item)
+
     def test_is_plain_numpy(self, tmp_path):
-        item = example(4, seeds=[1, 2])
+        item = example(4, supervision=("own_cka", "swap_harm"), seeds=[1, 2])
         with np.load(recording.save(item, tmp_path, "run"), allow_pickle=False) as archive:
-            assert set(archive) == {"format_version", "layers", "steps", "weights", "cka", "total_steps", "metadata"}
-            assert archive["format_version"] == 1
+            assert set(archive) == {
+                "format_version",
+                "layers",
+                "steps",
+                "record_every",
+                "total_steps",
+                "weights",
+                "start",
+                "losses",
+                "first_loss",
+                "own_cka",
+                "swap_harm",
+                "metadata",
+            }
+            assert archive["format_version"] == 2
+            assert (archive["first_loss"].dtype, archive["first_loss"].shape) == (np.float32, ())
+            assert archive["record_every"] == 10
             assert archive["layers"].tolist() == ["first", "second"]
             assert json.loads(str(archive["metadata"])) == {"seeds": [1, 2]}
-            assert archive["total_steps"] == 40
+            assert archive["total_steps"] == 45
             np.testing.assert_array_equal(archive["weights"], item.weights)
 
     def test_is_compressed(self, tmp_path):
-        constant = dataclasses.replace(example(), weights=np.ones((4, 2, 10_000), np.float32))
+        constant = dataclasses.replace(example(), weights=np.ones((4, 2, 10_000)), start=np.ones((2, 10_000)))
         assert recording.save(constant, tmp_path, "run").stat().st_size < constant.weights.nbytes / 10
 
     def test_does_not_overwrite(self, tmp_path):
@@ -275,26 +223,39 @@ class TestFiles:
 
     def write(self, path, **changes):
         arrays = {
-            "format_version": np.int64(1),
+            "format_version": np.int64(2),
             "layers": np.array(["first"]),
             "steps": np.arange(2),
-            "weights": np.ones((2, 1, 3), np.float32),
-            "cka": np.ones((2, 1), np.float32),
+            "record_every": np.int64(1),
             "total_steps": np.int64(5),
+            "weights": np.ones((2, 1, 3), np.float32),
+            "start": np.ones((1, 3), np.float32),
+            "losses": np.ones(2, np.float32),
+            "first_loss": np.float32(1),
+            "cka": np.ones((2, 1), np.float32),
             "metadata": np.array("{}"),
         } | changes
         np.savez(path, **{name: array for name, array in arrays.items() if array is not None})
 
     def test_a_file_written_by_hand(self, tmp_path):
-        self.write(tmp_path / "hand.npz")
+        self.write(tmp_path / "hand.npz", a_remark=np.array("of no concern"))
         assert recording.load(tmp_path)[0].total_steps == 5
 
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"format_version": np.int64(2)}, r"hand\.npz has format version 2, expected 1"),
+            (
+                {"format_version": np.int64(1)},
+                r"version 1, expected 2; record that run again .version 1 lacks its losses",
+            ),
+            (
+                {"format_version": np.int64(3)},
+                r"hand\.npz has format version 3, expected 2; .* or read it with the version",
+            ),
             ({"format_version": None}, r"hand\.npz is not a complete recording .*format_version"),
-            ({"cka": None}, r"hand\.npz is not a complete recording .*cka"),
+            ({"start": None}, r"hand\.npz is not a complete recording .*start"),
+            ({"first_loss": None}, r"hand\.npz is not a complete recording .*first_loss"),
+            ({"cka": None}, r"hand\.npz is not a complete recording .*cka, own_cka.* got none of them"),
             ({"cka": np.ones((3, 1), np.float32)}, r"hand\.npz is not a complete recording .*cka: got shape \(3, 1\)"),
             ({"metadata": np.array("{")}, r"hand\.npz is not a complete recording .*JSON"),
             ({"layers": np.array([object()])}, r"hand\.npz is not a complete recording .*allow_pickle"),

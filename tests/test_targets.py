@@ -1,14 +1,13 @@
-import functools
+import dataclasses
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smartfrz_jax.history import History
+from smartfrz_jax.harm import fill
 from smartfrz_jax.recording import Recording
-from smartfrz_jax.targets import make_examples, settled, stabilised
+from smartfrz_jax.targets import Harmless, Settled, settled, stabilised
 
 CURVES = st.lists(st.sampled_from([0.5, 0.505, 0.51, 0.515, 0.53, 0.6]), min_size=1, max_size=25)
 
@@ -102,112 +101,98 @@ class TestCriterionInput:
                 criterion(np.ones((9, 1)), tolerance=bad)
 
 
-def make_recording(seed=0, records=9, layers=3, size=4, total_steps=100):
-    rng = np.random.default_rng(seed)
+def make_recording(records=8, layers=3, **supervision):
+    rng = np.random.default_rng(0)
     return Recording(
         layers=tuple(f"layer{i}" for i in range(layers)),
-        steps=np.arange(records) * 10,
-        weights=rng.standard_normal((records, layers, size)).astype(np.float32),
-        cka=rng.random((records, layers)).astype(np.float32),
-        total_steps=total_steps,
+        steps=np.arange(1, records + 1) * 10,
+        record_every=10,
+        total_steps=10 * records,
+        weights=np.ones((records, layers, 4), np.float32),
+        start=np.ones((layers, 4), np.float32),
+        losses=np.linspace(2.3, 0.3, records),
+        first_loss=2.3,
+        **supervision or {"cka": rng.random((records, layers))},
     )
 
 
-def at_half(cka):
-    return cka > 0.5
+class TestSettled:
+    @pytest.mark.parametrize("supervision", ["cka", "own_cka"])
+    def test_is_settled_of_the_curve_it_names(self, supervision):
+        ramp = np.minimum(np.arange(8)[:, None] / np.array([2, 4, 9]), 1.0).astype(np.float32)
+        other = {"cka", "own_cka"} - {supervision}
+        recording = make_recording(**{supervision: ramp, other.pop(): np.ones((8, 3))})
+        got = Settled(supervision, window=2, tolerance=0.05)(recording)
+        np.testing.assert_array_equal(got, settled(ramp, window=2, tolerance=0.05))
+        assert got.any(axis=0).tolist() == [True, True, False]
+
+    def test_defaults_are_those_of_settled(self):
+        recording = make_recording(cka=np.ones((8, 3)))
+        np.testing.assert_array_equal(Settled()(recording), settled(recording.cka))
+
+    def test_refusals(self):
+        with pytest.raises(ValueError, match="recording: has no own_cka; record it"):
+            Settled("own_cka")(make_recording())
+        with pytest.raises(ValueError, match="supervision: got 'swap_harm', expected 'cka' or 'own_cka'"):
+            Settled("swap_harm")
 
 
-class TestExamples:
-    @pytest.mark.parametrize("window", [1, 4, 9, 30])
-    def test_histories_are_those_of_the_training_loop(self, window):
-        recordings = [make_recording(0), make_recording(1, records=5, layers=2)]
-        examples = make_examples(recordings, window=window, criterion=at_half)
-        assert len(examples) == 9 * 3 + 5 * 2
-        records, mask, target = examples.batch(np.arange(len(examples)))
-        for run, recording in enumerate(recordings):
-            layers = len(recording.layers)
-            history = History.create(layers, window, 4)
-            for moment in range(len(recording.steps)):
-                history = history.record(jnp.asarray(recording.weights[moment]), jnp.ones(layers, bool))
-                expected_records, expected_mask = history.chronological()
-                here = np.flatnonzero((examples.run == run) & (examples.moment == moment))
-                assert examples.layer[here].tolist() == list(range(layers))
-                np.testing.assert_array_equal(records[here], expected_records)
-                np.testing.assert_array_equal(mask[here], expected_mask)
-                np.testing.assert_array_equal(target[here], recording.cka[moment] > 0.5)
-        assert (records.dtype, mask.dtype, target.dtype) == (np.float32, bool, bool)
+class TestHarmless:
+    HARM = np.array([[0.4, 0.8, np.nan]] + [[np.nan] * 3] * 3 + [[0.02, 0.04, np.nan]] + [[np.nan] * 3] * 3)
 
-    def test_batches_come_in_the_order_asked_for(self):
-        examples = make_examples([make_recording(0), make_recording(1)], window=3, criterion=at_half)
-        everything = examples.batch(np.arange(len(examples)))
-        chosen = np.array([40, 3, 3, 29, 0])
-        for got, expected in zip(examples.batch(chosen), everything, strict=True):
-            np.testing.assert_array_equal(got, expected[chosen])
+    def test_harm_is_a_share_of_what_the_run_gains(self):
+        recording = make_recording(swap_harm=self.HARM)
+        gain = 2.3 - np.mean(recording.losses[-5:])
+        for tolerance in (0.0, 0.01, 0.03, 0.1, 1.0):
+            got = Harmless(tolerance=tolerance)(recording)
+            expected = fill(recording.swap_harm, recording.steps, 80)[:, :2] <= tolerance * gain
+            np.testing.assert_array_equal(got[:, :2], expected)
+            assert got.dtype == bool
+        assert Harmless(tolerance=0.03)(recording).sum(axis=0).tolist() == [4, 4, 0]
 
-    def test_progress_and_depth(self):
-        examples = make_examples([make_recording(layers=3), make_recording(layers=1, records=2)], criterion=at_half)
-        last = examples.select((examples.run == 0) & (examples.moment == 8))
-        np.testing.assert_allclose(last.progress, 0.8, rtol=1e-6)
-        assert last.depth.tolist() == [0.0, 0.5, 1.0]
-        only = examples.select(examples.run == 1)
-        assert only.depth.tolist() == [0.0, 0.0]
-        np.testing.assert_allclose(only.progress, [0.0, 0.1], rtol=1e-6)
-        assert (examples.progress.dtype, examples.depth.dtype) == (np.float32, np.float32)
-
-    def test_weights_are_not_copied(self):
-        recordings = [make_recording(0), make_recording(1)]
-        examples = make_examples(recordings, criterion=at_half)
-        for array, recording in zip(examples.weights, recordings, strict=True):
-            assert array is recording.weights
-        assert examples.select(examples.run == 1).weights[0] is recordings[0].weights
-        before = recordings[0].weights.copy()
-        examples.batch(np.arange(len(examples)))[0][:] = 7.0
-        np.testing.assert_array_equal(recordings[0].weights, before)
-
-    def test_min_records_and_stride(self):
-        def moments(**kwargs):
-            return np.unique(make_examples([make_recording()], criterion=at_half, **kwargs).moment).tolist()
-
-        assert moments() == list(range(9))
-        assert moments(stride=4) == [0, 4, 8]
-        assert moments(min_records=3, stride=4) == [2, 6]
-        assert moments(min_records=9) == [8]
-
-    def test_default_criterion_and_options(self):
-        recording = make_recording()
-        default = make_examples([recording]).target
-        np.testing.assert_array_equal(default, settled(recording.cka).ravel())
-        loose = functools.partial(settled, tolerance=1.0)
-        np.testing.assert_array_equal(
-            make_examples([recording], criterion=loose).target, settled(recording.cka, tolerance=1.0).ravel()
+    def test_means_the_same_in_another_unit(self):
+        recording = make_recording(branch_harm=self.HARM)
+        scaled = dataclasses.replace(
+            recording, branch_harm=self.HARM * 1000, losses=recording.losses * 1000 - 7, first_loss=2.3 * 1000 - 7
         )
-        assert loose(recording.cka).any()
+        criterion = Harmless("branch_harm", tolerance=0.1)
+        assert criterion(recording).any()
+        np.testing.assert_array_equal(criterion(scaled), criterion(recording))
 
-    def test_select_by_index_or_mask(self):
-        examples = make_examples([make_recording()], criterion=at_half)
-        mask = examples.layer == 1
-        by_mask, by_index = examples.select(mask), examples.select(np.flatnonzero(mask))
-        assert len(by_mask) == len(by_index) == 9
-        for a, b in zip(by_mask.batch(np.arange(9)), by_index.batch(np.arange(9)), strict=True):
-            np.testing.assert_array_equal(a, b)
+    def test_keeps_where_there_is_nothing_to_go_by(self):
+        harm = np.full((8, 3), np.nan)
+        harm[3, 1] = 0.0
+        got = Harmless(tolerance=5.0)(make_recording(swap_harm=harm))
+        assert got.tolist() == [[False] * 3] * 3 + [[True, True, False]] * 5
 
-    @pytest.mark.parametrize("argument", ["window", "min_records", "stride"])
-    def test_numbers_below_1(self, argument):
-        with pytest.raises(ValueError, match=f"{argument}: got 0, expected at least 1"):
-            make_examples([make_recording()], **{argument: 0})
+    @settings(deadline=None, max_examples=30)
+    @given(st.integers(0, 1000), st.floats(0, 1), st.floats(0, 1))
+    def test_more_tolerance_freezes_no_less(self, seed, first, second):
+        recording = make_recording(swap_harm=np.random.default_rng(seed).standard_normal((8, 3)))
+        less, more = (Harmless(tolerance=tolerance)(recording) for tolerance in sorted((first, second)))
+        assert (less <= more).all()
+        assert (np.diff(less.astype(int), axis=0) >= 0).all(), "what is frozen stays frozen"
+        assert (np.diff(less.astype(int), axis=1) <= 0).all(), "front to back"
 
-    def test_recordings_that_do_not_fit(self):
-        with pytest.raises(ValueError, match="recordings: got 0 of"):
-            make_examples([])
-        with pytest.raises(ValueError, match=r"recordings: got 2 of tailored sizes \[4, 5\]"):
-            make_examples([make_recording(), make_recording(size=5)])
-        with pytest.raises(ValueError, match="min_records: got 10, but no recording has more than 9 records"):
-            make_examples([make_recording()], min_records=10)
+    def test_a_run_that_gained_nothing_leaves_no_room(self):
+        recording = make_recording(swap_harm=np.full((8, 3), 0.01))
+        recording = dataclasses.replace(recording, first_loss=0.1)
+        assert not Harmless(tolerance=100.0)(recording).any()
 
-    def test_criterion_that_does_not_fit(self):
-        with pytest.raises(
-            ValueError, match=r"criterion: gave float32 of shape \(9, 3\) for recording 0, expected bool"
-        ):
-            make_examples([make_recording()], criterion=lambda cka: cka)
-        with pytest.raises(ValueError, match=r"criterion: gave bool of shape \(9,\)"):
-            make_examples([make_recording()], criterion=lambda cka: cka[:, 0] > 0)
+    def test_the_last_losses_may_be_known_in_part(self):
+        losses = np.array([np.nan] * 7 + [1.3])
+        recording = dataclasses.replace(make_recording(swap_harm=np.full((8, 3), 0.5)), losses=losses)
+        assert Harmless(tolerance=0.51)(recording)[0].all()
+        assert not Harmless(tolerance=0.49)(recording)[0].any()
+
+    def test_refusals(self):
+        recording = make_recording(swap_harm=self.HARM)
+        with pytest.raises(ValueError, match="recording: has no branch_harm"):
+            Harmless("branch_harm")(recording)
+        for change in ({"first_loss": np.nan}, {"losses": np.full(8, np.nan)}):
+            with pytest.raises(ValueError, match=r"recording: its first_loss is .* what the run gained is not known"):
+                Harmless()(dataclasses.replace(recording, **change))
+        with pytest.raises(ValueError, match="supervision: got 'cka', expected 'swap_harm' or 'branch_harm'"):
+            Harmless("cka")
+        with pytest.raises(ValueError, match="tolerance: got -1"):
+            Harmless(tolerance=-1)

@@ -1,10 +1,13 @@
 """The optimizers and policies of the training scripts do what their options say."""
 
+import json
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import smartfrz_jax as sfj
 from train.optimizers import make_optimizer
@@ -90,12 +93,10 @@ def test_a_warm_up_that_does_not_fit_is_refused(layers, changed):
 
 
 @pytest.mark.parametrize(
-    "name", ["never", "linear", "autofreeze", "similarity_guided", "static_prefix", "random", "smartfrz"]
+    "name", ["never", "linear", "autofreeze", "similarity_guided", "static_prefix", "random", "smartfrz", "progress"]
 )
 def test_every_policy_can_be_chosen(layers, tmp_path, name):
-    from flax import nnx
-
-    changed = ["--policy", name, "--window", "2", "--budget", "0.75"]
+    changed = ["--policy", name, "--budget", "0.75", "--stages", "0.2:0.75"]
     if name == "smartfrz":
         sfj.Predictor(sfj.PredictorConfig(size=16), rngs=nnx.Rngs(0)).save(tmp_path / "predictor")
         changed += ["--predictor", str(tmp_path / "predictor")]
@@ -105,8 +106,50 @@ def test_every_policy_can_be_chosen(layers, tmp_path, name):
         reference = {"a": jnp.eye(3), "b": jnp.eye(3)}
     policy = make_policy(options(*changed), steps_per_epoch=10, costs={"a": 3.0, "b": 1.0}, reference=reference)
     state = policy.init(layers, PARAMS)
-    if name in ("never", "static_prefix", "linear", "random"):
+    if name in ("never", "static_prefix", "linear", "random", "progress"):
         frozen = frozenset()
         for step in range(1, STEPS + 1):
             frozen, state = policy.update(state, layers, step=step, params=lambda: PARAMS)
         assert frozen == (set() if name == "never" else {"a"})
+
+
+def frozen_after_each_step(layers, *changed):
+    policy = make_policy(options(*changed), steps_per_epoch=10, costs={"a": 3.0, "b": 1.0}, reference=None)
+    state, frozen = policy.init(layers, PARAMS), []
+    for step in range(1, STEPS + 1):
+        names, state = policy.update(state, layers, step=step, params=lambda: PARAMS)
+        frozen.append(bool(names))
+    return frozen
+
+
+def test_stages_of_static_prefix(layers):
+    first = ["--policy", "static_prefix", "--stages", "0:0.7,0.5:0.8"]
+    assert frozen_after_each_step(layers, *first).index(True) + 1 == STEPS // 2
+    assert not any(frozen_after_each_step(layers, "--policy", "static_prefix"))  # by default half the cost; a has 3/4
+
+
+def test_stages_can_be_compared_with_those_of_a_log():
+    changed = options("--stages", "0:0.5,0.5:1").settings()
+    assert json.loads(json.dumps(changed)) == changed
+    assert changed["stages"] != options("--stages", "0:0.5").settings()["stages"]
+
+
+@pytest.mark.parametrize("text", ["0.5", "a:b", "0:0.5:1", "0:0.5,", ""])
+def test_refuses_stages_of_another_form(text, capsys):
+    with pytest.raises(SystemExit):
+        options("--stages", text)
+    assert "expected pairs AT:SHARE of numbers" in capsys.readouterr().err
+
+
+def test_caution_and_patience(layers, tmp_path):
+    predictor = sfj.Predictor(sfj.PredictorConfig(size=16), rngs=nnx.Rngs(0))
+    predictor.classifier.layers[2].bias[...] = jnp.array([0.0, 100.0])  # always sure
+    predictor.save(tmp_path / "predictor")
+    smartfrz = ["--policy", "smartfrz", "--predictor", str(tmp_path / "predictor")]
+    first = {n: frozen_after_each_step(layers, *smartfrz, "--patience", str(n)).index(True) + 1 for n in (1, 2, 4)}
+    assert first == {1: 5, 2: 10, 4: 20}
+    assert not any(frozen_after_each_step(layers, *smartfrz, "--caution", "1"))
+    bold, careful = (
+        frozen_after_each_step(layers, "--policy", "progress", "--caution", caution) for caution in ("0.1", "0.9")
+    )
+    assert bold.index(True) < careful.index(True)

@@ -347,7 +347,7 @@ def test_every_policy_freezes_them(network, scan):
         sfj.never(),
         sfj.linear(4),
         sfj.autofreeze(2),
-        sfj.static_prefix(0.5, total_steps=4, at=0.5),
+        sfj.static_prefix(4, [(0.5, 1.0)]),
         sfj.random(0.5, total_steps=4),
         sfj.smartfrz(predictor, record_every=1, evaluate_every=2, window=2, min_records=2),
         sfj.similarity_guided(outputs, evaluate_every=2, window=2, tolerance=0.9),

@@ -15,11 +15,11 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterable
-from functools import partial
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from flax import nnx
 from tqdm import tqdm
@@ -122,8 +122,11 @@ class Demo:
             def after_step(step: int) -> None:
                 bar.update()
                 bar.set_postfix(frozen=f"{len(freezer.frozen.names)}/{len(self.layers)}", refresh=False)
-                if recorder is not None and step % record_every(self.total_steps) == 0:
-                    recorder.record(step, nnx.state(model, nnx.Param), self.features(model, self.probe))
+                every = record_every(self.total_steps)
+                if recorder is not None and step % every == 0:
+                    losses = [taken.loss for taken in log.run.steps[-every:] if taken.loss is not None]
+                    loss = float(np.mean(losses))
+                    recorder.record(step, nnx.state(model, nnx.Param), self.features(model, self.probe), loss)
 
             run(log, model, optimizer, freezer, self.step, data, after_step=after_step)
             log.add(Evaluation(self.total_steps, {"accuracy": accuracy(model, self.test_split)}))
@@ -146,8 +149,16 @@ class Demo:
 
     def recorder(self, reference: nnx.Module) -> sfj.Recorder:
         """Records a run beside the reference; its weights are tailored as the policy will tailor them."""
-        tailoring = sfj.Tailoring.create(self.layers, nnx.state(reference, nnx.Param))
-        return sfj.Recorder(self.layers, tailoring, self.features(reference, self.probe))
+        model = new_model(0)
+        nnx.update(model, self.pretrained)
+        start = nnx.state(model, nnx.Param)
+        return sfj.Recorder(
+            self.layers,
+            sfj.Tailoring.create(self.layers, start),
+            start,
+            record_every=record_every(self.total_steps),
+            reference_features=self.features(reference, self.probe),
+        )
 
 
 def record_every(total_steps: int) -> int:
@@ -180,7 +191,7 @@ def demo(args: argparse.Namespace, say: Callable[[str], None], interrupt: Interr
         (data_set / f"{name}.npz").unlink(missing_ok=True)  # of an earlier demo
         recording.save(recorded, data_set, name)
 
-    examples = sfj.make_examples(recording.load(data_set), criterion=partial(sfj.settled, tolerance=args.tolerance))
+    examples = sfj.make_examples(recording.load(data_set), criterion=sfj.Settled(tolerance=args.tolerance))
 
     def progress(epochs: Iterable[int]) -> Iterable[int]:
         return interrupt.checked(tqdm(epochs, f"{'predictor':<28}", unit="epoch", disable=args.quiet, ncols=100))

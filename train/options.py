@@ -58,10 +58,12 @@ class Options:
     percentile: float
     tolerance: float
     budget: float
-    at: float
+    stages: tuple[tuple[float, float], ...]
     predictor: Path | None
+    caution: float
+    order: str
+    patience: int
     window: int
-    threshold: float
     reference: Path | None
     lead: int
     min_saving: float
@@ -74,7 +76,8 @@ class Options:
     def settings(self) -> dict[str, str | float | bool | None]:
         """All options, as JSON can hold them."""
         return {
-            name: str(value) if isinstance(value, Path) else value for name, value in dataclasses.asdict(self).items()
+            name: str(value) if isinstance(value, Path | tuple) else value
+            for name, value in dataclasses.asdict(self).items()
         }
 
 
@@ -141,8 +144,15 @@ def parse(argv: list[str] | None) -> Options:
     add = parser.add_argument_group("freezing").add_argument
     add("--policy", choices=get_args(PolicyName), default="never", help="what decides when layers freeze")
     add("--predictor", type=Path, help="smartfrz: checkpoint of the predictor")
+    add("--caution", type=float, default=0.5, help="smartfrz, progress: from 0, save more, to 1, never lose")
+    add(
+        "--order",
+        choices=["front_to_back", "any"],
+        default="front_to_back",
+        help="smartfrz: whether a layer waits for those before it; the paper's is any",
+    )
+    add("--patience", type=int, default=2, help="smartfrz: decisions in a row that it takes; the paper's is 1")
     add("--window", type=int, default=30, help="smartfrz: records that the predictor sees")
-    add("--threshold", type=float, default=0.5, help="smartfrz: probability from which a layer freezes")
     add("--t0", type=float, default=0.5, help="linear: share of training after which the first layer freezes")
     add("--spacing", choices=["linear", "cubic"], default="linear", help="linear: of the moments of freezing")
     add("--evaluations-per-epoch", type=int, default=4, help="autofreeze, similarity_guided: decisions in an epoch")
@@ -151,8 +161,15 @@ def parse(argv: list[str] | None) -> Options:
     )
     add("--tolerance", type=float, default=0.02, help="similarity_guided: change in CKA that counts as none")
     add("--reference", type=Path, help="similarity_guided: model.safetensors of a finished run of the same network")
-    add("--budget", type=float, default=0.5, help="static_prefix, random: share of the forward FLOPs to freeze")
-    add("--at", type=float, default=0.0, help="static_prefix: share of training after which it freezes")
+    add(
+        "--stages",
+        type=_stages,
+        default="0:0.5",
+        metavar="AT:SHARE,...",
+        help="static_prefix: from which share of training on, which share of the forward FLOPs is frozen, such as "
+        "0:0.5,0.5:1",
+    )
+    add("--budget", type=float, default=0.5, help="random: share of the forward FLOPs to freeze")
 
     add("--lead", type=int, default=20, help="steps from a decision to its effect, in which its program is compiled")
     add("--min-saving", type=float, default=0.01, help="share of a step's FLOPs that a new program must save")
@@ -165,7 +182,7 @@ def parse(argv: list[str] | None) -> Options:
     add("--quiet", action="store_true", help="no progress bar")
     options = Options(**vars(parser.parse_args(argv)))
 
-    for name in ("epochs", "batch_size", "evaluations_per_epoch", "max_tokens", "window"):
+    for name in ("epochs", "batch_size", "evaluations_per_epoch", "max_tokens", "window", "patience"):
         if getattr(options, name) < 1:
             parser.error(f"argument --{name.replace('_', '-')}: got {getattr(options, name)}, expected at least 1")
     for name in ("learning_rate", "weight_decay", "warmup_epochs", "momentum", "workers", "lead", "min_saving"):
@@ -175,3 +192,14 @@ def parse(argv: list[str] | None) -> Options:
         if options.policy == policy and getattr(options, name) is None:
             parser.error(f"argument --policy: {policy} needs --{name}; see --help")
     return options
+
+
+def _stages(text: str) -> tuple[tuple[float, float], ...]:
+    try:
+        stages = tuple((float(at), float(share)) for at, share in (stage.split(":") for stage in text.split(",")))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"got {text!r}, expected pairs AT:SHARE of numbers with commas between them, such as 0:0.5,0.5:1 for half "
+            "of the network from the start and all but the head from half time on"
+        ) from None
+    return stages

@@ -12,7 +12,9 @@ import smartfrz_jax as sfj
 if TYPE_CHECKING:
     from train.options import Options
 
-PolicyName = Literal["never", "smartfrz", "linear", "autofreeze", "similarity_guided", "static_prefix", "random"]
+PolicyName = Literal[
+    "never", "smartfrz", "progress", "linear", "autofreeze", "similarity_guided", "static_prefix", "random"
+]
 
 
 def make_policy(
@@ -48,10 +50,14 @@ def make_policy(
             return sfj.smartfrz(
                 predictor,
                 total_steps=total_steps,
+                caution=options.caution,
+                order="any" if options.order == "any" else "front_to_back",
+                patience=options.patience,
                 window=options.window,
-                threshold=options.threshold,
                 seed=options.seed,
             )
+        case "progress":
+            return sfj.progress(total_steps, caution=options.caution)
         case "linear":
             spacing = "cubic" if options.spacing == "cubic" else "linear"
             return sfj.linear(total_steps, t0=options.t0, spacing=spacing)
@@ -61,6 +67,6 @@ def make_policy(
             assert reference is not None
             return sfj.similarity_guided(reference, evaluate_every, tolerance=options.tolerance)
         case "static_prefix":
-            return sfj.static_prefix(options.budget, total_steps=total_steps, at=options.at, costs=costs)
+            return sfj.static_prefix(total_steps, options.stages, costs=costs)
         case "random":
             return sfj.random(options.budget, total_steps=total_steps, seed=options.seed, costs=costs)

@@ -6,6 +6,7 @@ from smartfrz_jax.policies.linear import freezeout_schedules as freezeout_schedu
 from smartfrz_jax.policies.linear import linear as linear
 from smartfrz_jax.policies.linear import scale_by_layer_schedule as scale_by_layer_schedule
 from smartfrz_jax.policies.never import never as never
+from smartfrz_jax.policies.progress import progress as progress
 from smartfrz_jax.policies.random_order import random as random
 from smartfrz_jax.policies.similarity_guided import similarity_guided as similarity_guided
 from smartfrz_jax.policies.smartfrz import smartfrz as smartfrz

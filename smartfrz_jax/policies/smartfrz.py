@@ -3,73 +3,70 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, Literal, get_args
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from smartfrz_jax.history import History
 from smartfrz_jax.layers import Layers
 from smartfrz_jax.policies.base import Policy, check_count, check_finite, check_fraction, freezable, kept, names_of
+from smartfrz_jax.policies.smartfrz_state import SmartFrzState
 from smartfrz_jax.predictor import Predictor, freeze_probability
-from smartfrz_jax.tailoring import Tailoring
-
-if TYPE_CHECKING:
-    from jaxtyping import Bool
 
 PyTree = Any
+Order = Literal["front_to_back", "any"]
 
 _NAME = "smartfrz"
 
-
-class SmartFrzState(NamedTuple):
-    """State of :func:`smartfrz`.
-
-    Attributes:
-        tailoring: Positions of the sampled weights. They are saved with the run, not drawn again from the seed, so that
-            a run resumed under another version of jax does not mix two samples in one history.
-        history: The recent records of every active layer.
-        frozen: Which layers are frozen, shape ``(layers,)``.
-    """
-
-    tailoring: Tailoring
-    history: History
-    frozen: Bool[np.ndarray, " layers"]
+# Fewer say little about movement; the predictors are trained on windows with at least so many.
+_LEAST_RECORDS = 5
 
 
 def smartfrz(
     predictor: Predictor,
     *,
     total_steps: int | None = None,
+    caution: float = 0.5,
+    order: Order = "front_to_back",
+    patience: int = 2,
     record_every: int | None = None,
     evaluate_every: int | None = None,
     window: int = 30,
     size: int | None = None,
     min_records: int | None = None,
-    threshold: float = 0.5,
     seed: int = 0,
     keep: Iterable[str] | None = None,
 ) -> Policy:
-    """A policy that freezes each layer when the predictor finds that its recent weights have settled.
+    """A policy that freezes each layer when the predictor finds that it is ready.
 
-    Every ``record_every`` steps it records a fixed random sample of each active layer's weights; every
-    ``evaluate_every`` steps it judges each active layer by its own records, independently of the others. A frozen layer
-    stays frozen, its records are dropped, and it is not judged again. The predictor is compiled once, for all layers
-    together, however many of them are frozen.
+    Every ``record_every`` steps it records a fixed random sample of each active layer's weights, and the mean of the
+    training loss, if the loop passes that. At a freezing stage, every ``evaluate_every`` steps, the predictor judges
+    each active layer by its own records, independently of the others. A frozen layer stays frozen, its records are
+    dropped, and it is not judged again. The predictor is compiled once, for all layers together, however many of them
+    are frozen.
 
-    The paper does not say how often to record and to judge; the defaults are this project's.
+    ``caution`` is the knob to turn. On the same training run, the layers that are frozen at any stage with more caution
+    are among those that are with less; the same holds of ``patience``.
+
+    The paper does not say how often to record and to judge; the defaults are this project's. Its own rule is
+    ``order="any", patience=1``, with its predictor.
 
     Args:
         predictor: The predictor, such as ``Predictor.restore(path)``.
-        total_steps: Train steps of the run; only for the defaults below.
+        total_steps: Train steps of the run; ``None`` for a run without a set end, whose progress the predictor then
+            does not know.
+        caution: From 0, save more, to 1, never lose: the probability above which the predictor counts as finding a
+            layer ready. 0.5 is the argmax of the paper's Eq. 4; at 1 nothing ever freezes.
+        order: ``"front_to_back"``: a layer freezes only with all before it frozen, for only then the backward pass
+            ends earlier; kept layers are passed over. ``"any"``: each on its own, as in the paper.
+        patience: Freezing stages in a row at which a layer must be found ready before it freezes.
         record_every: Train steps between records. Default ``max(1, total_steps // (4 * window))``: the window spans a
             quarter of the run.
         evaluate_every: Train steps between freezing stages. Default ``5 * record_every``.
         window: Records that the predictor sees; 30 in the paper.
         size: Weights sampled per layer; that for which the predictor was made.
-        min_records: Records a layer must have before it is judged. Default ``window``.
-        threshold: Confidence above which a layer freezes; 0.5 is the argmax of Eq. 4.
+        min_records: Records a layer must have before it is judged. Default 5, or the whole window for a predictor on
+            raw weights, the paper's.
         seed: Seed of the sample.
         keep: Names of layers never to freeze; ``None`` keeps the head, ``()`` nothing.
 
@@ -78,11 +75,12 @@ def smartfrz(
 
     Raises:
         TypeError: If ``predictor`` is not a :class:`~smartfrz_jax.Predictor`.
-        ValueError: If an option is out of range, or no layer could be judged before the run ends; at ``init``, if
-            ``keep`` names no layer of the network.
+        ValueError: If an option is out of range, or no layer could freeze before the run ends; at ``init``, if ``keep``
+            names no layer of the network; in ``update``, if the loss is not a scalar.
         FloatingPointError: In ``update``, if sampled weights or the predictor's confidence are not finite.
 
     Example:
+        >>> import jax.numpy as jnp
         >>> from flax import nnx
         >>> from smartfrz_jax import PredictorConfig, find_layers
         >>> params = {"a": {"kernel": jnp.ones((2, 2))}, "b": {"kernel": jnp.ones((2, 2))}}
@@ -104,47 +102,55 @@ def smartfrz(
             f"size: got {size}, but the predictor was made for {predictor.config.size} weights per layer; leave size "
             "out, or take a predictor of that size"
         )
+    check_fraction(caution, "caution")
+    if order not in get_args(Order):
+        raise ValueError(f"order: got {order!r}, expected {' or '.join(map(repr, get_args(Order)))}")
+    check_count(patience, "patience")
     check_count(window, "window")
     if min_records is None:
-        min_records = window
+        min_records = window if predictor.config.encoding.weights == "raw" else min(_LEAST_RECORDS, window)
     check_count(min_records, "min_records")
     if min_records > window:
         raise ValueError(f"min_records: got {min_records}, expected at most the window, {window}; no more are kept")
-    check_fraction(threshold, "threshold")
-    record_every, evaluate_every = _periods(total_steps, record_every, evaluate_every, window, min_records)
+    record_every, evaluate_every = _periods(total_steps, record_every, evaluate_every, window)
+    if total_steps is not None:
+        _check_fits(total_steps, record_every, evaluate_every, min_records, patience)
     keep = kept(keep)
 
     def init(layers: Layers, params: PyTree) -> SmartFrzState:
         freezable(layers, keep)
-        return SmartFrzState(
-            Tailoring.create(layers, params, size=size, seed=seed),
-            History.create(len(layers), window, size),
-            np.zeros(len(layers), bool),
-        )
+        return SmartFrzState.create(layers, params, window=window, size=size, seed=seed)
 
     def update(
         state: SmartFrzState, layers: Layers, *, step: int, params: Callable[[], PyTree], **signals: Any
     ) -> tuple[frozenset[str], SmartFrzState]:
+        state = state.with_loss(signals.get("loss"))
         if step % record_every == 0:
-            state = _record(state, layers, params(), step)
+            state = state.with_record(layers, params(), step=step, policy=_NAME)
         if step % evaluate_every == 0:
-            state = _evaluate(state, layers, step)
+            state = evaluate(state, layers, step)
         return names_of(layers, state.frozen), state
 
-    def _evaluate(state: SmartFrzState, layers: Layers, step: int) -> SmartFrzState:
-        records = np.asarray(jax.device_get(state.history.count))
-        judged = ~state.frozen & freezable(layers, keep) & (records >= min_records)
-        if not judged.any():
+    def evaluate(state: SmartFrzState, layers: Layers, step: int) -> SmartFrzState:
+        may_freeze = freezable(layers, keep)
+        judged = may_freeze & ~state.frozen
+        if state.records < min_records or not judged.any():
             return state
-        confidence = np.asarray(jax.device_get(freeze_probability(predictor, *state.history.chronological())))
+        recorded = step - step % record_every
+        observation = state.observation(np.nan if total_steps is None else min(1.0, recorded / total_steps))
+        confidence = np.asarray(jax.device_get(freeze_probability(predictor, observation)))
         check_finite(layers, judged & ~np.isfinite(confidence), what="confidence", policy=_NAME, step=step)
-        return state._replace(frozen=state.frozen | (judged & (confidence > threshold)))
+        streak = np.where(judged & (confidence > caution), state.streak + 1, 0).astype(np.int32)
+        ready = judged & (streak >= patience)
+        if order == "front_to_back":
+            ready &= ~np.logical_or.accumulate(judged & ~ready)
+        return state.replace(streak=streak, frozen=state.frozen | ready)
 
     return Policy(init, update)
 
 
 def _periods(
-    total_steps: int | None, record_every: int | None, evaluate_every: int | None, window: int, min_records: int
+    total_steps: int | None, record_every: int | None, evaluate_every: int | None, window: int
 ) -> tuple[int, int]:
     """Steps between records and between freezing stages, with the defaults filled in."""
     if total_steps is not None:
@@ -162,22 +168,15 @@ def _periods(
             f"evaluate_every: got {evaluate_every}, expected at least record_every, {record_every}; without a new "
             "record the verdict is the same"
         )
-    if total_steps is not None and max(min_records * record_every, evaluate_every) > total_steps:
-        raise ValueError(
-            f"min_records: {min_records} records, one every {record_every} steps, and a freezing stage every "
-            f"{evaluate_every} steps do not fit in a run of {total_steps} steps, so nothing would ever freeze; lower "
-            "min_records or window, record_every, or evaluate_every"
-        )
     return record_every, evaluate_every
 
 
-def _record(state: SmartFrzState, layers: Layers, params: PyTree, step: int) -> SmartFrzState:
-    weights = state.tailoring(params)
-    finite = np.asarray(jax.device_get(_rows_finite(weights)))
-    check_finite(layers, ~state.frozen & ~finite, what="params", policy=_NAME, step=step)
-    return state._replace(history=state.history.record(weights, jax.device_put(~state.frozen)))
-
-
-@jax.jit
-def _rows_finite(weights: jax.Array) -> jax.Array:
-    return jnp.isfinite(weights).all(axis=1)
+def _check_fits(total_steps: int, record_every: int, evaluate_every: int, min_records: int, patience: int) -> None:
+    """Refuses options with which nothing would ever freeze."""
+    first_stage = -(-min_records * record_every // evaluate_every)
+    if (first_stage + patience - 1) * evaluate_every > total_steps:
+        raise ValueError(
+            f"min_records, patience: {min_records} records, one every {record_every} steps, and then {patience} "
+            f"freezing stage(s), one every {evaluate_every} steps, do not fit in a run of {total_steps} steps, so "
+            "nothing would ever freeze; lower min_records, patience, record_every, or evaluate_every"
+        )

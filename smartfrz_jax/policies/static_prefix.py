@@ -1,8 +1,9 @@
-"""Fine-tuning as many do it: the first layers frozen at one moment, the rest trained."""
+"""Fine-tuning as many do it: the first layers frozen at moments chosen by hand, the rest trained."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -18,27 +19,27 @@ from smartfrz_jax.policies.base import (
     shares_of_cost,
 )
 
-# Costs are added up in float64; a budget that is met exactly must not be missed by the last bit.
+# Costs are added up in float64; a share that is met exactly must not be missed by the last bit.
 _ROUNDING = 1e-9
 
 
 def static_prefix(
-    budget: float,
-    *,
     total_steps: int,
-    at: float = 0.0,
+    stages: Sequence[tuple[float, float]],
+    *,
     costs: Mapping[str, float] | None = None,
     keep: Iterable[str] | None = None,
 ) -> Policy:
-    """A policy that freezes the first layers at one moment: what a careful choice must beat at the same budget.
+    """A policy that freezes the first layers at given moments: what a careful choice must beat at the same cost.
 
-    It freezes the longest prefix whose share of the network's cost, times the share of the run for which it is frozen,
-    ``1 - at``, is at most the budget. Kept layers inside the prefix are passed over.
+    In a stage ``(at, share)``, from the share ``at`` of training on, the longest prefix is frozen whose part in the
+    network's cost is at most ``share``. Kept layers inside the prefix are passed over. ``[(0.0, 0.5)]`` is the front
+    half from the start; ``[(0.0, 0.5), (0.5, 1.0)]`` from half time on also the rest, but for the head.
 
     Args:
-        budget: Share of the run's cost that may be frozen, in [0, 1].
         total_steps: Train steps of the run.
-        at: Moment of freezing, as a share of the run. Policies are asked after a step, so 0 is after the first one.
+        stages: Moments, as shares of the run, with the share of the network's cost that is frozen from each on; neither
+            may fall. Policies are asked after a step, so a moment of 0 is after the first one.
         costs: Cost of each layer in any unit, by layer name; ``None`` makes all equal.
         keep: Names of layers never to freeze; ``None`` keeps the head, ``()`` nothing.
 
@@ -53,19 +54,41 @@ def static_prefix(
         >>> from smartfrz_jax import find_layers
         >>> params = {"a": {"kernel": jnp.ones((2, 2))}, "b": {"kernel": jnp.ones((2, 2))}}
         >>> layers = find_layers(params, lambda p, x: x @ p["a"]["kernel"] @ p["b"]["kernel"], jnp.ones((1, 2)))
-        >>> policy = static_prefix(0.5, total_steps=100)
+        >>> policy = static_prefix(100, [(0.0, 0.5)])
         >>> policy.update(policy.init(layers, params), layers, step=1, params=lambda: params)[0]
         frozenset({'a'})
     """
-    check_fraction(budget, "budget")
     check_count(total_steps, "total_steps")
-    check_fraction(at, "at")
+    stages = _checked(stages)
     keep = kept(keep)
 
     def freeze_at(layers: Layers) -> np.ndarray:
         may_freeze = freezable(layers, keep)
-        frozen_share = np.cumsum(np.where(may_freeze, shares_of_cost(layers, costs), 0.0)) * (1 - at)
-        fits = may_freeze & (frozen_share <= budget + _ROUNDING)
-        return np.where(fits, np.ceil(at * total_steps - _ROUNDING), NEVER)
+        prefix_share = np.cumsum(np.where(may_freeze, shares_of_cost(layers, costs), 0.0))
+        moments = np.full(len(layers), NEVER, np.float64)
+        for at, share in reversed(stages):
+            fits = may_freeze & (prefix_share <= share + _ROUNDING)
+            moments[fits] = np.ceil(at * total_steps - _ROUNDING)
+        return moments
 
     return scheduled(freeze_at)
+
+
+def _checked(stages: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
+    try:
+        pairs = tuple((float(at), float(share)) for at, share in stages)
+    except (TypeError, ValueError):  # something else in place of a pair, or of the sequence
+        pairs = ()
+    if not pairs:
+        raise ValueError(
+            f"stages: got {stages}, expected at least one pair (share of training, share of the cost), such as "
+            "[(0.0, 0.5)]"
+        )
+    for at, share in pairs:
+        check_fraction(at, "stages: moment")
+        check_fraction(share, "stages: share of the cost")
+    if any(later < earlier for a, b in itertools.pairwise(pairs) for earlier, later in zip(a, b, strict=True)):
+        raise ValueError(
+            f"stages: got {stages}, expected moments and shares of the cost that do not fall; what is frozen stays so"
+        )
+    return pairs

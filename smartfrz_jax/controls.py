@@ -1,0 +1,161 @@
+"""What a predictor must beat: simple rules, fitted on the same examples.
+
+Each control takes the training and the test examples and gives the test examples' freeze probabilities. Another one is
+a predictor without attention, ``PredictorConfig(pooling="mean")``, or one without weights,
+``PredictorConfig(encoding=Encoding(weights="none"))``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from smartfrz_jax.encoding import Encoding
+from smartfrz_jax.examples import Examples
+from smartfrz_jax.fitting import ClassWeights, class_factors
+from smartfrz_jax.regime import context_names
+from smartfrz_jax.standardizing import contexts
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+
+Control = Callable[[Examples, Examples], np.ndarray]
+
+_ALL = Encoding(weights="none")
+_ROUNDS = 100
+
+
+def majority(train: Examples, test: Examples) -> Float[np.ndarray, " n"]:
+    """The share of *freeze* among the training examples, for every example.
+
+    Args:
+        train: The training examples.
+        test: The test examples.
+    """
+    return np.full(len(test), train.target.mean())
+
+
+def progress(train: Examples, test: Examples) -> Float[np.ndarray, " n"]:
+    """Logistic regression on the share of the run that is done.
+
+    Args:
+        train: The training examples.
+        test: The test examples.
+    """
+    return _regression(train, test, ("progress",))
+
+
+def depth(train: Examples, test: Examples) -> Float[np.ndarray, " n"]:
+    """Logistic regression on the place of the layer.
+
+    Args:
+        train: The training examples.
+        test: The test examples.
+    """
+    return _regression(train, test, ("depth",))
+
+
+def progress_and_depth(train: Examples, test: Examples) -> Float[np.ndarray, " n"]:
+    """Logistic regression on both: the two-scalar rule.
+
+    Args:
+        train: The training examples.
+        test: The test examples.
+    """
+    return _regression(train, test, ("progress", "depth"))
+
+
+def update_norm(train: Examples, test: Examples) -> Float[np.ndarray, " n"]:
+    """Logistic regression on the log of the layer's mean step relative to its size.
+
+    Args:
+        train: The training examples.
+        test: The test examples.
+    """
+    return _regression(train, test, ("step",))
+
+
+def context(train: Examples, test: Examples) -> Float[np.ndarray, " n"]:
+    """Logistic regression on all of the context that a predictor may have (:mod:`smartfrz_jax.regime`).
+
+    Args:
+        train: The training examples.
+        test: The test examples.
+    """
+    return _regression(train, test, context_names(_ALL))
+
+
+CONTROLS: dict[str, Control] = {
+    control.__name__: control for control in (majority, progress, depth, progress_and_depth, update_norm, context)
+}
+
+
+def logistic_regression(
+    inputs: Float[np.ndarray, "n d"],
+    target: Bool[np.ndarray, " n"],
+    *,
+    ridge: float = 1e-3,
+    class_weights: ClassWeights = "balanced",
+) -> Float[np.ndarray, " d+1"]:
+    """Weights and bias that minimise the mean cross entropy plus ``ridge / 2`` times the squared norm of the weights.
+
+    Newton's method with halved steps in float64: nothing is drawn, and the minimum is the only one.
+
+    Args:
+        inputs: Inputs, best of mean zero and variance one, shape ``(n, d)``.
+        target: True or false, shape ``(n,)``; both must occur.
+        ridge: Above 0, so that there is a minimum even if the classes can be told apart without error.
+        class_weights: As in :func:`~smartfrz_jax.fit`.
+
+    Returns:
+        The weights, then the bias.
+
+    Raises:
+        ValueError: If ``ridge`` is not above 0, or only one class occurs.
+
+    Example:
+        >>> logistic_regression(np.array([[-1.0], [0.0], [1.0]]), np.array([False, True, True])).shape
+        (2,)
+    """
+    if not ridge > 0:
+        raise ValueError(f"ridge: got {ridge}, expected a number above 0, such as 1e-3")
+    x = np.column_stack([np.asarray(inputs, np.float64), np.ones(len(target))])
+    sign, factor = np.where(target, 1.0, -1.0), class_factors(target, class_weights)[target.astype(int)] / len(target)
+    penalty = np.full(x.shape[1], ridge)
+    penalty[-1] = 0
+
+    def value(w: np.ndarray) -> float:
+        return float(factor @ np.logaddexp(0, -sign * (x @ w)) + penalty @ w**2 / 2)
+
+    w = np.zeros(x.shape[1])
+    for _ in range(_ROUNDS):
+        p = _sigmoid(x @ w)
+        gradient = x.T @ (factor * (p - target)) + penalty * w
+        curvature = (x.T * (factor * p * (1 - p))) @ x + np.diag(penalty)
+        step = np.linalg.lstsq(curvature, gradient, rcond=None)[0]
+        if gradient @ step < 1e-20:
+            break
+        while value(w - step) > value(w):
+            step = step / 2
+        w = w - step
+    return w
+
+
+def _regression(train: Examples, test: Examples, names: tuple[str, ...]) -> np.ndarray:
+    """Probabilities for ``test``; an unknown number is taken for the mean of the training examples."""
+    chosen = [context_names(_ALL).index(name) for name in names]
+    (values, known), (test_values, test_known) = contexts(_ALL, train), contexts(_ALL, test)
+    values, known = values[:, chosen], known[:, chosen]
+    count = np.maximum(known.sum(axis=0), 1)
+    mean = np.where(known, values, 0).sum(axis=0) / count
+    std = np.sqrt(np.where(known, (values - mean) ** 2, 0).sum(axis=0) / count)
+    std[std == 0] = 1
+    w = logistic_regression(np.where(known, (values - mean) / std, 0), train.target)
+    inputs = np.where(test_known[:, chosen], (test_values[:, chosen] - mean) / std, 0)
+    return _sigmoid(inputs @ w[:-1] + w[-1])
+
+
+def _sigmoid(x: np.ndarray) -> np.ndarray:
+    return 0.5 * (1 + np.tanh(x / 2))

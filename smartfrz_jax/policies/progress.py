@@ -1,0 +1,91 @@
+"""Freezing by how far training has come and how deep a layer lies, and nothing else: what a predictor must beat."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from smartfrz_jax.layers import Layers
+from smartfrz_jax.policies.base import NEVER, Policy, check_count, check_fraction, freezable, kept, scheduled
+
+# Intercept and weights of progress and depth. Not fitted to anything: with these, caution 0.5 is the schedule of
+# `linear` with its t0 of 0.5, FreezeOut's best, and a caution of 0.73 (a logit of 1) waits another tenth of the run.
+COEFFICIENTS = (-5.0, 10.0, -5.0)
+
+# Moments are computed in float64; one that falls on a step exactly must not move to the next by the last bit.
+_ROUNDING = 1e-9
+
+
+def progress(
+    total_steps: int,
+    *,
+    coefficients: tuple[float, float, float] = COEFFICIENTS,
+    caution: float = 0.5,
+    keep: Iterable[str] | None = None,
+) -> Policy:
+    r"""A policy that freezes by a logistic regression on the progress of training and the depth of a layer.
+
+    Layer l (from 0 to L) is frozen from the first step t of T at which
+
+    .. math:: \sigma(w_0 + w_1\, t/T + w_2\, l/L) > \text{caution}
+
+    Nothing of this depends on what happens in the run, so the moments are known beforehand. Such a rule cannot see
+    whether the network was well trained when the run began.
+
+    Args:
+        total_steps: Train steps of the run, T.
+        coefficients: :math:`w_0, w_1, w_2`: intercept, weight of progress (above 0: what is frozen stays so), weight of
+            depth (below 0 for front to back).
+        caution: Probability above which a layer freezes, as in :func:`smartfrz_jax.smartfrz`: from 0, everything at
+            once, to 1, nothing ever.
+        keep: Names of layers never to freeze; ``None`` keeps the head, ``()`` nothing.
+
+    Returns:
+        The policy.
+
+    Raises:
+        ValueError: If an option is out of range; at ``init``, if ``keep`` names no layer of the network.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from smartfrz_jax import find_layers
+        >>> params = {"a": {"kernel": jnp.ones((2, 2))}, "b": {"kernel": jnp.ones((2, 2))}}
+        >>> layers = find_layers(params, lambda p, x: x @ p["a"]["kernel"] @ p["b"]["kernel"], jnp.ones((1, 2)))
+        >>> policy = progress(100)
+        >>> policy.update(policy.init(layers, params), layers, step=51, params=lambda: params)[0]
+        frozenset({'a'})
+    """
+    check_count(total_steps, "total_steps")
+    intercept, of_progress, of_depth = _checked(coefficients)
+    check_fraction(caution, "caution")
+    keep = kept(keep)
+
+    def freeze_at(layers: Layers) -> np.ndarray:
+        depth = np.linspace(0, 1, len(layers))
+        moments = (_logit(caution) - intercept - of_depth * depth) / of_progress * total_steps
+        # Beyond the run is never, and so is the infinity of caution 1.
+        first = np.floor(np.clip(moments, -1, total_steps) + _ROUNDING) + 1
+        return np.where(freezable(layers, keep) & (first <= total_steps), first, NEVER)
+
+    return scheduled(freeze_at)
+
+
+def _checked(coefficients: tuple[float, float, float]) -> tuple[float, float, float]:
+    values = tuple(map(float, coefficients))
+    if len(values) != 3 or not np.isfinite(values).all():
+        raise ValueError(
+            f"coefficients: got {coefficients}, expected three finite numbers: intercept, weight of progress, weight "
+            "of depth"
+        )
+    if not values[1] > 0:
+        raise ValueError(
+            f"coefficients: got {coefficients}, expected a weight of progress (the second) above 0; with this one a "
+            "layer would train again later"
+        )
+    return values
+
+
+def _logit(probability: float) -> float:
+    with np.errstate(divide="ignore"):
+        return float(np.log(probability) - np.log1p(-probability))

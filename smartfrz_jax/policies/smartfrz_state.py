@@ -1,0 +1,151 @@
+"""What the policy ``smartfrz`` keeps of a run: the side of it that observes and decides nothing."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import struct
+
+from smartfrz_jax.history import History
+from smartfrz_jax.layers import Layers
+from smartfrz_jax.observation import Observation
+from smartfrz_jax.policies.base import check_finite
+from smartfrz_jax.tailoring import Tailoring
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Float, Int
+
+PyTree = Any
+
+
+class SmartFrzState(struct.PyTreeNode):
+    """State of :func:`~smartfrz_jax.smartfrz`.
+
+    Attributes:
+        tailoring: Positions of the sampled weights. They are saved with the run, not drawn again from the seed, so that
+            a run resumed under another version of jax does not mix two samples in one history.
+        history: The recent records of every active layer.
+        start: The sampled weights before the first step, float32 of shape ``(layers, size)``.
+        records: Records so far, int32.
+        losses: Mean training loss over the interval that ended with each of the last records, oldest first, float32 of
+            shape ``(window,)``; NaN where it is unknown.
+        first_loss: Mean training loss over the first interval, float32; NaN if unknown.
+        loss_sum: Sum of the losses since the last record, float32, on the device.
+        loss_count: How many they are, int32.
+        streak: Freezing stages in a row at which the predictor found each layer ready, int32 of shape ``(layers,)``.
+        frozen: Which layers are frozen, shape ``(layers,)``.
+    """
+
+    tailoring: Tailoring
+    history: History
+    start: Float[Array, "layers size"]
+    records: Int[np.ndarray, ""]
+    losses: Float[np.ndarray, " window"]
+    first_loss: Float[np.ndarray, ""]
+    loss_sum: Float[Array, ""]
+    loss_count: Int[np.ndarray, ""]
+    streak: Int[np.ndarray, " layers"]
+    frozen: Bool[np.ndarray, " layers"]
+
+    @classmethod
+    def create(cls, layers: Layers, params: PyTree, *, window: int, size: int, seed: int) -> SmartFrzState:
+        """State before the first step.
+
+        Args:
+            layers: The network's layers.
+            params: Its parameter pytree.
+            window: Records to keep of a layer.
+            size: Weights to sample of a layer.
+            seed: Seed of the sample.
+        """
+        tailoring = Tailoring.create(layers, params, size=size, seed=seed)
+        return cls(
+            tailoring=tailoring,
+            history=History.create(len(layers), window, size),
+            # By way of the host: a state must not insist on the devices on which the parameters lie now.
+            start=jax.device_put(jax.device_get(tailoring(params))),
+            records=np.zeros((), np.int32),
+            losses=np.full(window, np.nan, np.float32),
+            first_loss=np.full((), np.nan, np.float32),
+            loss_sum=_zero(),
+            loss_count=np.zeros((), np.int32),
+            streak=np.zeros(len(layers), np.int32),
+            frozen=np.zeros(len(layers), bool),
+        )
+
+    def with_loss(self, loss: Any) -> SmartFrzState:
+        """Adds the loss of a step, without waiting for the device.
+
+        Args:
+            loss: A scalar; ``None`` if it is unknown.
+
+        Raises:
+            ValueError: If it is not a scalar.
+        """
+        if loss is None:
+            return self
+        if np.shape(loss) != ():
+            raise ValueError(f"loss: got shape {np.shape(loss)}, expected a scalar; pass the mean over the batch")
+        loss = loss if isinstance(loss, jax.Array) else jax.device_put(np.float32(loss))
+        return self.replace(
+            loss_sum=_add(self.loss_sum, loss), loss_count=np.asarray(self.loss_count + 1, self.loss_count.dtype)
+        )
+
+    def with_record(self, layers: Layers, params: PyTree, *, step: int, policy: str) -> SmartFrzState:
+        """Adds a record of every active layer, and drops those of frozen ones.
+
+        Args:
+            layers: The network's layers.
+            params: Its parameter pytree.
+            step: Number of train steps done, for the error.
+            policy: Name of the policy, for the error.
+
+        Raises:
+            FloatingPointError: If a sampled weight of an active layer is not finite.
+        """
+        weights = self.tailoring(params)
+        finite, loss_sum = jax.device_get((_rows_finite(weights), self.loss_sum))
+        check_finite(layers, ~self.frozen & ~np.asarray(finite), what="params", policy=policy, step=step)
+        loss = np.float32(loss_sum / self.loss_count if self.loss_count else np.nan)
+        return self.replace(
+            history=self.history.record(weights, jax.device_put(~self.frozen)),
+            records=np.asarray(self.records + 1, np.int32),
+            losses=np.append(self.losses[1:], loss),
+            first_loss=self.first_loss if self.records else np.asarray(loss),
+            loss_sum=_zero(),
+            loss_count=np.zeros((), np.int32),
+        )
+
+    def observation(self, progress: float) -> Observation:
+        """What a predictor sees of every layer at the last record, on the device.
+
+        Args:
+            progress: Share of the run done by then; NaN if its length is unknown.
+        """
+        layers = len(self.frozen)
+        records, mask = self.history.chronological()
+        rest = {
+            "elapsed": np.full(layers, self.records, np.float32),
+            "losses": np.tile(self.losses, (layers, 1)),
+            "first_loss": np.full(layers, self.first_loss, np.float32),
+            "progress": np.full(layers, progress, np.float32),
+            "depth": np.linspace(0, 1, layers, dtype=np.float32),
+        }
+        return Observation(records=records, mask=mask, start=self.start, **jax.device_put(rest))
+
+
+def _zero() -> jax.Array:
+    return jax.device_put(np.zeros((), np.float32))
+
+
+@jax.jit
+def _add(total: jax.Array, loss: jax.Array) -> jax.Array:
+    return total + loss.astype(jnp.float32)
+
+
+@jax.jit
+def _rows_finite(weights: jax.Array) -> jax.Array:
+    return jnp.isfinite(weights).all(axis=1)
