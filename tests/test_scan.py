@@ -13,8 +13,8 @@ from jax.interpreters import partial_eval
 import smartfrz_jax as sfj
 from models.bert import Bert
 from models.deit import DeiT
-from smartfrz_jax.nnx import scan_blocks
 from smartfrz_jax import paths
+from smartfrz_jax.nnx import scan_blocks
 
 IMAGES = jax.random.normal(jax.random.key(0), (4, 8, 8, 3))
 IDS = jax.random.randint(jax.random.key(1), (4, 6), 0, 20)

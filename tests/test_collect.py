@@ -1,0 +1,328 @@
+"""``python -m train.collect``: which runs there are, what a recording holds, and that a killed collection goes on."""
+
+import dataclasses
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+
+import smartfrz_jax as sfj
+from smartfrz_jax import recording
+from train import collect
+from train.collection import __main__ as worker
+from train.collection import pretraining, sets
+from train.collection.architectures import ARCHITECTURES
+from train.collection.network import Network
+from train.collection.plan import runs
+from train.collection.record import record
+from train.collection.schedules import learning_rates
+from train.collection.sets import Arrays, Batches
+
+TINY = next(run for run in runs() if run.name == "resnet8-fashion_mnist-scratch-0")
+
+
+def tiny(steps=8, **changes):
+    """A short run that needs nothing but what is in the repository."""
+    return dataclasses.replace(TINY, steps=steps, examples=64, batch_size=8, true_harm=False, **changes)
+
+
+def images(n=16, classes=10, size=8):
+    rng = np.random.default_rng(0)
+    return Arrays((rng.normal(size=(n, size, size, 3)).astype(np.float32),), rng.integers(0, classes, n, np.int32))
+
+
+def test_names_of_runs_are_unique_and_plain_file_names():
+    names = [run.name for run in runs()]
+    assert len(set(names)) == len(names) >= 72
+    assert all(name == Path(name).name and not set(name) & set(':/\\ *?"') for name in names)
+
+
+def test_the_list_is_the_same_in_every_process():
+    code = "from train.collection.plan import runs; print(*runs(), sep='\\n')"
+    root = Path(collect.__file__).resolve().parents[1]
+    printed = [
+        subprocess.run(
+            [sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True,
+            env={"PYTHONHASHSEED": seed, "JAX_PLATFORMS": "cpu", "PATH": ""},
+        ).stdout
+        for seed in ("1", "2")
+    ]  # fmt: skip
+    assert printed[0] == printed[1] == "\n".join(map(str, runs())) + "\n"
+
+
+def test_six_architectures_learn_three_sets_from_scratch_and_from_both_levels_of_pretraining():
+    seen = {}
+    for run in runs():
+        seen.setdefault(run.architecture, {}).setdefault(run.data, set()).add(run.pretraining.rpartition(":")[2])
+    full = {"scratch", "weak", "good"}
+    assert sum(len(by_set) >= 3 and all(full <= levels for levels in by_set.values()) for by_set in seen.values()) >= 6
+    assert seen["efficientnet-lite0"].keys() >= {"cifar10", "cifar100"}
+    assert seen["minilm"] == {"glue/cola": {"published"}, "glue/mrpc": {"published"}}
+
+
+def test_hyperparameters_vary_within_every_small_architecture():
+    for name, architecture in ARCHITECTURES.items():
+        own = [run for run in runs() if run.architecture == name]
+        if architecture.published:
+            continue
+        optimizers, schedules = Counter(run.optimizer for run in own), Counter(run.schedule for run in own)
+        assert max(optimizers.values()) - min(optimizers.values()) <= 1
+        assert len(schedules) == 4
+        assert max(schedules.values()) - min(schedules.values()) <= 1
+        assert {run.batch_size for run in own} == set(architecture.batch_sizes)
+        assert {run.steps for run in own} == set(architecture.steps)
+        assert len({run.learning_rate for run in own}) >= 3
+
+
+def test_runs_fit_their_networks():
+    for run in runs():
+        architecture = ARCHITECTURES[run.architecture]
+        assert architecture.text == run.data.startswith("glue/")
+        assert (run.batch_norm == "none") == (not architecture.batch_norm)
+        assert not (run.batch_norm == "fixed" and (run.pretraining == "scratch" or run.pretraining.endswith(":weak")))
+        assert not (architecture.text and run.augment)
+        assert bool(architecture.published) == (run.pretraining == "published")
+    assert 6 <= sum(run.true_harm for run in runs()) <= 8
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [
+        ("cosine", [1, 0.85355339, 0.5, 0.14644661]),
+        ("linear", [1, 0.75, 0.5, 0.25]),
+        ("step", [1, 1, 0.1, 0.01]),
+        ("constant", [1, 1, 1, 1]),
+    ],
+)
+def test_schedules(schedule, expected):
+    np.testing.assert_allclose(learning_rates(schedule, 2.0, 4), 2 * np.array(expected), rtol=1e-6)
+
+
+def test_warmup_rises_and_does_not_lengthen():
+    rates = learning_rates("constant", 1.0, 10, warmup=4)
+    np.testing.assert_allclose(rates, [0.2, 0.4, 0.6, 0.8, *[1] * 6], rtol=1e-6)
+    with pytest.raises(ValueError, match=r"warmup: got 10, .* total_steps \(10\)"):
+        learning_rates("constant", 1.0, 10, warmup=10)
+    with pytest.raises(ValueError, match="schedule: got 'sine'"):
+        learning_rates("sine", 1.0, 10)  # pyright: ignore[reportArgumentType]
+
+
+def test_an_epoch_has_every_example_once_and_any_step_can_be_asked_for():
+    examples = Arrays((np.arange(12),), np.arange(12, dtype=np.int32))
+    batches = Batches(examples, 4, seed=3)
+    steps = [batches(step).labels for step in range(6)]
+    assert sorted(np.concatenate(steps[:3])) == sorted(np.concatenate(steps[3:])) == list(range(12))
+    assert not np.array_equal(steps[:3], steps[3:])
+    np.testing.assert_array_equal(Batches(examples, 4, seed=3)(4).labels, steps[4])
+    assert not np.array_equal(Batches(examples, 4, seed=4)(0).labels, steps[0])
+
+
+def test_augmented_images_are_shifted_or_mirrored_copies():
+    examples = images(4)
+    plain, augmented = (Batches(examples, 4, 0, augment)(0) for augment in (False, True))
+    np.testing.assert_array_equal(plain.labels, augmented.labels)
+    for image, changed in zip(plain.inputs[0], augmented.inputs[0], strict=True):
+        padded = [np.pad(one, ((2, 2), (2, 2), (0, 0)), "edge") for one in (image, image[:, ::-1])]
+        assert any(
+            np.array_equal(one[y : y + 8, x : x + 8], changed) for one in padded for y in range(5) for x in range(5)
+        )
+
+
+def test_fashion_mnist_is_split_so_that_pretraining_sees_other_images():
+    architecture = ARCHITECTURES["resnet8"]
+    own = sets.open_set("fashion_mnist", architecture, Path(), 2000, held_out=100)
+    other, classes = sets.open_pretraining_set("fashion_mnist", architecture, Path())
+    assert (len(own.train), len(own.held_out), own.num_classes, classes) == (2000, 100, 10, 10)
+    assert own.train.inputs[0].shape == (2000, 16, 16, 3)
+    seen = {image.tobytes() for image in own.train.inputs[0]}
+    assert sum(image.tobytes() in seen for image in other.inputs[0]) <= 5  # the set itself has a few twice
+
+
+@pytest.fixture(scope="module")
+def network():
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        return Network(ARCHITECTURES["resnet8"], 10, "sgd", example=images())
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("jax_defaults")
+def test_frozen_layers_keep_weights_and_statistics_while_others_learn(network):
+    front = network.layers.names[:4]
+    start = network.start(0)
+    frozen = sfj.Frozen(network.layers, frozenset(front))
+    batches = Batches(images(), 8, 0)
+    end = network.train(start, np.full(3, 0.1, np.float32), batches, decay=0.01, frozen=frozen)
+    held = {name for layer in network.layers[:4] for name in (*layer.params, *layer.state)}
+    assert any("bn1/mean" in name for name in held)
+    for name, before in start.weights.items():
+        assert np.array_equal(before, end.weights[name]) == (name in held), name
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("jax_defaults")
+def test_a_pretrained_start_has_all_but_the_head(network):
+    other = network.start(5).weights
+    start = network.start(0, {name: np.asarray(value) for name, value in other.items()})
+    head, fresh = set(network.layers[-1].params), network.start(0).weights
+    for name, value in start.weights.items():
+        np.testing.assert_array_equal(value, fresh[name] if name in head else other[name], err_msg=name)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("jax_defaults")
+def test_a_recording_end_to_end(tmp_path):
+    run = tiny(steps=8, batch_norm="train")
+    recorded = record(dataclasses.replace(run, true_harm=True), tmp_path, tmp_path, None, print)
+    layers = len(recorded.layers)
+    assert recorded.steps.tolist() == list(range(1, 9))
+    assert (recorded.record_every, recorded.total_steps) == (1, 8)
+    assert recorded.weights.shape == (8, layers, 1024)
+    assert not np.array_equal(recorded.weights[0], recorded.start)
+    assert np.isfinite(recorded.losses).all()
+    assert recorded.first_loss == recorded.losses[0]
+    assert recorded.cka is not None
+    assert ((recorded.cka > 0) & (recorded.cka < 1)).all()  # another seed's network is never the same
+    assert recorded.own_cka is not None
+    np.testing.assert_allclose(recorded.own_cka[-1], 1, atol=1e-6)
+    for harm, moments in ((recorded.swap_harm, {1, 2, 3, 4, 5, 6, 7}), (recorded.branch_harm, {1, 2, 4, 6})):
+        assert harm is not None
+        measured = ~np.isnan(harm)
+        assert set(recorded.steps[measured.any(axis=1)].tolist()) == moments
+        assert measured[:, -2].any()
+        assert not measured[:, -1].any()  # the head is never frozen
+    metadata = recorded.metadata
+    assert metadata["architecture"] == "resnet8"
+    assert metadata["held_out"].keys() == metadata["train"].keys() == {"loss", "accuracy"}
+    assert {"training", "swap", "branches", "true harm", "compiling"} <= metadata["seconds"].keys()
+    assert [row["step"] for row in metadata["true_harm"]] == [1] * 4 + [2] * 4 + [4] * 4
+    assert np.isfinite([row["loss"] for row in metadata["true_harm"]]).all()
+    recording.save(recorded, tmp_path, run.name)
+    assert recording.load(tmp_path)[0].metadata == metadata
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("jax_defaults")
+def test_what_is_fine_tuned_is_pretrained_once_and_kept(tmp_path, monkeypatch):
+    monkeypatch.setattr(pretraining, "_STEPS", {"weak": 2, "good": 4})
+    run = tiny(steps=4, pretraining="fashion_mnist:good", batch_norm="fixed")
+    said = []
+    first = record(run, tmp_path, tmp_path, None, said.append)
+    again = record(run, tmp_path, tmp_path, None, said.append)
+    assert sum("pre-training" in text for text in said) == 1
+    np.testing.assert_array_equal(first.weights, again.weights)
+    np.testing.assert_array_equal(first.branch_harm, again.branch_harm)  # pyright: ignore[reportArgumentType]
+    assert [path.name for path in (tmp_path / "pretrained").glob("*.npz")] == ["resnet8-fashion_mnist-good.npz"]
+
+
+@pytest.mark.slow
+def test_a_killed_collection_goes_on_where_it_was(tmp_path, capfd, monkeypatch):
+    names = ["resnet8-fashion_mnist-scratch-0", "resnet14-fashion_mnist-scratch-0"]
+    arguments = ["--only", "resnet*-fashion_mnist-scratch-0", "--steps", "4", "--data-dir", str(tmp_path)]
+    arguments += ["--out", str(tmp_path / "out"), "--jobs", "2"]
+    started = subprocess.Popen(
+        [sys.executable, "-m", "train.collection", names[0], *arguments[2:-2]],
+        cwd=Path(collect.__file__).resolve().parents[1],
+    )
+    with pytest.raises(subprocess.TimeoutExpired):
+        started.wait(3)
+    started.kill()
+    started.wait()
+    assert not list((tmp_path / "out").glob("*.npz"))
+    assert collect.main(arguments) == 0
+    assert "2 runs, 0 of them" in capfd.readouterr().out
+    assert sorted(path.stem for path in (tmp_path / "out").glob("*.npz")) == sorted(names)
+    (tmp_path / "out" / f"{names[1]}.npz").unlink()
+    kept = (tmp_path / "out" / f"{names[0]}.npz").stat().st_mtime_ns
+    assert collect.main(arguments) == 0
+    assert "2 runs, 1 of them" in capfd.readouterr().out
+    assert (tmp_path / "out" / f"{names[0]}.npz").stat().st_mtime_ns == kept
+    assert all(recorded.total_steps == 4 for recorded in recording.load(tmp_path / "out"))
+    monkeypatch.setattr(collect.subprocess, "run", lambda *_, **__: pytest.fail("all runs are there"))
+    assert collect.main(arguments) == 0
+
+
+def test_a_failed_run_is_told_and_the_others_go_on(tmp_path, capsys, monkeypatch):
+    started = []
+
+    def run(command, **_):
+        started.append(command[3])
+        return subprocess.CompletedProcess(command, returncode=1 if "resnet8" in command[3] else 0)
+
+    monkeypatch.setattr(collect.subprocess, "run", run)
+    arguments = ["--only", "*-cifar10-scratch-0", "--data-dir", str(tmp_path), "--out", str(tmp_path / "out")]
+    assert collect.main(arguments) == 1
+    assert len(started) == 8
+    assert "1 of 8 could not be recorded: resnet8-cifar10-scratch-0" in capsys.readouterr().out
+
+
+def test_processes_have_one_thread_and_the_users_flags(tmp_path, monkeypatch):
+    environments = []
+
+    def run(command, *, env, **_):
+        environments.append(env)
+        return subprocess.CompletedProcess(command, returncode=0)
+
+    monkeypatch.setattr(collect.subprocess, "run", run)
+    monkeypatch.setenv("XLA_FLAGS", "--xla_of_the_user=1")
+    assert collect.main(["--limit", "1", "--data-dir", str(tmp_path), "--out", str(tmp_path / "out")]) == 0
+    assert environments[0]["XLA_FLAGS"] == "--xla_of_the_user=1 --xla_cpu_multi_thread_eigen=false"
+    assert environments[0]["PJRT_NPROC"] == "1"
+
+
+def test_list_prints_the_chosen_runs(capsys):
+    assert collect.main(["--list", "--only", "deit6-*-scratch-0"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 3
+    assert all(line.startswith("deit6-") and "rate" in line for line in lines)
+    assert collect.main(["--list", "--limit", "2"]) == 0
+    assert len(capsys.readouterr().out.splitlines()) == 2
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["--only", "alexnet-*"], "only: no run's name matches 'alexnet-*'"),
+        (["--data-dir", "nowhere"], "data-dir: nowhere is not a directory"),
+        (["--weights", "nowhere"], "weights: nowhere is not a directory"),
+    ],
+)
+def test_what_cannot_run_says_why(changed, message, tmp_path, capsys):
+    arguments = ["--data-dir", str(tmp_path), "--out", str(tmp_path / "out"), *changed]
+    assert collect.main(arguments) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--jobs", "0", "--list"], "argument --jobs: got 0, expected at least 1"),
+        (["--limit", "0", "--list"], "argument --limit: got 0"),
+        (["--out", "x"], "argument --data-dir: it is needed"),
+        (["--data-dir", "x"], "argument --out: it is needed"),
+    ],
+)
+def test_the_command_line_is_checked(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        collect.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_a_recording_without_its_data_says_why(tmp_path, capsys):
+    arguments = ["resnet8-cifar10-scratch-0", "--out", str(tmp_path / "out"), "--data-dir", str(tmp_path / "none")]
+    before = jax.config.values["jax_compilation_cache_dir"]
+    try:
+        assert worker.main(arguments) == 1
+    finally:
+        jax.config.update("jax_compilation_cache_dir", before)
+    assert "none is not a directory" in capsys.readouterr().err
+    assert not list((tmp_path / "out").glob("*.npz"))
+
+
+def test_published_weights_that_are_not_there_say_how_to_go_on(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"efficientnet_lite0.safetensors is not in .*--weights.*--only"):
+        pretraining.published_file(ARCHITECTURES["efficientnet-lite0"], tmp_path)

@@ -1,0 +1,106 @@
+"""Folds, figures and the scripts that fit and judge predictors."""
+
+import json
+
+import numpy as np
+import pytest
+
+from smartfrz_jax import Predictor, recording
+from smartfrz_jax.recording import Recording
+from train import evaluate_predictor, fit_predictor
+from train.predictors.figures import Figures, table
+from train.predictors.folds import folds
+from train.predictors.variants import VARIANTS
+
+
+def recorded(architecture: str, seed: int = 0, data: str = "digits") -> Recording:
+    """Two layers that walk and come to rest, the first one earlier."""
+    rng = np.random.default_rng(seed)
+    rest = np.array([8, 16])
+    sizes = np.where(np.arange(1, 25)[:, None] < rest, 1.0, 0.05)
+    weights = np.cumsum(sizes[..., None] * rng.normal(size=(24, 2, 64)), axis=0)
+    cka = np.where(np.arange(1, 25)[:, None] < rest, np.arange(24)[:, None] / 24, 1.0)
+    return Recording(
+        layers=("a", "b"),
+        steps=np.arange(1, 25),
+        record_every=1,
+        total_steps=24,
+        weights=weights,
+        start=np.zeros((2, 64)),
+        losses=np.linspace(1, 0.1, 24),
+        first_loss=1.0,
+        cka=cka,
+        metadata={"architecture": architecture, "data": data, "schedule": "cosine"},
+    )
+
+
+def test_folds_hold_out_families():
+    runs = [recorded(name) for name in ("resnet8", "vgg9", "resnet14", "mine")]
+    assert list(folds(runs, "architecture")) == [("mine", [3]), ("resnet", [0, 2]), ("vgg", [1])]
+    with pytest.raises(ValueError, match="all are of one schedule"):
+        list(folds(runs, "schedule"))
+    with pytest.raises(ValueError, match="does not say its data"):
+        list(folds([Recording(**{**vars(runs[0]), "metadata": {}})], "data"))
+
+
+def test_table_takes_means_over_folds_and_spread_over_seeds():
+    def row(fold, seed, auc):
+        return Figures("cka", "data", fold, "mine", seed, 10, 5, auc, float("nan"), 0.5, 0.1, 1.0)
+
+    text = table([row("x", 0, 0.5), row("y", 0, 0.7), row("x", 1, 0.7), row("y", 1, 0.9)])
+    # 0.6 and 0.8 with the two seeds
+    assert text.splitlines()[-1].startswith("| mine | 2 | 2 | 0.700 +- 0.141 | nan")
+    assert "0.600 (x)" in text
+
+
+@pytest.fixture
+def data_set(tmp_path):
+    for n, name in enumerate(("vgg9", "resnet8", "resnet14")):
+        recording.save(recorded(name, n, data=("digits", "letters")[n % 2]), tmp_path / "recordings", name)
+    return tmp_path / "recordings"
+
+
+VARIANT = "t/T, depth, regime"
+
+
+@pytest.mark.slow
+def test_evaluates_and_goes_on(data_set, tmp_path, capsys):
+    out = tmp_path / "evaluation"
+    args = ["--recordings", str(data_set), "--out", str(out), "--targets", "cka", "--variants", VARIANT]
+    args += ["--splits", "architecture", "--stride", "2"]
+    assert evaluate_predictor.main([*args, "--seeds", "1"]) == 0
+    lines = (out / "figures.jsonl").read_text().splitlines()
+    rows = [Figures(**json.loads(line)) for line in lines]
+    assert {row.fold for row in rows} == {"resnet", "vgg"}
+    by_fold = {(row.variant, row.fold): row for row in rows}
+    assert by_fold["context", "resnet"].auc > 0.95
+    assert by_fold[VARIANT, "resnet"].n == 40
+    assert by_fold["majority", "vgg"].auc == 0.5
+    assert "held out by architecture" in (out / "figures.md").read_text()
+    assert evaluate_predictor.main([*args, "--seeds", "2"]) == 0
+    again = (out / "figures.jsonl").read_text().splitlines()
+    assert again[: len(lines)] == lines
+    assert len(again) == len(lines) + 2
+    assert capsys.readouterr().out.count("tables are in") == 2
+
+
+@pytest.mark.slow
+def test_fits_without_an_architecture(data_set, tmp_path, capsys):
+    out = tmp_path / "predictor"
+    args = ["--recordings", str(data_set), "--out", str(out), "--target", "cka", "--variant", VARIANT]
+    assert fit_predictor.main([*args, "--without", "resnet8"]) == 0
+    assert "2 of 3 recordings" in capsys.readouterr().out
+    assert Predictor.restore(out).config.encoding == VARIANTS[VARIANT].encoding
+    assert fit_predictor.main(args) == 2
+    assert "exists" in capsys.readouterr().err
+
+
+def test_unknown_architecture_is_an_error(data_set, tmp_path, capsys):
+    args = ["--recordings", str(data_set), "--out", str(tmp_path / "p"), "--target", "cka", "--variant", VARIANT]
+    assert fit_predictor.main([*args, "--without", "alexnet"]) == 2
+    assert "they are of resnet14, resnet8, vgg9" in capsys.readouterr().err
+
+
+def test_recordings_that_are_not_there_are_an_error(tmp_path, capsys):
+    assert evaluate_predictor.main(["--recordings", str(tmp_path / "x"), "--out", str(tmp_path / "y")]) == 2
+    assert "there is no directory" in capsys.readouterr().err

@@ -1,0 +1,151 @@
+"""Figures of the closed loop, against numbers worked out by hand."""
+
+import json
+
+import numpy as np
+import pytest
+
+pytest.importorskip("matplotlib")
+
+import smartfrz_jax as sfj
+from train import closed_loop
+from train.trials import report
+from train.trials.cases import CASES
+from train.trials.strategies import Situation, strategies
+from train.trials.trial import Bench, Result
+
+
+def result(strategy, seed, accuracy, compute, cached=None, seconds=10.0):
+    cached = compute if cached is None else cached
+    return Result("case", strategy, seed, accuracy, 1.0, compute, cached, seconds, seconds, [])
+
+
+RESULTS = [
+    result("never", 0, 0.80, 1.0),
+    result("never", 1, 0.90, 1.0),
+    result("static:half", 0, 0.82, 0.6, 0.4, 5.0),
+    result("static:half", 1, 0.86, 0.6, 0.4, 8.0),
+    result("shorter:0.5,1.0", 0, 0.70, 0.5),
+    result("shorter:0.5,2.0", 0, 0.75, 0.5),
+    result("smartfrz:0.5", 7, 0.99, 0.1),
+]
+
+
+def test_rows_are_paired_by_seed():
+    rows = {row.strategy: row for row in report.rows(RESULTS)}
+    half = rows["static:half"]
+    assert half.seeds == 2
+    assert half.difference == pytest.approx(-1.0)  # +2 and -4 points
+    assert half.error == pytest.approx(3.0)  # their standard deviation is 3 sqrt(2), over sqrt(2)
+    assert half.time == pytest.approx(0.65)
+    assert half.compute_cached == 0.4
+    assert rows["never"].difference == 0
+    assert "smartfrz:0.5" not in rows  # no run of never with that seed
+    assert "shorter:0.5,1.0" not in rows  # the other rate is better
+    assert rows["shorter:0.5,2.0"].difference == pytest.approx(-5.0)
+    assert np.isnan(rows["shorter:0.5,2.0"].error)
+
+
+def test_front():
+    rows = {row.strategy: row for row in report.rows(RESULTS)}
+    assert report.is_on_front(rows["never"], rows.values())
+    assert report.is_on_front(rows["static:half"], rows.values())
+    worse = rows["never"]._replace(strategy="worse", difference=-9.0, error=0.5)
+    assert not report.is_on_front(worse, rows.values())
+    assert report.is_on_front(worse._replace(difference=-0.4), rows.values())  # within the noise of the better one
+
+
+def test_table_and_picture(tmp_path):
+    rows = report.rows(RESULTS)
+    text = report.table(rows)
+    assert "| static:half | 2 | 0.60 | 0.40 | 0.65 | 84.00 | -1.00 +- 3.00 |" in text
+    report.picture(rows, tmp_path / "case.png", "case")
+    assert (tmp_path / "case.png").stat().st_size > 10_000
+
+
+FORWARD = {"a": 1.0, "b": 2.0, "c": 3.0}
+
+
+class Account:
+    """Three layers of forward cost 1, 2 and 3; a step costs three times that, and a frozen one its forward pass."""
+
+    class Flops:
+        def __init__(self, total, by_layer):
+            self.total = total
+            self.by_layer = {name: type("Parts", (), {"forward": cost}) for name, cost in by_layer.items()}
+
+    def flops(self, frozen=None):
+        names = frozen.names if frozen is not None else ()
+        total = sum(cost * (1 if name in names else 3) for name, cost in FORWARD.items())
+        return self.Flops(total, FORWARD)
+
+
+class Layers:
+    names = ("a", "b", "c")
+
+    def check(self, names, _):
+        return names
+
+
+def bench():
+    made = Bench.__new__(Bench)
+    made.layers, made.account = Layers(), Account()
+    made.setup = CASES["resnet14-weak"].setup.__class__(
+        **{**CASES["resnet14-weak"].setup.__dict__, "steps": 10, "examples": 6, "batch_size": 3}
+    )
+    return made
+
+
+@pytest.mark.parametrize(
+    ("frozen", "total_steps", "compute", "cached"),
+    [
+        ([], 10, 1.0, 1.0),
+        ([], 5, 0.5, 0.5),
+        # a saves 2 in 6 steps of 180 in all; its forward pass (1) in those after an epoch of 2 steps
+        ([(4, ["a"])], 10, 1 - 12 / 180, 1 - (12 + 4) / 180),
+        # b alone is not a front, and is one with a from step 6 on
+        ([(2, ["b"]), (6, ["a"])], 10, 1 - (8 * 4 + 4 * 2) / 180, 1 - (8 * 4 + 4 * 2 + 2 * 3) / 180),
+    ],
+)
+def test_compute_by_hand(frozen, total_steps, compute, cached):
+    got = bench().compute(frozen, total_steps)
+    np.testing.assert_allclose(got, (compute, cached), rtol=1e-12)
+
+
+def test_every_strategy_makes_a_policy_or_says_what_it_lacks():
+    costs = {"a": 1.0, "b": 2.0}
+    reference = {"a": np.ones((4, 2)), "b": np.ones((4, 2))}
+    situation = Situation(100, costs, lambda: reference, None, None, 0)
+    for strategy in strategies().values():
+        if strategy.needs is None:
+            assert isinstance(strategy.policy(situation), sfj.Policy)
+        else:
+            with pytest.raises(ValueError, match="predictors"):
+                strategy.policy(situation)
+
+
+def test_what_is_done_is_not_run_again(tmp_path):
+    args = closed_loop.parse(
+        f"--data-dir {tmp_path} --out {tmp_path} --cases resnet14-weak --seeds 2 --strategies never static:*".split()
+    )
+    names = [name for name in strategies() if name == "never" or name.startswith("static:")]
+    everything = [(case, name, seed) for case, name, _, seed in closed_loop.wanted(args, [])]
+    assert everything == [("resnet14-weak", name, seed) for seed in (0, 1) for name in names]
+    file = tmp_path / "results.jsonl"
+    known = result("never", 1, 0.5, 1.0)._replace(case="resnet14-weak", frozen=[(3, ["a"])])
+    file.write_text(json.dumps(known._asdict()) + "\n")
+    assert closed_loop.done(file) == [known]
+    left = [(case, name, seed) for case, name, _, seed in closed_loop.wanted(args, closed_loop.done(file))]
+    assert left == [run for run in everything if run != ("resnet14-weak", "never", 1)]
+    file.write_text("{broken\n")
+    with pytest.raises(ValueError, match="line 1"):
+        closed_loop.done(file)
+
+
+def test_errors_name_the_way_out(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        closed_loop.parse(["--data-dir", "x", "--strategies", "sttaic"])
+    assert "matches none of never" in capsys.readouterr().err
+    args = ["--data-dir", str(tmp_path / "none"), "--out", str(tmp_path / "out"), "--cases", "resnet14-weak"]
+    assert closed_loop.main([*args, "--strategies", "never"]) == 2
+    assert "none" in capsys.readouterr().err

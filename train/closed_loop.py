@@ -1,0 +1,147 @@
+"""Compares freezing policies in the closed loop: accuracy against compute and time, seed by seed against ``never``.
+
+Every run is a line of ``results.jsonl`` in ``--out``; what is there is not run again, so the comparison can be stopped
+and gone on with, and seeds or strategies added. ``results.md`` and a picture for each case are made anew each time.
+
+    python -m train.closed_loop --data-dir data/tfds --weights data/weights --predictors runs/predictors --seeds 3
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import json
+import os
+import platform
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+import smartfrz_jax as sfj
+from train.interrupt import Interrupt
+from train.trials import report
+from train.trials.cases import CASES
+from train.trials.strategies import Strategy, strategies
+from train.trials.trial import Bench, Result
+
+
+def done(path: Path) -> list[Result]:
+    """The results so far.
+
+    Raises:
+        ValueError: If a line is damaged.
+    """
+    if not path.exists():
+        return []
+    results = []
+    for number, line in enumerate(path.read_text().splitlines(), 1):
+        try:
+            fields = json.loads(line)
+            results.append(Result(**fields | {"frozen": [(step, names) for step, names in fields["frozen"]]}))
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"out: line {number} of {path} is not a result ({error}); remove it") from error
+    return results
+
+
+def wanted(args: argparse.Namespace, results: list[Result]) -> Iterator[tuple[str, str, Strategy, int]]:
+    """What is still to be run: all strategies with one seed before the next."""
+    known = {(result.case, result.strategy, result.seed) for result in results}
+    for seed in range(args.seeds):
+        for case in args.cases:
+            for name, strategy in strategies().items():
+                if any(fnmatch.fnmatchcase(name, pattern) for pattern in args.strategies):
+                    if strategy.needs and find_predictor(args, case, strategy.needs) is None:
+                        continue
+                    if (case, name, seed) not in known:
+                        yield case, name, strategy, seed
+
+
+def find_predictor(args: argparse.Namespace, case: str, kind: str) -> Path | None:
+    """Checkpoint of the predictor that has not seen the network of a case; ``None`` if there is none."""
+    if args.predictors is None:
+        return None
+    path = args.predictors / f"{kind}-without-{CASES[case].setup.architecture}"
+    return path if path.is_dir() else None
+
+
+def compare(args: argparse.Namespace, interrupt: Interrupt) -> None:
+    """Runs what is missing, and writes the report."""
+    sfj.keep_programs(args.out / "programs")
+    file = args.out / "results.jsonl"
+    results = done(file)
+    bench: Bench | None = None
+    for case, name, strategy, seed in interrupt.checked(wanted(args, results)):
+        if bench is None or bench.name != case:
+            bench = Bench(case, CASES[case], out=args.out, data_dir=args.data_dir, weights_dir=args.weights, say=print)
+        result = bench.trial(
+            name,
+            strategy,
+            seed,
+            predictor=find_predictor(args, case, "predictor"),
+            paper_predictor=find_predictor(args, case, "paper_predictor"),
+        )
+        with file.open("a") as opened:
+            opened.write(json.dumps(result._asdict()) + "\n")
+        results.append(result)
+        print(
+            f"{case:16s} {name:20s} seed {seed}: accuracy {result.accuracy:.4f}, compute {result.compute:.2f}, "
+            f"kept {result.compute_cached:.2f}, {result.seconds:.0f} s",
+            flush=True,
+        )
+    write_report(args.out, results)
+
+
+def write_report(out: Path, results: list[Result]) -> None:
+    """Writes ``results.md`` and a picture for each case."""
+    versions = f"jax {jax.__version__}, Python {platform.python_version()}, {jax.devices()[0].device_kind}"
+    parts = [f"{' '.join(sys.argv[1:])}\n\n{versions}, {os.cpu_count()} cores"]
+    for case in CASES:
+        found = report.rows(result for result in results if result.case == case)
+        if found:
+            parts.append(f"## {case}\n\n{report.table(found)}")
+            report.picture(found, out / f"{case}.png", f"{case} ({versions})")
+    (out / "results.md").write_text("\n\n".join(parts) + "\n")
+    print(f"table and pictures are in {out}")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m train.closed_loop", description=str(__doc__).split("\n\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/closed_loop"), help="folder for everything written")
+    parser.add_argument("--data-dir", type=Path, required=True, help="folder of prepared TFDS data sets")
+    parser.add_argument("--weights", type=Path, help="folder of published weights")
+    parser.add_argument(
+        "--predictors", type=Path, help="folder of predictors, as train.evaluate_predictor writes it; else no smartfrz"
+    )
+    parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), help="what to compare on")
+    parser.add_argument("--strategies", nargs="+", default=["*"], help="patterns of what to compare, such as static:*")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds, from 0 (default: %(default)s)")
+    args = parser.parse_args(argv)
+    for pattern in args.strategies:
+        if not fnmatch.filter(strategies(), pattern):
+            parser.error(f"argument --strategies: {pattern!r} matches none of {', '.join(strategies())}")
+    if args.seeds < 1:
+        parser.error(f"argument --seeds: got {args.seeds}, expected at least 1")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the script; returns the exit code: 0, 2 if something asked for is wrong, 130 if interrupted."""
+    args = parse(argv)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        with Interrupt() as interrupt:
+            compare(args, interrupt)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; call it again to go on, results are in {args.out / 'results.jsonl'}", file=sys.stderr)
+        return 130
+    except (OSError, ValueError, FloatingPointError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

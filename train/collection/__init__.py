@@ -1,0 +1,1 @@
+"""How the predictor's training set is made: what ``python -m train.collect`` runs."""

@@ -1,0 +1,157 @@
+"""Judges predictors on recorded runs that they did not see, beside simple controls; splits by architecture and more.
+
+Every figure is a line of ``figures.jsonl`` in ``--out``; what is there is not computed again. The tables go to
+``figures.md`` there.
+
+    python -m train.evaluate_predictor --recordings runs/collection --out runs/evaluation
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import get_args
+
+import jax
+import numpy as np
+
+import smartfrz_jax as sfj
+from smartfrz_jax import recording
+from smartfrz_jax.controls import CONTROLS
+from smartfrz_jax.examples import Examples, make_examples
+from smartfrz_jax.recording import Recording
+from smartfrz_jax.splits import by_run, moments
+from train.interrupt import Interrupt
+from train.predictors.figures import Figures, table
+from train.predictors.folds import Split, folds
+from train.predictors.variants import TARGETS, VARIANTS
+
+
+def jobs(
+    args: argparse.Namespace, recordings: list[Recording]
+) -> Iterator[tuple[str, Split, str, list[int], str, int]]:
+    """Everything that is to be computed: all of one target and split first, there fold by fold."""
+    for target in args.targets:
+        for split in args.splits:
+            for fold, held_out in folds(recordings, split):
+                for control in CONTROLS:
+                    yield target, split, fold, held_out, control, 0
+                for seed in range(args.seeds):
+                    for variant in args.variants:
+                        yield target, split, fold, held_out, variant, seed
+
+
+def evaluate(args: argparse.Namespace, interrupt: Interrupt) -> None:
+    """Computes what is missing, and writes the tables."""
+    recordings = recording.load(args.recordings)
+    file = args.out / "figures.jsonl"
+    found = [Figures(**json.loads(line)) for line in file.read_text().splitlines()] if file.exists() else []
+    known = {row[:5] for row in found}
+    examples: dict[str, Examples] = {}
+    for target, split, fold, held_out, variant, seed in interrupt.checked(jobs(args, recordings)):
+        if (target, split, fold, variant, seed) in known:
+            continue
+        if target not in examples:
+            examples[target] = make_examples(recordings, criterion=TARGETS[target], stride=args.stride)
+        mask = by_run(examples[target], held_out)
+        train, test = examples[target].select(~mask), examples[target].select(mask)
+        start = time.perf_counter()
+        predict = _of_control(variant) if variant in CONTROLS else _of_variant(variant, seed)
+        probability = predict(train, test)
+        seconds = time.perf_counter() - start
+        score = sfj.evaluate(probability, test.target, groups=moments(test))
+        row = Figures(
+            target,
+            split,
+            fold,
+            variant,
+            seed,
+            score.n,
+            score.positives,
+            score.auc,
+            score.moment_auc,
+            score.balanced_accuracy,
+            score.calibration_error,
+            round(seconds, 1),
+        )
+        with file.open("a") as opened:
+            opened.write(json.dumps(row._asdict()) + "\n")
+        found.append(row)
+        print(
+            f"{target:12s} {split:12s} {fold:14s} {variant:32s} seed {seed}: AUC {row.auc:.3f}, across layers "
+            f"{row.moment_auc:.3f} ({row.positives} of {row.n} to freeze, {row.seconds:.0f} s)",
+            flush=True,
+        )
+    write_tables(args, len(recordings), found)
+
+
+def _of_control(name: str) -> Callable[[Examples, Examples], np.ndarray]:
+    return CONTROLS[name]
+
+
+def _of_variant(name: str, seed: int) -> Callable[[Examples, Examples], np.ndarray]:
+    return lambda train, test: sfj.predict(VARIANTS[name].fit(train, seed=seed), test)
+
+
+def write_tables(args: argparse.Namespace, recordings: int, found: list[Figures]) -> None:
+    """Writes ``figures.md``."""
+    versions = f"jax {jax.__version__}, Python {platform.python_version()}, {jax.devices()[0].device_kind}"
+    parts = [f"{' '.join(sys.argv[1:])}\n\n{versions}; {recordings} recordings, every {args.stride}th moment"]
+    for target in TARGETS:
+        for split in get_args(Split):
+            rows = [row for row in found if (row.target, row.split) == (target, split)]
+            if rows:
+                n, positives = (
+                    sum({row.fold: getattr(row, field) for row in rows}.values()) for field in ("n", "positives")
+                )
+                parts.append(
+                    f"## {target}, held out by {split} ({positives} of {n} examples to freeze)\n\n{table(rows)}"
+                )
+    (args.out / "figures.md").write_text("\n\n".join(parts) + "\n")
+    print(f"tables are in {args.out / 'figures.md'}")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m train.evaluate_predictor", description=str(__doc__).split("\n\n")[0]
+    )
+    parser.add_argument("--recordings", type=Path, required=True, help="recordings, as train.collect makes them")
+    parser.add_argument("--out", type=Path, default=Path("runs/evaluation"), help="folder for everything written")
+    parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS), help="what is supervised")
+    parser.add_argument(
+        "--splits", nargs="+", choices=get_args(Split), default=list(get_args(Split)), help="what is held out"
+    )
+    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="predictors")
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of each predictor (default: %(default)s)")
+    parser.add_argument("--stride", type=int, default=12, help="records between moments (default: %(default)s)")
+    args = parser.parse_args(argv)
+    for name in ("seeds", "stride"):
+        if getattr(args, name) < 1:
+            parser.error(f"argument --{name}: got {getattr(args, name)}, expected at least 1")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the script; returns the exit code: 0, 2 if something asked for is wrong, 130 if interrupted."""
+    args = parse(argv)
+    try:
+        args.out.mkdir(parents=True, exist_ok=True)
+        with Interrupt() as interrupt:
+            evaluate(args, interrupt)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; call it again to go on, figures are in {args.out / 'figures.jsonl'}", file=sys.stderr)
+        return 130
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,59 @@
+"""Trains a predictor on recorded runs, and writes its checkpoint.
+
+    python -m train.fit_predictor --recordings runs/collection --target branch_harm --out runs/predictors/predictor
+
+With ``--without`` a network's recordings are left out, so that the predictor can be tried on it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import smartfrz_jax as sfj
+from smartfrz_jax import recording
+from smartfrz_jax.examples import make_examples
+from train.predictors.variants import TARGETS, VARIANTS
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m train.fit_predictor", description=str(__doc__).split("\n\n")[0])
+    parser.add_argument("--recordings", type=Path, required=True, help="recordings, as train.collect makes them")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint to make")
+    parser.add_argument("--target", choices=list(TARGETS), required=True, help="what is supervised")
+    parser.add_argument("--variant", choices=list(VARIANTS), required=True, help="what the predictor reads")
+    parser.add_argument("--without", nargs="*", default=[], help="architectures whose recordings are left out")
+    parser.add_argument("--seed", type=int, default=0, help="of everything (default: %(default)s)")
+    parser.add_argument("--stride", type=int, default=4, help="records between moments (default: %(default)s)")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the script; returns the exit code: 0, or 2 if something asked for is wrong."""
+    args = parse(argv)
+    try:
+        if args.out.exists():
+            raise FileExistsError(f"out: {args.out} exists; choose another folder, or remove it")
+        recordings = recording.load(args.recordings)
+        known = {str(recorded.metadata.get("architecture")) for recorded in recordings}
+        for unknown in sorted(set(args.without) - known):
+            raise ValueError(f"without: no recording is of {unknown!r}; they are of {', '.join(sorted(known))}")
+        chosen = [recorded for recorded in recordings if recorded.metadata.get("architecture") not in args.without]
+        examples = make_examples(chosen, criterion=TARGETS[args.target], stride=args.stride)
+        predictor = VARIANTS[args.variant].fit(examples, seed=args.seed)
+        predictor.save(args.out)
+    except (OSError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    score = sfj.evaluate(sfj.predict(predictor, examples), examples.target)
+    print(
+        f"{args.out}: {args.variant}, {args.target}, {len(chosen)} of {len(recordings)} recordings, {len(examples)} "
+        f"examples; on those it was trained on: AUC {score.auc:.3f}, {score.positives / score.n:.0%} to freeze"
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,142 @@
+"""Accuracy against compute: a table and a picture for each case, every strategy paired with ``never`` by seed."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import matplotlib as mpl
+import numpy as np
+
+from train.trials.trial import Result
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+_COLOURS = {
+    "never": "#222222",
+    "smartfrz": "#d1495b",
+    "progress": "#2e6f95",
+    "static": "#3a8f5c",
+    "shorter": "#c9a227",
+    "linear": "#7a5195",
+    "autofreeze": "#8c564b",
+    "similarity_guided": "#17a2b8",
+    "random": "#999999",
+}
+
+
+class Row(NamedTuple):
+    """A strategy on a case, over seeds.
+
+    Attributes:
+        strategy: Its name.
+        seeds: Number of seeds.
+        compute: Mean share of the full run's FLOPs.
+        compute_cached: The same with the frozen front's activations kept.
+        time: Median over seeds of its seconds as a share of those of ``never`` with the same seed.
+        accuracy: Mean accuracy, in percent.
+        difference: Mean difference to ``never`` with the same seed, in points.
+        error: Standard error of that difference; NaN with one seed.
+    """
+
+    strategy: str
+    seeds: int
+    compute: float
+    compute_cached: float
+    time: float
+    accuracy: float
+    difference: float
+    error: float
+
+
+def rows(results: Iterable[Result]) -> list[Row]:
+    """The strategies of one case, the cheapest last; of those shorter, at each length only the best learning rate.
+
+    The best rate is chosen by the very accuracy that is shown, which favours shorter schedules.
+    """
+    by_strategy: dict[str, dict[int, Result]] = {}
+    for result in results:
+        by_strategy.setdefault(result.strategy, {})[result.seed] = result
+    never = by_strategy.get("never", {})
+    found = [_row(name, runs, never) for name, runs in by_strategy.items() if runs.keys() & never.keys()]
+    tuned: dict[str, Row] = {}
+    for row in [row for row in found if row.strategy.startswith("shorter")]:
+        length = row.strategy.split(",")[0]
+        if length not in tuned or row.difference > tuned[length].difference:
+            tuned[length] = row
+    found = [row for row in found if not row.strategy.startswith("shorter") or row in tuned.values()]
+    return sorted(found, key=lambda row: -row.compute)
+
+
+def _row(name: str, runs: dict[int, Result], never: dict[int, Result]) -> Row:
+    seeds = sorted(runs.keys() & never.keys())
+    differences = 100 * np.array([runs[seed].accuracy - never[seed].accuracy for seed in seeds])
+    return Row(
+        name,
+        len(seeds),
+        float(np.mean([runs[seed].compute for seed in seeds])),
+        float(np.mean([runs[seed].compute_cached for seed in seeds])),
+        float(np.median([runs[seed].seconds / never[seed].seconds for seed in seeds])),
+        100 * float(np.mean([runs[seed].accuracy for seed in seeds])),
+        float(differences.mean()),
+        float(differences.std(ddof=1) / np.sqrt(len(seeds))) if len(seeds) > 1 else float("nan"),
+    )
+
+
+def table(found: Sequence[Row]) -> str:
+    """A Markdown table."""
+    lines = [
+        "| strategy | seeds | compute | with kept activations | time | accuracy, % | against never, points |",
+        "|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    lines += [
+        f"| {row.strategy} | {row.seeds} | {row.compute:.2f} | {row.compute_cached:.2f} | {row.time:.2f} | "
+        f"{row.accuracy:.2f} | {row.difference:+.2f} +- {row.error:.2f} |"
+        for row in found
+    ]
+    return "\n".join(lines)
+
+
+def is_on_front(row: Row, others: Iterable[Row], *, cached: bool = False) -> bool:
+    """Whether no other strategy is at least as accurate for less or the same compute, beyond the noise of the pair.
+
+    Noise is the standard error of the difference of the two differences, as if they were independent.
+    """
+
+    def cost(row: Row) -> float:
+        return row.compute_cached if cached else row.compute
+
+    return not any(
+        cost(other) <= cost(row) and other.difference - row.difference > np.nan_to_num(np.hypot(other.error, row.error))
+        for other in others
+        if other.strategy != row.strategy
+    )
+
+
+def picture(found: Sequence[Row], path: Path, title: str) -> None:
+    """Draws accuracy against compute, without and with kept activations.
+
+    Args:
+        found: The strategies of a case.
+        path: PNG file to write.
+        title: Title of the picture.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(14, 6), sharey=True, layout="constrained")
+    figure.suptitle(title)
+    for axis, cached in zip(axes, (False, True), strict=True):
+        for row in found:
+            x = row.compute_cached if cached else row.compute
+            kind = row.strategy.split(":")[0]
+            colour = _COLOURS.get(kind, "#555555")
+            axis.errorbar(x, row.difference, yerr=np.nan_to_num(row.error), fmt="o", color=colour, capsize=3)
+            axis.annotate(
+                row.strategy, (x, row.difference), (5, 4), textcoords="offset points", fontsize=7, color=colour
+            )
+        axis.axhline(0, color="#bbbbbb", linewidth=1, zorder=0)
+        axis.set_xlabel("share of the full run's FLOPs" + (", activations of the frozen front kept" if cached else ""))
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("accuracy against never, points (bars: standard error)")
+    figure.savefig(path, dpi=110)
+    plt.close(figure)

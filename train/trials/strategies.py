@@ -1,0 +1,103 @@
+"""What is compared: freezing policies at several settings, and shorter schedules of equal compute."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+
+import smartfrz_jax as sfj
+
+_SHORTER = (0.4, 0.55, 0.7)
+_RATE_FACTORS = (0.5, 1.0, 2.0)
+_CAUTION = (0.3, 0.5, 0.7, 0.9)
+_DECISIONS = 20  # of autofreeze and similarity_guided in a run: four in each of five epochs
+
+
+class Situation(NamedTuple):
+    """What a policy can be made from.
+
+    Attributes:
+        total_steps: Train steps of the run.
+        costs: Forward FLOPs of every layer.
+        reference: Gives the outputs of every layer of a well-trained network on the probe batch.
+        predictor: Checkpoint of a predictor that has not seen the network; ``None`` if there is none.
+        paper_predictor: The same, trained as the paper says.
+        seed: Seed of the run.
+    """
+
+    total_steps: int
+    costs: Mapping[str, float]
+    reference: Callable[[], Mapping[str, jax.Array]]
+    predictor: Path | None
+    paper_predictor: Path | None
+    seed: int
+
+
+class Strategy(NamedTuple):
+    """A way to spend less.
+
+    Attributes:
+        policy: Makes the policy.
+        needs: What else it takes: ``predictor`` and ``paper_predictor``.
+        freezeout: Whether every layer has the learning rates of FreezeOut.
+        length: Steps, as a share of the full run.
+        rate: Factor of the learning rate.
+    """
+
+    policy: Callable[[Situation], sfj.Policy]
+    needs: str | None = None
+    freezeout: bool = False
+    length: float = 1.0
+    rate: float = 1.0
+
+
+def strategies() -> dict[str, Strategy]:
+    """All strategies by name; ``never`` comes first."""
+    found = {
+        "never": Strategy(lambda situation: sfj.never()),
+        "linear": Strategy(lambda situation: sfj.linear(situation.total_steps, t0=0.5), freezeout=True),
+        "autofreeze": Strategy(lambda situation: sfj.autofreeze(max(1, situation.total_steps // _DECISIONS))),
+        "similarity_guided": Strategy(
+            lambda situation: sfj.similarity_guided(situation.reference(), max(1, situation.total_steps // _DECISIONS))
+        ),
+        "random": Strategy(
+            lambda situation: sfj.random(
+                0.5, total_steps=situation.total_steps, seed=situation.seed, costs=situation.costs
+            )
+        ),
+    }
+    stages: dict[str, Any] = {
+        "static:half": [(0.0, 0.5)],
+        "static:3/4": [(0.0, 0.75)],
+        "static:all": [(0.0, 1.0)],
+        "static:half,all": [(0.0, 0.5), (0.5, 1.0)],
+    }
+    for name, chosen in stages.items():
+        found[name] = Strategy(
+            lambda situation, chosen=chosen: sfj.static_prefix(situation.total_steps, chosen, costs=situation.costs)
+        )
+    for caution in _CAUTION:
+        found[f"progress:{caution}"] = Strategy(
+            lambda situation, caution=caution: sfj.progress(situation.total_steps, caution=caution)
+        )
+        found[f"smartfrz:{caution}"] = Strategy(
+            lambda situation, caution=caution: _smartfrz(situation.predictor, situation, caution), needs="predictor"
+        )
+    found["smartfrz:paper"] = Strategy(
+        lambda situation: _smartfrz(situation.paper_predictor, situation, 0.5, order="any"), needs="paper_predictor"
+    )
+    for length in _SHORTER:
+        for rate in _RATE_FACTORS:
+            found[f"shorter:{length},{rate}"] = Strategy(lambda situation: sfj.never(), length=length, rate=rate)
+    return found
+
+
+def _smartfrz(path: Path | None, situation: Situation, caution: float, **options: Any) -> sfj.Policy:
+    if path is None:
+        raise ValueError("predictors: smartfrz needs the checkpoint of a predictor; name their folder")
+    return sfj.smartfrz(
+        sfj.Predictor.restore(path), total_steps=situation.total_steps, caution=caution, seed=situation.seed, **options
+    )

@@ -1,0 +1,273 @@
+"""One run of a strategy on a case."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+import smartfrz_jax as sfj
+from smartfrz_jax import paths
+from train.collection.architectures import ARCHITECTURES
+from train.collection.network import Network
+from train.collection.pretraining import starting_weights
+from train.collection.schedules import learning_rates
+from train.collection.sets import Batches, open_set
+from train.log import Log, Run
+from train.run import run
+from train.trials.cases import Case
+from train.trials.strategies import Situation, Strategy
+
+PyTree = Any
+
+_PROBE = 64  # examples on which layers' outputs are compared
+_EVALUATION_BATCH = 128
+_MIN_SAVING = 0.05
+_REFERENCE_SEED = 1000
+
+
+class Result(NamedTuple):
+    """What a run came to.
+
+    Attributes:
+        case: Name of the case.
+        strategy: Name of the strategy.
+        seed: Seed of the head, the order of examples and the policy.
+        accuracy: Share of the held-out examples classified right.
+        loss: Mean cross entropy on them.
+        compute: FLOPs of all steps by the account, as a share of those of the full run.
+        compute_cached: The same if the activations at the end of the frozen front are kept: an example's forward pass
+            through a frozen front layer is then computed once.
+        seconds: Of all steps, decisions and waiting for programs that could not be compiled ahead.
+        step_seconds: Of the steps alone.
+        frozen: What froze when: steps done, and names.
+    """
+
+    case: str
+    strategy: str
+    seed: int
+    accuracy: float
+    loss: float
+    compute: float
+    compute_cached: float
+    seconds: float
+    step_seconds: float
+    frozen: list[tuple[int, list[str]]]
+
+
+def loss_fn(model: nnx.Module, inputs: tuple[jax.Array, ...], labels: jax.Array) -> jax.Array:
+    """Mean cross entropy."""
+    logits = model(*inputs)  # pyright: ignore[reportCallIssue]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+
+
+@nnx.jit
+def train_step(
+    model: nnx.Module, optimizer: sfj.nnx.Optimizer, inputs: tuple[jax.Array, ...], labels: jax.Array
+) -> jax.Array:
+    """One step; specialised on what the optimizer has frozen."""
+    loss, grads = optimizer.value_and_grad(loss_fn)(model, inputs, labels)
+    optimizer.update(model, grads)
+    return loss
+
+
+@nnx.jit
+def _sums(model: nnx.Module, inputs: tuple[jax.Array, ...], labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    logits = model(*inputs)  # pyright: ignore[reportCallIssue]
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return losses.sum(), (logits.argmax(-1) == labels).sum()
+
+
+class Bench:
+    """A case made ready: data, starting weights, account, and programs that its runs share.
+
+    Args:
+        name: Name of the case.
+        case: The case.
+        out: Folder in which pre-trained weights are kept.
+        data_dir: Data directory of TFDS.
+        weights_dir: Folder of published weights.
+        say: Prints.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        case: Case,
+        *,
+        out: Path,
+        data_dir: Path,
+        weights_dir: Path | None,
+        say: Callable[[str], object],
+    ):
+        setup = case.setup
+        self.name, self.setup = name, setup
+        architecture = ARCHITECTURES[setup.architecture]
+        self.data = open_set(setup.data, architecture, data_dir, setup.examples, held_out=case.held_out)
+        self._make = architecture.make
+        network = Network(architecture, self.data.num_classes, setup.optimizer, example=self.data.train[np.arange(2)])
+        self._weights = starting_weights(setup, network, out, data_dir, weights_dir, say) or {}
+        self._head = set(network.layers[-1].params)
+        self._probe = tuple(map(jnp.asarray, self.data.train[np.arange(_PROBE)].inputs))
+        model = self.model(0)
+        self.layers = sfj.nnx.find_layers(model, *self._probe)
+        self._features = sfj.nnx.features(model, self.layers, *self._probe)
+        self._steps: dict[tuple[bool, float, float], tuple[optax.GradientTransformation, sfj.TrainStep]] = {}
+        first = self.data.train[np.arange(setup.batch_size)]
+        self.account = sfj.nnx.account(
+            model, self.layers, loss_fn, first.inputs, first.labels, tx=self._optimizer(Strategy(_never))
+        )
+        self._reference: Mapping[str, jax.Array] | None = None
+
+    def model(self, seed: int) -> nnx.Module:
+        """The network before the first step, with a fresh head, in training mode."""
+        model = self._make(num_classes=self.data.num_classes, rngs=nnx.Rngs(params=seed, dropout=seed + 1))
+        variables = nnx.as_pure(nnx.state(model, (nnx.Param, nnx.BatchStat)))
+        head = self._head
+        nnx.update(
+            model,
+            paths.tree_map(lambda name, leaf: leaf if name in head else self._weights.get(name, leaf), variables),
+        )
+        model.train()
+        for _, module in nnx.iter_modules(model):
+            if self.setup.batch_norm == "fixed" and isinstance(module, nnx.BatchNorm):
+                module.use_running_average = True
+        return model
+
+    def steps(self, strategy: Strategy) -> int:
+        """Train steps of a strategy."""
+        return round(self.setup.steps * strategy.length)
+
+    def trial(
+        self, name: str, strategy: Strategy, seed: int, *, predictor: Path | None, paper_predictor: Path | None
+    ) -> Result:
+        """Runs a strategy.
+
+        Args:
+            name: Its name.
+            strategy: The strategy.
+            seed: Seed of the head, the order of examples and the policy.
+            predictor: Checkpoint of a predictor that has not seen the network.
+            paper_predictor: The same, trained as the paper says.
+
+        Raises:
+            FloatingPointError: If the training diverges.
+        """
+        costs = {layer: parts.forward for layer, parts in self.account.flops().by_layer.items() if layer}
+        total_steps = self.steps(strategy)
+        situation = Situation(total_steps, costs, self.reference, predictor, paper_predictor, seed)
+        policy = strategy.policy(situation)
+        model = self.model(seed)
+        log = self._train(name, strategy, policy, model, seed)
+        loss, accuracy = self._figures(model)
+        frozen = [(event.step, list(event.names)) for event in log.freezes]
+        compute, cached = self.compute(frozen, total_steps)
+        return Result(
+            self.name,
+            name,
+            seed,
+            accuracy,
+            loss,
+            compute,
+            cached,
+            log.seconds + log.wait_seconds - log.programs[0].waited,
+            log.seconds - log.policy_seconds,
+            frozen,
+        )
+
+    def compute(self, frozen: list[tuple[int, list[str]]], total_steps: int) -> tuple[float, float]:
+        """FLOPs of a run as a share of the full run's: as it is, and with the frozen front's activations kept."""
+        epoch = self.setup.examples // self.setup.batch_size
+        forward = {name: parts.forward for name, parts in self.account.flops().by_layer.items()}
+        full = self.account.flops().total * self.setup.steps
+        total, kept, since = 0.0, 0.0, 0
+        names: frozenset[str] = frozenset()
+        in_front: dict[str, int] = {}
+        for until, more in [*frozen, (total_steps, [])]:
+            total += (until - since) * self.account.flops(sfj.Frozen(self.layers, names)).total
+            # In the first epoch after a layer joined the frozen front, its activations are computed once more.
+            kept += sum(forward[name] * max(0, until - max(since, start + epoch)) for name, start in in_front.items())
+            since, names = until, names | frozenset(more)
+            for name in self.layers.names:
+                if name not in names:
+                    break
+                in_front.setdefault(name, until)
+        return total / full, (total - kept) / full
+
+    def reference(self) -> Mapping[str, jax.Array]:
+        """Outputs of a network that was trained to the end, from another seed."""
+        if self._reference is None:
+            model = self.model(_REFERENCE_SEED)
+            self._train("reference", Strategy(_never), sfj.never(), model, _REFERENCE_SEED)
+            self._reference = self._features(model, *self._probe)
+        return self._reference
+
+    def _train(self, name: str, strategy: Strategy, policy: sfj.Policy, model: nnx.Module, seed: int) -> Run:
+        tx, step = self._step(strategy)
+        optimizer = sfj.nnx.Optimizer(model, tx, wrt=nnx.Param, layers=self.layers)
+        freezer = sfj.nnx.Freezer(
+            model,
+            optimizer,
+            policy,
+            features=lambda model: self._features(model, *self._probe),
+            train_step=step,
+            min_saving=_MIN_SAVING,
+        )
+        log_run = Run(name, self.layers.names, dataclasses.asdict(self.setup) | {"seed": seed})
+        with tempfile.TemporaryDirectory() as folder, Log(Path(folder) / "log.jsonl", log_run) as log:
+            run(log, model, optimizer, freezer, step, self._data(seed, self.steps(strategy)))
+        return log.run
+
+    def _data(self, seed: int, steps: int) -> Iterator[tuple[Any, ...]]:
+        batches = Batches(self.data.train, self.setup.batch_size, seed, self.setup.augment)
+        for step in range(steps):
+            yield tuple(batches(step))
+
+    def _step(self, strategy: Strategy) -> tuple[optax.GradientTransformation, sfj.TrainStep]:
+        # One optimizer for all runs of a kind: another object would be another program.
+        kind = strategy.freezeout, strategy.length, strategy.rate
+        if kind not in self._steps:
+            self._steps[kind] = self._optimizer(strategy), sfj.TrainStep(train_step, account=self.account)
+        return self._steps[kind]
+
+    def _optimizer(self, strategy: Strategy) -> optax.GradientTransformation:
+        setup, steps = self.setup, self.steps(strategy)
+        peak = setup.learning_rate * strategy.rate
+        if strategy.freezeout:
+            schedules = sfj.freezeout_schedules(self.layers, learning_rate=peak, total_steps=steps)
+            rate = sfj.scale_by_layer_schedule(self.layers, schedules)
+        else:
+            values = jnp.asarray(learning_rates(setup.schedule, peak, steps))
+            rate = optax.scale_by_learning_rate(lambda count: values[jnp.minimum(count, steps - 1)])
+        decay = optax.add_decayed_weights(setup.weight_decay, _matrices)
+        if setup.optimizer == "sgd":
+            return optax.chain(decay, optax.trace(0.9), rate)
+        return optax.chain(optax.scale_by_adam(), decay, rate)
+
+    def _figures(self, model: nnx.Module) -> tuple[float, float]:
+        """Loss and accuracy on the held-out examples."""
+        evaluated = nnx.merge(*nnx.split(model))  # shares the arrays, not the mode
+        evaluated.eval()
+        loss, right, held_out = 0.0, 0, self.data.held_out
+        for start in range(0, len(held_out), _EVALUATION_BATCH):
+            part = held_out[np.arange(start, min(start + _EVALUATION_BATCH, len(held_out)))]
+            inputs, labels = jax.tree.map(jnp.asarray, tuple(part))
+            part_loss, part_right = _sums(evaluated, inputs, labels)
+            loss, right = loss + float(part_loss), right + int(part_right)
+        return loss / len(held_out), right / len(held_out)
+
+
+def _never(situation: Situation) -> sfj.Policy:
+    return sfj.never()
+
+
+def _matrices(params: PyTree) -> PyTree:
+    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
