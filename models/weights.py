@@ -37,7 +37,7 @@ _IGNORED = re.compile(r"(^|\.)(num_batches_tracked|position_ids|token_type_ids)$
 _HEAD = re.compile(r"^(_?fc|head(_dist)?|classifier(\.[16])?|qa_outputs)\.(weight|bias)$|^cls\.")
 # Belongs to the head in so far as only one side may have it: files of masked language models and networks with
 # pool="mean" are without it.
-_POOLER = re.compile(r"^bert\.pooler\.")
+_POOLER = re.compile(r"^(bert\.)?pooler\.")
 _POSITIONS = "pos_embed"
 _TODAY = {"gamma": "weight", "beta": "bias"}
 _WEIGHTS = (nnx.Param, nnx.BatchStat)

@@ -204,6 +204,10 @@ def test_heads_of_pretraining_and_a_pooler_on_one_side_only():
     np.testing.assert_array_equal(values(model)["bert.pooler.dense.weight"], own["bert.pooler.dense.weight"])
     mean = bert(pool="mean")
     weights.set_tensors(mean, values(bert(seed=2)), new_head=True)
+    encoder = {name.removeprefix("bert."): value for name, value in values(bert(seed=4)).items() if "bert." in name}
+    weights.set_tensors(mean, encoder, new_head=True)
+    name = "embeddings.word_embeddings.weight"
+    np.testing.assert_array_equal(values(mean)[f"bert.{name}"], encoder[name])
     both = bert(seed=3)
     weights.set_tensors(both, values(bert(seed=2)), new_head=True)
     for name, value in values(bert(seed=2)).items():

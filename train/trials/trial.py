@@ -229,7 +229,8 @@ class Bench:
     def _data(self, seed: int, steps: int) -> Iterator[tuple[Any, ...]]:
         batches = Batches(self.data.train, self.setup.batch_size, seed, self.setup.augment)
         for step in range(steps):
-            yield tuple(batches(step))
+            batch = batches(step)
+            yield batch.inputs, batch.labels
 
     def _step(self, strategy: Strategy) -> tuple[optax.GradientTransformation, sfj.TrainStep]:
         # One optimizer for all runs of a kind: another object would be another program.
@@ -259,7 +260,7 @@ class Bench:
         loss, right, held_out = 0.0, 0, self.data.held_out
         for start in range(0, len(held_out), _EVALUATION_BATCH):
             part = held_out[np.arange(start, min(start + _EVALUATION_BATCH, len(held_out)))]
-            inputs, labels = jax.tree.map(jnp.asarray, tuple(part))
+            inputs, labels = jax.tree.map(jnp.asarray, (part.inputs, part.labels))
             part_loss, part_right = _sums(evaluated, inputs, labels)
             loss, right = loss + float(part_loss), right + int(part_right)
         return loss / len(held_out), right / len(held_out)
