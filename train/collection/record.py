@@ -26,9 +26,11 @@ _PROBE = 64  # examples on which layers' outputs are compared
 _HELD_OUT = 512
 _RECORDS = 120
 _SWAP_MOMENTS = tuple(i / 10 for i in range(10))  # shares of the run; at its end there is no harm
-_BRANCH_MOMENTS = (0.0, 0.125, 0.25, 0.5, 0.75)
+_BRANCH_MOMENTS = (0.0, 0.25, 0.5, 0.75)
 _TRUE_MOMENTS = (0.0, 0.25, 0.5)
-_BRANCH = 0.1  # share of the run that a branch lasts
+# How long a branch lasts: a share of what is left of the run, and at least one of the whole. Branches much shorter than
+# that find that a front of random weights does no harm, as in their time it would not have learned anything either.
+_BRANCH_OF_REST, _BRANCH_OF_RUN = 1 / 3, 0.1
 _SWAP_DEPTHS, _BRANCH_DEPTHS = 8, 4  # evenly from front to back; the last is all but the head
 _COMPILING = ("/jax/core/compile/backend_compile_duration", "/jax/core/compile/jaxpr_to_mlir_module_duration")
 
@@ -231,9 +233,10 @@ def _swap_harm(setting: Setting, trained: Trained) -> np.ndarray:
 
 def _branch_harm(setting: Setting, trained: Trained) -> np.ndarray:
     """The learning rate falls from where it is to zero; the batches are those of the run."""
-    length = max(1, round(_BRANCH * setting.run.steps))
 
     def branch(step: int, frozen: sfj.Frozen) -> float:
+        total = setting.run.steps
+        length = max(1, round(_BRANCH_OF_RUN * total), round(_BRANCH_OF_REST * (total - step)))
         highest = setting.rates[step : step + length].max()  # in the warm-up: that which it comes to
         rates = learning_rates("linear", highest, length)
         state = setting.train(trained.snapshots[step], rates, seed=setting.run.seed, first_step=step, frozen=frozen)
