@@ -21,12 +21,12 @@ import jax
 import numpy as np
 
 import smartfrz_jax as sfj
-from smartfrz_jax import recording
 from smartfrz_jax.controls import CONTROLS
 from smartfrz_jax.examples import Examples, make_examples
 from smartfrz_jax.recording import Recording
 from smartfrz_jax.splits import by_run, moments
 from train.interrupt import Interrupt
+from train.predictors import learning_runs
 from train.predictors.figures import Figures, table
 from train.predictors.folds import Split, folds
 from train.predictors.variants import TARGETS, VARIANTS
@@ -48,7 +48,8 @@ def jobs(
 
 def evaluate(args: argparse.Namespace, interrupt: Interrupt) -> None:
     """Computes what is missing, and writes the tables."""
-    recordings = recording.load(args.recordings)
+    recordings, left_out = learning_runs.load(args.recordings)
+    print(f"{len(recordings)} recordings; {len(left_out)} more of networks that hardly learned are left out")
     file = args.out / "figures.jsonl"
     found = [Figures(**json.loads(line)) for line in file.read_text().splitlines()] if file.exists() else []
     known = {row[:5] for row in found}

@@ -12,8 +12,8 @@ import sys
 from pathlib import Path
 
 import smartfrz_jax as sfj
-from smartfrz_jax import recording
 from smartfrz_jax.examples import make_examples
+from train.predictors import learning_runs
 from train.predictors.variants import TARGETS, VARIANTS
 
 
@@ -36,7 +36,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if args.out.exists():
             raise FileExistsError(f"out: {args.out} exists; choose another folder, or remove it")
-        recordings = recording.load(args.recordings)
+        recordings, left_out = learning_runs.load(args.recordings)
         known = {str(recorded.metadata.get("architecture")) for recorded in recordings}
         for unknown in sorted(set(args.without) - known):
             raise ValueError(f"without: no recording is of {unknown!r}; they are of {', '.join(sorted(known))}")
@@ -49,7 +49,8 @@ def main(argv: list[str] | None = None) -> int:
         return 2
     score = sfj.evaluate(sfj.predict(predictor, examples), examples.target)
     print(
-        f"{args.out}: {args.variant}, {args.target}, {len(chosen)} of {len(recordings)} recordings, {len(examples)} "
+        f"{args.out}: {args.variant}, {args.target}, {len(chosen)} of {len(recordings)} recordings "
+        f"({len(left_out)} more of networks that hardly learned are left out), {len(examples)} "
         f"examples; on those it was trained on: AUC {score.auc:.3f}, {score.positives / score.n:.0%} to freeze"
     )
     return 0
