@@ -36,6 +36,8 @@ BATCH_SIZE = 64
 LEARNING_RATE = 0.05
 WIDTHS, STAGE_SIZES = (8, 16, 32), (2, 2, 2)
 MIN_SAVING = 0.1  # share of a step that a new program must save
+# Means of 16 neighbours after sorting: the sorted records are short, and the predictor learns quickly.
+PREDICTOR = sfj.PredictorConfig(encoding=sfj.Encoding(quantiles=64))
 PROBE_SIZE = 128  # images on which layer outputs are compared
 
 
@@ -198,7 +200,7 @@ def demo(args: argparse.Namespace, say: Callable[[str], None], interrupt: Interr
 
     held_out_examples = sfj.by_run(examples, [0])  # recordings come by name: "never", "recorded"
     fitted = sfj.fit(
-        sfj.Predictor(rngs=nnx.Rngs(args.seed)),
+        sfj.Predictor(PREDICTOR, rngs=nnx.Rngs(args.seed)),
         examples,
         held_out=held_out_examples,
         epochs=args.predictor_epochs,
