@@ -115,6 +115,7 @@ class Bound:
     Args:
         nodes: The modules, by their place among the arguments.
         watch: What the modules are made of.
+        program: What is known of the program, for the caller; an attribute too.
         compiled: The program, as ``jax.jit`` has it.
         inputs: For each of its arrays, its place among the variables followed by the leaves of the other arguments.
         in_tree: Structure of its positional and keyword arguments.
@@ -128,6 +129,7 @@ class Bound:
         nodes: dict[int, weakref.ref[Any]],
         watch: Watch,
         *,
+        program: Any,
         compiled: Any,
         inputs: list[int],
         in_tree: Any,
@@ -135,6 +137,7 @@ class Bound:
         outputs: list[int],
         out_tree: Any,
     ):
+        self.program = program
         self._nodes, self._watch, self._compiled = nodes, watch, compiled
         self._inputs, self._in_tree = inputs, in_tree
         self._targets = targets
@@ -163,13 +166,14 @@ class Bound:
 
 
 def bind(
-    stage: Any, args: tuple[Any, ...], on_end: Callable[[object], object] | None = None
+    stage: Any, args: tuple[Any, ...], *, program: Any = None, on_end: Callable[[object], object] | None = None
 ) -> tuple[Any, Bound | None]:
     """Calls a compiled program of ``nnx.jit`` in the usual way, and watches what goes in and out.
 
     Args:
         stage: What ``step.lower(...).compile()`` gives for a step made by ``nnx.jit``.
         args: The step's arguments.
+        program: What is known of the program, for the caller.
         on_end: Called, with a dead reference, when one of the modules is no more.
 
     Returns:
@@ -208,6 +212,7 @@ def bind(
     bound = Bound(
         {place: weakref.ref(node, on_end) for place, node in nodes.items()},
         now,
+        program=program,
         compiled=stage.compiled,
         inputs=[place_in[id(value)] for value in spy.arguments],
         in_tree=spy.in_tree,

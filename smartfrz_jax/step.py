@@ -114,6 +114,9 @@ class TrainStep:
         Raises:
             TypeError: If no argument has a frozen set.
         """
+        bound = self._bound.get(_call_key(args))
+        if bound is not None and bound.holds(args):
+            return bound.program
         return self._find(_key(args), args).program
 
     def prepare(self, owner: Any) -> None:
@@ -141,7 +144,7 @@ class TrainStep:
 
     def __call__(self, *args: Any) -> Any:
         """Runs the step."""
-        call = _batch_key(args), tuple(id(arg) for arg in args if isinstance(arg, nnx.Pytree))
+        call = _call_key(args)
         bound = self._bound.get(call)
         if bound is not None:
             try:
@@ -242,7 +245,9 @@ class _Compiled:
 
     def run(self, args: tuple[Any, ...], on_end: Callable[[object], object]) -> tuple[Any, Bound | None]:
         """Runs the step; binds the program to the arguments' variables if it has any."""
-        return bind(self.stage, args, on_end) if hasattr(self.stage, "compiled") else (self.stage(*args), None)
+        if not hasattr(self.stage, "compiled"):  # of jax.jit, which needs no binding
+            return self.stage(*args), None
+        return bind(self.stage, args, program=self.program, on_end=on_end)
 
 
 @dataclasses.dataclass
@@ -280,6 +285,10 @@ def _batch_key(args: tuple[Any, ...]) -> Any:
     owner = _owner(args)
     leaves, structure = jax.tree.flatten([arg for arg in args if arg is not owner and not isinstance(arg, nnx.Pytree)])
     return structure, tuple((np.shape(leaf), str(getattr(leaf, "dtype", type(leaf)))) for leaf in leaves)
+
+
+def _call_key(args: tuple[Any, ...]) -> Any:
+    return _batch_key(args), tuple(id(arg) for arg in args if isinstance(arg, nnx.Pytree))
 
 
 def _placement(args: tuple[Any, ...]) -> list[Any]:

@@ -93,7 +93,9 @@ def test_the_same_bits_as_nnx_jit_and_modules_are_not_taken_apart(monkeypatch):
         size = 6 if n % 3 else 5  # two programs take turns
         expected = train_step(plain, plain_optimizer, batch(n, size))
         before = flattenings.count
+        program = step.program(model, optimizer, batch(n, size))
         got = step(model, optimizer, batch(n, size))
+        assert program.frozen == optimizer.frozen
         counts.append(flattenings.count - before)
         np.testing.assert_array_equal(got["loss"], expected["loss"])
         assert_same((model, plain), (optimizer, plain_optimizer))
