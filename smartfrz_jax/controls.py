@@ -16,7 +16,7 @@ from smartfrz_jax.encoding import Encoding
 from smartfrz_jax.examples import Examples
 from smartfrz_jax.fitting import ClassWeights, class_factors
 from smartfrz_jax.regime import context_names
-from smartfrz_jax.standardizing import contexts
+from smartfrz_jax.standardizing import contexts, mean_and_std
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -148,9 +148,7 @@ def _regression(train: Examples, test: Examples, names: tuple[str, ...]) -> np.n
     chosen = [context_names(_ALL).index(name) for name in names]
     (values, known), (test_values, test_known) = contexts(_ALL, train), contexts(_ALL, test)
     values, known = values[:, chosen], known[:, chosen]
-    count = np.maximum(known.sum(axis=0), 1)
-    mean = np.where(known, values, 0).sum(axis=0) / count
-    std = np.sqrt(np.where(known, (values - mean) ** 2, 0).sum(axis=0) / count)
+    mean, std = mean_and_std(values, known)
     std[std == 0] = 1
     w = logistic_regression(np.where(known, (values - mean) / std, 0), train.target)
     inputs = np.where(test_known[:, chosen], (test_values[:, chosen] - mean) / std, 0)

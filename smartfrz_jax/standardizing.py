@@ -40,14 +40,26 @@ def standardized(predictor: Predictor, examples: Examples) -> Predictor:
     some = examples.select(np.unique(np.linspace(0, len(examples) - 1, _MEASURED).astype(int)))
     values, known, steps = _inputs(encoding, some)
     if encoding.has_context:
-        count = np.maximum(known.sum(axis=0), 1)
-        mean = np.where(known, values, 0).sum(axis=0) / count
-        std = np.sqrt(np.where(known, (values - mean) ** 2, 0).sum(axis=0) / count)
+        mean, std = mean_and_std(values, known)
         predictor.context_mean[...] = jnp.asarray(mean, jnp.float32)
         predictor.context_std[...] = jnp.asarray(np.where(std < _LEAST_STD, 1, std), jnp.float32)
     if encoding.weights == "sorted_deltas":
         predictor.weights_rms[...] = jnp.asarray(np.sqrt(np.mean(steps**2)) or 1.0, jnp.float32)
     return predictor
+
+
+def mean_and_std(
+    values: Float[np.ndarray, "n c"], known: Bool[np.ndarray, "n c"]
+) -> tuple[Float[np.ndarray, " c"], Float[np.ndarray, " c"]]:
+    """Mean and standard deviation of each column over what is known of it; zero where nothing is.
+
+    Args:
+        values: The numbers, shape ``(n, c)``.
+        known: Which of them are known, shape ``(n, c)``.
+    """
+    count = np.maximum(known.sum(axis=0), 1)
+    mean = np.where(known, values, 0).sum(axis=0) / count
+    return mean, np.sqrt(np.where(known, (values - mean) ** 2, 0).sum(axis=0) / count)
 
 
 def contexts(encoding: Encoding, examples: Examples) -> tuple[Float[np.ndarray, "n c"], Bool[np.ndarray, "n c"]]:

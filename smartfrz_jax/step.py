@@ -275,10 +275,10 @@ def _owner(args: tuple[Any, ...]) -> Any:
 
 
 def _key(args: tuple[Any, ...]) -> _Key:
-    # Transformations for equal optimizers and frozen sets are equal, so structures with them in are.
+    # The optimizer and the frozen set are static in their owner; those of equal ones are equal.
     nodes = tuple(arg for arg in args if isinstance(arg, nnx.Pytree))
     others = [arg for arg in args if not isinstance(arg, nnx.Pytree)]
-    return _Key((_owner(args).tx, nnx.graphdef(nodes), jax.tree.structure(others)), _batch_key(args))
+    return _Key((nnx.graphdef(nodes), jax.tree.structure(others)), _batch_key(args))
 
 
 def _batch_key(args: tuple[Any, ...]) -> Any:
