@@ -85,11 +85,12 @@ def test_evaluates_and_goes_on(data_set, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_fits_without_an_architecture(data_set, tmp_path, capsys):
+@pytest.mark.parametrize(("without", "left"), [(["resnet8"], 2), (["letters"], 2), (["vgg9", "letters"], 1)])
+def test_fits_without_networks_and_data_sets(data_set, tmp_path, capsys, without, left):
     out = tmp_path / "predictor"
     args = ["--recordings", str(data_set), "--out", str(out), "--target", "cka", "--variant", VARIANT]
-    assert fit_predictor.main([*args, "--without", "resnet8"]) == 0
-    assert "2 of 3 recordings" in capsys.readouterr().out
+    assert fit_predictor.main([*args, "--without", *without]) == 0
+    assert f"{left} of 3 recordings" in capsys.readouterr().out
     assert Predictor.restore(out).config.encoding == VARIANTS[VARIANT].encoding
     assert fit_predictor.main(args) == 2
     assert "exists" in capsys.readouterr().err
@@ -98,7 +99,7 @@ def test_fits_without_an_architecture(data_set, tmp_path, capsys):
 def test_unknown_architecture_is_an_error(data_set, tmp_path, capsys):
     args = ["--recordings", str(data_set), "--out", str(tmp_path / "p"), "--target", "cka", "--variant", VARIANT]
     assert fit_predictor.main([*args, "--without", "alexnet"]) == 2
-    assert "they are of resnet14, resnet8, vgg9" in capsys.readouterr().err
+    assert "they are of digits, letters, resnet14, resnet8, vgg9" in capsys.readouterr().err
 
 
 def test_recordings_that_are_not_there_are_an_error(tmp_path, capsys):

@@ -55,6 +55,18 @@ def test_front():
     assert report.is_on_front(worse._replace(difference=-0.4), rows.values())  # within the noise of the better one
 
 
+def test_at_matched_compute():
+    asked = [result("smartfrz:0.5", 0, 0.81, 0.8), result("smartfrz:0.5", 1, 0.87, 0.7)]
+    # With seed 0 static lies half-way between .82 at .6 and .80 at 1; with seed 1 a quarter of the way from .86 to .90.
+    lines = report.matched(RESULTS[:-1] + asked).splitlines()
+    assert lines[0] == "| strategy | compute | less static | less shorter |"
+    assert lines[2] == "| smartfrz:0.5 | 0.75 | +0.00 +- 0.00 | - |"  # of shorter there is nothing with seed 1
+    cheap = [result("smartfrz:0.5", 0, 0.81, 0.5, 0.45)]
+    assert report.matched(RESULTS[:-1] + cheap).splitlines()[2] == "| smartfrz:0.5 | 0.50 | - | +6.00 +- nan |"
+    in_cache = report.matched(RESULTS[:-1] + cheap, cached=True).splitlines()[2]
+    assert in_cache.startswith("| smartfrz:0.5 | 0.45 | -0.83 +- nan |")  # .82 - .05 / .6 * .02 is .8183
+
+
 def test_table_and_picture(tmp_path):
     rows = report.rows(RESULTS)
     text = report.table(rows)
@@ -140,6 +152,18 @@ def test_what_is_done_is_not_run_again(tmp_path):
     file.write_text("{broken\n")
     with pytest.raises(ValueError, match="line 1"):
         closed_loop.done(file)
+
+
+def test_rates_of_shorter_schedules_are_chosen_with_one_seed(tmp_path):
+    line = f"--data-dir {tmp_path} --out {tmp_path} --cases resnet14-weak --seeds 2 --strategies shorter:0.4,*"
+    results = []
+    asked = []
+    for case, name, _, seed in closed_loop.wanted(closed_loop.parse(line.split()), results):
+        asked.append((name, seed))
+        results.append(
+            result(name, seed, {"0.5": 0.3, "1.0": 0.5, "2.0": 0.4}[name.split(",")[1]], 0.4)._replace(case=case)
+        )
+    assert asked == [(f"shorter:0.4,{rate}", 0) for rate in (0.5, 1.0, 2.0)] + [("shorter:0.4,1.0", 1)]
 
 
 def test_errors_name_the_way_out(tmp_path, capsys):

@@ -46,23 +46,34 @@ def done(path: Path) -> list[Result]:
 
 
 def wanted(args: argparse.Namespace, results: list[Result]) -> Iterator[tuple[str, str, Strategy, int]]:
-    """What is still to be run: all strategies with one seed before the next."""
-    known = {(result.case, result.strategy, result.seed) for result in results}
+    """What is still to be run: all strategies with one seed before the next.
+
+    Of shorter schedules all learning rates are tried with seed 0 and only the best of each length with the others.
+    ``results`` may grow in the meantime.
+    """
+    every = strategies()
     for seed in range(args.seeds):
         for case in args.cases:
-            for name, strategy in strategies().items():
-                if any(fnmatch.fnmatchcase(name, pattern) for pattern in args.strategies):
-                    if strategy.needs and find_predictor(args, case, strategy.needs) is None:
+            for name, strategy in every.items():
+                known = {(result.case, result.strategy, result.seed): result for result in results}
+                if not any(fnmatch.fnmatchcase(name, pattern) for pattern in args.strategies):
+                    continue
+                if strategy.needs and find_predictor(args, case, strategy.needs) is None:
+                    continue
+                if strategy.length < 1 and seed > 0:
+                    tried = [known.get((case, other, 0)) for other in every if every[other].length == strategy.length]
+                    best = max(filter(None, tried), key=lambda result: result.accuracy, default=None)
+                    if best is None or best.strategy != name:
                         continue
-                    if (case, name, seed) not in known:
-                        yield case, name, strategy, seed
+                if (case, name, seed) not in known:
+                    yield case, name, strategy, seed
 
 
 def find_predictor(args: argparse.Namespace, case: str, kind: str) -> Path | None:
-    """Checkpoint of the predictor that has not seen the network of a case; ``None`` if there is none."""
+    """Checkpoint of the predictor that has not seen the network and data of a case; ``None`` if there is none."""
     if args.predictors is None:
         return None
-    path = args.predictors / f"{kind}-without-{CASES[case].setup.architecture}"
+    path = args.predictors / case / kind
     return path if path.is_dir() else None
 
 
@@ -98,9 +109,12 @@ def write_report(out: Path, results: list[Result]) -> None:
     versions = f"jax {jax.__version__}, Python {platform.python_version()}, {jax.devices()[0].device_kind}"
     parts = [f"{' '.join(sys.argv[1:])}\n\n{versions}, {os.cpu_count()} cores"]
     for case in CASES:
-        found = report.rows(result for result in results if result.case == case)
+        of_case = [result for result in results if result.case == case]
+        found = report.rows(of_case)
         if found:
             parts.append(f"## {case}\n\n{report.table(found)}")
+            parts.append(f"At the same compute:\n\n{report.matched(of_case)}")
+            parts.append(f"With kept activations:\n\n{report.matched(of_case, cached=True)}")
             report.picture(found, out / f"{case}.png", f"{case} ({versions})")
     (out / "results.md").write_text("\n\n".join(parts) + "\n")
     print(f"table and pictures are in {out}")
@@ -113,7 +127,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--data-dir", type=Path, required=True, help="folder of prepared TFDS data sets")
     parser.add_argument("--weights", type=Path, help="folder of published weights")
     parser.add_argument(
-        "--predictors", type=Path, help="folder of predictors, as train.evaluate_predictor writes it; else no smartfrz"
+        "--predictors",
+        type=Path,
+        help="folder with one of each case, CASE/predictor and CASE/paper_predictor, as train.fit_predictor "
+        "--without makes them; without it no smartfrz",
     )
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), help="what to compare on")
     parser.add_argument("--strategies", nargs="+", default=["*"], help="patterns of what to compare, such as static:*")

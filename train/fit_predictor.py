@@ -2,7 +2,7 @@
 
     python -m train.fit_predictor --recordings runs/collection --target branch_harm --out runs/predictors/predictor
 
-With ``--without`` a network's recordings are left out, so that the predictor can be tried on it.
+With ``--without`` the recordings of networks and data sets are left out, so that the predictor can be tried on them.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from pathlib import Path
 
 import smartfrz_jax as sfj
 from smartfrz_jax.examples import make_examples
+from smartfrz_jax.recording import Recording
 from train.predictors import learning_runs
 from train.predictors.variants import TARGETS, VARIANTS
 
@@ -24,10 +25,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint to make")
     parser.add_argument("--target", choices=list(TARGETS), required=True, help="what is supervised")
     parser.add_argument("--variant", choices=list(VARIANTS), required=True, help="what the predictor reads")
-    parser.add_argument("--without", nargs="*", default=[], help="architectures whose recordings are left out")
+    parser.add_argument("--without", nargs="*", default=[], help="networks and data sets to leave out")
     parser.add_argument("--seed", type=int, default=0, help="of everything (default: %(default)s)")
     parser.add_argument("--stride", type=int, default=4, help="records between moments (default: %(default)s)")
     return parser.parse_args(argv)
+
+
+def _about(recorded: Recording) -> set[str]:
+    """Names of its network and of its data set."""
+    return {str(recorded.metadata[name]) for name in ("architecture", "data") if name in recorded.metadata}
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -37,10 +43,10 @@ def main(argv: list[str] | None = None) -> int:
         if args.out.exists():
             raise FileExistsError(f"out: {args.out} exists; choose another folder, or remove it")
         recordings, left_out = learning_runs.load(args.recordings)
-        known = {str(recorded.metadata.get("architecture")) for recorded in recordings}
+        known = set[str]().union(*map(_about, recordings))
         for unknown in sorted(set(args.without) - known):
             raise ValueError(f"without: no recording is of {unknown!r}; they are of {', '.join(sorted(known))}")
-        chosen = [recorded for recorded in recordings if recorded.metadata.get("architecture") not in args.without]
+        chosen = [recorded for recorded in recordings if not _about(recorded) & set(args.without)]
         examples = make_examples(chosen, criterion=TARGETS[args.target], stride=args.stride)
         predictor = VARIANTS[args.variant].fit(examples, seed=args.seed)
         predictor.save(args.out)

@@ -26,8 +26,8 @@ SCRATCH, PUBLISHED = "scratch", "published"
 # For each data set, what the networks are pre-trained on and for how long. Examples are never the same.
 _IMAGES = {
     "cifar10": (SCRATCH, "cifar100:weak", "cifar100:good", "cifar10:good"),
-    "cifar100": (SCRATCH, "cifar10:weak", "cifar10:good", "cifar100:good"),
-    FASHION: (SCRATCH, "cifar10:weak", "cifar100:good", f"{FASHION}:good"),
+    "cifar100": (SCRATCH, "cifar10:weak", "cifar10:good"),
+    FASHION: (SCRATCH, "cifar10:weak", "cifar10:good"),
 }
 _TEXTS = dict.fromkeys(("glue/cola", "glue/mrpc"), (SCRATCH, f"{WORD_ORDER}:weak", f"{WORD_ORDER}:good"))
 _PUBLISHED_IMAGES = ("cifar10", "cifar10", "cifar100", FASHION)
@@ -38,7 +38,7 @@ _TRUE_HARM = {
     "resnet8-cifar10-cifar10-good-0",
     "resnet14-cifar100-cifar10-good-0",
     "vgg9-bn-cifar10-cifar100-weak-0",
-    f"vgg9-{FASHION}-{FASHION}-good-0",
+    f"vgg9-{FASHION}-cifar10-good-0",
     "bottleneck20-cifar10-cifar100-good-0",
     "deit6-cifar10-cifar10-good-0",
     f"bert4-glue-cola-{WORD_ORDER}-good-0",
@@ -118,7 +118,7 @@ def _runs_of(name: str, architecture: Architecture) -> list[Run]:
         sources = _TEXTS if architecture.text else _IMAGES
         cases = [(data, source, 0) for data, several in sources.items() for source in several]
     rng.shuffle(cases)
-    optimizers = _deal(rng, get_args(OptimizerName), len(cases))
+    optimizers = _deal(rng, tuple(architecture.rates), len(cases))
     schedules = _deal(rng, get_args(Schedule), len(cases))
     batch_sizes = _deal(rng, architecture.batch_sizes, len(cases))
     steps = _deal(rng, architecture.steps, len(cases))

@@ -54,7 +54,8 @@ class Row(NamedTuple):
 def rows(results: Iterable[Result]) -> list[Row]:
     """The strategies of one case, the cheapest last; of those shorter, at each length only the best learning rate.
 
-    The best rate is chosen by the very accuracy that is shown, which favours shorter schedules.
+    The best rate is that which was tried most, so chosen with one of the seeds that are shown, or else the one that
+    shows best: both favour shorter schedules.
     """
     by_strategy: dict[str, dict[int, Result]] = {}
     for result in results:
@@ -64,7 +65,7 @@ def rows(results: Iterable[Result]) -> list[Row]:
     tuned: dict[str, Row] = {}
     for row in [row for row in found if row.strategy.startswith("shorter")]:
         length = row.strategy.split(",")[0]
-        if length not in tuned or row.difference > tuned[length].difference:
+        if length not in tuned or (row.seeds, row.difference) > (tuned[length].seeds, tuned[length].difference):
             tuned[length] = row
     found = [row for row in found if not row.strategy.startswith("shorter") or row in tuned.values()]
     return sorted(found, key=lambda row: -row.compute)
@@ -99,17 +100,61 @@ def table(found: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def matched(results: Iterable[Result], kind: str = "smartfrz", *, cached: bool = False) -> str:
+    """A Markdown table: a kind of strategy less each other kind at the same compute, in points of accuracy.
+
+    What another kind reaches at that compute is taken from the straight line between its two nearest settings, of which
+    ``never`` is one, seed by seed; there is nothing below its cheapest setting.
+
+    Args:
+        results: The results of one case.
+        kind: The kind: the names of its strategies begin with it.
+        cached: Whether compute is that with kept activations.
+    """
+    results = list(results)
+    never = {result.seed: result for result in results if result.strategy == "never"}
+    by_kind: dict[str, dict[str, dict[int, Result]]] = {}
+    for result in results:
+        by_strategy = by_kind.setdefault(result.strategy.split(":")[0], {})
+        by_strategy.setdefault(result.strategy, {})[result.seed] = result
+    shown = {row.strategy for row in rows(results)}
+    others = [other for other in by_kind if other not in (kind, "never")]
+    lines = [f"| strategy | compute | {' | '.join(f'less {other}' for other in others)} |"]
+    lines.append(f"|---|--:|{'--:|' * len(others)}")
+    for name, runs in by_kind.get(kind, {}).items():
+        cells = []
+        for other in others:
+            settings = [never, *(of for strategy, of in by_kind[other].items() if strategy in shown)]
+            differences = []
+            for seed, run in runs.items():
+                curve = sorted((_cost(of[seed], cached=cached), of[seed].accuracy) for of in settings if seed in of)
+                compute, accuracy = np.array(curve).T if curve else (np.array([np.inf]), np.array([np.nan]))
+                if _cost(run, cached=cached) >= compute[0]:
+                    differences.append(run.accuracy - np.interp(_cost(run, cached=cached), compute, accuracy))
+            cells.append(_mean_and_error(differences) if len(differences) == len(runs) else "-")
+        compute = np.mean([_cost(run, cached=cached) for run in runs.values()])
+        lines.append(f"| {name} | {compute:.2f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def _cost(run: Result | Row, *, cached: bool) -> float:
+    return run.compute_cached if cached else run.compute
+
+
+def _mean_and_error(differences: Sequence[float]) -> str:
+    points = 100 * np.array(differences)
+    error = points.std(ddof=1) / np.sqrt(len(points)) if len(points) > 1 else np.nan
+    return f"{points.mean():+.2f} +- {error:.2f}"
+
+
 def is_on_front(row: Row, others: Iterable[Row], *, cached: bool = False) -> bool:
     """Whether no other strategy is at least as accurate for less or the same compute, beyond the noise of the pair.
 
     Noise is the standard error of the difference of the two differences, as if they were independent.
     """
-
-    def cost(row: Row) -> float:
-        return row.compute_cached if cached else row.compute
-
     return not any(
-        cost(other) <= cost(row) and other.difference - row.difference > np.nan_to_num(np.hypot(other.error, row.error))
+        _cost(other, cached=cached) <= _cost(row, cached=cached)
+        and other.difference - row.difference > np.nan_to_num(np.hypot(other.error, row.error))
         for other in others
         if other.strategy != row.strategy
     )
@@ -127,7 +172,7 @@ def picture(found: Sequence[Row], path: Path, title: str) -> None:
     figure.suptitle(title)
     for axis, cached in zip(axes, (False, True), strict=True):
         for row in found:
-            x = row.compute_cached if cached else row.compute
+            x = _cost(row, cached=cached)
             kind = row.strategy.split(":")[0]
             colour = _COLOURS.get(kind, "#555555")
             axis.errorbar(x, row.difference, yerr=np.nan_to_num(row.error), fmt="o", color=colour, capsize=3)
