@@ -51,7 +51,9 @@ _PLAIN_VGG: dict[str, tuple[float, ...]] = {"adamw": (5e-4, 1e-3)}  # with sgd i
 # With its BatchNorms fixed Lite0 diverges at higher rates: held-out accuracy on CIFAR-10 after 200 steps .70 at sgd
 # 0.001, .44 at 0.005, .11 at 0.02; .66 at adamw 1e-4, .71 at 3e-4, .26 at 1e-3.
 _PUBLISHED: dict[str, tuple[float, ...]] = {"sgd": (0.0005, 0.001, 0.002), "adamw": (1e-4, 3e-4)}
-_MINILM_RATES: dict[str, tuple[float, ...]] = {"sgd": (0.03, 0.06), "adamw": (5e-5, 1e-4)}
+# On MRPC, mean pooling, 200 steps of 16: accuracy .728 at 2e-4 and at 5e-4, where the majority is .684. Of CoLA it
+# learns nothing in that time, at 3e-4 and below.
+_MINILM_RATES: dict[str, tuple[float, ...]] = {"adamw": (1e-4, 2e-4, 5e-4)}
 _VGG = [[16, 16], [32, 32], [64, 64]]
 _MOBILE = tuple(mobilenetv2.Stage(*row) for row in ((1, 8, 1, 1), (4, 12, 2, 2), (4, 16, 2, 2), (4, 24, 2, 1)))
 _LITE = tuple(
@@ -94,7 +96,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         efficientnet_lite0, 64, (16,), (120,), _PUBLISHED, published="efficientnet_lite0.safetensors"
     ),
     "minilm": Architecture(
-        minilm, 0, (8,), (96,), _MINILM_RATES, text=True, batch_norm=False, published="minilm"
+        partial(minilm, pool="mean"), 0, (8,), (160,), _MINILM_RATES, text=True, batch_norm=False, published="minilm"
     ),
 }  # fmt: skip
 

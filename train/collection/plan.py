@@ -31,7 +31,7 @@ _IMAGES = {
 }
 _TEXTS = dict.fromkeys(("glue/cola", "glue/mrpc"), (SCRATCH, f"{WORD_ORDER}:weak", f"{WORD_ORDER}:good"))
 _PUBLISHED_IMAGES = ("cifar10", "cifar10", "cifar100", FASHION)
-_PUBLISHED_TEXTS = ("glue/cola", "glue/cola", "glue/mrpc")
+_PUBLISHED_TEXTS = ("glue/mrpc", "glue/mrpc", WORD_ORDER, WORD_ORDER)
 # Whose harm is measured by going on to the end of the run with layers frozen.
 _TRUE_HARM = {
     "resnet8-cifar10-scratch-0",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,13 +16,14 @@ from train.collection.architectures import Architecture, minilm_folder
 from train.data import WordPiece, augment, evaluation_split, open_split
 
 FASHION = "fashion_mnist"
-WORD_ORDER = "word-order"
+WORD_ORDER, BIGRAM_SHIFT = "word-order", "bigram-shift"
 _HELD_OUT = 512
 _OWN, _OTHER = 4000, 20000  # training examples to fine-tune on, and behind them those to pre-train on
 _FASHION_OWN = 2000
 _SHIFT = 2  # pixels
 _TOKENS = {"glue/cola": 32, "glue/mrpc": 64}  # that are kept of an example
 _OWN_TEXTS = 2000
+_SENTENCES = "glue/cola"  # whose words are put in another order
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -104,7 +105,10 @@ def open_set(
     """Reads the examples that a run trains on, and those that it is measured on.
 
     Args:
-        name: ``cifar10``, ``cifar100``, or another image set of TFDS; ``fashion_mnist``; ``glue/cola``, ``glue/mrpc``.
+        name: ``cifar10``, ``cifar100``, or another image set of TFDS; ``fashion_mnist``; ``glue/cola``, ``glue/mrpc``;
+            and of CoLA's sentences, every other one changed, which is to be found out (both are tasks of SentEval,
+            Conneau et al. 2018, arXiv 1805.01070, or close to one): ``word-order`` with its tokens in random order,
+            ``bigram-shift`` with two neighbours exchanged.
         architecture: What it is for.
         data_dir: Data directory of TFDS.
         examples: Most training examples to take.
@@ -118,6 +122,10 @@ def open_set(
         train, test = fashion_mnist.load()
         parts = _fashion(train, range(examples), architecture), _fashion(test, range(held_out), architecture)
         return DataSet(*parts, 10)
+    if name in _CHANGES:
+        own, others = range(min(examples, _OWN_TEXTS)), range(_OWN_TEXTS, _OWN_TEXTS + held_out)
+        train, test = (_texts(_SENTENCES, "train", part, architecture, data_dir) for part in (own, others))
+        return DataSet(_changed(name, train.inputs), _changed(name, test.inputs), 2)
     read = _texts if architecture.text else _images
     test = read(name, evaluation_split(name, data_dir), range(held_out), architecture, data_dir)
     train = read(name, "train", range(examples), architecture, data_dir)
@@ -128,7 +136,7 @@ def open_pretraining_set(name: str, architecture: Architecture, data_dir: Path) 
     """Reads examples to pre-train on, none of which a run fine-tunes on; and the number of classes.
 
     Args:
-        name: A name as in :func:`open_set` for images; ``word-order``, sentences half of which are shuffled, for texts.
+        name: A name as in :func:`open_set` for images; ``word-order`` for texts.
         architecture: What it is for.
         data_dir: Data directory of TFDS.
 
@@ -140,7 +148,8 @@ def open_pretraining_set(name: str, architecture: Architecture, data_dir: Path) 
         train = fashion_mnist.load()[0]
         return _fashion(train, range(_FASHION_OWN, len(train.labels)), architecture), 10
     if name == WORD_ORDER:
-        return _shuffled(_texts("glue/cola", "train", range(_OWN_TEXTS, 10**6), architecture, data_dir).inputs), 2
+        texts = _texts(_SENTENCES, "train", range(_OWN_TEXTS, 10**6), architecture, data_dir)
+        return _changed(WORD_ORDER, texts.inputs), 2
     arrays = _images(name, "train", range(_OWN, _OWN + _OTHER), architecture, data_dir)
     return arrays, open_split(name, "train", data_dir).num_classes
 
@@ -179,12 +188,23 @@ def _texts(name: str, split_name: str, part: range, architecture: Architecture, 
     return Arrays((ids, np.pad(tokens.attention_mask, missing), np.pad(tokens.token_type_ids, missing)), records.labels)
 
 
-def _shuffled(inputs: Sequence[np.ndarray]) -> Arrays:
+def _changed(how: str, inputs: Sequence[np.ndarray]) -> Arrays:
     """Every other example with its tokens, but for the first and the last, in another order."""
     ids, mask, types = inputs
     ids, rng = ids.copy(), np.random.default_rng(0)
     labels = (np.arange(len(ids)) % 2).astype(np.int32)
     for row in np.flatnonzero(labels):
         inside = slice(1, mask[row].sum() - 1)
-        ids[row, inside] = rng.permutation(ids[row, inside])
+        ids[row, inside] = _CHANGES[how](ids[row, inside], rng)
     return Arrays((ids, mask, types), labels)
+
+
+def _exchanged(tokens: np.ndarray, rng: np.random.Generator) -> np.ndarray:
+    first = rng.integers(max(len(tokens) - 1, 1))
+    return np.concatenate([tokens[:first], tokens[first : first + 2][::-1], tokens[first + 2 :]])
+
+
+_CHANGES: dict[str, Callable[[np.ndarray, np.random.Generator], np.ndarray]] = {
+    WORD_ORDER: lambda tokens, rng: rng.permutation(tokens),
+    BIGRAM_SHIFT: _exchanged,
+}

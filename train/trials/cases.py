@@ -6,6 +6,7 @@ from typing import NamedTuple
 
 from train.collection.plan import PUBLISHED
 from train.collection.plan import Run as Setup
+from train.collection.sets import BIGRAM_SHIFT
 
 
 class Case(NamedTuple):
@@ -39,22 +40,22 @@ CASES: dict[str, Case] = {
         ),
         held_out=2000,
     ),
-    "minilm-cola": Case(
+    "minilm-bigram-shift": Case(
         Setup(
             architecture="minilm",
-            data="glue/cola",
+            data=BIGRAM_SHIFT,
             pretraining=PUBLISHED,
             optimizer="adamw",
             schedule="cosine",
             learning_rate=1e-4,
             weight_decay=0.01,
             batch_size=16,
-            steps=300,
+            steps=240,
             examples=1600,
             augment=False,
             batch_norm="none",
         ),
-        held_out=1043,
+        held_out=2000,
     ),
     "resnet14-weak": Case(
         Setup(
