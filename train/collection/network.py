@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,14 +16,13 @@ import smartfrz_jax as sfj
 from smartfrz_jax import paths
 from smartfrz_jax.cka import layer_gram
 from smartfrz_jax.nnx.hold import hold
-from train.collection.architectures import Architecture
+from train.collection.architectures import Architecture, OptimizerName
 from train.collection.sets import Arrays
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
 PyTree = Any
-OptimizerName = Literal["sgd", "adamw"]
 
 _EVALUATION_BATCH = 128
 

@@ -13,8 +13,7 @@ import random
 from collections.abc import Sequence
 from typing import Literal, TypeVar, get_args
 
-from train.collection.architectures import ARCHITECTURES, Architecture
-from train.collection.network import OptimizerName
+from train.collection.architectures import ARCHITECTURES, Architecture, OptimizerName
 from train.collection.schedules import Schedule
 from train.collection.sets import FASHION, WORD_ORDER
 
@@ -157,7 +156,7 @@ def _deal(rng: random.Random, values: Sequence[T], n: int) -> list[T]:
     return cards
 
 
-def _rate(rng: random.Random, architecture: Architecture, optimizer: str, source: str) -> float:
+def _rate(rng: random.Random, architecture: Architecture, optimizer: OptimizerName, source: str) -> float:
     factor = rng.choice(_FACTORS[source.rpartition(":")[2]])
     return float(f"{factor * rng.choice(architecture.rates[optimizer]):.2g}")
 
