@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -14,6 +14,8 @@ from smartfrz_jax.targets import Criterion, Settled
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
+
+    from smartfrz_jax.encoded import Encoded
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -57,7 +59,7 @@ class Examples:
         """Tailored weights per record."""
         return self.recordings[0].weights.shape[2]
 
-    def batch(self, indices: Int[np.ndarray, " batch"]) -> tuple[Observation, Bool[np.ndarray, " batch"]]:
+    def batch(self, indices: Int[np.ndarray, " batch"]) -> tuple[Observation | Encoded, Bool[np.ndarray, " batch"]]:
         """Some of the examples, as a policy would see them while the network trains.
 
         Args:
@@ -96,7 +98,7 @@ class Examples:
         }
         return Observation(**arrays), self.target[indices]
 
-    def select(self, chosen: np.ndarray) -> Examples:
+    def select(self, chosen: np.ndarray) -> Self:
         """The examples at some indices, or at which a boolean array of shape ``(n,)`` is true; same recordings."""
         fields = ("run", "layer", "moment", "target", "progress", "depth")
         return dataclasses.replace(self, **{field: getattr(self, field)[chosen] for field in fields})

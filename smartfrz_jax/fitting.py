@@ -16,6 +16,8 @@ import numpy as np
 import optax
 from flax import nnx
 
+from smartfrz_jax.encoded import Encoded
+from smartfrz_jax.encoded_examples import EncodedExamples
 from smartfrz_jax.evaluation import Evaluation, evaluate
 from smartfrz_jax.examples import Examples
 from smartfrz_jax.hiding import Hiding
@@ -68,7 +70,7 @@ def fit(
 
     Args:
         predictor: The predictor to start from; it is not changed.
-        examples: The examples.
+        examples: The examples; faster if they are encoded already (:func:`~smartfrz_jax.encode_examples`).
         held_out: True for examples to evaluate on and not to train on, shape ``(n,)``; see :func:`by_run`,
             :func:`by_metadata` and :func:`by_layer`. ``None`` trains on all.
         epochs: Number of epochs.
@@ -87,7 +89,8 @@ def fit(
         The trained predictor, the losses and the evaluations.
 
     Raises:
-        ValueError: If the examples' size is not the predictor's, all training examples have the same target,
+        ValueError: If the examples' size, or encoding, is not the predictor's, something is to be hidden from encoded
+            examples, all training examples have the same target,
             ``held_out`` does not fit or divides the histories of one layer in one run, a number is out of range, or the
             loss becomes NaN or infinite.
 
@@ -103,7 +106,9 @@ def fit(
         >>> [evaluation.n for evaluation in result.evaluations]
         [8, 8, 8]
     """
-    _check_size(predictor, examples)
+    _check_fits(predictor, examples)
+    if hiding is not None and isinstance(examples, EncodedExamples):
+        raise ValueError("hiding: the examples are encoded; hide as they are, encode_examples(..., hiding=hiding)")
     training, testing = _split(examples, held_out)
     _check_numbers(epochs, batch_size, learning_rate, momentum, weight_decay)
     weights = class_factors(training.target, class_weights)
@@ -120,7 +125,7 @@ def fit(
             chosen = order[step * batch_size : (step + 1) * batch_size]
             padded = np.pad(chosen, (0, batch_size - len(chosen)), mode="edge")
             observation, target = training.batch(padded)
-            if hiding is not None:
+            if hiding is not None and not isinstance(observation, Encoded):
                 observation = hiding(observation, hiding_rng)
             factor = np.where(np.arange(batch_size) < len(chosen), weights[target.astype(int)], 0) / len(chosen)
             params, opt_state, loss = _step(
@@ -157,9 +162,9 @@ def predict(predictor: Predictor, examples: Examples, *, batch_size: int = 256) 
         float32 of shape ``(n,)``.
 
     Raises:
-        ValueError: If the examples' size is not the predictor's, or ``batch_size`` is below 1.
+        ValueError: If the examples' size, or encoding, is not the predictor's, or ``batch_size`` is below 1.
     """
-    _check_size(predictor, examples)
+    _check_fits(predictor, examples)
     if batch_size < 1:
         raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
     probability = np.zeros(len(examples), np.float32)
@@ -176,7 +181,7 @@ def _step(
     params: PyTree,
     statistics: PyTree,
     opt_state: PyTree,
-    batch: tuple[Observation, jax.Array, jax.Array],
+    batch: tuple[Observation | Encoded, jax.Array, jax.Array],
     learning_rate: jax.Array,
     weight_decay: jax.Array,
     *,
@@ -237,7 +242,9 @@ def class_factors(target: np.ndarray, class_weights: ClassWeights) -> np.ndarray
     return np.array(weights, np.float64)
 
 
-def _check_size(predictor: Predictor, examples: Examples) -> None:
+def _check_fits(predictor: Predictor, examples: Examples) -> None:
+    if isinstance(examples, EncodedExamples):
+        examples.check(predictor.config.encoding)
     if predictor.config.size != examples.size:
         raise ValueError(
             f"examples: have {examples.size} tailored weights per record, but the predictor takes "

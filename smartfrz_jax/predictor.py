@@ -13,9 +13,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from smartfrz_jax import checkpoint
-from smartfrz_jax.encoding import PAPER, Encoding, encode_records
+from smartfrz_jax.encoded import Encoded, encode
+from smartfrz_jax.encoding import PAPER, Encoding
 from smartfrz_jax.observation import Observation
-from smartfrz_jax.regime import FLAGGED, context_names, encode_context
+from smartfrz_jax.regime import FLAGGED, context_names
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -129,23 +130,25 @@ class Predictor(nnx.Module):
         if encoding.weights == "sorted_deltas":
             self.weights_rms = Statistic(jnp.ones(()))
 
-    def __call__(self, observation: Observation) -> Float[Array, "2"]:
+    def __call__(self, observation: Observation | Encoded) -> Float[Array, "2"]:
         """Logits of (keep training, freeze) for one layer.
 
         Args:
-            observation: What is known of the layer. Where its mask is false, whatever stands there has no influence.
+            observation: What is known of the layer; it may be in the form already that ``config.encoding`` says. Where
+                its mask is false, whatever stands there has no influence.
         """
         encoding = self.config.encoding
-        context = self._context(observation)
+        encoded = observation if isinstance(observation, Encoded) else encode(encoding, observation)
+        context = self._context(encoded)
         if encoding.weights == "none":
             return self.classifier(context)
-        records, mask = encode_records(encoding, observation)
+        records = encoded.records
         if encoding.weights == "sorted_deltas":
             records = records / self.weights_rms[...]
         if encoding.context_in != "classifier":
             beside = jnp.broadcast_to(context[None], (len(records), len(context)))
             records = jnp.concatenate([records, beside], axis=1)
-        pooled = self._pool(records, mask)
+        pooled = self._pool(records, encoded.mask)
         return self.classifier(jnp.concatenate([pooled, context]) if encoding.context_in != "records" else pooled)
 
     def _pool(self, records: jax.Array, mask: jax.Array) -> jax.Array:
@@ -160,13 +163,13 @@ class Predictor(nnx.Module):
         attention = jax.nn.softmax(jnp.where(mask.any(), scores, 0.0))
         return attention @ values
 
-    def _context(self, observation: Observation) -> jax.Array:
+    def _context(self, encoded: Encoded) -> jax.Array:
         """Standardised, bounded, zero (the mean) where unknown; then which of :data:`FLAGGED` are unknown."""
         names = context_names(self.config.encoding)
         if not names:
             return jnp.zeros(0)
-        values, known = encode_context(self.config.encoding, observation)
-        standard = jnp.clip((values - self.context_mean[...]) / self.context_std[...], -_BOUND, _BOUND)
+        known = encoded.known
+        standard = jnp.clip((encoded.context - self.context_mean[...]) / self.context_std[...], -_BOUND, _BOUND)
         flags = [~known[index] for index, name in enumerate(names) if name in FLAGGED]
         return jnp.concatenate([jnp.where(known, standard, 0.0), jnp.array(flags, jnp.float32)])
 
@@ -241,7 +244,7 @@ def _saved_config(path: str | Path) -> PredictorConfig:
     return config
 
 
-def freeze_probability(predictor: Predictor, observation: Observation) -> Float[Array, " layers"]:
+def freeze_probability(predictor: Predictor, observation: Observation | Encoded) -> Float[Array, " layers"]:
     """Confidence that each layer can be frozen (softmax of Eq. 4), all layers in one compiled call.
 
     Args:
@@ -256,5 +259,5 @@ def freeze_probability(predictor: Predictor, observation: Observation) -> Float[
 
 # Not nnx.jit, which writes the arrays back: under a mesh they would then belong to it, and the predictor to no other.
 @functools.partial(jax.jit, static_argnums=0)
-def _probability(graphdef: nnx.GraphDef[Predictor], state: nnx.State, observation: Observation) -> jax.Array:
+def _probability(graphdef: nnx.GraphDef[Predictor], state: nnx.State, observation: Observation | Encoded) -> jax.Array:
     return jax.nn.softmax(jax.vmap(nnx.merge(graphdef, state))(observation), axis=-1)[:, 1]

@@ -10,6 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from smartfrz_jax.encoded import Encoded
+from smartfrz_jax.encoded_examples import EncodedExamples
 from smartfrz_jax.encoding import Encoding, rms_step
 from smartfrz_jax.examples import Examples
 from smartfrz_jax.observation import Observation
@@ -77,6 +79,8 @@ def contexts(encoding: Encoding, examples: Examples) -> tuple[Float[np.ndarray, 
 
 def _inputs(encoding: Encoding, examples: Examples) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Context, which of it is known, and rms step of every example."""
+    if isinstance(examples, EncodedExamples):
+        examples.check(encoding)
     parts = []
     for start in range(0, len(examples), _BATCH):
         chosen = np.arange(start, min(start + _BATCH, len(examples)))
@@ -87,6 +91,8 @@ def _inputs(encoding: Encoding, examples: Examples) -> tuple[np.ndarray, np.ndar
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _inputs_of(encoding: Encoding, observation: Observation) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _inputs_of(encoding: Encoding, observation: Observation | Encoded) -> tuple[jax.Array, jax.Array, jax.Array]:
+    if isinstance(observation, Encoded):
+        return observation.context, observation.known, observation.step
     values, known = jax.vmap(functools.partial(encode_context, encoding))(observation)
     return values, known, jax.vmap(rms_step)(observation)
