@@ -19,6 +19,7 @@ from smartfrz_jax.cka import linear_cka as linear_cka
 from smartfrz_jax.cost import ProgramCost as ProgramCost
 from smartfrz_jax.cost import program_cost as program_cost
 from smartfrz_jax.dataflow import tapped as tapped
+from smartfrz_jax.encoded_examples import encode_examples as encode_examples
 from smartfrz_jax.encoding import Encoding as Encoding
 from smartfrz_jax.evaluation import Evaluation as Evaluation
 from smartfrz_jax.evaluation import evaluate as evaluate

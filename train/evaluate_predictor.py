@@ -9,11 +9,12 @@ Every figure is a line of ``figures.jsonl`` in ``--out``; what is there is not c
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
@@ -22,6 +23,7 @@ import numpy as np
 
 import smartfrz_jax as sfj
 from smartfrz_jax.controls import CONTROLS
+from smartfrz_jax.encoding import Encoding
 from smartfrz_jax.examples import Examples, make_examples
 from smartfrz_jax.recording import Recording
 from smartfrz_jax.splits import by_run, moments
@@ -53,17 +55,17 @@ def evaluate(args: argparse.Namespace, interrupt: Interrupt) -> None:
     file = args.out / "figures.jsonl"
     found = [Figures(**json.loads(line)) for line in file.read_text().splitlines()] if file.exists() else []
     known = {row[:5] for row in found}
-    examples: dict[str, Examples] = {}
+    prepared = Prepared(recordings, args.stride)
     for target, split, fold, held_out, variant, seed in interrupt.checked(jobs(args, recordings)):
         if (target, split, fold, variant, seed) in known:
             continue
-        if target not in examples:
-            examples[target] = make_examples(recordings, criterion=TARGETS[target], stride=args.stride)
-        mask = by_run(examples[target], held_out)
-        train, test = examples[target].select(~mask), examples[target].select(mask)
+        train, test = prepared.examples(variant, target)
+        train, test = train.select(~by_run(train, held_out)), test.select(by_run(test, held_out))
         start = time.perf_counter()
-        predict = _of_control(variant) if variant in CONTROLS else _of_variant(variant, seed)
-        probability = predict(train, test)
+        if variant in CONTROLS:
+            probability = CONTROLS[variant](train, test)
+        else:
+            probability = sfj.predict(VARIANTS[variant].fit(train, seed=seed), test)
         seconds = time.perf_counter() - start
         score = sfj.evaluate(probability, test.target, groups=moments(test))
         row = Figures(
@@ -91,12 +93,46 @@ def evaluate(args: argparse.Namespace, interrupt: Interrupt) -> None:
     write_tables(args, len(recordings), found)
 
 
-def _of_control(name: str) -> Callable[[Examples, Examples], np.ndarray]:
-    return CONTROLS[name]
+class Prepared:
+    """Examples in the forms that predictors and controls read; each is made once, for all targets.
 
+    Args:
+        recordings: The recordings.
+        stride: Distance of moments in records.
+    """
 
-def _of_variant(name: str, seed: int) -> Callable[[Examples, Examples], np.ndarray]:
-    return lambda train, test: sfj.predict(VARIANTS[name].fit(train, seed=seed), test)
+    def __init__(self, recordings: list[Recording], stride: int):
+        self._recordings, self._stride = recordings, stride
+        self._made: dict[str, tuple[Examples, Examples]] = {}
+        self._targets: dict[str, np.ndarray] = {}
+
+    def examples(self, variant: str, target: str) -> tuple[Examples, Examples]:
+        """All examples to train on, and all to judge by.
+
+        Args:
+            variant: Name of a predictor or control.
+            target: Name of the target.
+        """
+        if target not in self._targets:
+            self._targets[target] = self._plain(target).target
+        form = "control" if variant in CONTROLS else variant
+        if form not in self._made:
+            self._made[form] = self._make(form, self._plain(target))
+        right = self._targets[target]
+        train, test = self._made[form]
+        repeated = np.tile(right, len(train) // len(test))
+        return dataclasses.replace(train, target=repeated), dataclasses.replace(test, target=right)
+
+    def _plain(self, target: str) -> Examples:
+        return make_examples(self._recordings, criterion=TARGETS[target], stride=self._stride)
+
+    def _make(self, form: str, plain: Examples) -> tuple[Examples, Examples]:
+        if form == "control":
+            encoded = sfj.encode_examples(plain, Encoding("none"))
+            return encoded, encoded
+        encoding = VARIANTS[form].encoding
+        test = plain if encoding.weights == "raw" else sfj.encode_examples(plain, encoding)
+        return VARIANTS[form].prepared(plain), test
 
 
 def write_tables(args: argparse.Namespace, recordings: int, found: list[Figures]) -> None:

@@ -48,7 +48,8 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"without: no recording is of {unknown!r}; they are of {', '.join(sorted(known))}")
         chosen = [recorded for recorded in recordings if not _about(recorded) & set(args.without)]
         examples = make_examples(chosen, criterion=TARGETS[args.target], stride=args.stride)
-        predictor = VARIANTS[args.variant].fit(examples, seed=args.seed)
+        variant = VARIANTS[args.variant]
+        predictor = variant.fit(variant.prepared(examples, seed=args.seed), seed=args.seed)
         predictor.save(args.out)
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
