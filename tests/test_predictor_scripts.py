@@ -76,12 +76,18 @@ def test_evaluates_and_goes_on(data_set, tmp_path, capsys):
     assert by_fold["context", "resnet"].auc > 0.95
     assert by_fold[VARIANT, "resnet"].n == 40
     assert by_fold["majority", "vgg"].auc == 0.5
-    assert "held out by architecture" in (out / "figures.md").read_text()
-    assert evaluate_predictor.main([*args, "--seeds", "2"]) == 0
+    tables = (out / "figures.md").read_text()
+    assert "held out by architecture" in tables
+    assert "### cka" in capsys.readouterr().out
+    results = tmp_path / "RESULTS.md"
+    results.write_text("Before.\n\n<!-- predictors -->\nold\n<!-- end of predictors -->\nAfter.\n")
+    assert evaluate_predictor.main([*args, "--seeds", "2", "--results", str(results)]) == 0
+    new = (out / "figures.md").read_text()
+    assert new != tables
+    assert results.read_text() == f"Before.\n\n<!-- predictors -->\n{new}<!-- end of predictors -->\nAfter.\n"
     again = (out / "figures.jsonl").read_text().splitlines()
     assert again[: len(lines)] == lines
     assert len(again) == len(lines) + 2
-    assert capsys.readouterr().out.count("tables are in") == 2
 
 
 @pytest.mark.slow

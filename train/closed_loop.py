@@ -1,7 +1,8 @@
 """Compares freezing policies in the closed loop: accuracy against compute and time, seed by seed against ``never``.
 
 Every run is a line of ``results.jsonl`` in ``--out``; what is there is not run again, so the comparison can be stopped
-and gone on with, and seeds or strategies added. ``results.md`` and a picture for each case are made anew each time.
+and gone on with, and seeds or strategies added. ``results.md`` and a picture for each case are made anew each time, and
+so is a section of the file of ``--results``.
 
     python -m train.closed_loop --data-dir data/tfds --weights data/weights --predictors runs/predictors --seeds 3
 """
@@ -11,16 +12,13 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
-import os
-import platform
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
-
 import smartfrz_jax as sfj
 from train.interrupt import Interrupt
+from train.results import provenance, write_section
 from train.trials import report
 from train.trials.cases import CASES
 from train.trials.strategies import Strategy, strategies
@@ -101,29 +99,33 @@ def compare(args: argparse.Namespace, interrupt: Interrupt) -> None:
             f"kept {result.compute_cached:.2f}, {result.seconds:.0f} s",
             flush=True,
         )
-    write_report(args.out, results)
+    write_report(args, results)
 
 
-def write_report(out: Path, results: list[Result]) -> None:
-    """Writes ``results.md`` and a picture for each case."""
-    versions = f"jax {jax.__version__}, Python {platform.python_version()}, {jax.devices()[0].device_kind}"
-    parts = [f"{' '.join(sys.argv[1:])}\n\n{versions}, {os.cpu_count()} cores"]
+def write_report(args: argparse.Namespace, results: list[Result]) -> None:
+    """Writes ``results.md``, a picture for each case, and the section of ``--results``."""
+    source = provenance("train.closed_loop")
+    parts = [source]
     for case in CASES:
         of_case = [result for result in results if result.case == case]
         found = report.rows(of_case)
         if found:
-            parts.append(f"## {case}\n\n{report.table(found)}")
+            parts.append(f"### {case}\n\n{report.table(found)}")
             parts.append(f"At the same compute:\n\n{report.matched(of_case)}")
             parts.append(f"With kept activations:\n\n{report.matched(of_case, cached=True)}")
-            report.picture(found, out / f"{case}.png", f"{case} ({versions})")
-    (out / "results.md").write_text("\n\n".join(parts) + "\n")
-    print(f"table and pictures are in {out}")
+            report.picture(found, args.out / f"{case}.png", case)
+    text = "\n\n".join(parts)
+    (args.out / "results.md").write_text(f"{text}\n")
+    if args.results is not None:
+        write_section(args.results, "closed loop", text)
+    print(f"table and pictures are in {args.out}")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m train.closed_loop", description=str(__doc__).split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/closed_loop"), help="folder for everything written")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="Markdown file in which to renew the tables, too")
     parser.add_argument("--data-dir", type=Path, required=True, help="folder of prepared TFDS data sets")
     parser.add_argument("--weights", type=Path, help="folder of published weights")
     parser.add_argument(

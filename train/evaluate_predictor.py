@@ -1,7 +1,7 @@
 """Judges predictors on recorded runs that they did not see, beside simple controls; splits by architecture and more.
 
 Every figure is a line of ``figures.jsonl`` in ``--out``; what is there is not computed again. The tables go to
-``figures.md`` there.
+``figures.md`` there, and, as a section, into the file of ``--results``.
 
     python -m train.evaluate_predictor --recordings runs/collection --out runs/evaluation
 """
@@ -11,14 +11,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import platform
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args
 
-import jax
 import numpy as np
 
 import smartfrz_jax as sfj
@@ -32,6 +30,7 @@ from train.predictors import learning_runs
 from train.predictors.figures import Figures, table
 from train.predictors.folds import Split, folds
 from train.predictors.variants import TARGETS, VARIANTS
+from train.results import provenance, write_section
 
 
 def jobs(
@@ -136,9 +135,11 @@ class Prepared:
 
 
 def write_tables(args: argparse.Namespace, recordings: int, found: list[Figures]) -> None:
-    """Writes ``figures.md``."""
-    versions = f"jax {jax.__version__}, Python {platform.python_version()}, {jax.devices()[0].device_kind}"
-    parts = [f"{' '.join(sys.argv[1:])}\n\n{versions}; {recordings} recordings, every {args.stride}th moment"]
+    """Prints the tables, and writes them to ``figures.md`` and the section of ``--results``."""
+    parts = [
+        f"{provenance('train.evaluate_predictor')} {recordings} recordings, every {args.stride}th moment. Means over "
+        "folds, +- the standard deviation of that mean over seeds."
+    ]
     for target in TARGETS:
         for split in get_args(Split):
             rows = [row for row in found if (row.target, row.split) == (target, split)]
@@ -147,10 +148,13 @@ def write_tables(args: argparse.Namespace, recordings: int, found: list[Figures]
                     sum({row.fold: getattr(row, field) for row in rows}.values()) for field in ("n", "positives")
                 )
                 parts.append(
-                    f"## {target}, held out by {split} ({positives} of {n} examples to freeze)\n\n{table(rows)}"
+                    f"### {target}, held out by {split} ({positives} of {n} examples to freeze)\n\n{table(rows)}"
                 )
-    (args.out / "figures.md").write_text("\n\n".join(parts) + "\n")
-    print(f"tables are in {args.out / 'figures.md'}")
+    text = "\n\n".join(parts)
+    print(text)
+    (args.out / "figures.md").write_text(f"{text}\n")
+    if args.results is not None:
+        write_section(args.results, "predictors", text)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -160,6 +164,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--recordings", type=Path, required=True, help="recordings, as train.collect makes them")
     parser.add_argument("--out", type=Path, default=Path("runs/evaluation"), help="folder for everything written")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="Markdown file in which to renew the tables, too")
     parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS), help="what is supervised")
     parser.add_argument(
         "--splits", nargs="+", choices=get_args(Split), default=list(get_args(Split)), help="what is held out"

@@ -1,0 +1,61 @@
+"""RESULTS.md: sections that scripts write, each between two comments with its name, beside text written by hand."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from pathlib import Path
+
+import jax
+
+_ROOT = Path(__file__).resolve().parents[1]
+
+
+def write_section(file: Path, name: str, text: str) -> None:
+    r"""Puts a text between ``<!-- name -->`` and ``<!-- end of name -->`` in a file, at its end if they are not there.
+
+    Args:
+        file: Markdown file; it is made if it is not there.
+        name: Name of the section.
+        text: What is to be there.
+
+    Raises:
+        ValueError: If the first comment is there and the second is not behind it.
+
+    Example:
+        >>> import tempfile
+        >>> file = Path(tempfile.mkdtemp()) / "RESULTS.md"
+        >>> write_section(file, "table", "one")
+        >>> write_section(file, "table", "two")
+        >>> file.read_text()
+        '<!-- table -->\ntwo\n<!-- end of table -->\n'
+    """
+    begin, end = f"<!-- {name} -->\n", f"<!-- end of {name} -->\n"
+    section = f"{begin}{text.strip()}\n{end}"
+    old = file.read_text() if file.exists() else ""
+    before, found, rest = old.partition(begin)
+    _, closed, after = rest.partition(end)
+    if found and not closed:
+        raise ValueError(f"results: {file} has {begin.strip()!r} without {end.strip()!r} after it; add that line")
+    file.write_text(before + section + after if found else f"{old}\n{section}" if old else section)
+
+
+def provenance(script: str) -> str:
+    """What a table was made with, in one paragraph: command, commit, versions and hardware.
+
+    Args:
+        script: Name of the module that was run.
+    """
+    command = " ".join(["python -m", script, *sys.argv[1:]])
+    versions = f"jax {jax.__version__}, Python {platform.python_version()}"
+    return f"`{command}`; commit {_commit()}; {versions}, {jax.devices()[0].device_kind}, {os.cpu_count()} cores."
+
+
+def _commit() -> str:
+    try:
+        asked = ["git", "describe", "--always", "--dirty"]
+        return subprocess.run(asked, cwd=_ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"
