@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import smartfrz_jax as sfj
-from train.interrupt import Interrupt
+from train.interrupt import Interrupt, exit_code
 from train.results import provenance, write_section
 from train.trials import report
 from train.trials.cases import CASES
@@ -149,17 +149,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Runs the script; returns the exit code: 0, 2 if something asked for is wrong, 130 if interrupted."""
     args = parse(argv)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        with Interrupt() as interrupt:
-            compare(args, interrupt)
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; call it again to go on, results are in {args.out / 'results.jsonl'}", file=sys.stderr)
-        return 130
-    except (OSError, ValueError, FloatingPointError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(
+        lambda interrupt: compare(args, interrupt),
+        args.out,
+        go_on=f"call it again to go on, results are in {args.out / 'results.jsonl'}",
+    )
 
 
 if __name__ == "__main__":

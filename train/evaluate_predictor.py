@@ -25,7 +25,7 @@ from smartfrz_jax.encoding import Encoding
 from smartfrz_jax.examples import Examples, make_examples
 from smartfrz_jax.recording import Recording
 from smartfrz_jax.splits import by_run, moments
-from train.interrupt import Interrupt
+from train.interrupt import Interrupt, exit_code
 from train.predictors import learning_runs
 from train.predictors.figures import Figures, table
 from train.predictors.folds import Split, folds
@@ -182,17 +182,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     """Runs the script; returns the exit code: 0, 2 if something asked for is wrong, 130 if interrupted."""
     args = parse(argv)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        with Interrupt() as interrupt:
-            evaluate(args, interrupt)
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; call it again to go on, figures are in {args.out / 'figures.jsonl'}", file=sys.stderr)
-        return 130
-    except (OSError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+    return exit_code(
+        lambda interrupt: evaluate(args, interrupt),
+        args.out,
+        go_on=f"call it again to go on, figures are in {args.out / 'figures.jsonl'}",
+    )
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ import smartfrz_jax as sfj
 from models import weights
 from train import report
 from train.data import Data, metrics
-from train.interrupt import Interrupt
+from train.interrupt import Interrupt, exit_code
 from train.log import Evaluation, Log, Run, read
 from train.networks import make_network
 from train.optimizers import make_optimizer
@@ -218,21 +218,15 @@ def check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Runs the script; returns the exit code: 0, 2 if something asked for is wrong, 130 if interrupted."""
     options = parse(argv)
-    try:
-        options.out.mkdir(parents=True, exist_ok=True)
+
+    def work(interrupt: Interrupt) -> None:
         if (options.out / "log.jsonl").exists() and not options.resume:
             raise FileExistsError(
                 f"out: {options.out} holds a run; go on with it with --resume, or choose another folder"
             )
-        with Interrupt() as interrupt:
-            finetune(options, print, interrupt)
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; go on with --resume --out {options.out}", file=sys.stderr)
-        return 130
-    except (OSError, ValueError, FloatingPointError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    return 0
+        finetune(options, print, interrupt)
+
+    return exit_code(work, options.out, go_on=f"go on with --resume --out {options.out}")
 
 
 if __name__ == "__main__":

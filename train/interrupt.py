@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterable, Iterator
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TypeVar
 
@@ -40,3 +42,27 @@ class Interrupt:
         for item in items:
             self.check()
             yield item
+
+
+def exit_code(work: Callable[[Interrupt], object], out: Path, *, go_on: str) -> int:
+    """Runs a script's work and says on standard error what ended it.
+
+    Args:
+        work: The work.
+        out: Folder that it writes to; it is made.
+        go_on: What to do after an interruption.
+
+    Returns:
+        0, 2 if something that was asked for is wrong, 130 if it was interrupted.
+    """
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with Interrupt() as interrupt:
+            work(interrupt)
+    except KeyboardInterrupt:
+        print(f"\ninterrupted; {go_on}", file=sys.stderr)
+        return 130
+    except (OSError, ValueError, FloatingPointError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
