@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
 Criterion = Callable[[Recording], np.ndarray]
 
-_RECENT = 5  # records whose mean loss is the loss at the end of a run
-
 
 def stabilised(
     cka: Float[np.ndarray, "records layers"], *, window: int = 5, tolerance: float = 0.02
@@ -120,16 +118,16 @@ class Settled:
 
 @dataclasses.dataclass(frozen=True)
 class Harmless:
-    """Criterion: freezing all layers up to this one costs at most a small part of what the run gains.
+    """Criterion: freezing all layers up to this one costs at most a small part of the loss that the run began with.
 
-    The run's gain is the difference between its first training loss and its last. As a share of it the tolerance means
-    the same for losses of any unit and for tasks of any number of classes. What was not measured is filled in by
-    :func:`smartfrz_jax.harm.fill`; where that has nothing to go by (deeper than the deepest layer that was measured,
-    before the first moment) the layer is kept.
+    As a share of the first training loss the tolerance means the same for losses of any unit and for tasks of any
+    number of classes. (As a share of what the run gains it would be less than the noise of the measurement in runs that
+    gain little.) What was not measured is filled in by :func:`smartfrz_jax.harm.fill`; where that has nothing to go by
+    (deeper than the deepest layer that was measured, before the first moment) the layer is kept.
 
     Attributes:
         supervision: ``"swap_harm"`` or ``"branch_harm"``.
-        tolerance: Largest harm, as a share of the gain.
+        tolerance: Largest harm, as a share of the first training loss.
     """
 
     supervision: Literal["swap_harm", "branch_harm"] = "swap_harm"
@@ -139,22 +137,21 @@ class Harmless:
         if self.supervision not in ("swap_harm", "branch_harm"):
             raise ValueError(f"supervision: got {self.supervision!r}, expected 'swap_harm' or 'branch_harm'")
         if not self.tolerance >= 0:
-            raise ValueError(f"tolerance: got {self.tolerance}, expected a share of the run's gain, 0 or more")
+            raise ValueError(f"tolerance: got {self.tolerance}, expected a share of the first training loss, 0 or more")
 
     def __call__(self, recording: Recording) -> Bool[np.ndarray, "records layers"]:
         """True where the layer should be frozen.
 
         Raises:
-            ValueError: If the recording lacks the harm, or its first or last losses.
+            ValueError: If the recording lacks the harm, or its first loss is unknown or not above 0.
         """
         harm = fill(_of(recording, self.supervision), recording.steps, recording.total_steps)
-        last = recording.losses[-_RECENT:]
-        if np.isnan(recording.first_loss) or np.isnan(last).all():
+        if not recording.first_loss > 0:
             raise ValueError(
-                f"recording: its first_loss is {recording.first_loss} and the last {len(last)} of its losses are "
-                f"{last.tolist()}, so what the run gained is not known; pass each record its training loss"
+                f"recording: its first_loss is {recording.first_loss}, expected a loss above 0; pass each record its "
+                "training loss, or choose a criterion that needs none, such as Settled"
             )
-        return np.nan_to_num(harm, nan=np.inf) <= self.tolerance * max(recording.first_loss - np.nanmean(last), 0.0)
+        return np.nan_to_num(harm, nan=np.inf) <= self.tolerance * float(recording.first_loss)
 
 
 def _of(recording: Recording, supervision: str) -> np.ndarray:

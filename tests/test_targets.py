@@ -140,12 +140,11 @@ class TestSettled:
 class TestHarmless:
     HARM = np.array([[0.4, 0.8, np.nan]] + [[np.nan] * 3] * 3 + [[0.02, 0.04, np.nan]] + [[np.nan] * 3] * 3)
 
-    def test_harm_is_a_share_of_what_the_run_gains(self):
+    def test_harm_is_a_share_of_the_first_loss(self):
         recording = make_recording(swap_harm=self.HARM)
-        gain = 2.3 - np.mean(recording.losses[-5:])
         for tolerance in (0.0, 0.01, 0.03, 0.1, 1.0):
             got = Harmless(tolerance=tolerance)(recording)
-            expected = fill(recording.swap_harm, recording.steps, 80)[:, :2] <= tolerance * gain
+            expected = fill(recording.swap_harm, recording.steps, 80)[:, :2] <= tolerance * float(np.float32(2.3))
             np.testing.assert_array_equal(got[:, :2], expected)
             assert got.dtype == bool
         assert Harmless(tolerance=0.03)(recording).sum(axis=0).tolist() == [4, 4, 0]
@@ -153,7 +152,7 @@ class TestHarmless:
     def test_means_the_same_in_another_unit(self):
         recording = make_recording(branch_harm=self.HARM)
         scaled = dataclasses.replace(
-            recording, branch_harm=self.HARM * 1000, losses=recording.losses * 1000 - 7, first_loss=2.3 * 1000 - 7
+            recording, branch_harm=self.HARM * 1024, losses=recording.losses * 1024, first_loss=2.3 * 1024
         )
         criterion = Harmless("branch_harm", tolerance=0.1)
         assert criterion(recording).any()
@@ -174,24 +173,18 @@ class TestHarmless:
         assert (np.diff(less.astype(int), axis=0) >= 0).all(), "what is frozen stays frozen"
         assert (np.diff(less.astype(int), axis=1) <= 0).all(), "front to back"
 
-    def test_a_run_that_gained_nothing_leaves_no_room(self):
-        recording = make_recording(swap_harm=np.full((8, 3), 0.01))
-        recording = dataclasses.replace(recording, first_loss=0.1)
-        assert not Harmless(tolerance=100.0)(recording).any()
-
-    def test_the_last_losses_may_be_known_in_part(self):
-        losses = np.array([np.nan] * 7 + [1.3])
-        recording = dataclasses.replace(make_recording(swap_harm=np.full((8, 3), 0.5)), losses=losses)
-        assert Harmless(tolerance=0.51)(recording)[0].all()
-        assert not Harmless(tolerance=0.49)(recording)[0].any()
+    def test_only_the_first_loss_is_needed(self):
+        recording = dataclasses.replace(make_recording(swap_harm=np.full((8, 3), 0.5)), losses=np.full(8, np.nan))
+        assert Harmless(tolerance=0.22)(recording)[0].all()
+        assert not Harmless(tolerance=0.21)(recording)[0].any()
 
     def test_refusals(self):
         recording = make_recording(swap_harm=self.HARM)
         with pytest.raises(ValueError, match="recording: has no branch_harm"):
             Harmless("branch_harm")(recording)
-        for change in ({"first_loss": np.nan}, {"losses": np.full(8, np.nan)}):
-            with pytest.raises(ValueError, match=r"recording: its first_loss is .* what the run gained is not known"):
-                Harmless()(dataclasses.replace(recording, **change))
+        for first_loss in (np.nan, 0.0, -1.0):
+            with pytest.raises(ValueError, match=r"recording: its first_loss is .*, expected a loss above 0; pass"):
+                Harmless()(dataclasses.replace(recording, first_loss=first_loss))
         with pytest.raises(ValueError, match="supervision: got 'cka', expected 'swap_harm' or 'branch_harm'"):
             Harmless("cka")
         with pytest.raises(ValueError, match="tolerance: got -1"):
