@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal, get_args
 
 import jax
@@ -15,6 +16,13 @@ if TYPE_CHECKING:
 
 Weights = Literal["raw", "sorted_deltas", "scale_free", "none"]
 ContextIn = Literal["records", "classifier", "both"]
+
+
+REGIME = (
+    "displacement", "growth", "step", "drift", "wander", "persistence", "slowing", "outward", "spreading", "recent",
+    "radial", "tails_start", "tails", "shape_start", "shape", "loss_level", "loss_slope", "loss_noise", "records",
+)  # fmt: skip
+"""Numbers by which a layer's readiness is to be told; :mod:`smartfrz_jax.regime` has their definitions."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +43,8 @@ class Encoding:
         quantiles: Number of means of equal parts to which sorted values are reduced; ``None`` keeps them all.
         progress: Whether the context has the share of the run that is done.
         depth: Whether it has the place of the layer.
-        regime: Whether it has what :mod:`smartfrz_jax.regime` measures: how far, how straight and how fast the layer
-            has moved, the shape of its weights, and the loss.
+        regime: Which of :data:`REGIME` it has: how far, how straight and how fast the layer has moved, the shape of its
+            weights, and the loss. ``True`` is all of them, ``False`` none.
         context_in: Where the context goes: beside every record, beside what attention gives to the classifier, or both.
     """
 
@@ -44,13 +52,17 @@ class Encoding:
     quantiles: int | None = None
     progress: bool = True
     depth: bool = True
-    regime: bool = True
+    regime: bool | Sequence[str] = True
     context_in: ContextIn = "both"
 
     def __post_init__(self) -> None:
         for field, choices in (("weights", get_args(Weights)), ("context_in", get_args(ContextIn))):
             if getattr(self, field) not in choices:
                 raise ValueError(f"{field}: got {getattr(self, field)!r}, expected one of {', '.join(choices)}")
+        asked = (REGIME if self.regime else ()) if isinstance(self.regime, bool) else tuple(self.regime)
+        for unknown in [name for name in asked if name not in REGIME]:
+            raise ValueError(f"regime: got {unknown!r}, expected True, False or some of {', '.join(REGIME)}")
+        object.__setattr__(self, "regime", tuple(name for name in REGIME if name in asked))
         if self.quantiles is not None and (self.quantiles < 1 or self.weights not in ("sorted_deltas", "scale_free")):
             raise ValueError(
                 f"quantiles: got {self.quantiles} with weights={self.weights!r}, expected at least 1, and a form that "
@@ -64,7 +76,12 @@ class Encoding:
     @property
     def has_context(self) -> bool:
         """Whether anything but the records goes in."""
-        return self.progress or self.depth or self.regime
+        return self.progress or self.depth or bool(self.regime)
+
+    @property
+    def regime_names(self) -> tuple[str, ...]:
+        """The names of ``regime``, in the order of :data:`REGIME`."""
+        return tuple(self.regime) if not isinstance(self.regime, bool) else ()
 
     def width(self, size: int) -> int:
         """Numbers that a record of ``size`` weights becomes.

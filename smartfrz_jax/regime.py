@@ -45,13 +45,6 @@ from smartfrz_jax.observation import Observation
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
 
-_MOVEMENT = (
-    "displacement", "growth", "step", "drift", "wander", "persistence", "slowing", "outward", "spreading", "recent",
-    "radial",
-)  # fmt: skip
-_SHAPE = ("tails_start", "tails", "shape_start", "shape")
-_LOSS = ("loss_level", "loss_slope", "loss_noise")
-REGIME = (*_MOVEMENT, *_SHAPE, *_LOSS, "records")
 FLAGGED = ("progress", "drift", "outward", "loss_level", "loss_slope")  # a predictor is told if one is unknown
 
 
@@ -60,7 +53,7 @@ def context_names(encoding: Encoding) -> tuple[str, ...]:
     return (
         *(("progress",) if encoding.progress else ()),
         *(("depth",) if encoding.depth else ()),
-        *(REGIME if encoding.regime else ()),
+        *encoding.regime_names,
     )
 
 
@@ -81,7 +74,7 @@ def encode_context(encoding: Encoding, observation: Observation) -> tuple[Float[
         numbers["progress"] = jnp.clip(jnp.where(known, observation.progress, 0.0), 0.0, 1.0), known
     if encoding.depth:
         numbers["depth"] = jnp.clip(observation.depth, 0.0, 1.0), jnp.bool_(True)
-    if encoding.regime:
+    if encoding.regime_names:
         numbers |= _movement(observation) | _shape(observation) | _loss(observation)
         numbers["records"] = jnp.log1p(jnp.sum(observation.mask, dtype=jnp.float32)), jnp.bool_(True)
     names = context_names(encoding)

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from smartfrz_jax.encoding import PAPER, Encoding, encode_records, rms, rms_step, successive_differences
+from smartfrz_jax.encoding import PAPER, REGIME, Encoding, encode_records, rms, rms_step, successive_differences
 from tests.observations import observation_of, walk
 
 _jitted = jax.jit(encode_records, static_argnums=0)
@@ -182,7 +182,15 @@ def test_bad_options():
         Encoding("raw", quantiles=8)
     with pytest.raises(ValueError, match="weights: got 'none' without progress, depth and regime"):
         dataclasses.replace(PAPER, weights="none")
+    with pytest.raises(ValueError, match="regime: got 'speed', expected True, False or some of displacement, growth"):
+        Encoding(regime=("displacement", "speed"))
     with pytest.raises(ValueError, match="quantiles: got 5, expected a divisor of the 12 weights"):
         Encoding(quantiles=5).width(12)
     assert [Encoding(weights).width(12) for weights in ("raw", "scale_free", "none")] == [12, 12, 0]
     assert Encoding(quantiles=4).width(12) == 4
+
+
+def test_the_same_regime_in_other_words_is_the_same_encoding():
+    assert Encoding(regime=True) == Encoding(regime=REGIME) == Encoding(regime=list(REGIME[::-1]))
+    assert hash(Encoding(regime=False)) == hash(Encoding(regime=()))
+    assert Encoding(regime=()) != Encoding(regime=("step",))

@@ -26,6 +26,7 @@ ENCODINGS = {
     "deltas, classifier": Encoding("sorted_deltas", context_in="classifier"),
     "deltas, no context": dataclasses.replace(PAPER, weights="sorted_deltas"),
     "context": Encoding("none"),
+    "some context": Encoding("none", regime=("displacement", "loss_level")),
 }
 
 

@@ -7,8 +7,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
 from smartfrz_jax import regime
-from smartfrz_jax.encoding import PAPER, Encoding
-from smartfrz_jax.regime import FLAGGED, REGIME, context_names, encode_context
+from smartfrz_jax.encoding import PAPER, REGIME, Encoding
+from smartfrz_jax.regime import FLAGGED, context_names, encode_context
 from tests.observations import observation_of, walk
 
 ALL = Encoding()
@@ -100,6 +100,7 @@ def test_parts():
         (Encoding("none", depth=False, regime=False), ("progress",)),
         (Encoding(progress=False, regime=False), ("depth",)),
         (Encoding(progress=False, depth=False), REGIME),
+        (Encoding(depth=False, regime=["loss_level", "displacement"]), ("progress", "displacement", "loss_level")),
     ):
         assert context_names(encoding) == names
         assert context(observation, encoding)[0] == {name: everything[name] for name in names}
