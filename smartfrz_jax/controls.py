@@ -150,7 +150,8 @@ def _regression(train: Examples, test: Examples, names: tuple[str, ...]) -> np.n
     values, known = values[:, chosen], known[:, chosen]
     mean, std = mean_and_std(values, known)
     std[std == 0] = 1
-    w = logistic_regression(np.where(known, (values - mean) / std, 0), train.target)
+    # Without class weights, so that probabilities can be read as such.
+    w = logistic_regression(np.where(known, (values - mean) / std, 0), train.target, class_weights=None)
     inputs = np.where(test_known[:, chosen], (test_values[:, chosen] - mean) / std, 0)
     return _sigmoid(inputs @ w[:-1] + w[-1])
 

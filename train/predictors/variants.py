@@ -82,16 +82,19 @@ class Variant(NamedTuple):
             epochs=max(1, round(self.epochs / self.copies)),
             learning_rate=self.learning_rate,
             weight_decay=self.weight_decay,
+            class_weights=None,  # probabilities are to be read as such
             seed=seed,
         ).predictor
 
 
-def _only(weights: str, **chosen: bool) -> Encoding:
+def _only(weights: str, **chosen: Any) -> Encoding:
     switches = {"progress": False, "depth": False, "regime": False} | chosen
     quantiles = None if weights in ("raw", "none") else _QUANTILES
     return Encoding(weights=weights, quantiles=quantiles, **switches)  # pyright: ignore[reportArgumentType]
 
 
+_TWO: dict[str, Any] = {"progress": True, "depth": True}
+_MOVED, _LOSS = "displacement", "loss_level"
 # The paper's sizes; nothing is hidden and nothing encoded ahead, as there is nothing to be gained by it.
 _RAW: dict[str, Any] = {
     "hidden": 256, "features": 64, "epochs": 3, "learning_rate": 0.01, "hiding": None, "copies": 1
@@ -99,13 +102,17 @@ _RAW: dict[str, Any] = {
 
 VARIANTS: dict[str, Variant] = {
     "raw (paper)": Variant(_only("raw"), weight_decay=0.0, **_RAW),
-    "raw, t/T, depth": Variant(_only("raw", progress=True, depth=True), **_RAW),
+    "raw, t/T, depth": Variant(_only("raw", **_TWO), **_RAW),
     "sorted deltas": Variant(_only("sorted_deltas")),
-    "sorted deltas, t/T, depth": Variant(_only("sorted_deltas", progress=True, depth=True)),
+    "sorted deltas, t/T, depth": Variant(_only("sorted_deltas", **_TWO)),
     "scale-free": Variant(_only("scale_free")),
-    "scale-free, t/T, depth": Variant(_only("scale_free", progress=True, depth=True)),
-    "scale-free, t/T, depth, regime": Variant(_only("scale_free", progress=True, depth=True, regime=True)),
-    "the same, mean pooling": Variant(_only("scale_free", progress=True, depth=True, regime=True), pooling="mean"),
-    "t/T, depth, regime": Variant(_only("none", progress=True, depth=True, regime=True)),
+    "scale-free, t/T, depth": Variant(_only("scale_free", **_TWO)),
+    "scale-free, t/T, depth, moved": Variant(_only("scale_free", **_TWO, regime=(_MOVED,))),
+    "scale-free, t/T, depth, regime": Variant(_only("scale_free", **_TWO, regime=True)),
+    "the same, mean pooling": Variant(_only("scale_free", **_TWO, regime=True), pooling="mean"),
+    "t/T, depth": Variant(_only("none", **_TWO)),
+    "t/T, depth, moved": Variant(_only("none", **_TWO, regime=(_MOVED,))),
+    "t/T, depth, moved, loss": Variant(_only("none", **_TWO, regime=(_MOVED, _LOSS))),
+    "t/T, depth, regime": Variant(_only("none", **_TWO, regime=True)),
     "depth, regime": Variant(_only("none", depth=True, regime=True)),
 }
