@@ -21,6 +21,7 @@ ContextIn = Literal["records", "classifier", "both"]
 REGIME = (
     "displacement", "growth", "step", "drift", "wander", "persistence", "slowing", "outward", "spreading", "recent",
     "radial", "tails_start", "tails", "shape_start", "shape", "loss_level", "loss_slope", "loss_noise", "records",
+    "contribution",
 )  # fmt: skip
 """Numbers by which a layer's readiness is to be told; :mod:`smartfrz_jax.regime` has their definitions."""
 
@@ -44,7 +45,7 @@ class Encoding:
         progress: Whether the context has the share of the run that is done.
         depth: Whether it has the place of the layer.
         regime: Which of :data:`REGIME` it has: how far, how straight and how fast the layer has moved, the shape of its
-            weights, and the loss. ``True`` is all of them, ``False`` none.
+            weights, the loss, and what the front has contributed. ``True`` is all of them, ``False`` none.
         context_in: Where the context goes: beside every record, beside what attention gives to the classifier, or both.
     """
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
+from smartfrz_jax.contribution import latest
 from smartfrz_jax.observation import Observation
 from smartfrz_jax.recording import Recording
 from smartfrz_jax.targets import Criterion, Settled
@@ -54,6 +56,12 @@ class Examples:
         """Layer names of each recording."""
         return tuple(recording.layers for recording in self.recordings)
 
+    @functools.cached_property
+    def contributions(self) -> dict[int, np.ndarray]:
+        """What was known of contributions at every record, shape ``(records, layers)``, of recordings that have any."""
+        measured = {run: recording.contribution for run, recording in enumerate(self.recordings)}
+        return {run: latest(array) for run, array in measured.items() if array is not None}
+
     @property
     def size(self) -> int:
         """Tailored weights per record."""
@@ -76,6 +84,7 @@ class Examples:
         start = np.zeros((len(indices), self.size), np.float32)
         losses = np.full(place.shape, np.nan, np.float32)
         elapsed, first_loss = np.zeros((2, len(indices)), np.float32)
+        contribution = np.full(len(indices), np.nan, np.float32)
         for run in np.unique(self.run[indices]):
             recording = self.recordings[run]
             here = np.flatnonzero(self.run[indices] == run)
@@ -84,6 +93,8 @@ class Examples:
             losses[here] = recording.losses[np.maximum(place[here], 0)]
             elapsed[here] = recording.steps[moment[here]] / recording.record_every
             first_loss[here] = recording.first_loss
+            if run in self.contributions:
+                contribution[here] = self.contributions[run][moment[here], layer[here]]
         records[~mask] = 0
         losses[~mask] = np.nan
         arrays: dict[str, Any] = {
@@ -95,6 +106,7 @@ class Examples:
             "first_loss": first_loss,
             "progress": self.progress[indices],
             "depth": self.depth[indices],
+            "contribution": contribution,
         }
         return Observation(**arrays), self.target[indices]
 

@@ -25,6 +25,8 @@ class Observation(struct.PyTreeNode):
         first_loss: Mean training loss over the first interval of the run, float32 scalar; NaN if unknown.
         progress: Train steps done as a share of the whole run, float32 scalar; NaN if its length is unknown.
         depth: Place of the layer, 0 for the first and 1 for the last, float32 scalar.
+        contribution: What the layers up to this one have contributed to the fall of the training loss so far, in its
+            unit (:mod:`smartfrz_jax.contribution`), float32 scalar; NaN if it was not measured.
     """
 
     records: Float[Array, "*batch window size"]
@@ -35,3 +37,4 @@ class Observation(struct.PyTreeNode):
     first_loss: Float[Array, "*batch"]
     progress: Float[Array, "*batch"]
     depth: Float[Array, "*batch"]
+    contribution: Float[Array, "*batch"]

@@ -91,6 +91,7 @@ class Predictor(nnx.Module):
         >>> seen = Observation(
         ...     records=jnp.ones((30, 8)), mask=jnp.ones(30, bool), start=jnp.zeros(8), elapsed=jnp.float32(30),
         ...     losses=jnp.full(30, unknown), first_loss=unknown, progress=unknown, depth=jnp.float32(0.5),
+        ...     contribution=unknown,
         ... )  # fmt: skip
         >>> predictor(seen).shape
         (2,)

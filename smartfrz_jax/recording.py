@@ -28,6 +28,9 @@ and what tells when a layer could have been frozen, at least one of these, each 
                      as above (see :mod:`smartfrz_jax.harm` for both)
 ===================  ===============================================================================================
 
+A recording may also have ``contribution``, float32 of shape ``(records, layers)``: what the layers up to this one had
+contributed to the fall of the training loss (:mod:`smartfrz_jax.contribution`); NaN where it was not measured.
+
 A data set grows by adding files; files that are there are never written to.
 """
 
@@ -49,8 +52,9 @@ FORMAT_VERSION = 2
 
 SUPERVISION = ("cka", "own_cka", "swap_harm", "branch_harm")
 
-_PARTIAL = ("swap_harm", "branch_harm")  # NaN where not measured
-_DTYPES = {"steps": np.int64} | dict.fromkeys(("weights", "start", "losses", *SUPERVISION), np.float32)
+_PARTIAL = ("swap_harm", "branch_harm", "contribution")  # NaN where not measured
+_OPTIONAL = (*SUPERVISION, "contribution")
+_DTYPES = {"steps": np.int64} | dict.fromkeys(("weights", "start", "losses", *_OPTIONAL), np.float32)
 _SCALARS = {"record_every": int, "total_steps": int, "first_loss": lambda loss: float(np.float32(loss))}
 
 
@@ -72,6 +76,7 @@ class Recording:
         own_cka: CKA of each layer's output with its own at the last record, likewise.
         swap_harm: See :func:`smartfrz_jax.harm.swap_harm`, likewise; NaN where it was not measured.
         branch_harm: See :func:`smartfrz_jax.harm.branch_harm`, likewise; NaN where it was not measured.
+        contribution: See :func:`smartfrz_jax.contribution.contributions`, likewise; NaN where it was not measured.
         metadata: Anything that JSON can hold: architecture, data set, schedule, seed.
 
     Raises:
@@ -93,6 +98,7 @@ class Recording:
     own_cka: Float[np.ndarray, "records layers"] | None = None
     swap_harm: Float[np.ndarray, "records layers"] | None = None
     branch_harm: Float[np.ndarray, "records layers"] | None = None
+    contribution: Float[np.ndarray, "records layers"] | None = None
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -100,7 +106,7 @@ class Recording:
         for field, kind in _SCALARS.items():
             object.__setattr__(self, field, kind(getattr(self, field)))
         for field, dtype in _DTYPES.items():
-            if getattr(self, field) is None and field in SUPERVISION:
+            if getattr(self, field) is None and field in _OPTIONAL:
                 continue
             array = np.asarray(getattr(self, field))
             if not np.can_cast(array.dtype, dtype, "same_kind"):
@@ -127,9 +133,7 @@ class Recording:
                 f"weights: got shape {self.weights.shape}, expected ({records}, {layers}, size): "
                 f"{records} records of {layers} layers, at least one weight each"
             )
-        expected = {"start": self.weights.shape[1:], "losses": (records,)} | dict.fromkeys(
-            SUPERVISION, (records, layers)
-        )
+        expected = {"start": self.weights.shape[1:], "losses": (records,)} | dict.fromkeys(_OPTIONAL, (records, layers))
         for field, shape in expected.items():
             array = getattr(self, field)
             if array is not None and array.shape != shape:
@@ -246,7 +250,7 @@ def _read(path: Path) -> Recording:
             layers=tuple(arrays["layers"].tolist()),
             metadata=json.loads(str(arrays["metadata"])),
             **{field: kind(arrays[field]) for field, kind in _SCALARS.items()},
-            **{field: arrays[field] for field in _DTYPES if field not in SUPERVISION or field in arrays},
+            **{field: arrays[field] for field in _DTYPES if field not in _OPTIONAL or field in arrays},
         )
     except Exception as error:  # as above, and what Recording refuses
         raise ValueError(_damaged(path, error)) from error

@@ -29,6 +29,8 @@ In what follows ``W_0`` is the start, ``W_t`` the newest record, ``D`` the ``k``
 ``loss_slope``      change of the loss from the older to the newer half of the window, relative to their sum
 ``loss_noise``      log of the root mean square of its successive differences relative to its mean
 ``records``         log of one plus the number of records
+``contribution``    what the front up to the layer has contributed, relative to the first loss, as ``sign(x) log(1 +
+                    200 |x|)``
 ==================  ==================================================================================================
 """
 
@@ -45,7 +47,15 @@ from smartfrz_jax.observation import Observation
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
 
-FLAGGED = ("progress", "drift", "outward", "loss_level", "loss_slope")  # a predictor is told if one is unknown
+_STEEPNESS = 200.0  # half a per cent of the first loss is where small contributions end
+FLAGGED = (
+    "progress",
+    "drift",
+    "outward",
+    "loss_level",
+    "loss_slope",
+    "contribution",
+)  # a predictor is told if one is unknown
 
 
 def context_names(encoding: Encoding) -> tuple[str, ...]:
@@ -76,6 +86,7 @@ def encode_context(encoding: Encoding, observation: Observation) -> tuple[Float[
         numbers["depth"] = jnp.clip(observation.depth, 0.0, 1.0), jnp.bool_(True)
     if encoding.regime_names:
         numbers |= _movement(observation) | _shape(observation) | _loss(observation)
+        numbers["contribution"] = _contribution(observation)
         numbers["records"] = jnp.log1p(jnp.sum(observation.mask, dtype=jnp.float32)), jnp.bool_(True)
     names = context_names(encoding)
     if not names:
@@ -134,6 +145,12 @@ def _loss(observation: Observation) -> dict[str, tuple[jax.Array, jax.Array]]:
         "loss_slope": (_change(_mean_of(losses, older), now), exists.any()),
         "loss_noise": (_log_ratio(noise, jnp.abs(_mean_of(losses, exists)), -12.0, 4.0), pairs.any()),
     }
+
+
+def _contribution(observation: Observation) -> tuple[jax.Array, jax.Array]:
+    known = jnp.isfinite(observation.contribution) & (observation.first_loss > 0)  # false if that is NaN
+    share = jnp.where(known, observation.contribution, 0.0) / jnp.where(known, observation.first_loss, 1.0)
+    return jnp.sign(share) * jnp.log1p(_STEEPNESS * jnp.abs(share)), known
 
 
 def _halves(exists: jax.Array) -> tuple[jax.Array, jax.Array]:

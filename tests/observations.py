@@ -18,6 +18,7 @@ def observation_of(records, mask=None, **known) -> Observation:
         "first_loss": np.full(batch, np.nan),
         "progress": np.full(batch, np.nan),
         "depth": np.full(batch, 0.5),
+        "contribution": np.full(batch, np.nan),
     } | known
     fields = {name: np.asarray(value, None if name == "mask" else np.float32) for name, value in fields.items()}
     return jax.tree.map(jax.numpy.asarray, Observation(records=records, **fields))
@@ -36,4 +37,5 @@ def walk(seed, window=9, size=12, batch=(), drift=0.3) -> Observation:
         first_loss=np.full(batch, 2.1),
         progress=rng.uniform(0.1, 0.9, batch),
         depth=rng.uniform(0, 1, batch),
+        contribution=rng.normal(0, 0.1, batch),
     )

@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -48,6 +50,7 @@ def test_batch_is_an_observation_of_numpy_arrays():
         "first_loss": ((5,), "float32"),
         "progress": ((5,), "float32"),
         "depth": ((5,), "float32"),
+        "contribution": ((5,), "float32"),
     }
     assert all(type(array) is np.ndarray for array in jax.tree.leaves(observation))
     assert (target.shape, target.dtype) == ((5,), bool)
@@ -170,3 +173,14 @@ class TestRefusals:
     def test_a_recording_without_the_supervision_is_named(self):
         with pytest.raises(ValueError, match=r"recordings: number 1 .*'seed': 7.*: recording: has no cka"):
             make_examples([make_recording(), make_recording(7, swap_harm=np.ones((9, 3)))])
+
+
+def test_contributions_are_those_that_were_known():
+    measured = np.full((8, 3), np.nan)
+    measured[2, 1] = 0.5
+    recording = dataclasses.replace(make_recording(records=8, layers=3), contribution=measured)
+    examples = make_examples([make_recording(records=8, layers=3), recording], window=3, min_records=1)
+    observation, _ = examples.select(examples.moment == 1).batch(np.arange(6))
+    assert np.isnan(observation.contribution).all()
+    observation, _ = examples.select(examples.moment == 4).batch(np.arange(6))
+    np.testing.assert_array_equal(observation.contribution, np.array([np.nan] * 3 + [0.25, 0.5, np.nan], np.float32))

@@ -188,7 +188,7 @@ def test_a_restored_predictor_judges_weights_on_a_mesh(predictor, tmp_path):
 
 
 def test_frozen_layers_lose_their_history_but_not_their_start():
-    state = SmartFrzState.create(LAYERS, START, window=3, size=SIZE, seed=0)
+    state = SmartFrzState.create(LAYERS, START, window=3, size=SIZE, seed=0, keep_start=False)
     for step in (1, 2):
         state = state.with_record(LAYERS, weights_at(step), step=step, policy="smartfrz")
     state = state.replace(frozen=np.array([False, True, False, False]))
@@ -212,3 +212,40 @@ def test_a_loss_under_way_survives_a_checkpoint(predictor, observed, tmp_path):
     np.testing.assert_allclose(restored.losses, [(10 + 5 + 10 / 3 + 2.5) / 4, (2 + 10 / 6 + 10 / 7 + 1.25) / 4])
     assert restored.first_loss.tobytes() == expected.first_loss.tobytes()
     jax.tree.map(np.testing.assert_array_equal, observed[0], observed[1])
+
+
+def test_shows_the_predictor_what_the_front_has_contributed(predictor, observed):
+    """The probe is the negative sum of the layers' means, so a front contributes what its means have risen by."""
+    asked = []
+
+    def probe(params):
+        asked.append(params)
+        return -sum(np.mean(params[name]) for name in NAMES)
+
+    policy = policies.smartfrz(
+        predictor, record_every=1, evaluate_every=2, min_records=1, probe=probe, probe_every=4, probe_depths=2
+    )
+    state = run(policy, 8)
+    risen = np.cumsum([[np.mean(weights_at(step)[name] - START[name]) for name in NAMES] for step in (4, 8)], axis=1)
+    assert [bool(np.isnan(seen.contribution).all()) for seen in observed] == [True, False, False, False]
+    for seen, expected in zip(observed[1:], risen[[0, 0, 1]], strict=True):
+        # Of three layers but the head, two depths: the second and the third.
+        np.testing.assert_allclose(seen.contribution[1:3], expected[1:3], rtol=1e-5)
+        assert seen.contribution[0] == pytest.approx(expected[1] / 2, rel=1e-5)
+        assert np.isnan(seen.contribution[3])
+    assert len(asked) == 2 * 3
+    assert state.start_params.keys() == START.keys()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"probe": 3}, TypeError, "probe: got int, expected a function .* sfj.nnx.probe"),
+        ({"probe_every": 15}, ValueError, "probe_every: got 15, expected a multiple of evaluate_every, 10"),
+        ({"probe_every": 0}, ValueError, "probe_every: got 0"),
+        ({"probe_depths": 0}, ValueError, "probe_depths: got 0"),
+    ],
+)
+def test_refuses_bad_probes(predictor, options, error, message):
+    with pytest.raises(error, match=message):
+        policies.smartfrz(predictor, record_every=2, evaluate_every=10, **options)

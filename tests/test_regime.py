@@ -70,6 +70,7 @@ def by_hand(observation):
         "loss_slope": (now - was) / (now + was),
         "loss_noise": np.log(norm(np.diff(losses)) / losses.mean()),
         "records": np.log(1 + len(losses)),
+        "contribution": np.sign(o.contribution) * np.log(1 + 200 * abs(o.contribution) / o.first_loss),
     }
     return {name: float(number) for name, number in numbers.items()}
 
@@ -119,7 +120,11 @@ def test_order_of_the_positions_and_scale_do_not_matter():
 
 def test_scale_of_the_loss_does_not_matter():
     observation = walk(3)
-    scaled = observation.replace(losses=1e3 * observation.losses, first_loss=1e3 * observation.first_loss)
+    scaled = observation.replace(
+        losses=1e3 * observation.losses,
+        first_loss=1e3 * observation.first_loss,
+        contribution=1e3 * observation.contribution,
+    )
     for name, number in context(scaled)[0].items():
         np.testing.assert_allclose(number, context(observation)[0][name], rtol=1e-5, err_msg=name)
 
@@ -177,7 +182,8 @@ class TestUnknown:
         observation = walk(9).replace(elapsed=jnp.float32(20))
         assert self.unknown(observation) == set()
         assert self.unknown(observation.replace(progress=jnp.float32(jnp.nan))) == {"progress"}
-        assert self.unknown(observation.replace(first_loss=jnp.float32(jnp.nan))) == {"loss_level"}
+        assert self.unknown(observation.replace(first_loss=jnp.float32(jnp.nan))) == {"loss_level", "contribution"}
+        assert self.unknown(observation.replace(contribution=jnp.float32(jnp.nan))) == {"contribution"}
         losses = {"loss_level", "loss_slope", "loss_noise"}
         assert self.unknown(observation.replace(losses=jnp.full(9, jnp.nan))) == losses
         assert self.unknown(observation.replace(losses=observation.losses.at[::2].set(jnp.nan))) == {"loss_noise"}
@@ -194,7 +200,7 @@ class TestUnknown:
     def test_a_layer_that_does_not_move(self):
         moving = {"drift", "wander", "persistence", "slowing", "outward", "spreading", "recent", "radial"}
         still = observation_of(np.ones((5, 4)) * [1, 2, 3, 4], start=[1, 2, 3, 4], losses=np.ones(5), first_loss=1)
-        assert self.unknown(still) == {"progress"} | moving
+        assert self.unknown(still) == {"progress", "contribution"} | moving
         values, _ = context(still)
         assert (values["displacement"], values["step"], values["growth"]) == (-14, -16, 0)
 

@@ -8,6 +8,7 @@ from typing import Any, Literal, get_args
 import jax
 import numpy as np
 
+from smartfrz_jax.contribution import Probe, check_probe
 from smartfrz_jax.layers import Layers
 from smartfrz_jax.policies.base import Policy, check_count, check_finite, check_fraction, freezable, kept, names_of
 from smartfrz_jax.policies.smartfrz_state import SmartFrzState
@@ -34,6 +35,9 @@ def smartfrz(
     window: int = 30,
     size: int | None = None,
     min_records: int | None = None,
+    probe: Probe | None = None,
+    probe_every: int | None = None,
+    probe_depths: int = 4,
     seed: int = 0,
     keep: Iterable[str] | None = None,
 ) -> Policy:
@@ -47,6 +51,10 @@ def smartfrz(
 
     ``caution`` is the knob to turn. On the same training run, the layers that are frozen at any stage with more caution
     are among those that are with less; the same holds of ``patience``.
+
+    With ``probe`` it also measures, every ``probe_every`` steps, what the front of the network has contributed so far
+    (:mod:`smartfrz_jax.contribution`), for a predictor that reads that. This takes up to ``probe_depths + 1`` forward
+    passes each time, and keeps a copy of the parameters on the host.
 
     The paper does not say how often to record and to judge; the defaults are this project's. Its own rule is
     ``order="any", patience=1``, with its predictor.
@@ -67,6 +75,10 @@ def smartfrz(
         size: Weights sampled per layer; that for which the predictor was made.
         min_records: Records a layer must have before it is judged. Default 5, or the whole window for a predictor on
             raw weights, the paper's.
+        probe: From a parameter pytree to the training loss on a batch that is always the same, such as
+            :func:`smartfrz_jax.nnx.probe` makes it; ``None`` does not measure.
+        probe_every: Train steps between measurements, a multiple of ``evaluate_every``. Default ``2 * evaluate_every``.
+        probe_depths: Most depths at which to measure; between them contributions are taken to be linear.
         seed: Seed of the sample.
         keep: Names of layers never to freeze; ``None`` keeps the head, ``()`` nothing.
 
@@ -74,9 +86,10 @@ def smartfrz(
         The policy.
 
     Raises:
-        TypeError: If ``predictor`` is not a :class:`~smartfrz_jax.Predictor`.
+        TypeError: If ``predictor`` is not a :class:`~smartfrz_jax.Predictor`, or ``probe`` not a function.
         ValueError: If an option is out of range, or no layer could freeze before the run ends; at ``init``, if ``keep``
-            names no layer of the network; in ``update``, if the loss is not a scalar.
+            names no layer of the network; in ``update``, if the loss is not a scalar, or the probe's
+            not a finite one.
         FloatingPointError: In ``update``, if sampled weights or the predictor's confidence are not finite.
 
     Example:
@@ -115,11 +128,20 @@ def smartfrz(
     record_every, evaluate_every = _periods(total_steps, record_every, evaluate_every, window)
     if total_steps is not None:
         _check_fits(total_steps, record_every, evaluate_every, min_records, patience)
+    check_probe(probe)
+    probe_every = 2 * evaluate_every if probe_every is None else probe_every
+    check_count(probe_every, "probe_every")
+    check_count(probe_depths, "probe_depths")
+    if probe_every % evaluate_every:
+        raise ValueError(
+            f"probe_every: got {probe_every}, expected a multiple of evaluate_every, {evaluate_every}; it is asked for "
+            "at freezing stages only"
+        )
     keep = kept(keep)
 
     def init(layers: Layers, params: PyTree) -> SmartFrzState:
         freezable(layers, keep)
-        return SmartFrzState.create(layers, params, window=window, size=size, seed=seed)
+        return SmartFrzState.create(layers, params, window=window, size=size, seed=seed, keep_start=probe is not None)
 
     def update(
         state: SmartFrzState, layers: Layers, *, step: int, params: Callable[[], PyTree], **signals: Any
@@ -128,14 +150,16 @@ def smartfrz(
         if step % record_every == 0:
             state = state.with_record(layers, params(), step=step, policy=_NAME)
         if step % evaluate_every == 0:
-            state = evaluate(state, layers, step)
+            state = evaluate(state, layers, step, params)
         return names_of(layers, state.frozen), state
 
-    def evaluate(state: SmartFrzState, layers: Layers, step: int) -> SmartFrzState:
+    def evaluate(state: SmartFrzState, layers: Layers, step: int, params: Callable[[], PyTree]) -> SmartFrzState:
         may_freeze = freezable(layers, keep)
         judged = may_freeze & ~state.frozen
         if state.records < min_records or not judged.any():
             return state
+        if probe is not None and step % probe_every == 0:
+            state = state.with_contribution(layers, params(), probe, probe_depths)
         recorded = step - step % record_every
         observation = state.observation(np.nan if total_steps is None else min(1.0, recorded / total_steps))
         confidence = np.asarray(jax.device_get(freeze_probability(predictor, observation)))

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from smartfrz_jax.contribution import Probe, contributions, depths_of, spread
 from smartfrz_jax.history import History
 from smartfrz_jax.layers import Layers
 from smartfrz_jax.observation import Observation
@@ -35,6 +36,9 @@ class SmartFrzState(struct.PyTreeNode):
         first_loss: Mean training loss over the first interval, float32; NaN if unknown.
         loss_sum: Sum of the losses since the last record, float32, on the device.
         loss_count: How many they are, int32.
+        start_params: All parameters before the first step, on the host; ``None`` if contributions are not measured.
+        contribution: What the layers up to each had contributed when it was last measured, float32 of shape
+            ``(layers,)``; NaN where it was not.
         streak: Freezing stages in a row at which the predictor found each layer ready, int32 of shape ``(layers,)``.
         frozen: Which layers are frozen, shape ``(layers,)``.
     """
@@ -47,11 +51,15 @@ class SmartFrzState(struct.PyTreeNode):
     first_loss: Float[np.ndarray, ""]
     loss_sum: Float[Array, ""]
     loss_count: Int[np.ndarray, ""]
+    start_params: PyTree
+    contribution: Float[np.ndarray, " layers"]
     streak: Int[np.ndarray, " layers"]
     frozen: Bool[np.ndarray, " layers"]
 
     @classmethod
-    def create(cls, layers: Layers, params: PyTree, *, window: int, size: int, seed: int) -> SmartFrzState:
+    def create(
+        cls, layers: Layers, params: PyTree, *, window: int, size: int, seed: int, keep_start: bool
+    ) -> SmartFrzState:
         """State before the first step.
 
         Args:
@@ -60,6 +68,7 @@ class SmartFrzState(struct.PyTreeNode):
             window: Records to keep of a layer.
             size: Weights to sample of a layer.
             seed: Seed of the sample.
+            keep_start: Whether to keep all parameters as they are, to measure contributions.
         """
         tailoring = Tailoring.create(layers, params, size=size, seed=seed)
         return cls(
@@ -72,6 +81,8 @@ class SmartFrzState(struct.PyTreeNode):
             first_loss=np.full((), np.nan, np.float32),
             loss_sum=_zero(),
             loss_count=np.zeros((), np.int32),
+            start_params=jax.tree.map(np.array, jax.device_get(params)) if keep_start else None,
+            contribution=np.full(len(layers), np.nan, np.float32),
             streak=np.zeros(len(layers), np.int32),
             frozen=np.zeros(len(layers), bool),
         )
@@ -119,6 +130,24 @@ class SmartFrzState(struct.PyTreeNode):
             loss_count=np.zeros((), np.int32),
         )
 
+    def with_contribution(self, layers: Layers, params: PyTree, probe: Probe, depths: int) -> SmartFrzState:
+        """Measures what the active layers have contributed.
+
+        Args:
+            layers: The network's layers.
+            params: Its parameter pytree.
+            probe: From such a pytree to the training loss.
+            depths: Most depths at which to measure.
+
+        Raises:
+            ValueError: If a loss is not a finite scalar.
+        """
+        active = ~self.frozen
+        measured = contributions(
+            layers, probe, params, self.start_params, depths=depths_of(active, depths), active=active
+        )
+        return self.replace(contribution=spread(measured))
+
     def observation(self, progress: float) -> Observation:
         """What a predictor sees of every layer at the last record, on the device.
 
@@ -133,6 +162,7 @@ class SmartFrzState(struct.PyTreeNode):
             "first_loss": np.full(layers, self.first_loss, np.float32),
             "progress": np.full(layers, progress, np.float32),
             "depth": np.linspace(0, 1, layers, dtype=np.float32),
+            "contribution": self.contribution,
         }
         return Observation(records=records, mask=mask, start=self.start, **jax.device_put(rest))
 

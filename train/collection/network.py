@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -15,6 +15,7 @@ from flax import nnx
 import smartfrz_jax as sfj
 from smartfrz_jax import paths
 from smartfrz_jax.cka import layer_gram
+from smartfrz_jax.contribution import contributions, depths_of
 from smartfrz_jax.nnx.hold import hold
 from train.collection.architectures import Architecture, OptimizerName
 from train.collection.sets import Arrays
@@ -102,6 +103,7 @@ class Network:
         self._evaluated = nnx.graphdef(model)
         self._step = jax.jit(self._train_step, static_argnames="frozen")
         self._figures = jax.jit(self._sums)
+        self._loss = jax.jit(lambda *args: self._loss_and_rest(*args)[0])
         self._grams = jax.jit(
             lambda params, statistics, streams, *probe: layer_gram(
                 features(nnx.merge(self._graphdef, params, statistics, streams), *probe)
@@ -165,6 +167,25 @@ class Network:
             loss, right = loss + float(part_loss), right + int(part_right)
         return Figures(loss / len(examples), right / len(examples))
 
+    def contributions(
+        self, state: State, start: State, batches: Sequence[Arrays], n_depths: int
+    ) -> Float[np.ndarray, " layers"]:
+        """What fronts of the network have contributed since the start; see :mod:`smartfrz_jax.contribution`.
+
+        Args:
+            state: The network as it is.
+            start: The network before the first step.
+            batches: Examples on which to measure, of one size each.
+            n_depths: At how many depths.
+        """
+
+        def probe(params: PyTree) -> float:
+            rest = state.statistics, state.streams
+            return float(np.mean([self._loss(params, *rest, batch.inputs, batch.labels) for batch in batches]))
+
+        depths = depths_of(np.ones(len(self.layers), bool), n_depths)
+        return contributions(self.layers, probe, state.params, start.params, depths=depths)
+
     def grams(self, state: State) -> Float[np.ndarray, "layers pairs"]:
         """What is kept of every layer's outputs on the probe; products of two such rows are their linear CKA."""
         return np.asarray(self._grams(*state[:3], *self._probe))
@@ -188,13 +209,7 @@ class Network:
         self, state: State, rate: Any, decay: Any, inputs: tuple[Any, ...], labels: Any, *, frozen: sfj.Frozen
     ) -> tuple[State, Any]:
         def loss_and_rest(params: PyTree) -> tuple[Any, tuple[PyTree, PyTree]]:
-            module = nnx.merge(self._graphdef, params, state.statistics, state.streams, copy=True)
-            for _ in hold(module, frozen):
-                pass
-            logits = module(*inputs)  # pyright: ignore[reportCallIssue]
-            loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-            _, _, statistics, streams = nnx.split(module, nnx.Param, nnx.BatchStat, ...)
-            return loss, (nnx.as_pure(statistics), nnx.as_pure(streams))
+            return self._loss_and_rest(params, state.statistics, state.streams, inputs, labels, frozen)
 
         tx = self._transformation(decay)
         (loss, (statistics, streams)), grads = sfj.value_and_grad(loss_and_rest, frozen, has_aux=True)(state.params)
@@ -202,6 +217,23 @@ class Network:
         directions, opt_state = tx.update(grads, state.opt_state, state.params)
         params = sfj.apply_updates(state.params, jax.tree.map(lambda leaf: -rate * leaf, directions), frozen)
         return State(params, statistics, streams, opt_state), loss
+
+    def _loss_and_rest(
+        self,
+        params: PyTree,
+        statistics: PyTree,
+        streams: PyTree,
+        inputs: tuple[Any, ...],
+        labels: Any,
+        frozen: sfj.Frozen | None = None,
+    ) -> tuple[Any, tuple[PyTree, PyTree]]:
+        module = nnx.merge(self._graphdef, params, statistics, streams, copy=True)
+        for _ in hold(module, sfj.Frozen(self.layers) if frozen is None else frozen):
+            pass
+        logits = module(*inputs)  # pyright: ignore[reportCallIssue]
+        loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+        _, _, statistics, streams = nnx.split(module, nnx.Param, nnx.BatchStat, ...)
+        return loss, (nnx.as_pure(statistics), nnx.as_pure(streams))
 
     def _sums(
         self, params: PyTree, statistics: PyTree, streams: PyTree, inputs: tuple[Any, ...], labels: Any

@@ -25,6 +25,10 @@ from train.collection.sets import Batches, DataSet, open_set
 _PROBE = 64  # examples on which layers' outputs are compared
 _HELD_OUT = 512
 _RECORDS = 120
+_PROBES, _PROBED = 2, 128  # batches of training examples on which contributions are measured, and their size
+# Shares of the run; often early, where decisions are hard.
+_CONTRIBUTION_MOMENTS = (0.042, 0.083, 0.125, 0.167, 0.21, 0.25, 0.3, 0.35, 0.4, 0.5, 0.6, 0.75, 0.9)
+_CONTRIBUTION_DEPTHS = 8
 _SWAP_MOMENTS = tuple(i / 10 for i in range(10))  # shares of the run; at its end there is no harm
 _BRANCH_MOMENTS = (0.0, 0.25, 0.5, 0.75)
 _TRUE_MOMENTS = (0.0, 0.25, 0.5)
@@ -110,6 +114,7 @@ class Trained(NamedTuple):
         start: Tailored weights before the first step.
         weights: The same at each record.
         losses: Mean training loss since the record before.
+        contribution: What fronts had contributed, NaN where not measured.
         grams: Layers' outputs at each record, as :meth:`Network.grams` gives them.
         snapshots: States at the moments at which harm is measured, on the host, by steps done.
         end: The last state.
@@ -118,6 +123,7 @@ class Trained(NamedTuple):
     start: np.ndarray
     weights: np.ndarray
     losses: np.ndarray
+    contribution: np.ndarray
     grams: np.ndarray
     snapshots: dict[int, State]
     end: State
@@ -165,6 +171,7 @@ def record(run: Run, out: Path, data_dir: Path, weights_dir: Path | None, say: C
         own_cka=_cka(trained.grams, trained.grams[-1]),
         swap_harm=swap,
         branch_harm=branch,
+        contribution=trained.contribution,
         metadata={
             **dataclasses.asdict(run),
             "name": run.name,
@@ -197,6 +204,9 @@ def _train(setting: Setting) -> Trained:
     kept = set(setting.moments((*_SWAP_MOMENTS, *_BRANCH_MOMENTS, *_TRUE_MOMENTS)))
     losses: list[Any] = []
     weights, means, grams, snapshots = [], [], [], {}
+    contribution = np.full((len(setting.steps), len(network.layers)), np.nan, np.float32)
+    probed, begin = set(setting.moments(_CONTRIBUTION_MOMENTS)), jax.device_get(state)
+    probes = [setting.data.train[i * _PROBED : (i + 1) * _PROBED] for i in range(_PROBES)]
 
     def after_step(step: int, state: State, loss: Any) -> None:
         losses.append(loss)
@@ -208,11 +218,13 @@ def _train(setting: Setting) -> Trained:
             raise FloatingPointError(f"the loss of {run.name} is {means[-1]} at step {step}; lower its learning rate")
         weights.append(np.asarray(tailoring(state.params)))
         grams.append(network.grams(state))
+        if step in probed:
+            contribution[len(means) - 1] = network.contributions(state, begin, probes, _CONTRIBUTION_DEPTHS)
         if step in kept:
             snapshots[step] = jax.device_get(state)
 
     end = setting.train(state, setting.rates, seed=run.seed, after_step=after_step)
-    return Trained(start, np.stack(weights), np.array(means, np.float32), np.stack(grams), snapshots, end)
+    return Trained(start, np.stack(weights), np.array(means, np.float32), contribution, np.stack(grams), snapshots, end)
 
 
 def _cka(grams: np.ndarray, other: np.ndarray) -> np.ndarray:

@@ -1,0 +1,141 @@
+"""What the front of a network has learned so far, measured while it trains.
+
+The layers up to some depth get the weights back that they had before the first step, and the training loss is taken on
+a few batches. If it does not rise, the front has contributed nothing yet: the network either came with a front that is
+good enough, or has not begun to learn. Weights alone do not tell this. It takes forward passes only.
+
+Unlike :func:`smartfrz_jax.harm.swap_harm`, which needs the finished network, a policy can ask for it at any moment.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from smartfrz_jax import paths
+from smartfrz_jax.layers import Layers
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Float
+
+PyTree = Any
+Probe = Callable[[PyTree], Any]
+"""From parameters to the training loss on some batch, always the same, without a trace in the network."""
+
+
+def depths_of(active: Bool[np.ndarray, " layers"], n: int) -> list[int]:
+    """Layers that end the fronts to be measured: the active ones, but for the last layer of all, evenly thinned out.
+
+    Args:
+        active: Which layers train, shape ``(layers,)``.
+        n: Most depths.
+
+    Returns:
+        Indices of layers, ascending; the last one is the deepest active layer that is not the network's last.
+    """
+    candidates = np.flatnonzero(active[:-1])
+    places = sorted({max(1, round(len(candidates) * i / n)) for i in range(1, n + 1)}) if len(candidates) else []
+    return [int(candidates[place - 1]) for place in places]
+
+
+def contributions(
+    layers: Layers,
+    probe: Probe,
+    params: PyTree,
+    start: PyTree,
+    *,
+    depths: Iterable[int],
+    active: Bool[np.ndarray, " layers"] | None = None,
+) -> Float[np.ndarray, " layers"]:
+    """Training loss with the start of the layers up to some depth, less that of the network as it is.
+
+    Args:
+        layers: The network's layers.
+        probe: From a pytree like ``params`` to the loss.
+        params: Parameters as they are.
+        start: The same before the first step.
+        depths: Indices of the layers that end the fronts.
+        active: Which layers train; those that do not keep their weights. Default all.
+
+    Returns:
+        float32 of shape ``(layers,)``, NaN at other depths.
+
+    Raises:
+        ValueError: If a loss is not a finite scalar.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from smartfrz_jax import find_layers
+        >>> now, start = ({"a": jnp.full((1, 1), a), "b": jnp.ones((1, 1))} for a in (1.0, 3.0))
+        >>> layers = find_layers(now, lambda p, x: x @ p["a"] @ p["b"], jnp.ones((1, 1)))
+        >>> contributions(layers, lambda p: (p["a"] * p["b"] - 1).sum() ** 2, now, start, depths=[0]).tolist()
+        [4.0, nan]
+    """
+    active = np.ones(len(layers), bool) if active is None else active
+    found, before = np.full(len(layers), np.nan, np.float32), paths.flatten(start)
+    base = _loss(probe, params)
+    for depth in depths:
+        front = itertools.compress(list(layers)[: depth + 1], active)
+        reverted = {name for layer in front for name in layer.params}
+        found[depth] = _loss(probe, paths.tree_map(_choose(before, reverted), params)) - base
+    return found
+
+
+def spread(measured: Float[np.ndarray, " layers"]) -> Float[np.ndarray, " layers"]:
+    """Contributions up to every layer, from those at some: linear between them, from zero for no layers.
+
+    Args:
+        measured: NaN where not measured.
+
+    Returns:
+        Shape ``(layers,)``; NaN behind the deepest that was measured.
+    """
+    at = np.flatnonzero(~np.isnan(measured))
+    if not len(at):
+        return np.full(len(measured), np.nan, np.float32)
+    layers = np.arange(len(measured))
+    between = np.interp(layers, np.append(-1, at), np.append(0.0, measured[at]))
+    return np.where(layers <= at[-1], between, np.nan).astype(np.float32)
+
+
+def latest(measured: Float[np.ndarray, "records layers"]) -> Float[np.ndarray, "records layers"]:
+    """The contributions that were known at every record: those last measured, up to every layer.
+
+    Args:
+        measured: NaN where not measured.
+
+    Returns:
+        Shape ``(records, layers)``; NaN before the first measurement.
+    """
+    known, row = np.full(measured.shape, np.nan, np.float32), np.full(measured.shape[1], np.nan, np.float32)
+    for record in range(len(measured)):
+        if not np.isnan(measured[record]).all():
+            row = spread(measured[record])
+        known[record] = row
+    return known
+
+
+def _choose(before: dict[str, Any], reverted: set[str]) -> Callable[[str, Any], Any]:
+    return lambda name, leaf: before[name] if name in reverted else leaf
+
+
+def _loss(probe: Probe, params: PyTree) -> float:
+    loss = np.asarray(probe(params))
+    if loss.shape != () or not np.isfinite(loss):
+        raise ValueError(
+            f"probe: got {loss.tolist() if loss.size < 10 else f'shape {loss.shape}'}, expected a finite scalar; "
+            "return the mean loss over a batch"
+        )
+    return float(loss)
+
+
+def check_probe(probe: Any) -> None:
+    """Raises ``TypeError`` unless a probe is a function or ``None``."""
+    if probe is not None and not callable(probe):
+        raise TypeError(
+            f"probe: got {type(probe).__name__}, expected a function from parameters to a loss, such as "
+            "sfj.nnx.probe(model, loss_fn, *batch)"
+        )
