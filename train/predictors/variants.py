@@ -47,7 +47,7 @@ class Variant(NamedTuple):
     epochs: int = 6
     learning_rate: float = 0.02
     weight_decay: float = 1e-3
-    hiding: Hiding | None = Hiding(progress=0.2, losses=0.1, records=0.3)
+    hiding: Hiding | None = Hiding(progress=0.2, losses=0.1, contribution=0.2, records=0.3)
     copies: int = 3
 
     def prepared(self, examples: Examples, *, seed: int = 0) -> Examples:
@@ -94,7 +94,7 @@ def _only(weights: str, **chosen: Any) -> Encoding:
 
 
 _TWO: dict[str, Any] = {"progress": True, "depth": True}
-_MOVED, _LOSS = "displacement", "loss_level"
+_MOVED, _LOSS, _GIVEN = "displacement", "loss_level", "contribution"
 # The paper's sizes; nothing is hidden and nothing encoded ahead, as there is nothing to be gained by it.
 _RAW: dict[str, Any] = {
     "hidden": 256, "features": 64, "epochs": 3, "learning_rate": 0.01, "hiding": None, "copies": 1
@@ -107,12 +107,13 @@ VARIANTS: dict[str, Variant] = {
     "sorted deltas, t/T, depth": Variant(_only("sorted_deltas", **_TWO)),
     "scale-free": Variant(_only("scale_free")),
     "scale-free, t/T, depth": Variant(_only("scale_free", **_TWO)),
-    "scale-free, t/T, depth, moved": Variant(_only("scale_free", **_TWO, regime=(_MOVED,))),
+    "scale-free, t/T, depth, given, loss": Variant(_only("scale_free", **_TWO, regime=(_GIVEN, _LOSS))),
     "scale-free, t/T, depth, regime": Variant(_only("scale_free", **_TWO, regime=True)),
     "the same, mean pooling": Variant(_only("scale_free", **_TWO, regime=True), pooling="mean"),
     "t/T, depth": Variant(_only("none", **_TWO)),
     "t/T, depth, moved": Variant(_only("none", **_TWO, regime=(_MOVED,))),
-    "t/T, depth, moved, loss": Variant(_only("none", **_TWO, regime=(_MOVED, _LOSS))),
+    "t/T, depth, given": Variant(_only("none", **_TWO, regime=(_GIVEN,))),
+    "t/T, depth, given, loss": Variant(_only("none", **_TWO, regime=(_GIVEN, _LOSS))),
     "t/T, depth, regime": Variant(_only("none", **_TWO, regime=True)),
     "depth, regime": Variant(_only("none", depth=True, regime=True)),
 }

@@ -25,6 +25,7 @@ class Situation(NamedTuple):
         reference: Gives the outputs of every layer of a well-trained network on the probe batch.
         predictor: Checkpoint of a predictor that has not seen the network; ``None`` if there is none.
         paper_predictor: The same, trained as the paper says.
+        probe: From parameters to the training loss on a fixed batch.
         seed: Seed of the run.
     """
 
@@ -33,6 +34,7 @@ class Situation(NamedTuple):
     reference: Callable[[], Mapping[str, jax.Array]]
     predictor: Path | None
     paper_predictor: Path | None
+    probe: Callable[[Any], Any]
     seed: int
 
 
@@ -84,7 +86,10 @@ def strategies() -> dict[str, Strategy]:
             lambda situation, caution=caution: sfj.progress(situation.total_steps, caution=caution)
         )
         found[f"smartfrz:{caution}"] = Strategy(
-            lambda situation, caution=caution: _smartfrz(situation.predictor, situation, caution), needs="predictor"
+            lambda situation, caution=caution: _smartfrz(
+                situation.predictor, situation, caution, probe=situation.probe
+            ),
+            needs="predictor",
         )
     found["smartfrz:paper"] = Strategy(
         lambda situation: _smartfrz(situation.paper_predictor, situation, 0.5, order="any"), needs="paper_predictor"

@@ -28,7 +28,7 @@ from train.trials.strategies import Situation, Strategy
 
 PyTree = Any
 
-_PROBE = 64  # examples on which layers' outputs are compared
+_PROBE = 64  # examples on which layers' outputs are compared, and contributions measured
 _EVALUATION_BATCH = 128
 _MIN_SAVING = 0.05
 _REFERENCE_SEED = 1000
@@ -43,7 +43,8 @@ class Result(NamedTuple):
         seed: Seed of the head, the order of examples and the policy.
         accuracy: Share of the held-out examples classified right.
         loss: Mean cross entropy on them.
-        compute: FLOPs of all steps by the account, as a share of those of the full run.
+        compute: FLOPs of all steps by the account, as a share of those of the full run. Forward passes on the probe
+            batch are part of it.
         compute_cached: The same if the activations at the end of the frozen front are kept: an example's forward pass
             through a frozen front layer is then computed once.
         seconds: Of all steps, decisions and waiting for programs that could not be compiled ahead.
@@ -163,21 +164,30 @@ class Bench:
         """
         costs = {layer: parts.forward for layer, parts in self.account.flops().by_layer.items() if layer}
         total_steps = self.steps(strategy)
-        situation = Situation(total_steps, costs, self.reference, predictor, paper_predictor, seed)
+        model, probed = self.model(seed), 0
+        inputs, labels = self.data.train[np.arange(_PROBE)].inputs, self.data.train[np.arange(_PROBE)].labels
+        loss_of = sfj.nnx.probe(model, loss_fn, tuple(map(jnp.asarray, inputs)), jnp.asarray(labels))
+
+        def probe(params: PyTree) -> jax.Array:
+            nonlocal probed
+            probed += 1
+            return loss_of(params)
+
+        situation = Situation(total_steps, costs, self.reference, predictor, paper_predictor, probe, seed)
         policy = strategy.policy(situation)
-        model = self.model(seed)
         log = self._train(name, strategy, policy, model, seed)
         loss, accuracy = self._figures(model)
         frozen = [(event.step, list(event.names)) for event in log.freezes]
         compute, cached = self.compute(frozen, total_steps)
+        probing = probed * self.probe_share()
         return Result(
             self.name,
             name,
             seed,
             accuracy,
             loss,
-            compute,
-            cached,
+            compute + probing,
+            cached + probing,
             log.seconds + log.wait_seconds - log.programs[0].waited,
             log.seconds - log.policy_seconds,
             frozen,
@@ -201,6 +211,11 @@ class Bench:
                     break
                 in_front.setdefault(name, until)
         return total / full, (total - kept) / full
+
+    def probe_share(self) -> float:
+        """FLOPs of a forward pass on the probe batch as a share of those of the full run."""
+        forward = sum(parts.forward for parts in self.account.flops().by_layer.values())
+        return forward * _PROBE / self.setup.batch_size / (self.account.flops().total * self.setup.steps)
 
     def reference(self) -> Mapping[str, jax.Array]:
         """Outputs of a network that was trained to the end, from another seed."""
