@@ -17,11 +17,13 @@ from smartfrz_jax.targets import Criterion, Harmless, Settled
 # fifth of the paper's predictor.
 _QUANTILES = 64
 
+# Harm in branches is smaller than at the end of the run, by half or more (rank correlation 0.73 in the eight runs whose
+# harm was measured to the end; swap harm 0.58), and there 1 % of the first loss is 1 to 3 points of accuracy.
 TARGETS: dict[str, Criterion] = {
     "cka": Settled("cka"),
     "own_cka": Settled("own_cka"),
     "swap_harm": Harmless("swap_harm", tolerance=0.01),
-    "branch_harm": Harmless("branch_harm", tolerance=0.01),
+    "branch_harm": Harmless("branch_harm", tolerance=0.003),
 }
 
 
