@@ -32,7 +32,7 @@ def test_a_section_without_an_end_is_not_guessed_at(tmp_path):
 
 
 def test_provenance_names_command_and_versions(monkeypatch):
-    monkeypatch.setattr(sys, "argv", ["x.py", "--seeds", "3"])
+    monkeypatch.setattr(sys, "argv", ["x.py", "--seeds", "3", "--only", "a b"])
     text = results.provenance("train.closed_loop")
-    assert text.startswith("`python -m train.closed_loop --seeds 3`; commit ")
+    assert text.startswith("`python -m train.closed_loop --seeds 3 --only 'a b'`; commit ")
     assert "jax 0." in text

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -48,7 +49,7 @@ def provenance(script: str) -> str:
     Args:
         script: Name of the module that was run.
     """
-    command = " ".join(["python -m", script, *sys.argv[1:]])
+    command = shlex.join(["python", "-m", script, *sys.argv[1:]])
     versions = f"jax {jax.__version__}, Python {platform.python_version()}"
     return f"`{command}`; commit {_commit()}; {versions}, {jax.devices()[0].device_kind}, {os.cpu_count()} cores."
 
