@@ -45,6 +45,7 @@ def random_recording(seed, records=7, layers=("a", "b"), size=3):
         losses=rng.uniform(1, 2, records),
         first_loss=2.0,
         cka=np.linspace(0, 1, records)[:, None] * np.linspace(1, 0.8, len(layers)),
+        contribution=np.where(np.arange(records)[:, None] % 2, rng.standard_normal((records, len(layers))), np.nan),
     )
 
 

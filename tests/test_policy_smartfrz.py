@@ -230,7 +230,7 @@ def test_more_caution_and_more_patience_freeze_a_subset(seed, cautions, order, p
 
 @pytest.mark.parametrize("order", ["front_to_back", "any"])
 def test_the_runs_of_the_test_above_tell_settings_apart(order):
-    outcomes = [numbers_frozen(seed, (0.3, 0.7), order, (1, 2)) for seed in range(10)]
+    outcomes = [numbers_frozen(seed, (0.3, 0.7), order, (1, 2)) for seed in range(24)]
     assert sum(careful < bold for bold, careful in outcomes) >= 2
     assert any(careful > 0 for _, careful in outcomes)
     assert any(bold < 3 for bold, _ in outcomes)
