@@ -97,7 +97,7 @@ def encode_examples(
         ... )
         >>> encoded = encode_examples(make_examples([run], window=3), Encoding("none"), copies=2)
         >>> len(encoded), encoded.encoded.context.shape
-        (4, (4, 21))
+        (4, (4, 22))
     """
     if copies < 1:
         raise ValueError(f"copies: got {copies}, expected at least 1")
