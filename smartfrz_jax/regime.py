@@ -48,14 +48,8 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
 
 _STEEPNESS = 200.0  # half a per cent of the first loss is where small contributions end
-FLAGGED = (
-    "progress",
-    "drift",
-    "outward",
-    "loss_level",
-    "loss_slope",
-    "contribution",
-)  # a predictor is told if one is unknown
+# A predictor is told if one of these is unknown.
+FLAGGED = ("progress", "drift", "outward", "loss_level", "loss_slope", "contribution")
 
 
 def context_names(encoding: Encoding) -> tuple[str, ...]:

@@ -9,7 +9,7 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from smartfrz_jax import Layer, Layers, Predictor, PredictorConfig, Tailoring, checkpoint, policies
+from smartfrz_jax import Encoding, Layer, Layers, Predictor, PredictorConfig, Tailoring, checkpoint, policies
 from smartfrz_jax.policies.smartfrz_state import SmartFrzState
 
 NAMES = ("a", "b", "c", "d")
@@ -249,3 +249,13 @@ def test_shows_the_predictor_what_the_front_has_contributed(predictor, observed)
 def test_refuses_bad_probes(predictor, options, error, message):
     with pytest.raises(error, match=message):
         policies.smartfrz(predictor, record_every=2, evaluate_every=10, **options)
+
+
+def test_does_not_measure_what_the_predictor_does_not_read(observed):
+    config = PredictorConfig(size=SIZE, hidden=4, features=4, head_hidden=4, encoding=Encoding(regime=("loss_level",)))
+    policy = policies.smartfrz(
+        Predictor(config, rngs=nnx.Rngs(0)), record_every=1, evaluate_every=2, probe=lambda params: 1 / 0
+    )
+    state = run(policy, 16)
+    assert state.start_params is None
+    assert np.isnan(observed[-1].contribution).all()

@@ -76,7 +76,8 @@ def smartfrz(
         min_records: Records a layer must have before it is judged. Default 5, or the whole window for a predictor on
             raw weights, the paper's.
         probe: From a parameter pytree to the training loss on a batch that is always the same, such as
-            :func:`smartfrz_jax.nnx.probe` makes it; ``None`` does not measure.
+            :func:`smartfrz_jax.nnx.probe` makes it; ``None`` does not measure, and neither is
+            measured what the predictor does not read.
         probe_every: Train steps between measurements, a multiple of ``evaluate_every``. Default ``2 * evaluate_every``.
         probe_depths: Most depths at which to measure; between them contributions are taken to be linear.
         seed: Seed of the sample.
@@ -129,6 +130,8 @@ def smartfrz(
     if total_steps is not None:
         _check_fits(total_steps, record_every, evaluate_every, min_records, patience)
     check_probe(probe)
+    if "contribution" not in predictor.config.encoding.regime_names:
+        probe = None
     probe_every = 2 * evaluate_every if probe_every is None else probe_every
     check_count(probe_every, "probe_every")
     check_count(probe_depths, "probe_depths")
