@@ -104,8 +104,7 @@ def compare(args: argparse.Namespace, interrupt: Interrupt) -> None:
 
 def write_report(args: argparse.Namespace, results: list[Result]) -> None:
     """Writes ``results.md``, a picture for each case, and the section of ``--results``."""
-    source = provenance("train.closed_loop")
-    parts = [source]
+    parts = [provenance("train.closed_loop")]
     for case in CASES:
         of_case = [result for result in results if result.case == case]
         found = report.rows(of_case)
