@@ -105,7 +105,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(sentences, tmp_path, monkeypatch
                  "linear", "--t0", "0.3", "--lead", "1", "--min-saving", "0.2",
                  "--evaluation-split", "validation[:20]", "--out"]  # fmt: skip
     assert finetune.main([*arguments, str(tmp_path / "straight")]) == 0
-    monkeypatch.setattr(finetune, "Interrupt", InterruptedAt)
+    monkeypatch.setattr(interrupt, "Interrupt", InterruptedAt)
     InterruptedAt.step = 7  # in the second epoch, half of the layers frozen
     assert finetune.main([*arguments, str(tmp_path / "stopped")]) == 130
     assert "--resume" in capsys.readouterr().err

@@ -206,7 +206,8 @@ def _train(setting: Setting) -> Trained:
     weights, means, grams, snapshots = [], [], [], {}
     contribution = np.full((len(setting.steps), len(network.layers)), np.nan, np.float32)
     probed, begin = set(setting.moments(_CONTRIBUTION_MOMENTS)), jax.device_get(state)
-    probes = [setting.data.train[i * _PROBED : (i + 1) * _PROBED] for i in range(_PROBES)]
+    size = min(_PROBED, len(setting.data.train) // _PROBES)
+    probes = [setting.data.train[i * size : (i + 1) * size] for i in range(_PROBES)]
 
     def after_step(step: int, state: State, loss: Any) -> None:
         losses.append(loss)
