@@ -21,7 +21,7 @@ class Case(NamedTuple):
     held_out: int
 
 
-# Strong pre-training: ImageNet, fine-tuned on 1,280 images of 64 x 64 for 6 epochs, BatchNorms in evaluation mode.
+# Strong pre-training: ImageNet, fine-tuned on 1,280 images of 96 x 96 for 5 epochs, BatchNorms in evaluation mode.
 CASES: dict[str, Case] = {
     "lite0-cifar10": Case(
         Setup(
@@ -33,7 +33,7 @@ CASES: dict[str, Case] = {
             learning_rate=3e-4,
             weight_decay=0.0,
             batch_size=32,
-            steps=240,
+            steps=200,
             examples=1280,
             augment=False,
             batch_norm="fixed",
