@@ -9,7 +9,6 @@ Unlike :func:`smartfrz_jax.harm.swap_harm`, which needs the finished network, a 
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,8 @@ from smartfrz_jax.layers import Layers
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
+
+_FIRST = 12  # part of a run after which a policy measures first
 
 PyTree = Any
 Probe = Callable[[PyTree], Any]
@@ -48,7 +49,6 @@ def contributions(
     start: PyTree,
     *,
     depths: Iterable[int],
-    active: Bool[np.ndarray, " layers"] | None = None,
 ) -> Float[np.ndarray, " layers"]:
     """Training loss with the start of the layers up to some depth, less that of the network as it is.
 
@@ -58,7 +58,6 @@ def contributions(
         params: Parameters as they are.
         start: The same before the first step.
         depths: Indices of the layers that end the fronts.
-        active: Which layers train; those that do not keep their weights. Default all.
 
     Returns:
         float32 of shape ``(layers,)``, NaN at other depths.
@@ -74,12 +73,10 @@ def contributions(
         >>> contributions(layers, lambda p: (p["a"] * p["b"] - 1).sum() ** 2, now, start, depths=[0]).tolist()
         [4.0, nan]
     """
-    active = np.ones(len(layers), bool) if active is None else active
     found, before = np.full(len(layers), np.nan, np.float32), paths.flatten(start)
     base = _loss(probe, params)
     for depth in depths:
-        front = itertools.compress(list(layers)[: depth + 1], active)
-        reverted = {name for layer in front for name in layer.params}
+        reverted = {name for layer in list(layers)[: depth + 1] for name in layer.params}
         found[depth] = _loss(probe, paths.tree_map(_choose(before, reverted), params)) - base
     return found
 
@@ -99,6 +96,23 @@ def spread(measured: Float[np.ndarray, " layers"]) -> Float[np.ndarray, " layers
     layers = np.arange(len(measured))
     between = np.interp(layers, np.append(-1, at), np.append(0.0, measured[at]))
     return np.where(layers <= at[-1], between, np.nan).astype(np.float32)
+
+
+def at_doublings(measured: Float[np.ndarray, "records layers"]) -> Float[np.ndarray, "records layers"]:
+    """Of many measurements in a run those that a policy would have made: it waits twice as long each time.
+
+    Args:
+        measured: NaN where not measured.
+
+    Returns:
+        The same with NaN in all other records. The first that is kept is a twelfth of the records into the run, as is
+        the default of :func:`smartfrz_jax.smartfrz`; every other comes after twice as many records, or more.
+    """
+    kept, wanted = np.full_like(measured, np.nan), max(1, len(measured) // _FIRST)
+    for record in range(len(measured)):
+        if record + 1 >= wanted and not np.isnan(measured[record]).all():
+            kept[record], wanted = measured[record], 2 * (record + 1)
+    return kept
 
 
 def latest(measured: Float[np.ndarray, "records layers"]) -> Float[np.ndarray, "records layers"]:

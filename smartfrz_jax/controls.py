@@ -8,7 +8,7 @@ a predictor without attention, ``PredictorConfig(pooling="mean")``, or one witho
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -65,6 +65,20 @@ def progress_and_depth(train: Examples, test: Examples) -> Float[np.ndarray, " n
         test: The test examples.
     """
     return _regression(train, test, ("progress", "depth"))
+
+
+def two_scalar_coefficients(train: Examples) -> tuple[float, float, float]:
+    """The regression of :func:`progress_and_depth`, for the policy :func:`smartfrz_jax.progress`.
+
+    Args:
+        train: The training examples.
+
+    Returns:
+        Intercept, weight of progress and weight of depth.
+    """
+    fitted = _fitted(train, ("progress", "depth"))
+    weights = fitted.weights / fitted.std
+    return float(fitted.bias - weights @ fitted.mean), float(weights[0]), float(weights[1])
 
 
 def update_norm(train: Examples, test: Examples) -> Float[np.ndarray, " n"]:
@@ -143,17 +157,32 @@ def logistic_regression(
     return w
 
 
-def _regression(train: Examples, test: Examples, names: tuple[str, ...]) -> np.ndarray:
-    """Probabilities for ``test``; an unknown number is taken for the mean of the training examples."""
+class _Fitted(NamedTuple):
+    """A logistic regression on standardized numbers."""
+
+    chosen: list[int]
+    mean: np.ndarray
+    std: np.ndarray
+    weights: np.ndarray
+    bias: float
+
+
+def _fitted(train: Examples, names: tuple[str, ...]) -> _Fitted:
     chosen = [context_names(_ALL).index(name) for name in names]
-    (values, known), (test_values, test_known) = contexts(_ALL, train), contexts(_ALL, test)
-    values, known = values[:, chosen], known[:, chosen]
+    values, known = (array[:, chosen] for array in contexts(_ALL, train))
     mean, std = mean_and_std(values, known)
     std[std == 0] = 1
     # Without class weights, so that probabilities can be read as such.
     w = logistic_regression(np.where(known, (values - mean) / std, 0), train.target, class_weights=None)
-    inputs = np.where(test_known[:, chosen], (test_values[:, chosen] - mean) / std, 0)
-    return _sigmoid(inputs @ w[:-1] + w[-1])
+    return _Fitted(chosen, mean, std, w[:-1], float(w[-1]))
+
+
+def _regression(train: Examples, test: Examples, names: tuple[str, ...]) -> np.ndarray:
+    """Probabilities for ``test``; an unknown number is taken for the mean of the training examples."""
+    fitted = _fitted(train, names)
+    values, known = (array[:, fitted.chosen] for array in contexts(_ALL, test))
+    inputs = np.where(known, (values - fitted.mean) / fitted.std, 0)
+    return _sigmoid(inputs @ fitted.weights + fitted.bias)
 
 
 def _sigmoid(x: np.ndarray) -> np.ndarray:

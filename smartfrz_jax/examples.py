@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from smartfrz_jax.contribution import latest
+from smartfrz_jax.contribution import at_doublings, latest
 from smartfrz_jax.observation import Observation
 from smartfrz_jax.recording import Recording
 from smartfrz_jax.targets import Criterion, Settled
@@ -58,9 +58,12 @@ class Examples:
 
     @functools.cached_property
     def contributions(self) -> dict[int, np.ndarray]:
-        """What was known of contributions at every record, shape ``(records, layers)``, of recordings that have any."""
+        """What a policy would have known of contributions at every record, of recordings that have any.
+
+        By run, each of shape ``(records, layers)``.
+        """
         measured = {run: recording.contribution for run, recording in enumerate(self.recordings)}
-        return {run: latest(array) for run, array in measured.items() if array is not None}
+        return {run: latest(at_doublings(array)) for run, array in measured.items() if array is not None}
 
     @property
     def size(self) -> int:

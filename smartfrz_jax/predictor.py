@@ -26,6 +26,9 @@ _VERSION = 2  # of the checkpoint and of what the encodings mean
 _BOUND = 5.0  # of numbers of the context, in standard deviations of the training examples
 
 Pooling = Literal["attention", "mean"]
+Pretrained = Literal["default", "paper"]
+
+_PRETRAINED = Path(__file__).parent / "pretrained"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,6 +223,24 @@ class Predictor(nnx.Module):
         # By way of the host: what was read would insist on its device, and the run may be on others.
         nnx.replace_by_pure_dict(state, jax.device_put(jax.device_get(arrays)))
         return nnx.merge(graphdef, state)
+
+    @classmethod
+    def pretrained(cls, name: Pretrained = "default") -> Predictor:
+        """A predictor that comes with the library; ``smartfrz_jax/pretrained/README.md`` is its model card.
+
+        Args:
+            name: ``"default"``, the one to use, or ``"paper"``, on raw weights and trained as the paper says.
+
+        Raises:
+            ValueError: If there is no predictor of that name.
+
+        Example:
+            >>> Predictor.pretrained("paper").config == PredictorConfig(encoding=PAPER)
+            True
+        """
+        if name not in get_args(Pretrained):
+            raise ValueError(f"name: got {name!r}, expected one of {', '.join(get_args(Pretrained))}")
+        return cls.restore(_PRETRAINED / name)
 
 
 def _saved_config(path: str | Path) -> PredictorConfig:

@@ -9,7 +9,7 @@ from flax import nnx
 
 import smartfrz_jax as sfj
 from smartfrz_jax import Layer, Layers
-from smartfrz_jax.contribution import contributions, depths_of, latest, spread
+from smartfrz_jax.contribution import at_doublings, contributions, depths_of, latest, spread
 
 NAMES = ("a", "b", "c", "d")
 LAYERS = Layers(tuple(Layer(name, (name,), (name,)) for name in NAMES))
@@ -25,12 +25,6 @@ def probe(params):
 def test_reverts_everything_up_to_each_depth():
     got = contributions(LAYERS, probe, NOW, START, depths=[0, 2])
     np.testing.assert_array_equal(got, np.array([1, NAN, 7, NAN], np.float32))
-
-
-def test_what_does_not_train_keeps_its_weights():
-    active = np.array([False, True, True, True])
-    got = contributions(LAYERS, probe, NOW, START, depths=[1, 2], active=active)
-    np.testing.assert_array_equal(got, np.array([NAN, 2, 6, NAN], np.float32))
 
 
 @pytest.mark.parametrize("loss", [NAN, np.inf, np.ones(2)])
@@ -64,6 +58,22 @@ def test_what_was_measured_last_is_known_until_the_next_time():
     measured[1, 1], measured[3] = 4, (1, 3)
     expected = np.array([[NAN, NAN], [2, 4], [2, 4], [1, 3], [1, 3]], np.float32)
     np.testing.assert_array_equal(latest(measured), expected)
+
+
+@pytest.mark.parametrize(
+    ("measured", "kept"),
+    [
+        (range(1, 37), [3, 6, 12, 24]),
+        ([2, 4, 5, 9, 18, 19], [4, 9, 18]),  # at moments of its own: each after twice as many records, or more
+        ([1, 2], []),
+    ],
+)
+def test_keeps_what_a_policy_would_have_measured(measured, kept):
+    array = np.full((36, 2), NAN)
+    array[np.array(measured) - 1, 1] = np.array(measured)
+    got = at_doublings(array)
+    assert np.isnan(got[:, 0]).all()
+    assert got[~np.isnan(got[:, 1]), 1].tolist() == kept
 
 
 class Net(nnx.Module):

@@ -61,6 +61,13 @@ def test_what_they_can_and_cannot_tell(examples):
     assert got["context"].auc > 0.95
 
 
+def test_coefficients_of_the_two_scalar_rule_are_those_of_its_regression(examples):
+    train, test = examples
+    intercept, of_progress, of_depth = controls.two_scalar_coefficients(train)
+    logit = intercept + of_progress * test.progress + of_depth * test.depth
+    np.testing.assert_allclose(1 / (1 + np.exp(-logit)), controls.progress_and_depth(train, test), rtol=1e-5)
+
+
 def test_majority_is_the_share_of_freeze(examples):
     train, test = examples
     np.testing.assert_array_equal(controls.majority(train, test), train.target.mean())

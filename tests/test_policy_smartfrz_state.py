@@ -223,12 +223,12 @@ def test_shows_the_predictor_what_the_front_has_contributed(predictor, observed)
         return -sum(np.mean(params[name]) for name in NAMES)
 
     policy = policies.smartfrz(
-        predictor, record_every=1, evaluate_every=2, min_records=1, probe=probe, probe_every=4, probe_depths=2
+        predictor, record_every=1, evaluate_every=2, min_records=1, probe=probe, first_probe=4, probe_depths=2
     )
-    state = run(policy, 8)
+    state = run(policy, 14)  # it doubles: after 12 steps nothing is measured
     risen = np.cumsum([[np.mean(weights_at(step)[name] - START[name]) for name in NAMES] for step in (4, 8)], axis=1)
-    assert [bool(np.isnan(seen.contribution).all()) for seen in observed] == [True, False, False, False]
-    for seen, expected in zip(observed[1:], risen[[0, 0, 1]], strict=True):
+    assert [bool(np.isnan(seen.contribution).all()) for seen in observed] == [True] + 6 * [False]
+    for seen, expected in zip(observed[1:], risen[[0, 0, 1, 1, 1, 1]], strict=True):
         # Of three layers but the head, two depths: the second and the third.
         np.testing.assert_allclose(seen.contribution[1:3], expected[1:3], rtol=1e-5)
         assert seen.contribution[0] == pytest.approx(expected[1] / 2, rel=1e-5)
@@ -241,8 +241,8 @@ def test_shows_the_predictor_what_the_front_has_contributed(predictor, observed)
     ("options", "error", "message"),
     [
         ({"probe": 3}, TypeError, "probe: got int, expected a function .* sfj.nnx.probe"),
-        ({"probe_every": 15}, ValueError, "probe_every: got 15, expected a multiple of evaluate_every, 10"),
-        ({"probe_every": 0}, ValueError, "probe_every: got 0"),
+        ({"first_probe": 15}, ValueError, "first_probe: got 15, expected a multiple of evaluate_every, 10"),
+        ({"first_probe": 0}, ValueError, "first_probe: got 0"),
         ({"probe_depths": 0}, ValueError, "probe_depths: got 0"),
     ],
 )

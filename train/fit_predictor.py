@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 import smartfrz_jax as sfj
+from smartfrz_jax.controls import two_scalar_coefficients
 from smartfrz_jax.examples import make_examples
 from smartfrz_jax.recording import Recording
 from train.predictors import learning_runs
@@ -48,6 +49,7 @@ def main(argv: list[str] | None = None) -> int:
             raise ValueError(f"without: no recording is of {unknown!r}; they are of {', '.join(sorted(known))}")
         chosen = [recorded for recorded in recordings if not _about(recorded) & set(args.without)]
         examples = make_examples(chosen, criterion=TARGETS[args.target], stride=args.stride)
+        two = ", ".join(f"{value:.2f}" for value in two_scalar_coefficients(examples))
         variant = VARIANTS[args.variant]
         predictor = variant.fit(variant.prepared(examples, seed=args.seed), seed=args.seed)
         predictor.save(args.out)
@@ -58,7 +60,8 @@ def main(argv: list[str] | None = None) -> int:
     print(
         f"{args.out}: {args.variant}, {args.target}, {len(chosen)} of {len(recordings)} recordings "
         f"({len(left_out)} more of networks that hardly learned are left out), {len(examples)} "
-        f"examples; on those it was trained on: AUC {score.auc:.3f}, {score.positives / score.n:.0%} to freeze"
+        f"examples; on those it was trained on: AUC {score.auc:.3f}, {score.positives / score.n:.0%} to freeze; "
+        f"the two-scalar rule has coefficients ({two})"
     )
     return 0
 

@@ -36,8 +36,8 @@ def smartfrz(
     size: int | None = None,
     min_records: int | None = None,
     probe: Probe | None = None,
-    probe_every: int | None = None,
-    probe_depths: int = 4,
+    first_probe: int | None = None,
+    probe_depths: int = 3,
     seed: int = 0,
     keep: Iterable[str] | None = None,
 ) -> Policy:
@@ -52,9 +52,10 @@ def smartfrz(
     ``caution`` is the knob to turn. On the same training run, the layers that are frozen at any stage with more caution
     are among those that are with less; the same holds of ``patience``.
 
-    With ``probe`` it also measures, every ``probe_every`` steps, what the front of the network has contributed so far
-    (:mod:`smartfrz_jax.contribution`), for a predictor that reads that. This takes up to ``probe_depths + 1`` forward
-    passes each time, and keeps a copy of the parameters on the host.
+    With ``probe`` it also measures what the front of the network has contributed so far
+    (:mod:`smartfrz_jax.contribution`), for a predictor that reads that: after ``first_probe`` steps, and again whenever
+    twice as many are done. This takes up to ``probe_depths + 1`` forward passes each time, so by default 16 in a run of
+    any length, and keeps a copy of the parameters on the host.
 
     The paper does not say how often to record and to judge; the defaults are this project's. Its own rule is
     ``order="any", patience=1``, with its predictor.
@@ -78,7 +79,8 @@ def smartfrz(
         probe: From a parameter pytree to the training loss on a batch that is always the same, such as
             :func:`smartfrz_jax.nnx.probe` makes it; ``None`` does not measure, and neither is
             measured what the predictor does not read.
-        probe_every: Train steps between measurements, a multiple of ``evaluate_every``. Default ``2 * evaluate_every``.
+        first_probe: Train steps before the first measurement, a multiple of ``evaluate_every``. Default
+            ``2 * evaluate_every``.
         probe_depths: Most depths at which to measure; between them contributions are taken to be linear.
         seed: Seed of the sample.
         keep: Names of layers never to freeze; ``None`` keeps the head, ``()`` nothing.
@@ -132,12 +134,12 @@ def smartfrz(
     check_probe(probe)
     if "contribution" not in predictor.config.encoding.regime_names:
         probe = None
-    probe_every = 2 * evaluate_every if probe_every is None else probe_every
-    check_count(probe_every, "probe_every")
+    first_probe = 2 * evaluate_every if first_probe is None else first_probe
+    check_count(first_probe, "first_probe")
     check_count(probe_depths, "probe_depths")
-    if probe_every % evaluate_every:
+    if first_probe % evaluate_every:
         raise ValueError(
-            f"probe_every: got {probe_every}, expected a multiple of evaluate_every, {evaluate_every}; it is asked for "
+            f"first_probe: got {first_probe}, expected a multiple of evaluate_every, {evaluate_every}; it is asked for "
             "at freezing stages only"
         )
     keep = kept(keep)
@@ -161,7 +163,7 @@ def smartfrz(
         judged = may_freeze & ~state.frozen
         if state.records < min_records or not judged.any():
             return state
-        if probe is not None and step % probe_every == 0:
+        if probe is not None and step % first_probe == 0 and (step // first_probe).bit_count() == 1:
             state = state.with_contribution(layers, params(), probe, probe_depths)
         recorded = step - step % record_every
         observation = state.observation(np.nan if total_steps is None else min(1.0, recorded / total_steps))

@@ -131,7 +131,7 @@ class SmartFrzState(struct.PyTreeNode):
         )
 
     def with_contribution(self, layers: Layers, params: PyTree, probe: Probe, depths: int) -> SmartFrzState:
-        """Measures what the active layers have contributed.
+        """Measures what the layers up to some that are active have contributed.
 
         Args:
             layers: The network's layers.
@@ -142,10 +142,7 @@ class SmartFrzState(struct.PyTreeNode):
         Raises:
             ValueError: If a loss is not a finite scalar.
         """
-        active = ~self.frozen
-        measured = contributions(
-            layers, probe, params, self.start_params, depths=depths_of(active, depths), active=active
-        )
+        measured = contributions(layers, probe, params, self.start_params, depths=depths_of(~self.frozen, depths))
         return self.replace(contribution=spread(measured))
 
     def observation(self, progress: float) -> Observation:

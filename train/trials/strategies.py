@@ -10,9 +10,9 @@ import jax
 
 import smartfrz_jax as sfj
 
-_SHORTER = (0.4, 0.55, 0.7)
+_SHORTER = (0.4, 0.65)
 _RATE_FACTORS = (0.5, 1.0, 2.0)
-_CAUTION = (0.3, 0.5, 0.7, 0.9)
+_CAUTION = (0.5, 0.7, 0.9)
 _DECISIONS = 20  # of autofreeze and similarity_guided in a run: four in each of five epochs
 
 
@@ -73,7 +73,6 @@ def strategies() -> dict[str, Strategy]:
     }
     stages: dict[str, Any] = {
         "static:half": [(0.0, 0.5)],
-        "static:3/4": [(0.0, 0.75)],
         "static:all": [(0.0, 1.0)],
         "static:half,all": [(0.0, 0.5), (0.5, 1.0)],
     }
