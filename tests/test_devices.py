@@ -199,7 +199,9 @@ def run(policy, mesh=None, steps=12):
 
 
 POLICIES = {
-    "smartfrz": lambda: sfj.smartfrz(Stillness(), record_every=1, evaluate_every=2, window=3, order="any", patience=1),
+    "smartfrz": lambda: sfj.smartfrz(
+        Stillness(), record_every=1, evaluate_every=2, window=3, caution=0.5, order="any", patience=1
+    ),
     "autofreeze": lambda: sfj.autofreeze(evaluate_every=3, percentile=60),
     "static prefix": lambda: sfj.static_prefix(12, [(0.4, 0.85)]),
 }

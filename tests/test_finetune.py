@@ -168,7 +168,6 @@ def test_what_cannot_run_says_why(images, changed, message, capsys):
     [
         (["--epochs", "0"], "argument --epochs: got 0, expected at least 1"),
         (["--learning-rate", "-1"], "argument --learning-rate: got -1.0"),
-        (["--policy", "smartfrz"], "smartfrz needs --predictor"),
         (["--policy", "similarity_guided"], "similarity_guided needs --reference"),
         (["--model", "resnet51"], "invalid choice"),
         (["--help"], "--evaluations-per-epoch"),

@@ -92,7 +92,10 @@ CASES = {
         ),
         every(15),
     ),
-    "progress": Case(lambda keep=None: policies.progress(STEPS, caution=0.4, keep=keep), {12, 14, 16, 19, 21, 24}),
+    "progress": Case(
+        lambda keep=None: policies.progress(STEPS, coefficients=(-5.0, 10.0, -5.0), caution=0.4, keep=keep),
+        {12, 14, 16, 19, 21, 24},
+    ),
     "static_prefix": Case(
         lambda keep=None: policies.static_prefix(STEPS, [(0.25, 0.4), (0.5, 1.0)], keep=keep), {6, 12}
     ),

@@ -41,10 +41,19 @@ def test_is_the_logistic_regression_step_by_step(n, intercept, of_progress, of_d
                 assert (name in frozen) == (probability > caution), (step, i)
 
 
-def test_by_default_it_is_half_the_run_and_then_front_to_back():
-    """As `linear` does, but for the step by which the probability has to be above one half, not equal to it."""
-    np.testing.assert_array_equal(moments(progress(100), 6), [51, 61, 71, 81, 91, NEVER])
-    np.testing.assert_array_equal(moments(progress(100), 6)[:-1], moments(linear(100), 6)[:-1] + 1)
+def test_freezeouts_schedule_is_one_of_its():
+    """But for the step by which the probability has to be above one half, not equal to it."""
+    policy = progress(100, coefficients=(-5.0, 10.0, -5.0), caution=0.5)
+    np.testing.assert_array_equal(moments(policy, 6), [51, 61, 71, 81, 91, NEVER])
+    np.testing.assert_array_equal(moments(policy, 6)[:-1], moments(linear(100), 6)[:-1] + 1)
+
+
+def test_by_default_the_front_freezes_in_the_second_quarter_and_the_back_never():
+    """What was fitted says when a front can be frozen; its coefficients may change, not this."""
+    got = moments(progress(1000), 21)
+    assert 250 <= got[0] <= 400
+    assert (np.diff(got[got != NEVER]) > 0).all()
+    assert (got[18:] == NEVER).all()
 
 
 @settings(max_examples=30, deadline=None)
@@ -64,14 +73,14 @@ def test_the_ends_of_the_knob():
 
 
 def test_what_would_freeze_after_the_end_never_does():
-    assert moments(progress(50, coefficients=(-2.0, 1.0, 0.0)), 3).tolist() == [NEVER] * 3
-    assert moments(progress(50, coefficients=(-0.98, 1.0, 0.0), keep=()), 2).tolist() == [50, 50]
-    assert moments(progress(50, coefficients=(-1.0, 1.0, 0.0), keep=()), 2).tolist() == [NEVER] * 2
+    assert moments(progress(50, coefficients=(-2.0, 1.0, 0.0), caution=0.5), 3).tolist() == [NEVER] * 3
+    assert moments(progress(50, coefficients=(-0.98, 1.0, 0.0), caution=0.5, keep=()), 2).tolist() == [50, 50]
+    assert moments(progress(50, coefficients=(-1.0, 1.0, 0.0), caution=0.5, keep=()), 2).tolist() == [NEVER] * 2
 
 
 def test_moment_is_not_a_step_off_by_rounding():
     """The probability is one half exactly at steps 7 and 57 of 100, which is not above it."""
-    assert moments(progress(100, coefficients=(-0.07, 1.0, -0.5), keep=()), 2).tolist() == [8, 58]
+    assert moments(progress(100, coefficients=(-0.07, 1.0, -0.5), caution=0.5, keep=()), 2).tolist() == [8, 58]
 
 
 @pytest.mark.parametrize(

@@ -17,7 +17,7 @@ LAYERS = Layers(tuple(Layer(name, (name,), (name,)) for name in NAMES))
 SIZE = 8
 CONFIG = PredictorConfig(size=SIZE, hidden=4, features=4, head_hidden=4)
 START = {name: jnp.ones((4, 4)) for name in NAMES}
-PAPER_RULE = {"order": "any", "patience": 1}
+PAPER_RULE = {"caution": 0.5, "order": "any", "patience": 1}
 
 
 class StillnessPredictor(Predictor):
@@ -36,7 +36,7 @@ class StillnessPredictor(Predictor):
         type(self).traces += 1
         records, mask = observation.records, observation.mask
         moved = jnp.max(jnp.where(mask[:, None], jnp.abs(records - records[-1:]), 0.0))
-        return jnp.stack([moved, self.bound[...]])
+        return 100 * jnp.stack([moved, self.bound[...]])  # so large that it is sure, on either side
 
 
 class WeightPredictor(Predictor):
@@ -186,11 +186,13 @@ def test_front_to_back_waits_for_the_layers_before(predictor):
     assert last(keep=["c"], order="any") == ["", *["bd"] * 3, *["abd"] * 4]
 
 
-def test_caution_is_the_confidence_that_is_asked_for(predictor):
+def test_caution_is_the_confidence_that_is_asked_for():
     """Still layers have logits (0, 0.5): a confidence of 0.622."""
 
     def last(caution):
-        policy = policies.smartfrz(predictor, record_every=1, evaluate_every=2, window=2, caution=caution)
+        policy = policies.smartfrz(
+            StillnessPredictor(0.005), record_every=1, evaluate_every=2, window=2, caution=caution
+        )
         return run(policy, 6)[0][-1]
 
     assert [last(c) for c in (0.0, 0.5, 0.62, 0.63, 1.0)] == ["abc", "abc", "abc", "", ""]

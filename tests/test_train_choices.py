@@ -95,11 +95,8 @@ def test_a_warm_up_that_does_not_fit_is_refused(layers, changed):
 @pytest.mark.parametrize(
     "name", ["never", "linear", "autofreeze", "similarity_guided", "static_prefix", "random", "smartfrz", "progress"]
 )
-def test_every_policy_can_be_chosen(layers, tmp_path, name):
+def test_every_policy_can_be_chosen(layers, name):
     changed = ["--policy", name, "--budget", "0.75", "--stages", "0.2:0.75"]
-    if name == "smartfrz":
-        sfj.Predictor(sfj.PredictorConfig(size=16), rngs=nnx.Rngs(0)).save(tmp_path / "predictor")
-        changed += ["--predictor", str(tmp_path / "predictor")]
     reference = None
     if name == "similarity_guided":
         changed += ["--reference", "model.safetensors"]
@@ -111,6 +108,16 @@ def test_every_policy_can_be_chosen(layers, tmp_path, name):
         for step in range(1, STEPS + 1):
             frozen, state = policy.update(state, layers, step=step, params=lambda: PARAMS)
         assert frozen == (set() if name == "never" else {"a"})
+
+
+@pytest.mark.parametrize("name", ["default", "paper", "a path"])
+def test_predictors_that_can_be_chosen(layers, tmp_path, name):
+    if name == "a path":
+        name = str(tmp_path / "predictor")
+        sfj.Predictor(sfj.PredictorConfig(size=16), rngs=nnx.Rngs(0)).save(name)
+    chosen = options("--policy", "smartfrz", "--predictor", name)
+    policy = make_policy(chosen, steps_per_epoch=100, costs={"a": 3.0, "b": 1.0}, reference=None)
+    assert policy.init(layers, PARAMS).history.values.shape[-1] == (16 if name.startswith("/") else 1024)
 
 
 def frozen_after_each_step(layers, *changed):

@@ -1,8 +1,7 @@
 """Fine-tunes a small residual network on real images, with and without layer freezing, and shows what was saved.
 
-The network is pre-trained on five of the ten classes of Fashion-MNIST, then fine-tuned on all ten. One fine-tuning
-gives the reference; a second, beside it, the predictor's training set; a third, with nothing frozen, is both the
-baseline and the predictor's held-out run. Then the predictor, and FreezeOut for comparison, freeze a fine-tuning each.
+The network is pre-trained on five of the ten classes of Fashion-MNIST, then fine-tuned on all ten: with nothing frozen,
+by SmartFRZ with the predictor that comes with the library, by the two-scalar rule, and by FreezeOut.
 
     make demo                       # or: python -m train.demo --out runs/demo
 """
@@ -14,19 +13,17 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 from tqdm import tqdm
 
 import smartfrz_jax as sfj
 from models.resnet import BasicBlock, ResNet
-from smartfrz_jax import recording
 from train import fashion_mnist, report
 from train.interrupt import Interrupt
 from train.log import Evaluation, Log, Run
@@ -36,9 +33,7 @@ BATCH_SIZE = 64
 LEARNING_RATE = 0.05
 WIDTHS, STAGE_SIZES = (8, 16, 32), (2, 2, 2)
 MIN_SAVING = 0.1  # share of a step that a new program must save
-# Means of 16 neighbours after sorting: the sorted records are short, and the predictor learns quickly.
-PREDICTOR = sfj.PredictorConfig(encoding=sfj.Encoding(quantiles=64))
-PROBE_SIZE = 128  # images on which layer outputs are compared
+PROBE_SIZE = 128  # images on which it is measured what the front of the network has learned
 
 
 def new_model(seed: int) -> ResNet:
@@ -89,12 +84,11 @@ class Demo:
         # The paper's optimizer. One object for all runs: another one would be another program.
         self.sgd = optax.sgd(optax.cosine_decay_schedule(LEARNING_RATE, self.total_steps), momentum=0.9)
         model = new_model(seed)
-        self.probe = jnp.asarray(self.train_split.images[:PROBE_SIZE])
-        self.layers = sfj.nnx.find_layers(model, self.probe)
+        self.layers = sfj.nnx.find_layers(model, self.train_split.images[:BATCH_SIZE])
         batch = self.train_split.images[:BATCH_SIZE], self.train_split.labels[:BATCH_SIZE]
         account = sfj.nnx.account(model, self.layers, loss_fn, *batch, tx=self.sgd)
         self.step = sfj.TrainStep(train_step, account=account)
-        self.features = sfj.nnx.features(model, self.layers, self.probe)
+        self.probe_batch = tuple(jnp.asarray(part[:PROBE_SIZE]) for part in self.train_split)
         self.pretrained = nnx.state(model)
 
     def bar(self, total: int, label: str) -> tqdm:
@@ -104,35 +98,30 @@ class Demo:
     def fine_tune(
         self,
         name: str,
-        policy: sfj.Policy,
+        make_policy: Callable[[nnx.Module], sfj.Policy],
         *,
-        seed: int,
         tx: optax.GradientTransformation | None = None,
-        recorder: sfj.Recorder | None = None,
-    ) -> tuple[Run, nnx.Module]:
+    ) -> Run:
         """Fine-tunes the pre-trained network on all ten classes; the log is called as the run."""
         model = new_model(0)
         nnx.update(model, self.pretrained)
+        policy = make_policy(model)
         optimizer = sfj.nnx.Optimizer(model, tx or self.sgd, wrt=nnx.Param, layers=self.layers)
         freezer = sfj.nnx.Freezer(model, optimizer, policy, train_step=self.step, min_saving=MIN_SAVING)
         images, labels = self.train_split
-        indices = self.interrupt.checked(batches(len(labels), BATCH_SIZE, self.epochs, seed))
+        indices = self.interrupt.checked(batches(len(labels), BATCH_SIZE, self.epochs, self.seed + 30))
         data = ((images[i], labels[i]) for i in indices)
-        log = Log(self.out / f"{name}.jsonl", Run(name, self.layers.names, {"seed": seed, "epochs": self.epochs}))
+        settings = {"seed": self.seed, "epochs": self.epochs}
+        log = Log(self.out / f"{name}.jsonl", Run(name, self.layers.names, settings))
         with self.bar(self.total_steps, f"fine-tune, {name}") as bar, log:
 
             def after_step(step: int) -> None:
                 bar.update()
                 bar.set_postfix(frozen=f"{len(freezer.frozen.names)}/{len(self.layers)}", refresh=False)
-                every = record_every(self.total_steps)
-                if recorder is not None and step % every == 0:
-                    losses = [taken.loss for taken in log.run.steps[-every:] if taken.loss is not None]
-                    loss = float(np.mean(losses))
-                    recorder.record(step, nnx.state(model, nnx.Param), self.features(model, self.probe), loss)
 
             run(log, model, optimizer, freezer, self.step, data, after_step=after_step)
             log.add(Evaluation(self.total_steps, {"accuracy": accuracy(model, self.test_split)}))
-        return log.run, model
+        return log.run
 
     def pretrain(self) -> None:
         """Trains on the first five classes, then gives the network a new head."""
@@ -149,23 +138,9 @@ class Demo:
         model.fc = new_model(self.seed + 1).fc
         self.pretrained = nnx.state(model)
 
-    def recorder(self, reference: nnx.Module) -> sfj.Recorder:
-        """Records a run beside the reference; its weights are tailored as the policy will tailor them."""
-        model = new_model(0)
-        nnx.update(model, self.pretrained)
-        start = nnx.state(model, nnx.Param)
-        return sfj.Recorder(
-            self.layers,
-            sfj.Tailoring.create(self.layers, start),
-            start,
-            record_every=record_every(self.total_steps),
-            reference_features=self.features(reference, self.probe),
-        )
-
-
-def record_every(total_steps: int) -> int:
-    """Steps between records: the default of the policy, so that the predictor sees the same spacing."""
-    return max(1, total_steps // 120)
+    def probe(self, model: nnx.Module) -> sfj.Probe:
+        """The training loss on some images, which tells SmartFRZ what the front of the network has learned."""
+        return sfj.nnx.probe(model, loss_fn, *self.probe_batch)
 
 
 def demo(args: argparse.Namespace, say: Callable[[str], None], interrupt: Interrupt) -> None:
@@ -180,49 +155,19 @@ def demo(args: argparse.Namespace, say: Callable[[str], None], interrupt: Interr
         f"steps of {BATCH_SIZE} ({versions})"
     )
     demo.pretrain()
-    _, reference = demo.fine_tune("reference", sfj.never(), seed=args.seed + 10)
-
-    recorder = demo.recorder(reference)
-    demo.fine_tune("recorded", sfj.never(), seed=args.seed + 20, recorder=recorder)
-    training = recorder.finish(demo.total_steps, data="fashion_mnist", seed=args.seed + 20)
-    held_out_recorder = demo.recorder(reference)
-    full, _ = demo.fine_tune("never", sfj.never(), seed=args.seed + 30, recorder=held_out_recorder)
-    held_out = held_out_recorder.finish(demo.total_steps, data="fashion_mnist", seed=args.seed + 30)
-    data_set = out / "recordings"
-    for name, recorded in (("recorded", training), ("never", held_out)):
-        (data_set / f"{name}.npz").unlink(missing_ok=True)  # of an earlier demo
-        recording.save(recorded, data_set, name)
-
-    examples = sfj.make_examples(recording.load(data_set), criterion=sfj.Settled(tolerance=args.tolerance))
-
-    def progress(epochs: Iterable[int]) -> Iterable[int]:
-        return interrupt.checked(tqdm(epochs, f"{'predictor':<28}", unit="epoch", disable=args.quiet, ncols=100))
-
-    held_out_examples = sfj.by_run(examples, [0])  # recordings come by name: "never", "recorded"
-    fitted = sfj.fit(
-        sfj.Predictor(PREDICTOR, rngs=nnx.Rngs(args.seed)),
-        examples,
-        held_out=held_out_examples,
-        epochs=args.predictor_epochs,
-        learning_rate=0.01,
-        seed=args.seed,
-        progress=progress,
+    full = demo.fine_tune("never", lambda model: sfj.never())
+    guided = demo.fine_tune(
+        "smartfrz",
+        lambda model: sfj.smartfrz(
+            sfj.Predictor.pretrained(), total_steps=demo.total_steps, probe=demo.probe(model), seed=args.seed
+        ),
     )
-    fitted.predictor.save(out / "predictor", overwrite=True)
-    score = fitted.evaluations[-1]
-    control = sfj.evaluate(examples.progress[held_out_examples], examples.target[held_out_examples])
-    say(
-        f"predictor on the held-out run: AUC {score.auc:.3f} (the share of training done, alone: {control.auc:.3f}), "
-        f"balanced accuracy {score.balanced_accuracy:.3f}, {score.positives} of {score.n} moments to freeze"
-    )
-
-    policy = sfj.smartfrz(fitted.predictor, total_steps=demo.total_steps)
-    guided, _ = demo.fine_tune("smartfrz", policy, seed=args.seed + 30)
+    two_scalars = demo.fine_tune("progress", lambda model: sfj.progress(demo.total_steps))
     schedules = sfj.freezeout_schedules(demo.layers, learning_rate=LEARNING_RATE, total_steps=demo.total_steps)
     freezeout = optax.chain(optax.trace(0.9), sfj.scale_by_layer_schedule(demo.layers, schedules))
-    linear, _ = demo.fine_tune("linear", sfj.linear(demo.total_steps), seed=args.seed + 30, tx=freezeout)
+    linear = demo.fine_tune("linear", lambda model: sfj.linear(demo.total_steps), tx=freezeout)
 
-    runs = [full, guided, linear]
+    runs = [full, guided, two_scalars, linear]
     picture = out / "demo.png"
     report.picture(runs, picture, f"Fine-tuning ResNet-{len(demo.layers)} on Fashion-MNIST ({versions})")
     text = report.table(runs)
@@ -230,7 +175,7 @@ def demo(args: argparse.Namespace, say: Callable[[str], None], interrupt: Interr
     say(f"\n{text}\n")
     say("One run each, so differences in accuracy below about 2 points are noise. Seconds are without compilation.")
     say(f"picture      {picture}\ntable        {out / 'demo.md'}\nevery step   {out}/*.jsonl, a file for each run")
-    say(f"recordings   {data_set}\npredictor    {out / 'predictor'}\n({time.perf_counter() - begin:.0f} s in all)")
+    say(f"({time.perf_counter() - begin:.0f} s in all)")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -239,16 +184,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything that is written")
     parser.add_argument("--epochs", type=int, default=4, help="epochs of each fine-tuning (default: %(default)s)")
     parser.add_argument("--pretrain-epochs", type=int, default=3, help="epochs of pre-training (default: %(default)s)")
-    parser.add_argument(
-        "--predictor-epochs", type=int, default=10, help="epochs of the predictor (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--tolerance", type=float, default=0.02, help="change in CKA that counts as none (default: %(default)s)"
-    )
     parser.add_argument("--seed", type=int, default=0, help="seed of everything (default: %(default)s)")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     args = parser.parse_args(argv)
-    for name in ("epochs", "pretrain_epochs", "predictor_epochs"):
+    for name in ("epochs", "pretrain_epochs"):
         if getattr(args, name) < 1:
             parser.error(f"argument --{name.replace('_', '-')}: got {getattr(args, name)}, expected at least 1")
     return args

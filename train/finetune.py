@@ -122,6 +122,7 @@ def finetune(options: Options, say: Callable[[str], None], interrupt: Interrupt)
         steps_per_epoch=steps_per_epoch,
         costs={name: parts.forward for name, parts in account.flops().by_layer.items() if name},
         reference=reference,
+        probe=sfj.nnx.probe(model, loss_fn, example, first.labels),
     )
     optimizer = sfj.nnx.Optimizer(model, tx, layers=layers)
     train_step = make_train_step(train_data, account)

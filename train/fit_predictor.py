@@ -2,7 +2,8 @@
 
     python -m train.fit_predictor --recordings runs/collection --target branch_harm --out runs/predictors/predictor
 
-With ``--without`` the recordings of networks and data sets are left out, so that the predictor can be tried on them.
+With ``--without`` the recordings of networks and data sets are left out, so that the predictor can be tried on them;
+``--held-out`` writes a file with what it reads of every twelfth moment of these, and judges it on that.
 """
 
 from __future__ import annotations
@@ -15,8 +16,10 @@ import smartfrz_jax as sfj
 from smartfrz_jax.controls import two_scalar_coefficients
 from smartfrz_jax.examples import make_examples
 from smartfrz_jax.recording import Recording
-from train.predictors import learning_runs
+from train.predictors import held_out, learning_runs
 from train.predictors.variants import TARGETS, VARIANTS
+
+_HELD_OUT_STRIDE = 12  # records between moments
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -27,9 +30,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--target", choices=list(TARGETS), required=True, help="what is supervised")
     parser.add_argument("--variant", choices=list(VARIANTS), required=True, help="what the predictor reads")
     parser.add_argument("--without", nargs="*", default=[], help="networks and data sets to leave out")
+    parser.add_argument("--held-out", type=Path, metavar="FILE", help="file to make of what is left out (.npz)")
     parser.add_argument("--seed", type=int, default=0, help="of everything (default: %(default)s)")
     parser.add_argument("--stride", type=int, default=4, help="records between moments (default: %(default)s)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.held_out is not None and not args.without:
+        parser.error("argument --held-out: nothing is left out; name networks or data sets with --without")
+    return args
 
 
 def _about(recorded: Recording) -> set[str]:
@@ -53,6 +60,10 @@ def main(argv: list[str] | None = None) -> int:
         variant = VARIANTS[args.variant]
         predictor = variant.fit(variant.prepared(examples, seed=args.seed), seed=args.seed)
         predictor.save(args.out)
+        if args.held_out is not None:
+            rest = [recorded for recorded in recordings if _about(recorded) & set(args.without)]
+            unseen = make_examples(rest, criterion=TARGETS[args.target], stride=_HELD_OUT_STRIDE)
+            held_out.write(args.held_out, sfj.encode_examples(unseen, variant.encoding))
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
@@ -63,6 +74,12 @@ def main(argv: list[str] | None = None) -> int:
         f"examples; on those it was trained on: AUC {score.auc:.3f}, {score.positives / score.n:.0%} to freeze; "
         f"the two-scalar rule has coefficients ({two})"
     )
+    if args.held_out is not None:
+        score = held_out.judge(args.held_out, predictor)
+        print(
+            f"{args.held_out}: {score.n} examples of {', '.join(args.without)}: AUC {score.auc:.3f}, across layers "
+            f"{score.moment_auc:.3f}, balanced accuracy {score.balanced_accuracy:.3f}"
+        )
     return 0
 
 

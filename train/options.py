@@ -59,7 +59,7 @@ class Options:
     tolerance: float
     budget: float
     stages: tuple[tuple[float, float], ...]
-    predictor: Path | None
+    predictor: str
     caution: float
     order: str
     patience: int
@@ -143,8 +143,12 @@ def parse(argv: list[str] | None) -> Options:
 
     add = parser.add_argument_group("freezing").add_argument
     add("--policy", choices=get_args(PolicyName), default="never", help="what decides when layers freeze")
-    add("--predictor", type=Path, help="smartfrz: checkpoint of the predictor")
-    add("--caution", type=float, default=0.5, help="smartfrz, progress: from 0, save more, to 1, never lose")
+    add(
+        "--predictor",
+        default="default",
+        help="smartfrz: default or paper, which come with the library, or the path of a checkpoint",
+    )
+    add("--caution", type=float, default=0.9, help="smartfrz, progress: from 0, save more, to 1, never lose")
     add(
         "--order",
         choices=["front_to_back", "any"],
@@ -188,9 +192,8 @@ def parse(argv: list[str] | None) -> Options:
     for name in ("learning_rate", "weight_decay", "warmup_epochs", "momentum", "workers", "lead", "min_saving"):
         if not 0 <= getattr(options, name) < float("inf"):
             parser.error(f"argument --{name.replace('_', '-')}: got {getattr(options, name)}, expected 0 or more")
-    for name, policy in (("predictor", "smartfrz"), ("reference", "similarity_guided")):
-        if options.policy == policy and getattr(options, name) is None:
-            parser.error(f"argument --policy: {policy} needs --{name}; see --help")
+    if options.policy == "similarity_guided" and options.reference is None:
+        parser.error("argument --policy: similarity_guided needs --reference; see --help")
     return options
 
 

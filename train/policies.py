@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, get_args
 
 import jax
 
 import smartfrz_jax as sfj
+from smartfrz_jax.contribution import Probe
+from smartfrz_jax.predictor import Pretrained
 
 if TYPE_CHECKING:
     from train.options import Options
@@ -23,6 +25,7 @@ def make_policy(
     steps_per_epoch: int,
     costs: Mapping[str, float],
     reference: Mapping[str, jax.Array] | None,
+    probe: Probe | None = None,
 ) -> sfj.Policy:
     """The policy that the command line asks for.
 
@@ -31,6 +34,7 @@ def make_policy(
         steps_per_epoch: Train steps of an epoch.
         costs: Forward FLOPs of each layer, for policies with a budget.
         reference: Outputs of the reference network's layers on the probe batch, for ``similarity_guided``.
+        probe: From parameters to the training loss on a fixed batch, for ``smartfrz``.
 
     Returns:
         The policy.
@@ -45,15 +49,14 @@ def make_policy(
         case "never":
             return sfj.never()
         case "smartfrz":
-            assert options.predictor is not None  # the command line has checked it
-            predictor = sfj.Predictor.restore(options.predictor)
             return sfj.smartfrz(
-                predictor,
+                _predictor(options.predictor),
                 total_steps=total_steps,
                 caution=options.caution,
                 order="any" if options.order == "any" else "front_to_back",
                 patience=options.patience,
                 window=options.window,
+                probe=probe,
                 seed=options.seed,
             )
         case "progress":
@@ -70,3 +73,8 @@ def make_policy(
             return sfj.static_prefix(total_steps, options.stages, costs=costs)
         case "random":
             return sfj.random(options.budget, total_steps=total_steps, seed=options.seed, costs=costs)
+
+
+def _predictor(name: str) -> sfj.Predictor:
+    shipped = {known: known for known in get_args(Pretrained)}
+    return sfj.Predictor.pretrained(shipped[name]) if name in shipped else sfj.Predictor.restore(name)

@@ -9,9 +9,9 @@ import numpy as np
 from smartfrz_jax.layers import Layers
 from smartfrz_jax.policies.base import NEVER, Policy, check_count, check_fraction, freezable, kept, scheduled
 
-# Intercept and weights of progress and depth. Not fitted to anything: with these, caution 0.5 is the schedule of
-# `linear` with its t0 of 0.5, FreezeOut's best, and a caution of 0.73 (a logit of 1) waits another tenth of the run.
-COEFFICIENTS = (-5.0, 10.0, -5.0)
+# Intercept and weights of progress and depth, fitted to what freezing would have cost in recorded runs (branch_harm,
+# python -m train.fit_predictor prints them).
+COEFFICIENTS = (0.8, 5.1, -4.6)
 
 # Moments are computed in float64; one that falls on a step exactly must not move to the next by the last bit.
 _ROUNDING = 1e-9
@@ -21,7 +21,7 @@ def progress(
     total_steps: int,
     *,
     coefficients: tuple[float, float, float] = COEFFICIENTS,
-    caution: float = 0.5,
+    caution: float = 0.9,
     keep: Iterable[str] | None = None,
 ) -> Policy:
     r"""A policy that freezes by a logistic regression on the progress of training and the depth of a layer.

@@ -27,7 +27,7 @@ def smartfrz(
     predictor: Predictor,
     *,
     total_steps: int | None = None,
-    caution: float = 0.5,
+    caution: float = 0.9,
     order: Order = "front_to_back",
     patience: int = 2,
     record_every: int | None = None,
@@ -58,10 +58,10 @@ def smartfrz(
     any length, and keeps a copy of the parameters on the host.
 
     The paper does not say how often to record and to judge; the defaults are this project's. Its own rule is
-    ``order="any", patience=1``, with its predictor.
+    ``caution=0.5, order="any", patience=1``, with its predictor.
 
     Args:
-        predictor: The predictor, such as ``Predictor.restore(path)``.
+        predictor: The predictor, such as ``Predictor.pretrained()``.
         total_steps: Train steps of the run; ``None`` for a run without a set end, whose progress the predictor then
             does not know.
         caution: From 0, save more, to 1, never lose: the probability above which the predictor counts as finding a
@@ -109,7 +109,7 @@ def smartfrz(
     if not isinstance(predictor, Predictor):
         raise TypeError(
             f"predictor: got {type(predictor).__name__}, expected a smartfrz_jax.Predictor, such as "
-            "Predictor.restore(path)"
+            "Predictor.pretrained()"
         )
     if size is None:
         size = predictor.config.size

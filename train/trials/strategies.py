@@ -12,7 +12,7 @@ import smartfrz_jax as sfj
 
 _SHORTER = (0.4, 0.65)
 _RATE_FACTORS = (0.5, 1.0, 2.0)
-_CAUTION = (0.5, 0.7, 0.9)
+_CAUTION = (0.5, 0.8, 0.9, 0.95)
 _DECISIONS = 20  # of autofreeze and similarity_guided in a run: four in each of five epochs
 
 
@@ -91,7 +91,8 @@ def strategies() -> dict[str, Strategy]:
             needs="predictor",
         )
     found["smartfrz:paper"] = Strategy(
-        lambda situation: _smartfrz(situation.paper_predictor, situation, 0.5, order="any"), needs="paper_predictor"
+        lambda situation: _smartfrz(situation.paper_predictor, situation, 0.5, order="any", patience=1),
+        needs="paper_predictor",
     )
     for length in _SHORTER:
         for rate in _RATE_FACTORS:
