@@ -1,0 +1,89 @@
+"""The predictors that come with the library, and what their model card says of them."""
+
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import smartfrz_jax as sfj
+from smartfrz_jax.encoded import Encoded
+from smartfrz_jax.encoding import PAPER
+from smartfrz_jax.policies.progress import COEFFICIENTS
+from smartfrz_jax.regime import context_names
+from train.predictors import held_out
+
+FOLDER = Path(sfj.__file__).parent / "pretrained"
+HELD_OUT = Path(__file__).parent / "held_out.npz"
+MOST_BYTES = 5_000_000
+
+
+@pytest.fixture(scope="module")
+def default() -> sfj.Predictor:
+    return sfj.Predictor.pretrained()
+
+
+@pytest.mark.parametrize("name", ["default", "paper"])
+def test_is_small_enough_for_the_wheel(name):
+    assert sum(file.stat().st_size for file in (FOLDER / name).rglob("*") if file.is_file()) <= MOST_BYTES
+
+
+def test_the_papers_has_the_papers_shape():
+    assert sfj.Predictor.pretrained("paper").config == sfj.PredictorConfig(encoding=PAPER)
+
+
+def test_the_main_figures_of_the_card(default):
+    """On ten runs of a network that the predictor has not seen."""
+    card = (FOLDER / "README.md").read_text()
+    found = re.search(r"\*\*AUC (0\.\d{3}), across layers ([01]\.\d{3}), balanced accuracy (0\.\d{3})\*\*", card)
+    assert found is not None
+    got = held_out.judge(HELD_OUT, default)
+    assert got.n > 1000
+    for value, said in zip((got.auc, got.moment_auc, got.balanced_accuracy), found.groups(), strict=True):
+        assert value == pytest.approx(float(said), abs=0.001)
+
+
+def test_it_is_better_than_the_two_scalars_there(default):
+    intercept, of_progress, of_depth = COEFFICIENTS
+    with np.load(HELD_OUT) as file:
+        names = context_names(default.config.encoding)
+        progress, depth = (file["context"][:, names.index(name)] for name in ("progress", "depth"))
+        logit = intercept + of_progress * progress + of_depth * depth
+        control = sfj.evaluate(1 / (1 + np.exp(-logit)), file["target"], groups=file["moment"])
+    assert held_out.judge(HELD_OUT, default).auc > control.auc
+
+
+def confidence(predictor, **numbers):
+    """Of layers that differ in one number, all else as in the middle of a usual run."""
+    names = context_names(predictor.config.encoding)
+    usual = {"progress": 0.4, "depth": 0.3, "loss_level": np.log(0.6), "contribution": np.log1p(200 * 0.01)}
+    n = len(next(iter(numbers.values())))
+    context = np.stack([np.broadcast_to(numbers.get(name, usual[name]), n) for name in names], axis=1)
+    encoded = Encoded(
+        jnp.zeros((n, 30, 0)), jnp.ones((n, 30), bool), jnp.asarray(context, jnp.float32),
+        jnp.ones((n, len(names)), bool), jnp.ones(n),
+    )  # fmt: skip
+    return np.asarray(jax.device_get(sfj.freeze_probability(predictor, encoded)))
+
+
+@pytest.mark.parametrize(
+    ("numbers", "rises"),
+    [
+        ({"progress": np.linspace(0.1, 1, 10)}, True),
+        ({"depth": np.linspace(0, 0.95, 10)}, False),
+        ({"contribution": np.log1p(200 * np.geomspace(1e-3, 0.1, 10))}, False),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_it_has_learned_which_way_things_point(default, numbers, rises):
+    got = confidence(default, **numbers)
+    steps = np.diff(got) if rises else -np.diff(got)
+    assert steps.sum() > 0.1
+    assert steps.min() > -0.02
+
+
+def test_another_name_is_refused():
+    with pytest.raises(ValueError, match="name: got 'large', expected one of default, paper"):
+        sfj.Predictor.pretrained("large")
