@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -46,6 +45,6 @@ def judge(path: Path, predictor: sfj.Predictor) -> sfj.Evaluation:
     """
     with np.load(path) as file:
         records = np.zeros((*file["mask"].shape, 0), np.float32)
-        encoded = Encoded(records, file["mask"], file["context"], file["known"], file["step"])
-        probability = np.asarray(sfj.freeze_probability(predictor, jax.tree.map(jnp.asarray, encoded)))
+        parts = (records, file["mask"], file["context"], file["known"], file["step"])
+        probability = np.asarray(sfj.freeze_probability(predictor, Encoded(*map(jnp.asarray, parts))))
         return sfj.evaluate(probability, file["target"], groups=file["moment"])
