@@ -14,9 +14,11 @@ from train.trials.trial import Result
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
+_LOWEST = -8.0  # points; what lost more than that would squeeze all else
 _COLOURS = {
     "never": "#222222",
     "smartfrz": "#d1495b",
+    "paper": "#e08e79",
     "progress": "#2e6f95",
     "static": "#3a8f5c",
     "shorter": "#c9a227",
@@ -163,25 +165,50 @@ def is_on_front(row: Row, others: Iterable[Row], *, cached: bool = False) -> boo
 def picture(found: Sequence[Row], path: Path, title: str) -> None:
     """Draws accuracy against compute, without and with kept activations.
 
+    Settings of one kind are joined, with ``never`` at the end of each line, for that is where a careful enough setting
+    comes to. What lost more than is shown stands at the lower edge, with its loss.
+
     Args:
         found: The strategies of a case.
         path: PNG file to write.
         title: Title of the picture.
     """
-    figure, axes = plt.subplots(1, 2, figsize=(14, 6), sharey=True, layout="constrained")
+    kinds: dict[str, list[Row]] = {}
+    for row in found:
+        kinds.setdefault(row.strategy.split(":")[0], []).append(row)
+    never = kinds.pop("never", [])
+    figure, axes = plt.subplots(1, 2, figsize=(15, 6.5), sharey=True, layout="constrained")
     figure.suptitle(title)
     for axis, cached in zip(axes, (False, True), strict=True):
-        for row in found:
-            x = _cost(row, cached=cached)
-            kind = row.strategy.split(":")[0]
-            colour = _COLOURS.get(kind, "#555555")
-            axis.errorbar(x, row.difference, yerr=np.nan_to_num(row.error), fmt="o", color=colour, capsize=3)
-            axis.annotate(
-                row.strategy, (x, row.difference), (5, 4), textcoords="offset points", fontsize=7, color=colour
-            )
         axis.axhline(0, color="#bbbbbb", linewidth=1, zorder=0)
+        for kind, of_kind in kinds.items():
+            single = len(of_kind) == 1
+            line = sorted([*of_kind, *([] if single else never)], key=lambda row: _cost(row, cached=cached))
+            axis.errorbar(
+                [_cost(row, cached=cached) for row in line],
+                [max(row.difference, _LOWEST) for row in line],
+                yerr=[np.nan_to_num(row.error) if row.difference > _LOWEST else 0 for row in line],
+                fmt="o" if single else "o-",
+                linewidth=1,
+                color=_COLOURS.get(kind, "#555555"),
+                capsize=3,
+                label=kind,
+            )
+            for row in of_kind:
+                below = f" ({row.difference:.0f})" if row.difference < _LOWEST else ""
+                axis.annotate(
+                    (row.strategy.partition(":")[2] or kind) + below,
+                    (_cost(row, cached=cached), max(row.difference, _LOWEST)),
+                    (4, 5),
+                    textcoords="offset points",
+                    fontsize=7,
+                    color=_COLOURS.get(kind, "#555555"),
+                )
+        axis.plot(1, 0, "o", color=_COLOURS["never"], label="never")
+        axis.set_ylim(bottom=_LOWEST - 0.3)
         axis.set_xlabel("share of the full run's FLOPs" + (", activations of the frozen front kept" if cached else ""))
         axis.grid(alpha=0.3)
     axes[0].set_ylabel("accuracy against never, points (bars: standard error)")
+    axes[0].legend(loc="lower right")
     figure.savefig(path, dpi=110)
     plt.close(figure)

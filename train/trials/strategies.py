@@ -90,7 +90,7 @@ def strategies() -> dict[str, Strategy]:
             ),
             needs="predictor",
         )
-    found["smartfrz:paper"] = Strategy(
+    found["paper"] = Strategy(
         lambda situation: _smartfrz(situation.paper_predictor, situation, 0.5, order="any", patience=1),
         needs="paper_predictor",
     )
