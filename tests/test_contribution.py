@@ -121,6 +121,21 @@ class TestProbeOfAModel:
         got = float(loss(nnx.as_pure(nnx.state(other, nnx.Param))))
         assert got == pytest.approx(float(loss_fn(other, self.X, self.LABELS)), rel=1e-6)
 
+    def test_is_compiled_once_whatever_freezes(self):
+        model, traces = Net(), []
+
+        def counted(model, x, labels):
+            traces.append(1)
+            return loss_fn(model, x, labels)
+
+        loss = sfj.nnx.probe(model, counted, self.X, self.LABELS)
+        params = nnx.as_pure(nnx.state(model, nnx.Param))
+        before = float(loss(params))
+        optimizer = sfj.nnx.Optimizer(model, optax.sgd(0.1), layers=sfj.nnx.find_layers(model, self.X))
+        optimizer.freeze(model, ["a"])
+        assert float(loss(params)) == before
+        assert len(traces) == 1
+
     def test_a_run_that_measures_goes_on_bit_for_bit(self, tmp_path):
         """Also: the run is that of a policy that does not measure, as long as nothing freezes."""
 
