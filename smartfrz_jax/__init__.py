@@ -16,7 +16,6 @@ from smartfrz_jax.checking import check_saving as check_saving
 from smartfrz_jax.checking import jaxpr_of as jaxpr_of
 from smartfrz_jax.cka import layer_cka as layer_cka
 from smartfrz_jax.cka import linear_cka as linear_cka
-from smartfrz_jax.contribution import Probe as Probe
 from smartfrz_jax.cost import ProgramCost as ProgramCost
 from smartfrz_jax.cost import program_cost as program_cost
 from smartfrz_jax.dataflow import tapped as tapped

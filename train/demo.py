@@ -24,6 +24,7 @@ from tqdm import tqdm
 
 import smartfrz_jax as sfj
 from models.resnet import BasicBlock, ResNet
+from smartfrz_jax.contribution import Probe
 from train import fashion_mnist, report
 from train.interrupt import Interrupt
 from train.log import Evaluation, Log, Run
@@ -138,7 +139,7 @@ class Demo:
         model.fc = new_model(self.seed + 1).fc
         self.pretrained = nnx.state(model)
 
-    def probe(self, model: nnx.Module) -> sfj.Probe:
+    def probe(self, model: nnx.Module) -> Probe:
         """The training loss on some images, which tells SmartFRZ what the front of the network has learned."""
         return sfj.nnx.probe(model, loss_fn, *self.probe_batch)
 
