@@ -88,8 +88,7 @@ def compare(args: argparse.Namespace, interrupt: Interrupt) -> None:
             name,
             strategy,
             seed,
-            predictor=find_predictor(args, case, "predictor"),
-            paper_predictor=find_predictor(args, case, "paper_predictor"),
+            predictor=find_predictor(args, case, strategy.needs) if strategy.needs else None,
         )
         with file.open("a") as opened:
             opened.write(json.dumps(result._asdict()) + "\n")
@@ -130,8 +129,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--predictors",
         type=Path,
-        help="folder with one of each case, CASE/predictor and CASE/paper_predictor, as train.fit_predictor "
-        "--without makes them; without it no smartfrz",
+        help="folder with those of each case as train.fit_predictor --without makes them: CASE/predictor, and "
+        "CASE/paper_predictor, CASE/cka_predictor and so on for those trained otherwise; without it no smartfrz",
     )
     parser.add_argument("--cases", nargs="+", choices=list(CASES), default=list(CASES), help="what to compare on")
     parser.add_argument("--strategies", nargs="+", default=["*"], help="patterns of what to compare, such as static:*")

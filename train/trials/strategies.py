@@ -12,6 +12,8 @@ import smartfrz_jax as sfj
 
 _SHORTER = (0.4, 0.65)
 _RATE_FACTORS = (0.5, 1.0, 2.0)
+# Of smartfrz: with the default target, and with others.
+_PREDICTORS = {"smartfrz": "predictor"} | {name: f"{name}_predictor" for name in ("cka", "own_cka", "swap_harm")}
 _CAUTION = (0.5, 0.8, 0.9, 0.95)
 _DECISIONS = 20  # of autofreeze and similarity_guided in a run: four in each of five epochs
 
@@ -23,8 +25,7 @@ class Situation(NamedTuple):
         total_steps: Train steps of the run.
         costs: Forward FLOPs of every layer.
         reference: Gives the outputs of every layer of a well-trained network on the probe batch.
-        predictor: Checkpoint of a predictor that has not seen the network; ``None`` if there is none.
-        paper_predictor: The same, trained as the paper says.
+        predictor: Checkpoint of the predictor that the strategy needs; it has not seen the network.
         probe: From parameters to the training loss on a fixed batch.
         seed: Seed of the run.
     """
@@ -33,7 +34,6 @@ class Situation(NamedTuple):
     costs: Mapping[str, float]
     reference: Callable[[], Mapping[str, jax.Array]]
     predictor: Path | None
-    paper_predictor: Path | None
     probe: Callable[[Any], Any]
     seed: int
 
@@ -43,7 +43,7 @@ class Strategy(NamedTuple):
 
     Attributes:
         policy: Makes the policy.
-        needs: What else it takes: ``predictor`` and ``paper_predictor``.
+        needs: Name of the predictor that it takes, such as ``predictor`` or ``paper_predictor``.
         freezeout: Whether every layer has the learning rates of FreezeOut.
         length: Steps, as a share of the full run.
         rate: Factor of the learning rate.
@@ -84,15 +84,12 @@ def strategies() -> dict[str, Strategy]:
         found[f"progress:{caution}"] = Strategy(
             lambda situation, caution=caution: sfj.progress(situation.total_steps, caution=caution)
         )
-        found[f"smartfrz:{caution}"] = Strategy(
-            lambda situation, caution=caution: _smartfrz(
-                situation.predictor, situation, caution, probe=situation.probe
-            ),
-            needs="predictor",
-        )
+        for name, needs in _PREDICTORS.items():
+            found[f"{name}:{caution}"] = Strategy(
+                lambda situation, caution=caution: _smartfrz(situation, caution, probe=situation.probe), needs=needs
+            )
     found["paper"] = Strategy(
-        lambda situation: _smartfrz(situation.paper_predictor, situation, 0.5, order="any", patience=1),
-        needs="paper_predictor",
+        lambda situation: _smartfrz(situation, 0.5, order="any", patience=1), needs="paper_predictor"
     )
     for length in _SHORTER:
         for rate in _RATE_FACTORS:
@@ -100,9 +97,13 @@ def strategies() -> dict[str, Strategy]:
     return found
 
 
-def _smartfrz(path: Path | None, situation: Situation, caution: float, **options: Any) -> sfj.Policy:
-    if path is None:
+def _smartfrz(situation: Situation, caution: float, **options: Any) -> sfj.Policy:
+    if situation.predictor is None:
         raise ValueError("predictors: smartfrz needs the checkpoint of a predictor; name their folder")
     return sfj.smartfrz(
-        sfj.Predictor.restore(path), total_steps=situation.total_steps, caution=caution, seed=situation.seed, **options
+        sfj.Predictor.restore(situation.predictor),
+        total_steps=situation.total_steps,
+        caution=caution,
+        seed=situation.seed,
+        **options,
     )

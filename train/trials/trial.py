@@ -147,17 +147,14 @@ class Bench:
         """Train steps of a strategy."""
         return round(self.setup.steps * strategy.length)
 
-    def trial(
-        self, name: str, strategy: Strategy, seed: int, *, predictor: Path | None, paper_predictor: Path | None
-    ) -> Result:
+    def trial(self, name: str, strategy: Strategy, seed: int, *, predictor: Path | None) -> Result:
         """Runs a strategy.
 
         Args:
             name: Its name.
             strategy: The strategy.
             seed: Seed of the head, the order of examples and the policy.
-            predictor: Checkpoint of a predictor that has not seen the network.
-            paper_predictor: The same, trained as the paper says.
+            predictor: Checkpoint of the predictor that the strategy needs; it has not seen the network.
 
         Raises:
             FloatingPointError: If the training diverges.
@@ -173,7 +170,7 @@ class Bench:
             probed += 1
             return loss_of(params)
 
-        situation = Situation(total_steps, costs, self.reference, predictor, paper_predictor, probe, seed)
+        situation = Situation(total_steps, costs, self.reference, predictor, probe, seed)
         policy = strategy.policy(situation)
         log = self._train(name, strategy, policy, model, seed)
         loss, accuracy = self._figures(model)
