@@ -186,7 +186,7 @@ def picture(found: Sequence[Row], path: Path, title: str) -> None:
         axis.axhline(0, color="#bbbbbb", linewidth=1, zorder=0)
         for kind, of_kind in kinds.items():
             single = len(of_kind) == 1
-            line = sorted([*of_kind, *([] if single else never)], key=lambda row: _cost(row, cached=cached))
+            line = sorted(of_kind if single else of_kind + never, key=lambda row: _cost(row, cached=cached))
             axis.errorbar(
                 [_cost(row, cached=cached) for row in line],
                 [max(row.difference, _LOWEST) for row in line],
