@@ -127,7 +127,7 @@ def test_compute_by_hand(frozen, total_steps, compute, cached):
 def test_every_strategy_makes_a_policy_or_says_what_it_lacks():
     costs = {"a": 1.0, "b": 2.0}
     reference = {"a": np.ones((4, 2)), "b": np.ones((4, 2))}
-    situation = Situation(100, costs, lambda: reference, None, None, lambda params: 0.0, 0)
+    situation = Situation(100, costs, lambda: reference, None, lambda params: 0.0, 0)
     for strategy in strategies().values():
         if strategy.needs is None:
             assert isinstance(strategy.policy(situation), sfj.Policy)
