@@ -99,7 +99,7 @@ def table(found: Sequence[Row]) -> str:
     ]
     lines += [
         f"| {row.strategy} | {row.seeds} | {row.compute:.2f} | {row.compute_cached:.2f} | {row.time:.2f} | "
-        f"{row.accuracy:.2f} | {row.difference:+.2f} +- {row.error:.2f} |"
+        f"{row.accuracy:.2f} | {_points(row.difference, row.error)} |"
         for row in found
     ]
     return "\n".join(lines)
@@ -149,7 +149,11 @@ def _cost(run: Result | Row, *, cached: bool) -> float:
 def _mean_and_error(differences: Sequence[float]) -> str:
     points = 100 * np.array(differences)
     error = points.std(ddof=1) / np.sqrt(len(points)) if len(points) > 1 else np.nan
-    return f"{points.mean():+.2f} +- {error:.2f}"
+    return _points(float(points.mean()), float(error))
+
+
+def _points(difference: float, error: float) -> str:
+    return f"{difference:+.2f}" if np.isnan(error) else f"{difference:+.2f} +- {error:.2f}"
 
 
 def is_on_front(row: Row, others: Iterable[Row], *, cached: bool = False) -> bool:
