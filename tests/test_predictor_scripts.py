@@ -5,12 +5,13 @@ import json
 import numpy as np
 import pytest
 
-from smartfrz_jax import Predictor, recording
+from smartfrz_jax import Predictor, evaluate, make_examples, moments, predict, recording
 from smartfrz_jax.recording import Recording
 from train import evaluate_predictor, fit_predictor
+from train.predictors import held_out
 from train.predictors.figures import Figures, table
 from train.predictors.folds import folds
-from train.predictors.variants import VARIANTS
+from train.predictors.variants import TARGETS, VARIANTS
 
 
 def recorded(architecture: str, seed: int = 0, data: str = "digits") -> Recording:
@@ -100,6 +101,26 @@ def test_fits_without_networks_and_data_sets(data_set, tmp_path, capsys, without
     assert Predictor.restore(out).config.encoding == VARIANTS[VARIANT].encoding
     assert fit_predictor.main(args) == 2
     assert "exists" in capsys.readouterr().err
+
+
+def test_writes_what_is_held_out_and_judges_by_it(data_set, tmp_path, capsys):
+    file = tmp_path / "held_out.npz"
+    args = ["--recordings", str(data_set), "--target", "cka", "--without", "resnet8", "--held-out", str(file)]
+    assert fit_predictor.main([*args, "--out", str(tmp_path / "p"), "--variant", "t/T, depth"]) == 0
+    printed = capsys.readouterr().out
+    predictor = Predictor.restore(tmp_path / "p")
+    score = held_out.judge(file, predictor)
+    assert f"{file}: {score.n} examples of resnet8: AUC {score.auc:.3f}" in printed
+    left_out = [recorded for recorded in recording.load(data_set) if recorded.metadata["architecture"] == "resnet8"]
+    examples = make_examples(left_out, criterion=TARGETS["cka"], stride=12)
+    expected = evaluate(predict(predictor, examples), examples.target, groups=moments(examples))
+    np.testing.assert_allclose(score, expected, rtol=1e-5)
+    assert fit_predictor.main([*args, "--out", str(tmp_path / "q"), "--variant", "scale-free"]) == 2
+    assert "hold weights (scale_free)" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        fit_predictor.parse(["--recordings", "x", "--out", "y", "--target", "cka", "--variant", "t/T, depth",
+                             "--held-out", "z"])  # fmt: skip
+    assert "nothing is left out" in capsys.readouterr().err
 
 
 def test_unknown_architecture_is_an_error(data_set, tmp_path, capsys):

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Literal
 
 import jax
 
 import smartfrz_jax as sfj
 from smartfrz_jax.contribution import Probe
-from smartfrz_jax.predictor import Pretrained
 
 if TYPE_CHECKING:
     from train.options import Options
@@ -76,5 +75,4 @@ def make_policy(
 
 
 def _predictor(name: str) -> sfj.Predictor:
-    shipped = {known: known for known in get_args(Pretrained)}
-    return sfj.Predictor.pretrained(shipped[name]) if name in shipped else sfj.Predictor.restore(name)
+    return sfj.Predictor.pretrained(name) if name in ("default", "paper") else sfj.Predictor.restore(name)

@@ -54,8 +54,8 @@ def smartfrz(
 
     With ``probe`` it also measures what the front of the network has contributed so far
     (:mod:`smartfrz_jax.contribution`), for a predictor that reads that: after ``first_probe`` steps, and again whenever
-    twice as many are done. This takes up to ``probe_depths + 1`` forward passes each time, so by default 16 in a run of
-    any length, and keeps a copy of the parameters on the host.
+    twice as many are done. This takes up to ``probe_depths + 1`` forward passes each time, so by default 16 in a run
+    whose length is given, and keeps a copy of the parameters on the host.
 
     The paper does not say how often to record and to judge; the defaults are this project's. Its own rule is
     ``caution=0.5, order="any", patience=1``, with its predictor.

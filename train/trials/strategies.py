@@ -25,7 +25,8 @@ class Situation(NamedTuple):
         total_steps: Train steps of the run.
         costs: Forward FLOPs of every layer.
         reference: Gives the outputs of every layer of a well-trained network on the probe batch.
-        predictor: Checkpoint of the predictor that the strategy needs; it has not seen the network.
+        predictor: Checkpoint of the predictor that the strategy needs, which has not seen the network; ``None`` if it
+            needs none.
         probe: From parameters to the training loss on a fixed batch.
         seed: Seed of the run.
     """

@@ -154,7 +154,7 @@ class Bench:
             name: Its name.
             strategy: The strategy.
             seed: Seed of the head, the order of examples and the policy.
-            predictor: Checkpoint of the predictor that the strategy needs; it has not seen the network.
+            predictor: Checkpoint of the predictor that the strategy needs, which has not seen the network.
 
         Raises:
             FloatingPointError: If the training diverges.
@@ -162,8 +162,7 @@ class Bench:
         costs = {layer: parts.forward for layer, parts in self.account.flops().by_layer.items() if layer}
         total_steps = self.steps(strategy)
         model, probed = self.model(seed), 0
-        inputs, labels = self.data.train[np.arange(_PROBE)].inputs, self.data.train[np.arange(_PROBE)].labels
-        loss_of = sfj.nnx.probe(model, loss_fn, tuple(map(jnp.asarray, inputs)), jnp.asarray(labels))
+        loss_of = sfj.nnx.probe(model, loss_fn, self._probe, jnp.asarray(self.data.train[np.arange(_PROBE)].labels))
 
         def probe(params: PyTree) -> jax.Array:
             nonlocal probed
