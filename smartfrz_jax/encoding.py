@@ -60,7 +60,8 @@ class Encoding:
         for field, choices in (("weights", get_args(Weights)), ("context_in", get_args(ContextIn))):
             if getattr(self, field) not in choices:
                 raise ValueError(f"{field}: got {getattr(self, field)!r}, expected one of {', '.join(choices)}")
-        asked = (REGIME if self.regime else ()) if isinstance(self.regime, bool) else tuple(self.regime)
+        names = (self.regime,) if isinstance(self.regime, str) else self.regime  # a string would fall into letters
+        asked = (REGIME if names else ()) if isinstance(names, bool) else tuple(names)
         for unknown in [name for name in asked if name not in REGIME]:
             raise ValueError(f"regime: got {unknown!r}, expected True, False or some of {', '.join(REGIME)}")
         object.__setattr__(self, "regime", tuple(name for name in REGIME if name in asked))

@@ -66,7 +66,7 @@ def test_six_architectures_learn_three_sets_from_scratch_and_from_both_levels_of
 
 def test_hyperparameters_vary_within_every_small_architecture():
     for name, architecture in ARCHITECTURES.items():
-        own = [run for run in runs() if run.architecture == name]
+        own = [run for run in runs() if run.architecture == name and not run.pretraining.endswith(":strong")]
         if architecture.published:
             continue
         optimizers, schedules = Counter(run.optimizer for run in own), Counter(run.schedule for run in own)
@@ -76,6 +76,13 @@ def test_hyperparameters_vary_within_every_small_architecture():
         assert {run.batch_size for run in own} == set(architecture.batch_sizes)
         assert {run.steps for run in own} == set(architecture.steps)
         assert len({run.learning_rate for run in own}) >= 3
+
+
+def test_every_network_of_images_is_fine_tuned_twice_from_strong_pretraining_once_on_the_same_classes():
+    small = [name for name, architecture in ARCHITECTURES.items() if not (architecture.text or architecture.published)]
+    strong = sorted((run.architecture, run.data) for run in runs() if run.pretraining == "cifar100:strong")
+    assert strong == sorted((name, data) for name in small for data in ("cifar10", "cifar100"))
+    assert sum(run.pretraining.endswith(":strong") for run in runs()) == len(strong)
 
 
 def test_runs_fit_their_networks():

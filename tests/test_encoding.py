@@ -194,3 +194,4 @@ def test_the_same_regime_in_other_words_is_the_same_encoding():
     assert Encoding(regime=True) == Encoding(regime=REGIME) == Encoding(regime=list(REGIME[::-1]))
     assert hash(Encoding(regime=False)) == hash(Encoding(regime=()))
     assert Encoding(regime=()) != Encoding(regime=("step",))
+    assert Encoding(regime="step") == Encoding(regime=("step",))

@@ -1,8 +1,9 @@
 """Which runs the training set consists of: the same list every time, which ``python -m train.collect --list`` prints.
 
 Every architecture learns three data sets (two of text), each from scratch, from weak and from good pre-training, so
-that its layers are more or less ready at the start. Optimizers, schedules, learning rates, batch sizes and lengths are
-dealt out like cards: in equal numbers within an architecture, and in an order that the name of the architecture fixes.
+that its layers are more or less ready at the start; networks of images also two from strong pre-training, of one with
+the same classes. Optimizers, schedules, learning rates, batch sizes and lengths are dealt out like cards: in equal
+numbers within an architecture (those from strong pre-training apart), and in an order that its name fixes.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from train.collection.schedules import Schedule
 from train.collection.sets import FASHION, WORD_ORDER
 
 T = TypeVar("T")
-Level = Literal["weak", "good"]
 
 SCRATCH, PUBLISHED = "scratch", "published"
 
@@ -28,6 +28,7 @@ _IMAGES = {
     "cifar100": (SCRATCH, "cifar10:weak", "cifar10:good"),
     FASHION: (SCRATCH, "cifar10:weak", "cifar10:good"),
 }
+_STRONG = (("cifar100", "cifar100:strong"), ("cifar10", "cifar100:strong"))
 _TEXTS = dict.fromkeys(("glue/cola", "glue/mrpc"), (SCRATCH, f"{WORD_ORDER}:weak", f"{WORD_ORDER}:good"))
 _PUBLISHED_IMAGES = ("cifar10", "cifar10", "cifar100", FASHION)
 _PUBLISHED_TEXTS = ("glue/mrpc", "glue/mrpc", WORD_ORDER, WORD_ORDER)
@@ -42,7 +43,8 @@ _TRUE_HARM = {
     "deit6-cifar10-cifar10-good-0",
     f"bert4-glue-cola-{WORD_ORDER}-good-0",
 }
-_FACTORS = {SCRATCH: (1.0,), "weak": (0.3, 1.0), "good": (0.1, 0.3), PUBLISHED: (1.0,)}  # of the peak rates
+# Of the peak rates.
+_FACTORS = {SCRATCH: (1.0,), "weak": (0.3, 1.0), "good": (0.1, 0.3), "strong": (0.1, 0.3), PUBLISHED: (1.0,)}
 _EXAMPLES = (1000, 2000, 4000)
 
 
@@ -104,18 +106,29 @@ class Run:
 def runs() -> list[Run]:
     """All runs; those of one architecture lie far apart, so that the first few are of many kinds."""
     by_architecture = [_runs_of(name, architecture) for name, architecture in ARCHITECTURES.items()]
+    by_architecture += [_strong_runs_of(name, architecture) for name, architecture in ARCHITECTURES.items()]
     rounds = itertools.zip_longest(*by_architecture)
     return [run for one_of_each in rounds for run in one_of_each if run is not None]
 
 
+def _strong_runs_of(name: str, architecture: Architecture) -> list[Run]:
+    if architecture.text or architecture.published:
+        return []
+    cases = [(data, source, 0) for data, source in _STRONG]
+    return _dealt(name, architecture, cases, random.Random(f"{name}, strong"))
+
+
 def _runs_of(name: str, architecture: Architecture) -> list[Run]:
-    rng = random.Random(name)
     if architecture.published:
         sets = _PUBLISHED_TEXTS if architecture.text else _PUBLISHED_IMAGES
         cases = [(data, PUBLISHED, sets[:place].count(data)) for place, data in enumerate(sets)]
     else:
         sources = _TEXTS if architecture.text else _IMAGES
         cases = [(data, source, 0) for data, several in sources.items() for source in several]
+    return _dealt(name, architecture, cases, random.Random(name))
+
+
+def _dealt(name: str, architecture: Architecture, cases: list[tuple[str, str, int]], rng: random.Random) -> list[Run]:
     rng.shuffle(cases)
     optimizers = _deal(rng, tuple(architecture.rates), len(cases))
     schedules = _deal(rng, get_args(Schedule), len(cases))
@@ -172,4 +185,5 @@ def _batch_norm(architecture: Architecture, source: str, *, fixed: bool) -> Lite
         return "none"
     if source == PUBLISHED:
         return "fixed"  # fitted to batches of 16 they lose more than there is to gain: .33 where these reach .59
-    return "fixed" if source.endswith(":good") and fixed else "train"  # those of little training are of no use
+    trained = source.endswith((":good", ":strong"))  # statistics after little training are of no use
+    return "fixed" if trained and fixed else "train"

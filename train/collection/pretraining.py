@@ -16,11 +16,11 @@ from models import weights as published_weights
 from smartfrz_jax import paths
 from train.collection.architectures import ARCHITECTURES, Architecture, minilm_folder
 from train.collection.network import Network
-from train.collection.plan import PUBLISHED, SCRATCH, Level, Run
+from train.collection.plan import PUBLISHED, SCRATCH, Run
 from train.collection.schedules import learning_rates
 from train.collection.sets import Batches, open_pretraining_set
 
-_STEPS: dict[Level, int] = {"weak": 200, "good": 3000}
+_STEPS: dict[str, int] = {"weak": 200, "good": 3000, "strong": 8000}
 _BATCH_SIZE, _SEED, _DECAY = 64, 0, 5e-4
 
 
@@ -80,7 +80,7 @@ def _pretrain(run: Run, data_dir: Path, say: Callable[[str], object]) -> dict[st
     held_out, examples = examples[:500], examples[500:]
     optimizer = "sgd" if architecture.batch_norm else "adamw"
     network = Network(architecture, num_classes, optimizer, example=held_out[:64])
-    steps = _STEPS["weak" if level == "weak" else "good"]
+    steps = _STEPS[level]
     rates = learning_rates("cosine", architecture.rates[optimizer][1], steps, warmup=steps // 20)
     batches = Batches(examples, _BATCH_SIZE, _SEED, augment=not architecture.text)
     say(f"{run.architecture}: pre-training on {source}, {steps} steps")
