@@ -1,6 +1,7 @@
 """Figures of the closed loop, against numbers worked out by hand."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -164,6 +165,23 @@ def test_rates_of_shorter_schedules_are_chosen_with_one_seed(tmp_path):
             result(name, seed, {"0.5": 0.3, "1.0": 0.5, "2.0": 0.4}[name.split(",")[1]], 0.4)._replace(case=case)
         )
     assert asked == [(f"shorter:0.4,{rate}", 0) for rate in (0.5, 1.0, 2.0)] + [("shorter:0.4,1.0", 1)]
+
+
+def test_the_report_is_made_of_known_results_and_its_links_lead_to_the_pictures(tmp_path):
+    out, pictures, file = tmp_path / "out", tmp_path / "docs/pictures", tmp_path / "RESULTS.md"
+    out.mkdir()
+    case = "resnet14-weak"
+    made = [result("never", 0, 0.5, 1.0), result("static:all", 0, 0.4, 0.3)]
+    lines = [json.dumps(row._replace(case=case)._asdict()) for row in made]
+    (out / "results.jsonl").write_text("\n".join(lines) + "\n")
+    line = f"--data-dir {tmp_path} --out {out} --pictures {pictures} --results {file} --cases {case} --seeds 1"
+    assert closed_loop.main([*line.split(), "--strategies", "never", "static:all"]) == 0
+    assert (pictures / f"{case}.png").read_bytes().startswith(b"\x89PNG")
+    for folder, text in ((tmp_path, file.read_text()), (out, (out / "results.md").read_text())):
+        (link,) = re.findall(r"!\[.*\]\((.*)\)", text)
+        assert (folder / link).resolve() == (pictures / f"{case}.png").resolve()
+        assert "| static:all | 1 | 0.30 " in text
+        assert "-10.00" in text
 
 
 def test_errors_name_the_way_out(tmp_path, capsys):

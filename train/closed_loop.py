@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import fnmatch
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -103,20 +104,30 @@ def compare(args: argparse.Namespace, interrupt: Interrupt) -> None:
 
 def write_report(args: argparse.Namespace, results: list[Result]) -> None:
     """Writes ``results.md``, a picture for each case, and the section of ``--results``."""
-    parts = [provenance("train.closed_loop")]
-    for case in CASES:
-        of_case = [result for result in results if result.case == case]
-        found = report.rows(of_case)
-        if found:
-            parts.append(f"### {case}\n\n{report.table(found)}")
-            parts.append(f"At the same compute:\n\n{report.matched(of_case)}")
-            parts.append(f"With kept activations:\n\n{report.matched(of_case, cached=True)}")
-            report.picture(found, args.out / f"{case}.png", case)
-    text = "\n\n".join(parts)
-    (args.out / "results.md").write_text(f"{text}\n")
+    pictures = args.pictures or args.out
+    pictures.mkdir(parents=True, exist_ok=True)
+    for case, of_case in _by_case(results).items():
+        report.picture(report.rows(of_case), pictures / f"{case}.png", case)
+    (args.out / "results.md").write_text(f"{_text(results, pictures, args.out)}\n")
     if args.results is not None:
-        write_section(args.results, "closed loop", text)
-    print(f"table and pictures are in {args.out}")
+        write_section(args.results, "closed loop", _text(results, pictures, args.results.parent))
+    print(f"table and pictures are in {args.out}{f' and {pictures}' if pictures != args.out else ''}")
+
+
+def _by_case(results: list[Result]) -> dict[str, list[Result]]:
+    found = {case: [result for result in results if result.case == case] for case in CASES}
+    return {case: of_case for case, of_case in found.items() if of_case}
+
+
+def _text(results: list[Result], pictures: Path, base: Path) -> str:
+    """The tables, with links to the pictures from a folder."""
+    parts = [provenance("train.closed_loop")]
+    for case, of_case in _by_case(results).items():
+        link = Path(os.path.relpath(pictures / f"{case}.png", base)).as_posix()
+        parts.append(f"### {case}\n\n![accuracy against compute]({link})\n\n{report.table(report.rows(of_case))}")
+        parts.append(f"At the same compute:\n\n{report.matched(of_case)}")
+        parts.append(f"With kept activations:\n\n{report.matched(of_case, cached=True)}")
+    return "\n\n".join(parts)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -124,6 +135,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m train.closed_loop", description=str(__doc__).split("\n\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/closed_loop"), help="folder for everything written")
     parser.add_argument("--results", type=Path, metavar="FILE", help="Markdown file in which to renew the tables, too")
+    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="folder for the pictures (default: --out)")
     parser.add_argument("--data-dir", type=Path, required=True, help="folder of prepared TFDS data sets")
     parser.add_argument("--weights", type=Path, help="folder of published weights")
     parser.add_argument(

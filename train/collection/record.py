@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -146,7 +146,7 @@ def record(run: Run, out: Path, data_dir: Path, weights_dir: Path | None, say: C
     seconds = Seconds()
     with seconds.compiling():
         with seconds.of("preparing"):
-            setting = _prepare(run, out, data_dir, weights_dir, say)
+            setting = prepare(run, out, data_dir, weights_dir, say)
         with seconds.of("training"):
             reference = setting.train(setting.start(run.seed + 1), setting.rates, seed=run.seed + 1)
             reference_grams = setting.network.grams(reference)
@@ -154,7 +154,7 @@ def record(run: Run, out: Path, data_dir: Path, weights_dir: Path | None, say: C
         with seconds.of("swap"):
             swap = _swap_harm(setting, trained)
         with seconds.of("branches"):
-            branch = _branch_harm(setting, trained)
+            branch = branches(setting, trained.snapshots, run.seed)
         with seconds.of("true harm"):
             true_harm = _true_harm(setting, trained) if run.true_harm else None
     held_out, train = setting.held_out(trained.end), setting.network.figures(trained.end, setting.data.train[:1000])
@@ -187,7 +187,12 @@ def record(run: Run, out: Path, data_dir: Path, weights_dir: Path | None, say: C
     )
 
 
-def _prepare(run: Run, out: Path, data_dir: Path, weights_dir: Path | None, say: Callable[[str], object]) -> Setting:
+def prepare(run: Run, out: Path, data_dir: Path, weights_dir: Path | None, say: Callable[[str], object]) -> Setting:
+    """Opens the data of a run and makes its network; the arguments are those of :func:`record`.
+
+    Raises:
+        FileNotFoundError: If data or weights are not there.
+    """
     architecture = ARCHITECTURES[run.architecture]
     held_out = _HELD_OUT // 2 if architecture.published else _HELD_OUT  # those are slow
     data = open_set(run.data, architecture, data_dir, run.examples, held_out=held_out)
@@ -244,22 +249,35 @@ def _swap_harm(setting: Setting, trained: Trained) -> np.ndarray:
     )
 
 
-def _branch_harm(setting: Setting, trained: Trained) -> np.ndarray:
-    """The learning rate falls from where it is to zero; the batches are those of the run."""
+def branches(setting: Setting, snapshots: Mapping[int, State], seed: int) -> np.ndarray:
+    """Harm of freezing, measured in branches; in these the learning rate falls from where it is to zero.
+
+    Args:
+        setting: The run.
+        snapshots: Its states, by steps done; of these, those at :func:`branch_moments` are used.
+        seed: Of the batches; with that of the run, a branch goes on with those that the run would have had next.
+
+    Returns:
+        As :func:`smartfrz_jax.harm.branch_harm` gives it.
+    """
 
     def branch(step: int, frozen: sfj.Frozen) -> float:
         total = setting.run.steps
         length = max(1, round(_BRANCH_OF_RUN * total), round(_BRANCH_OF_REST * (total - step)))
         highest = setting.rates[step : step + length].max()  # in the warm-up: that which it comes to
         rates = learning_rates("linear", highest, length)
-        state = setting.train(trained.snapshots[step], rates, seed=setting.run.seed, first_step=step, frozen=frozen)
+        state = setting.train(snapshots[step], rates, seed=seed, first_step=step, frozen=frozen)
         return setting.held_out(state).loss
 
-    moments = setting.moments(_BRANCH_MOMENTS)
     return branch_harm(
-        setting.network.layers, setting.steps, {step: step for step in moments}, branch,
+        setting.network.layers, setting.steps, {step: step for step in branch_moments(setting)}, branch,
         depths=setting.depths(_BRANCH_DEPTHS),
     )  # fmt: skip
+
+
+def branch_moments(setting: Setting) -> list[int]:
+    """Steps done when branches begin."""
+    return setting.moments(_BRANCH_MOMENTS)
 
 
 def _true_harm(setting: Setting, trained: Trained) -> list[dict[str, Any]]:

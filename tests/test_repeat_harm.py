@@ -1,0 +1,91 @@
+"""The second measurement of harm: it repeats the run, differs only in the branches' batches, and is judged rightly."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+
+from smartfrz_jax import recording
+from smartfrz_jax.recording import Recording
+from train import repeat_harm
+from train.collection.plan import runs
+from train.collection.record import record
+
+RUN = dataclasses.replace(
+    next(run for run in runs() if run.name == "resnet8-fashion_mnist-scratch-0"),
+    steps=8, examples=64, batch_size=8, true_harm=False,
+)  # fmt: skip
+
+
+def recorded(name: str, seed: int) -> Recording:
+    """Four layers, of which those up to a depth can be frozen from some moment on; the loss falls enough."""
+    rng = np.random.default_rng(seed)
+    harm = np.full((24, 4), np.nan, np.float32)
+    harm[np.ix_([0, 8, 16], [0, 1, 2])] = rng.uniform(0.002, 0.02) * np.array([[2, 4, 6], [1, 2, 4], [0, 0.1, 1]])
+    return Recording(
+        layers=("a", "b", "c", "head"),
+        steps=np.arange(1, 25),
+        record_every=1,
+        total_steps=24,
+        weights=rng.normal(size=(24, 4, 64)),
+        start=np.zeros((4, 64)),
+        losses=np.linspace(1, 0.1, 24),
+        first_loss=1.0,
+        branch_harm=harm,
+        metadata={"architecture": "resnet8", "name": name},
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("jax_defaults")
+def test_the_run_is_repeated_and_only_the_batches_of_its_branches_are_others(tmp_path, monkeypatch):
+    monkeypatch.setattr(repeat_harm, "runs", lambda: [RUN])
+    first = record(RUN, tmp_path, tmp_path, None, print)
+    args = repeat_harm.parse(f"--recordings {tmp_path} --data-dir {tmp_path}".split())
+    second = repeat_harm.measure_again(first, args)
+    assert first.branch_harm is not None
+    np.testing.assert_array_equal(np.isnan(second), np.isnan(first.branch_harm))
+    assert not np.array_equal(second, first.branch_harm, equal_nan=True)
+    monkeypatch.setattr(repeat_harm, "_OTHER_BATCHES", 0)
+    np.testing.assert_array_equal(repeat_harm.measure_again(first, args), first.branch_harm)
+    with pytest.raises(ValueError, match="recordings: other is not in the list"):
+        repeat_harm.measure_again(Recording(**vars(first) | {"metadata": {"name": "other"}}), args)
+
+
+@pytest.mark.slow
+def test_a_measurement_that_agrees_tells_all_targets_and_is_not_made_again(tmp_path, monkeypatch, capsys):
+    for seed in range(4):
+        recording.save(recorded(f"run{seed}", seed), tmp_path / "recordings", f"run{seed}")
+    measured = []
+
+    def measure_again(first, args):
+        measured.append(first.metadata["name"])
+        return first.branch_harm
+
+    monkeypatch.setattr(repeat_harm, "measure_again", measure_again)
+    line = ["--recordings", str(tmp_path / "recordings"), "--data-dir", "x", "--out", str(tmp_path / "out")]
+    line += ["--runs", "2", "--stride", "2"]
+    assert repeat_harm.main(line) == 0
+    text = (tmp_path / "out" / "repeat.md").read_text()
+    assert "2 runs, 80 examples" in text
+    assert "the same target for 100.0% of them" in text
+    assert "| the harm, measured again | 1.000 | 1.000 |" in text
+    assert "| progress_and_depth (logistic) | 0." in text
+    assert len(measured) == 2
+    # One that says the reverse does not; what is in the file is taken from there.
+    file = tmp_path / "out" / "harm.jsonl"
+    rows = [json.loads(row) for row in file.read_text().splitlines()]
+    for row in rows:
+        harm = -np.array(row["harm"])
+        row["harm"] = (harm - np.nanmin(harm)).tolist()
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    results = tmp_path / "RESULTS.md"
+    assert repeat_harm.main([*line, "--results", str(results)]) == 0
+    assert len(measured) == 2
+    again = results.read_text()
+    assert "<!-- repeated -->" in again
+    assert "| the harm, measured again | 1.000" not in again
+    capsys.readouterr()
+    assert repeat_harm.main([*line[:-3], "9"]) == 2
+    assert "runs: got 9, but there are 4 recordings" in capsys.readouterr().err
