@@ -50,7 +50,7 @@ def test_the_run_is_repeated_and_only_the_batches_of_its_branches_are_others(tmp
     monkeypatch.setattr(repeat_harm, "_OTHER_BATCHES", 0)
     np.testing.assert_array_equal(repeat_harm.measure_again(first, args), first.branch_harm)
     with pytest.raises(ValueError, match="recordings: other is not in the list"):
-        repeat_harm.measure_again(Recording(**vars(first) | {"metadata": {"name": "other"}}), args)
+        repeat_harm.measure_again(dataclasses.replace(first, metadata={"name": "other"}), args)
 
 
 @pytest.mark.slow
