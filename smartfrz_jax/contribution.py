@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
 _FIRST = 12  # part of a run after which a policy measures first
+PROBE_DEPTHS = 3
+"""At how many depths a policy measures, unless told otherwise."""
 
 PyTree = Any
 Probe = Callable[[PyTree], Any]
@@ -28,18 +30,19 @@ Probe = Callable[[PyTree], Any]
 
 
 def depths_of(active: Bool[np.ndarray, " layers"], n: int) -> list[int]:
-    """Layers that end the fronts to be measured: the active ones, but for the last layer of all, evenly thinned out.
+    """Layers that end the fronts to be measured: evenly from front to back, the last one before the network's last.
+
+    Where everything up to the next depth is frozen there is nothing to decide, so nothing is measured.
 
     Args:
         active: Which layers train, shape ``(layers,)``.
         n: Most depths.
 
     Returns:
-        Indices of layers, ascending; the last one is the deepest active layer that is not the network's last.
+        Indices of layers, ascending.
     """
-    candidates = np.flatnonzero(active[:-1])
-    places = sorted({max(1, round(len(candidates) * i / n)) for i in range(1, n + 1)}) if len(candidates) else []
-    return [int(candidates[place - 1]) for place in places]
+    ends = _even(len(active) - 1, n)
+    return [end for end, following in zip(ends, [*ends[1:], *ends[-1:]], strict=True) if active[: following + 1].any()]
 
 
 def contributions(
@@ -98,20 +101,26 @@ def spread(measured: Float[np.ndarray, " layers"]) -> Float[np.ndarray, " layers
     return np.where(layers <= at[-1], between, np.nan).astype(np.float32)
 
 
-def at_doublings(measured: Float[np.ndarray, "records layers"]) -> Float[np.ndarray, "records layers"]:
-    """Of many measurements in a run those that a policy would have made: it waits twice as long each time.
+def by_policy(measured: Float[np.ndarray, "records layers"]) -> Float[np.ndarray, "records layers"]:
+    """Of many measurements in a run those that a policy would have made, by the defaults of ``smartfrz``.
+
+    It measures at :data:`PROBE_DEPTHS` depths, and waits twice as long each time. A predictor must learn from no more:
+    between depths that lie far apart contributions are larger, as in the front they rise slowly.
 
     Args:
         measured: NaN where not measured.
 
     Returns:
-        The same with NaN in all other records. The first that is kept is a twelfth of the records into the run, as is
-        the default of :func:`smartfrz_jax.smartfrz`; every other comes after twice as many records, or more.
+        The same with NaN elsewhere. The first record that is kept is a twelfth of the records into the run; every other
+        comes after twice as many records, or more. Of depths those nearest to where a policy measures are kept.
     """
     kept, wanted = np.full_like(measured, np.nan), max(1, len(measured) // _FIRST)
     for record in range(len(measured)):
-        if record + 1 >= wanted and not np.isnan(measured[record]).all():
-            kept[record], wanted = measured[record], 2 * (record + 1)
+        at = np.flatnonzero(~np.isnan(measured[record]))
+        if record + 1 >= wanted and len(at):
+            ends = _even(measured.shape[1] - 1, PROBE_DEPTHS)
+            nearest = [at[np.argmin(np.abs(at - end))] for end in ends]
+            kept[record, nearest], wanted = measured[record, nearest], 2 * (record + 1)
     return kept
 
 
@@ -130,6 +139,11 @@ def latest(measured: Float[np.ndarray, "records layers"]) -> Float[np.ndarray, "
             row = spread(measured[record])
         known[record] = row
     return known
+
+
+def _even(candidates: int, n: int) -> list[int]:
+    """At most ``n`` of so many indices, evenly, the last one among them."""
+    return sorted({max(1, round(candidates * i / n)) - 1 for i in range(1, n + 1)}) if candidates > 0 else []
 
 
 def _choose(before: dict[str, Any], reverted: set[str]) -> Callable[[str, Any], Any]:

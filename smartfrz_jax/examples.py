@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from smartfrz_jax.contribution import at_doublings, latest
+from smartfrz_jax.contribution import by_policy, latest
 from smartfrz_jax.observation import Observation
 from smartfrz_jax.recording import Recording
 from smartfrz_jax.targets import Criterion, Settled
@@ -63,7 +63,7 @@ class Examples:
         By run, each of shape ``(records, layers)``.
         """
         measured = {run: recording.contribution for run, recording in enumerate(self.recordings)}
-        return {run: latest(at_doublings(array)) for run, array in measured.items() if array is not None}
+        return {run: latest(by_policy(array)) for run, array in measured.items() if array is not None}
 
     @property
     def size(self) -> int:

@@ -9,7 +9,7 @@ from flax import nnx
 
 import smartfrz_jax as sfj
 from smartfrz_jax import Layer, Layers
-from smartfrz_jax.contribution import at_doublings, contributions, depths_of, latest, spread
+from smartfrz_jax.contribution import PROBE_DEPTHS, by_policy, contributions, depths_of, latest, spread
 
 NAMES = ("a", "b", "c", "d")
 LAYERS = Layers(tuple(Layer(name, (name,), (name,)) for name in NAMES))
@@ -39,11 +39,14 @@ def test_a_loss_that_is_no_finite_scalar_is_refused(loss):
         ([1] * 9, 4, [1, 3, 5, 7]),
         ([1] * 9, 100, list(range(8))),
         ([0, 0, 1, 1, 1, 0, 1, 1], 2, [3, 6]),
+        ([0] * 6 + [1] * 4, 3, [5, 8]),  # nothing up to the second depth is left to be judged by the first
+        ([0] * 7 + [1] * 3, 3, [5, 8]),
+        ([0] * 9 + [1], 3, []),
         ([0, 0, 0, 1], 4, []),
         ([1], 4, []),
     ],
 )
-def test_depths_are_spread_over_what_trains_but_for_the_head(active, n, expected):
+def test_depths_are_even_but_for_the_head_and_where_all_is_frozen(active, n, expected):
     assert depths_of(np.array(active, bool), n) == expected
 
 
@@ -69,11 +72,21 @@ def test_what_was_measured_last_is_known_until_the_next_time():
     ],
 )
 def test_keeps_what_a_policy_would_have_measured(measured, kept):
-    array = np.full((36, 2), NAN)
+    array = np.full((36, 3), NAN)
     array[np.array(measured) - 1, 1] = np.array(measured)
-    got = at_doublings(array)
-    assert np.isnan(got[:, 0]).all()
+    got = by_policy(array)
+    assert np.isnan(got[:, [0, 2]]).all()
     assert got[~np.isnan(got[:, 1]), 1].tolist() == kept
+
+
+@pytest.mark.parametrize(
+    ("at", "kept"), [(range(18), [5, 11, 17]), ([1, 4, 8, 10, 17], [4, 10, 17]), ([16], [16]), ([3, 5], [5])]
+)
+def test_keeps_the_depths_nearest_to_those_of_a_policy(at, kept):
+    array = np.full((1, 19), NAN)
+    array[0, list(at)] = 1.0
+    assert depths_of(np.ones(19, bool), PROBE_DEPTHS) == [5, 11, 17]
+    assert np.flatnonzero(~np.isnan(by_policy(array)[0])).tolist() == kept
 
 
 class Net(nnx.Module):

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args
 import jax
 import numpy as np
 
-from smartfrz_jax.contribution import Probe, check_probe
+from smartfrz_jax.contribution import PROBE_DEPTHS, Probe, check_probe
 from smartfrz_jax.layers import Layers
 from smartfrz_jax.policies.base import Policy, check_count, check_finite, check_fraction, freezable, kept, names_of
 from smartfrz_jax.policies.smartfrz_state import SmartFrzState
@@ -37,7 +37,7 @@ def smartfrz(
     min_records: int | None = None,
     probe: Probe | None = None,
     first_probe: int | None = None,
-    probe_depths: int = 3,
+    probe_depths: int = PROBE_DEPTHS,
     seed: int = 0,
     keep: Iterable[str] | None = None,
 ) -> Policy:
@@ -81,7 +81,8 @@ def smartfrz(
             measured what the predictor does not read.
         first_probe: Train steps before the first measurement, a multiple of ``evaluate_every``. Default
             ``2 * evaluate_every``.
-        probe_depths: Most depths at which to measure; between them contributions are taken to be linear.
+        probe_depths: Most depths at which to measure; between them contributions are taken to be linear. The predictor
+            must have learned from as many (:func:`smartfrz_jax.contribution.by_policy`).
         seed: Seed of the sample.
         keep: Names of layers never to freeze; ``None`` keeps the head, ``()`` nothing.
 

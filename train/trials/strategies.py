@@ -14,7 +14,7 @@ _SHORTER = (0.4, 0.65)
 _RATE_FACTORS = (0.5, 1.0, 2.0)
 # Of smartfrz: with the default target, and with others.
 _PREDICTORS = {"smartfrz": "predictor"} | {name: f"{name}_predictor" for name in ("cka", "own_cka", "swap_harm")}
-_CAUTION = (0.5, 0.8, 0.9, 0.95)
+_CAUTION = (0.2, 0.5, 0.8, 0.9, 0.95)
 _DECISIONS = 20  # of autofreeze and similarity_guided in a run: four in each of five epochs
 
 
