@@ -9,7 +9,19 @@ import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from smartfrz_jax import Encoding, Layer, Layers, Predictor, PredictorConfig, Tailoring, checkpoint, policies
+from smartfrz_jax import (
+    Encoding,
+    Layer,
+    Layers,
+    Predictor,
+    PredictorConfig,
+    Recording,
+    Tailoring,
+    checkpoint,
+    make_examples,
+    policies,
+)
+from smartfrz_jax.contribution import contributions
 from smartfrz_jax.policies.smartfrz_state import SmartFrzState
 
 NAMES = ("a", "b", "c", "d")
@@ -235,6 +247,41 @@ def test_shows_the_predictor_what_the_front_has_contributed(predictor, observed)
         assert np.isnan(seen.contribution[3])
     assert len(asked) == 2 * 3
     assert state.start_params.keys() == START.keys()
+
+
+def test_a_predictor_learns_from_what_a_policy_will_show_it(predictor, observed):
+    """Contributions are in the recording for every record and layer; examples know no more of them than the policy."""
+    names = [f"layer{i}" for i in range(12)]
+    layers = Layers(tuple(Layer(name, (name,), (name,)) for name in names))
+
+    def params_at(step):
+        rng = np.random.default_rng(step)
+        return {name: jnp.asarray(rng.normal(size=(4, 4)) + 0.1 * step * (step > 0), jnp.float32) for name in names}
+
+    def probe(params):
+        return -float(sum(np.mean(params[name]) * (i + 1) ** 2 for i, name in enumerate(names)))
+
+    policy = policies.smartfrz(predictor, total_steps=120, probe=probe)
+    state = policy.init(layers, params_at(0))
+    measured = []
+    for step in range(1, 121):
+        _, state = policy.update(state, layers, step=step, params=lambda step=step: params_at(step), loss=loss_at(step))
+        measured.append(contributions(layers, probe, params_at(step), params_at(0), depths=range(11)))
+    losses = np.array([loss_at(step) for step in range(1, 121)])
+    recording = Recording(
+        layers=tuple(names), steps=np.arange(1, 121), record_every=1, total_steps=120,
+        weights=np.ones((120, 12, SIZE)), start=np.ones((12, SIZE)), losses=losses,
+        first_loss=float(loss_at(1)), cka=np.ones((120, 12)), contribution=np.stack(measured),
+    )  # fmt: skip
+    examples = make_examples([recording], min_records=5, stride=5)
+    assert len(observed) == 24
+    for stage, observation in enumerate(observed):
+        shown, _ = examples.batch(np.flatnonzero(examples.moment == 5 * stage + 4))
+        for field in ("contribution", "progress", "depth", "losses", "first_loss", "elapsed", "mask"):
+            np.testing.assert_allclose(
+                getattr(observation, field), getattr(shown, field), rtol=1e-5, err_msg=f"{field}, stage {stage}"
+            )
+    assert [bool(np.isnan(seen.contribution).all()) for seen in observed].index(False) == 1  # from a twelfth on
 
 
 @pytest.mark.parametrize(
