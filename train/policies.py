@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 
@@ -44,6 +44,7 @@ def make_policy(
     """
     total_steps = options.epochs * steps_per_epoch
     evaluate_every = max(1, steps_per_epoch // options.evaluations_per_epoch)
+    caution: dict[str, Any] = {} if options.caution is None else {"caution": options.caution}
     match options.policy:
         case "never":
             return sfj.never()
@@ -51,7 +52,7 @@ def make_policy(
             return sfj.smartfrz(
                 _predictor(options.predictor),
                 total_steps=total_steps,
-                caution=options.caution,
+                **caution,
                 order="any" if options.order == "any" else "front_to_back",
                 patience=options.patience,
                 window=options.window,
@@ -59,7 +60,7 @@ def make_policy(
                 seed=options.seed,
             )
         case "progress":
-            return sfj.progress(total_steps, caution=options.caution)
+            return sfj.progress(total_steps, **caution)
         case "linear":
             spacing = "cubic" if options.spacing == "cubic" else "linear"
             return sfj.linear(total_steps, t0=options.t0, spacing=spacing)
