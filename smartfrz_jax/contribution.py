@@ -105,7 +105,7 @@ def by_policy(measured: Float[np.ndarray, "records layers"]) -> Float[np.ndarray
     """Of many measurements in a run those that a policy would have made, by the defaults of ``smartfrz``.
 
     It measures at :data:`PROBE_DEPTHS` depths, and waits twice as long each time. A predictor must learn from no more:
-    between depths that lie far apart contributions are larger, as in the front they rise slowly.
+    interpolated over fewer depths, contributions of front layers come out larger, as in truth they rise slowly there.
 
     Args:
         measured: NaN where not measured.
@@ -115,10 +115,10 @@ def by_policy(measured: Float[np.ndarray, "records layers"]) -> Float[np.ndarray
         comes after twice as many records, or more. Of depths those nearest to where a policy measures are kept.
     """
     kept, wanted = np.full_like(measured, np.nan), max(1, len(measured) // _FIRST)
+    ends = _even(measured.shape[1] - 1, PROBE_DEPTHS)
     for record in range(len(measured)):
         at = np.flatnonzero(~np.isnan(measured[record]))
         if record + 1 >= wanted and len(at):
-            ends = _even(measured.shape[1] - 1, PROBE_DEPTHS)
             nearest = [at[np.argmin(np.abs(at - end))] for end in ends]
             kept[record, nearest], wanted = measured[record, nearest], 2 * (record + 1)
     return kept

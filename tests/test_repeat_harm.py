@@ -86,6 +86,10 @@ def test_a_measurement_that_agrees_tells_all_targets_and_is_not_made_again(tmp_p
     again = results.read_text()
     assert "<!-- repeated -->" in again
     assert "| the harm, measured again | 1.000" not in again
+    file.write_text(file.read_text() + "{broken\n")
     capsys.readouterr()
+    assert repeat_harm.main(line) == 2
+    assert "line 3 of" in capsys.readouterr().err
+    file.unlink()
     assert repeat_harm.main([*line[:-3], "9"]) == 2
     assert "runs: got 9, but there are 4 recordings" in capsys.readouterr().err

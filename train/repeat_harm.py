@@ -95,9 +95,12 @@ def repeat(args: argparse.Namespace, interrupt: Interrupt) -> None:
     sfj.keep_programs(args.out / "programs")
     recordings, _ = learning_runs.load(args.recordings)
     file, again = args.out / "harm.jsonl", {}
-    for line in file.read_text().splitlines() if file.exists() else []:
-        row = json.loads(line)
-        again[row["name"]] = np.array(row["harm"], np.float32)
+    for number, line in enumerate(file.read_text().splitlines() if file.exists() else [], 1):
+        try:
+            row = json.loads(line)
+            again[row["name"]] = np.array(row["harm"], np.float32)
+        except (ValueError, TypeError, KeyError) as error:
+            raise ValueError(f"out: line {number} of {file} is not a measurement ({error}); remove it") from error
     indices = chosen(recordings, args.runs, args.seed)
     for index in interrupt.checked(indices):
         name = recordings[index].metadata["name"]
