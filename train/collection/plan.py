@@ -1,7 +1,7 @@
 """Which runs the training set consists of: the same list every time, which ``python -m train.collect --list`` prints.
 
 Every architecture learns three data sets (two of text), each from scratch, from weak and from good pre-training, so
-that its layers are more or less ready at the start; networks of images also two from strong pre-training, of one with
+that its layers are more or less ready at the start; networks of images also two from strong pre-training, one on
 the same classes. Optimizers, schedules, learning rates, batch sizes and lengths are dealt out like cards: in equal
 numbers within an architecture (those from strong pre-training apart), and in an order that its name fixes.
 """
