@@ -148,7 +148,7 @@ def parse(argv: list[str] | None) -> Options:
         default="default",
         help="smartfrz: default or paper, which come with the library, or the path of a checkpoint",
     )
-    add("--caution", type=float, help="smartfrz, progress: from 0, save more, to 1, never lose (default: 0.9, 0.95)")
+    add("--caution", type=float, help="smartfrz, progress: from 0, save more, to 1, never lose (default: 0.95)")
     add(
         "--order",
         choices=["front_to_back", "any"],

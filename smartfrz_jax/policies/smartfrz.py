@@ -27,7 +27,7 @@ def smartfrz(
     predictor: Predictor,
     *,
     total_steps: int | None = None,
-    caution: float = 0.9,
+    caution: float = 0.95,
     order: Order = "front_to_back",
     patience: int = 2,
     record_every: int | None = None,
