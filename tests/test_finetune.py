@@ -27,7 +27,7 @@ def images(shared, tmp_path):
     """Arguments of a run on CIFAR-10."""
     return [
         "--model", "efficientnet-lite0", "--weights", str(shared / "data/weights/efficientnet_lite0.safetensors"),
-        "--data", "cifar10", "--data-dir", str(shared / "data/tfds"), "--image-size", "64", "--quiet",
+        "--data", "cifar10", "--data-dir", str(shared / "data/tfds"), "--image-size", "48", "--quiet",
         "--evaluation-split", "test[:100]", "--out", str(tmp_path / "run"),
     ]  # fmt: skip
 
@@ -101,9 +101,9 @@ class InterruptedAt(interrupt.Interrupt):
 
 @pytest.mark.slow
 def test_an_interrupted_run_goes_on_bit_for_bit(sentences, tmp_path, monkeypatch, capsys):
-    arguments = [*sentences[:-2], "--train-split", "train[:80]", "--batch-size", "20", "--epochs", "2", "--policy",
-                 "linear", "--t0", "0.3", "--lead", "1", "--min-saving", "0.2",
-                 "--evaluation-split", "validation[:20]", "--out"]  # fmt: skip
+    arguments = [*sentences[:-2], "--train-split", "train[:40]", "--batch-size", "10", "--epochs", "2", "--policy",
+                 "linear", "--t0", "0.3", "--max-tokens", "16", "--lead", "1", "--min-saving", "0.2",
+                 "--evaluation-split", "validation[:10]", "--out"]  # fmt: skip
     assert finetune.main([*arguments, str(tmp_path / "straight")]) == 0
     monkeypatch.setattr(interrupt, "Interrupt", InterruptedAt)
     InterruptedAt.step = 7  # in the second epoch, half of the layers frozen

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, get_args
 
@@ -140,14 +141,14 @@ def scale_by_layer_schedule(layers: Layers, schedules: Mapping[str, optax.Schedu
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None) -> tuple[PyTree, optax.ScaleByScheduleState]:
         count = jnp.asarray(state.count)
-        rates = {name: jnp.asarray(schedules[name](count)) for name in layers.names}
+        rate = functools.cache(lambda layer: jnp.asarray(schedules[layer](count)))  # only of layers that are here
 
         def scale(name: str, leaf: jax.Array) -> jax.Array:
             if name not in layers.owner:
                 raise ValueError(
                     f"updates: {name!r} belongs to no layer; call find_layers on the parameters that train"
                 )
-            return leaf * -rates[layers.owner[name]].astype(leaf.dtype)
+            return leaf * -rate(layers.owner[name]).astype(leaf.dtype)
 
         return paths.tree_map(scale, updates), optax.ScaleByScheduleState(count=optax.safe_increment(count))
 
