@@ -24,6 +24,7 @@ REGIME = (
     "contribution",
 )  # fmt: skip
 """Numbers by which a layer's readiness is to be told; :mod:`smartfrz_jax.regime` has their definitions."""
+_WITHOUT_WEIGHTS = {"loss_level", "loss_slope", "loss_noise", "records", "contribution"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +85,11 @@ class Encoding:
     def regime_names(self) -> tuple[str, ...]:
         """The names of ``regime``, in the order of :data:`REGIME`."""
         return tuple(self.regime) if not isinstance(self.regime, bool) else ()
+
+    @property
+    def reads_weights(self) -> bool:
+        """Whether any of it depends on the weights of the records."""
+        return self.weights != "none" or not _WITHOUT_WEIGHTS.issuperset(self.regime_names)
 
     def width(self, size: int) -> int:
         """Numbers that a record of ``size`` weights becomes.

@@ -78,8 +78,10 @@ def encode_context(encoding: Encoding, observation: Observation) -> tuple[Float[
         numbers["progress"] = jnp.clip(jnp.where(known, observation.progress, 0.0), 0.0, 1.0), known
     if encoding.depth:
         numbers["depth"] = jnp.clip(observation.depth, 0.0, 1.0), jnp.bool_(True)
+    if encoding.reads_weights and encoding.regime_names:
+        numbers |= _movement(observation) | _shape(observation)
     if encoding.regime_names:
-        numbers |= _movement(observation) | _shape(observation) | _loss(observation)
+        numbers |= _loss(observation)
         numbers["contribution"] = _contribution(observation)
         numbers["records"] = jnp.log1p(jnp.sum(observation.mask, dtype=jnp.float32)), jnp.bool_(True)
     names = context_names(encoding)

@@ -8,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
+from smartfrz_jax.encoded import encode
 from smartfrz_jax.encoding import PAPER, REGIME, Encoding, encode_records, rms, rms_step, successive_differences
 from tests.observations import observation_of, walk
 
@@ -195,3 +196,21 @@ def test_the_same_regime_in_other_words_is_the_same_encoding():
     assert hash(Encoding(regime=False)) == hash(Encoding(regime=()))
     assert Encoding(regime=()) != Encoding(regime=("step",))
     assert Encoding(regime="step") == Encoding(regime=("step",))
+
+
+@pytest.mark.parametrize("name", REGIME)
+def test_it_is_known_what_depends_on_the_weights(name):
+    encoding, seen, other = Encoding("none", regime=(name,)), walk(0), walk(1)
+    seen = seen.replace(elapsed=jnp.float32(20))  # records before the window are lost
+    elsewhere = seen.replace(records=other.records, start=other.start)
+    without = seen.replace(records=seen.records[:, :1] * 0, start=seen.start[:1] * 0)
+    read, moved, none = (np.asarray(encode(encoding, each).context) for each in (seen, elsewhere, without))
+    assert encoding.reads_weights != np.array_equal(read, moved)
+    assert encoding.reads_weights != np.array_equal(read, none)
+    assert Encoding("scale_free", regime=(name,)).reads_weights
+
+
+def test_what_reads_weights():
+    assert PAPER.reads_weights
+    assert Encoding().reads_weights
+    assert not Encoding("none", regime=False).reads_weights

@@ -18,6 +18,7 @@ from smartfrz_jax import (
     Recording,
     Tailoring,
     checkpoint,
+    freeze_probability,
     make_examples,
     policies,
 )
@@ -306,3 +307,21 @@ def test_does_not_measure_what_the_predictor_does_not_read(observed):
     state = run(policy, 16)
     assert state.start_params is None
     assert np.isnan(observed[-1].contribution).all()
+
+
+def test_keeps_no_weights_for_a_predictor_that_reads_none(tmp_path):
+    config = PredictorConfig(
+        size=SIZE, hidden=4, features=4, head_hidden=4, encoding=Encoding("none", regime=("loss_level",))
+    )
+    blind = Predictor(config, rngs=nnx.Rngs(0))
+    policy = policies.smartfrz(blind, total_steps=40, record_every=1, evaluate_every=2, window=5)
+    state = run(policy, 20, loss_at)
+    assert state.tailoring is None
+    assert state.history.values.size == len(NAMES) * 5
+    observation = state.observation(0.5)
+    records = np.random.default_rng(0).normal(size=(len(NAMES), 5, SIZE)).astype(np.float32)
+    sampled = observation.replace(records=jnp.asarray(records), start=jnp.asarray(records[:, 0]))
+    np.testing.assert_array_equal(freeze_probability(blind, sampled), freeze_probability(blind, observation))
+    checkpoint.write(tmp_path / "state", state, "policy", {})
+    restored = checkpoint.read(tmp_path / "state", policy.init(LAYERS, START), "policy")
+    jax.tree.map(np.testing.assert_array_equal, restored, state)

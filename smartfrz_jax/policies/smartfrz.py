@@ -43,11 +43,11 @@ def smartfrz(
 ) -> Policy:
     """A policy that freezes each layer when the predictor finds that it is ready.
 
-    Every ``record_every`` steps it records a fixed random sample of each active layer's weights, and the mean of the
-    training loss, if the loop passes that. At a freezing stage, every ``evaluate_every`` steps, the predictor judges
-    each active layer by its own records, independently of the others. A frozen layer stays frozen, its records are
-    dropped, and it is not judged again. The predictor is compiled once, for all layers together, however many of them
-    are frozen.
+    Every ``record_every`` steps it records a fixed random sample of each active layer's weights, unless the predictor
+    reads none (as that of ``Predictor.pretrained()``), and the mean of the training loss, if the loop passes that. At a
+    freezing stage, every ``evaluate_every`` steps, the predictor judges each active layer by its own records,
+    independently of the others. A frozen layer stays frozen, its records are dropped, and it is not judged again. The
+    predictor is compiled once, for all layers together, however many of them are frozen.
 
     ``caution`` is the knob to turn. On the same training run, the layers that are frozen at any stage with more caution
     are among those that are with less; the same holds of ``patience``.
@@ -147,7 +147,10 @@ def smartfrz(
 
     def init(layers: Layers, params: PyTree) -> SmartFrzState:
         freezable(layers, keep)
-        return SmartFrzState.create(layers, params, window=window, size=size, seed=seed, keep_start=probe is not None)
+        sampled = size if predictor.config.encoding.reads_weights else None
+        return SmartFrzState.create(
+            layers, params, window=window, size=sampled, seed=seed, keep_start=probe is not None
+        )
 
     def update(
         state: SmartFrzState, layers: Layers, *, step: int, params: Callable[[], PyTree], **signals: Any

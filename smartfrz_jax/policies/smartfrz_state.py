@@ -27,7 +27,8 @@ class SmartFrzState(struct.PyTreeNode):
 
     Attributes:
         tailoring: Positions of the sampled weights. They are saved with the run, not drawn again from the seed, so that
-            a run resumed under another version of jax does not mix two samples in one history.
+            a run resumed under another version of jax does not mix two samples in one history. ``None`` for a predictor
+            that reads no weights, which is shown zeros.
         history: The recent records of every active layer.
         start: The sampled weights before the first step, float32 of shape ``(layers, size)``.
         records: Records so far, int32.
@@ -43,7 +44,7 @@ class SmartFrzState(struct.PyTreeNode):
         frozen: Which layers are frozen, shape ``(layers,)``.
     """
 
-    tailoring: Tailoring
+    tailoring: Tailoring | None
     history: History
     start: Float[Array, "layers size"]
     records: Int[np.ndarray, ""]
@@ -58,7 +59,7 @@ class SmartFrzState(struct.PyTreeNode):
 
     @classmethod
     def create(
-        cls, layers: Layers, params: PyTree, *, window: int, size: int, seed: int, keep_start: bool
+        cls, layers: Layers, params: PyTree, *, window: int, size: int | None, seed: int, keep_start: bool
     ) -> SmartFrzState:
         """State before the first step.
 
@@ -66,16 +67,16 @@ class SmartFrzState(struct.PyTreeNode):
             layers: The network's layers.
             params: Its parameter pytree.
             window: Records to keep of a layer.
-            size: Weights to sample of a layer.
+            size: Weights to sample of a layer; ``None`` for a predictor that reads none.
             seed: Seed of the sample.
             keep_start: Whether to keep all parameters as they are, to measure contributions.
         """
-        tailoring = Tailoring.create(layers, params, size=size, seed=seed)
+        tailoring = None if size is None else Tailoring.create(layers, params, size=size, seed=seed)
         return cls(
             tailoring=tailoring,
-            history=History.create(len(layers), window, size),
+            history=History.create(len(layers), window, size or 1),
             # By way of the host: a state must not insist on the devices on which the parameters lie now.
-            start=jax.device_put(jax.device_get(tailoring(params))),
+            start=jax.device_put(jax.device_get(_sampled(tailoring, layers, params))),
             records=np.zeros((), np.int32),
             losses=np.full(window, np.nan, np.float32),
             first_loss=np.full((), np.nan, np.float32),
@@ -117,7 +118,7 @@ class SmartFrzState(struct.PyTreeNode):
         Raises:
             FloatingPointError: If a sampled weight of an active layer is not finite.
         """
-        weights = self.tailoring(params)
+        weights = _sampled(self.tailoring, layers, params)
         finite, loss_sum = jax.device_get((_rows_finite(weights), self.loss_sum))
         check_finite(layers, ~self.frozen & ~np.asarray(finite), what="params", policy=policy, step=step)
         loss = np.float32(loss_sum / self.loss_count if self.loss_count else np.nan)
@@ -162,6 +163,11 @@ class SmartFrzState(struct.PyTreeNode):
             "contribution": self.contribution,
         }
         return Observation(records=records, mask=mask, start=self.start, **jax.device_put(rest))
+
+
+def _sampled(tailoring: Tailoring | None, layers: Layers, params: PyTree) -> jax.Array:
+    """Shape ``(layers, size)``; one zero for each layer without tailoring, as of no numbers there is no largest."""
+    return jax.device_put(np.zeros((len(layers), 1), np.float32)) if tailoring is None else tailoring(params)
 
 
 def _zero() -> jax.Array:
