@@ -29,7 +29,8 @@ class Tailoring(struct.PyTreeNode):
     Attributes:
         layers: The layers, front to back.
         size: Weights sampled per layer.
-        leaf_positions: For each layer and each of its kernels, flat positions in that kernel, int32.
+        leaf_positions: For each layer and each of its kernels, positions along each of its axes, int32 of shape
+            ``(axes, positions)``.
         order: For each layer, where its samples go, int32 of shape ``(size,)``.
 
     Example:
@@ -84,7 +85,10 @@ class Tailoring(struct.PyTreeNode):
             leaf = np.searchsorted(np.cumsum(sizes), positions, side="right")
             starts = np.cumsum([0, *sizes[:-1]])
             leaf_positions.append(
-                tuple(jnp.asarray(positions[leaf == i] - starts[i], jnp.int32) for i in range(len(sizes)))
+                tuple(
+                    _along_axes(positions[leaf == i] - starts[i], leaves[name].shape)
+                    for i, name in enumerate(layer.kernels)
+                )
             )
             order.append(jnp.asarray(np.argsort(np.argsort(leaf, kind="stable")), jnp.int32))
         return cls(layers, size, tuple(leaf_positions), tuple(order))
@@ -110,6 +114,11 @@ def _draw(key: jax.Array, n: int, size: int) -> np.ndarray:
     return distinct[:size]
 
 
+def _along_axes(positions: np.ndarray, shape: tuple[int, ...]) -> jax.Array:
+    # Here and not where the weights are taken: there it would be half of what is compiled.
+    return jnp.asarray(np.stack(np.unravel_index(positions, shape or (1,))), jnp.int32)
+
+
 @jax.jit
 def _sample(tailoring: Tailoring, leaves: dict[str, jax.Array]) -> jax.Array:
     rows = []
@@ -123,5 +132,4 @@ def _take(leaf: jax.Array, positions: jax.Array) -> jax.Array:
     # Not reshape(-1)[positions]: that would gather a sharded weight whole, and be refused on a mesh of explicit axes.
     mesh = jax.typeof(leaf).sharding.mesh
     replicated = NamedSharding(mesh, PartitionSpec()) if AxisType.Explicit in mesh.axis_types else None
-    index = jnp.unravel_index(positions, leaf.shape) if leaf.ndim else (jnp.zeros_like(positions),)
-    return jnp.atleast_1d(leaf).at[index].get(out_sharding=replicated).astype(jnp.float32)
+    return jnp.atleast_1d(leaf).at[tuple(positions)].get(out_sharding=replicated).astype(jnp.float32)

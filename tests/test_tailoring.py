@@ -116,7 +116,11 @@ def test_every_sample_is_the_weight_at_its_position(shapes, size):
     sample = Tailoring.create(layers, params, size=size)
     flat = np.concatenate([np.ravel(params[name]) for name in layers[0].kernels])
     starts = np.cumsum([0, *[np.prod(shape) for shape in shapes]])
-    claimed = np.concatenate([np.asarray(index) + starts[i] for i, index in enumerate(sample.leaf_positions[0])])
+    claimed = [
+        start + np.ravel_multi_index(tuple(np.asarray(index)), shape)
+        for start, index, shape in zip(starts, sample.leaf_positions[0], shapes, strict=False)
+    ]
+    claimed = np.concatenate(claimed)
     got = np.asarray(sample(params))[0]
     np.testing.assert_array_equal(got, flat[claimed][np.asarray(sample.order[0])])
     assert len(set(got.tolist())) == size or size > len(flat)
