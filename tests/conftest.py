@@ -24,13 +24,6 @@ def fashion():
     return train.images[:512], train.labels[:512]
 
 
-@pytest.fixture(scope="module", autouse=True)
-def forget_programs():
-    """What is compiled and traced is dropped after each file; else a worker grows to 5 GB."""
-    yield
-    jax.clear_caches()
-
-
 @pytest.fixture
 def jax_defaults():
     """For tests that run optax or Flax code which does not take strict promotion (Adam's bias correction, pooling)."""
