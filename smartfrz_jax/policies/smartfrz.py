@@ -94,7 +94,8 @@ def smartfrz(
         ValueError: If an option is out of range, or no layer could freeze before the run ends; at ``init``, if ``keep``
             names no layer of the network; in ``update``, if the loss is not a scalar, or the probe's
             not a finite one.
-        FloatingPointError: In ``update``, if sampled weights or the predictor's confidence are not finite.
+        FloatingPointError: In ``update``, if sampled weights or the predictor's confidence are not finite; for
+            a predictor that reads no weights, if the loss is NaN.
 
     Example:
         >>> import jax.numpy as jnp

@@ -116,12 +116,18 @@ class SmartFrzState(struct.PyTreeNode):
             policy: Name of the policy, for the error.
 
         Raises:
-            FloatingPointError: If a sampled weight of an active layer is not finite.
+            FloatingPointError: If a sampled weight of an active layer is not finite; if none is sampled, if the loss is
+                NaN.
         """
         weights = _sampled(self.tailoring, layers, params)
         finite, loss_sum = jax.device_get((_rows_finite(weights), self.loss_sum))
         check_finite(layers, ~self.frozen & ~np.asarray(finite), what="params", policy=policy, step=step)
         loss = np.float32(loss_sum / self.loss_count if self.loss_count else np.nan)
+        if self.tailoring is None and self.loss_count and np.isnan(loss):
+            raise FloatingPointError(
+                f"loss: {policy} got NaN up to step {step}, so the training has diverged; lower the learning rate, or "
+                "go on from an earlier checkpoint"
+            )
         return self.replace(
             history=self.history.record(weights, jax.device_put(~self.frozen)),
             records=np.asarray(self.records + 1, np.int32),
