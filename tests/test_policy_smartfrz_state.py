@@ -325,5 +325,5 @@ def test_keeps_no_weights_for_a_predictor_that_reads_none(tmp_path):
     checkpoint.write(tmp_path / "state", state, "policy", {})
     restored = checkpoint.read(tmp_path / "state", policy.init(LAYERS, START), "policy")
     jax.tree.map(np.testing.assert_array_equal, restored, state)
-    with pytest.raises(FloatingPointError, match="loss: smartfrz got NaN up to step 3.* lower the learning rate"):
+    with pytest.raises(FloatingPointError, match=r"loss: smartfrz got NaN up to step 3.* lower the learning rate"):
         run(policy, 3, lambda step: np.float32(np.nan if step == 3 else 1))
