@@ -61,6 +61,9 @@ from smartfrz_jax.prefix_cache import PrefixCache as PrefixCache
 from smartfrz_jax.program_cache import keep_programs as keep_programs
 from smartfrz_jax.recorder import Recorder as Recorder
 from smartfrz_jax.recording import Recording as Recording
+from smartfrz_jax.rehearsal import Harm as Harm
+from smartfrz_jax.rehearsal import Rehearsal as Rehearsal
+from smartfrz_jax.rehearsal import rehearse as rehearse
 from smartfrz_jax.splits import by_layer as by_layer
 from smartfrz_jax.splits import by_metadata as by_metadata
 from smartfrz_jax.splits import by_run as by_run

@@ -10,9 +10,19 @@ from pathlib import Path
 
 import jax
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+
+
+@pytest.fixture(autouse=True)
+def programs_are_kept_no_longer_than_the_test():
+    """Otherwise every later test would write its programs to files; JAX goes on doing so without a directory, too."""
+    yield
+    if jax.config.values["jax_compilation_cache_dir"] is not None:
+        jax.config.update("jax_compilation_cache_dir", None)
+        compilation_cache.reset_cache()
 
 
 @pytest.fixture(scope="session")

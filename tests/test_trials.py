@@ -9,11 +9,12 @@ import pytest
 pytest.importorskip("matplotlib")
 
 import smartfrz_jax as sfj
-from train import closed_loop
+from train import closed_loop, json_lines
 from train.trials import report
 from train.trials.cases import CASES
+from train.trials.result import Result
 from train.trials.strategies import Situation, strategies
-from train.trials.trial import Bench, Result
+from train.trials.trial import Bench
 
 
 def result(strategy, seed, accuracy, compute, cached=None, seconds=10.0):
@@ -147,12 +148,12 @@ def test_what_is_done_is_not_run_again(tmp_path):
     file = tmp_path / "results.jsonl"
     known = result("never", 1, 0.5, 1.0)._replace(case="resnet14-weak", frozen=[(3, ["a"])])
     file.write_text(json.dumps(known._asdict()) + "\n")
-    assert closed_loop.done(file) == [known]
-    left = [(case, name, seed) for case, name, _, seed in closed_loop.wanted(args, closed_loop.done(file))]
+    assert json_lines.read(file, Result.parse) == [known]
+    left = [(case, name, seed) for case, name, _, seed in closed_loop.wanted(args, [known])]
     assert left == [run for run in everything if run != ("resnet14-weak", "never", 1)]
     file.write_text("{broken\n")
     with pytest.raises(ValueError, match="line 1"):
-        closed_loop.done(file)
+        json_lines.read(file, Result.parse)
 
 
 def test_rates_of_shorter_schedules_are_chosen_with_one_seed(tmp_path):

@@ -11,37 +11,20 @@ from __future__ import annotations
 
 import argparse
 import fnmatch
-import json
 import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 
 import smartfrz_jax as sfj
+from train import json_lines
 from train.interrupt import Interrupt, exit_code
 from train.results import provenance, write_section
 from train.trials import report
 from train.trials.cases import CASES
+from train.trials.result import Result
 from train.trials.strategies import Strategy, strategies
-from train.trials.trial import Bench, Result
-
-
-def done(path: Path) -> list[Result]:
-    """The results so far.
-
-    Raises:
-        ValueError: If a line is damaged.
-    """
-    if not path.exists():
-        return []
-    results = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
-        try:
-            fields = json.loads(line)
-            results.append(Result(**fields | {"frozen": [(step, names) for step, names in fields["frozen"]]}))
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"out: line {number} of {path} is not a result ({error}); remove it") from error
-    return results
+from train.trials.trial import Bench
 
 
 def wanted(args: argparse.Namespace, results: list[Result]) -> Iterator[tuple[str, str, Strategy, int]]:
@@ -80,7 +63,7 @@ def compare(args: argparse.Namespace, interrupt: Interrupt) -> None:
     """Runs what is missing, and writes the report."""
     sfj.keep_programs(args.out / "programs")
     file = args.out / "results.jsonl"
-    results = done(file)
+    results = json_lines.read(file, Result.parse)
     bench: Bench | None = None
     for case, name, strategy, seed in interrupt.checked(wanted(args, results)):
         if bench is None or bench.name != case:
@@ -91,8 +74,7 @@ def compare(args: argparse.Namespace, interrupt: Interrupt) -> None:
             seed,
             predictor=find_predictor(args, case, strategy.needs) if strategy.needs else None,
         )
-        with file.open("a") as opened:
-            opened.write(json.dumps(result._asdict()) + "\n")
+        json_lines.append(file, result._asdict())
         results.append(result)
         print(
             f"{case:16s} {name:20s} seed {seed}: accuracy {result.accuracy:.4f}, compute {result.compute:.2f}, "

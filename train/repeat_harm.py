@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import random
 import sys
 from pathlib import Path
@@ -29,6 +28,7 @@ from smartfrz_jax.examples import Examples, make_examples
 from smartfrz_jax.harm import fill
 from smartfrz_jax.recording import Recording
 from smartfrz_jax.splits import by_run, moments
+from train import json_lines
 from train.collection.architectures import ARCHITECTURES
 from train.collection.plan import runs
 from train.collection.record import branch_moments, branches, prepare
@@ -94,20 +94,14 @@ def repeat(args: argparse.Namespace, interrupt: Interrupt) -> None:
     """Measures what is missing, and writes the table."""
     sfj.keep_programs(args.out / "programs")
     recordings, _ = learning_runs.load(args.recordings)
-    file, again = args.out / "harm.jsonl", {}
-    for number, line in enumerate(file.read_text().splitlines() if file.exists() else [], 1):
-        try:
-            row = json.loads(line)
-            again[row["name"]] = np.array(row["harm"], np.float32)
-        except (ValueError, TypeError, KeyError) as error:
-            raise ValueError(f"out: line {number} of {file} is not a measurement ({error}); remove it") from error
+    file = args.out / "harm.jsonl"
+    again = dict(json_lines.read(file, lambda row: (row["name"], np.array(row["harm"], np.float32))))
     indices = chosen(recordings, args.runs, args.seed)
     for index in interrupt.checked(indices):
         name = recordings[index].metadata["name"]
         if name not in again:
             again[name] = measure_again(recordings[index], args)
-            with file.open("a") as opened:
-                opened.write(json.dumps({"name": name, "harm": again[name].tolist()}) + "\n")
+            json_lines.append(file, {"name": name, "harm": again[name].tolist()})
             print(f"{name}: measured again", flush=True)
     second = {index: again[recordings[index].metadata["name"]] for index in indices}
     text = f"{provenance('train.repeat_harm')}\n\n{table(recordings, second, args.stride)}"

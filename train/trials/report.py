@@ -9,7 +9,7 @@ from typing import NamedTuple
 import matplotlib as mpl
 import numpy as np
 
-from train.trials.trial import Result
+from train.trials.result import Result
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

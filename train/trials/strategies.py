@@ -27,7 +27,7 @@ class Situation(NamedTuple):
         reference: Gives the outputs of every layer of a well-trained network on the probe batch.
         predictor: Checkpoint of the predictor that the strategy needs, which has not seen the network; ``None`` if it
             needs none.
-        probe: From parameters to the training loss on a fixed batch.
+        probe: From parameters to the training loss on a fixed batch; ``None`` if nothing may be measured.
         seed: Seed of the run.
     """
 
@@ -35,7 +35,7 @@ class Situation(NamedTuple):
     costs: Mapping[str, float]
     reference: Callable[[], Mapping[str, jax.Array]]
     predictor: Path | None
-    probe: Callable[[Any], Any]
+    probe: Callable[[Any], Any] | None
     seed: int
 
 

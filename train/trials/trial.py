@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,6 +25,7 @@ from train.collection.sets import Batches, open_set
 from train.log import Log, Run
 from train.run import run
 from train.trials.cases import Case
+from train.trials.result import Result
 from train.trials.strategies import Situation, Strategy
 
 PyTree = Any
@@ -32,36 +34,6 @@ _PROBE = 64  # examples on which layers' outputs are compared, and contributions
 _EVALUATION_BATCH = 128
 _MIN_SAVING = 0.05
 _REFERENCE_SEED = 1000
-
-
-class Result(NamedTuple):
-    """What a run came to.
-
-    Attributes:
-        case: Name of the case.
-        strategy: Name of the strategy.
-        seed: Seed of the head, the order of examples and the policy.
-        accuracy: Share of the held-out examples classified right.
-        loss: Mean cross entropy on them.
-        compute: FLOPs of all steps by the account, as a share of those of the full run. Forward passes on the probe
-            batch are part of it.
-        compute_cached: The same if the activations at the end of the frozen front are kept: an example's forward pass
-            through a frozen front layer is then computed once.
-        seconds: Of all steps, decisions and waiting for programs that could not be compiled ahead.
-        step_seconds: Of the steps alone.
-        frozen: What froze when: steps done, and names.
-    """
-
-    case: str
-    strategy: str
-    seed: int
-    accuracy: float
-    loss: float
-    compute: float
-    compute_cached: float
-    seconds: float
-    step_seconds: float
-    frozen: list[tuple[int, list[str]]]
 
 
 def loss_fn(model: nnx.Module, inputs: tuple[jax.Array, ...], labels: jax.Array) -> jax.Array:
@@ -81,10 +53,10 @@ def train_step(
 
 
 @nnx.jit
-def _sums(model: nnx.Module, inputs: tuple[jax.Array, ...], labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _judge(model: nnx.Module, inputs: tuple[jax.Array, ...], labels: jax.Array) -> tuple[jax.Array, jax.Array]:
     logits = model(*inputs)  # pyright: ignore[reportCallIssue]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return losses.sum(), (logits.argmax(-1) == labels).sum()
+    return losses, logits.argmax(-1) == labels
 
 
 class Bench:
@@ -159,7 +131,6 @@ class Bench:
         Raises:
             FloatingPointError: If the training diverges.
         """
-        costs = {layer: parts.forward for layer, parts in self.account.flops().by_layer.items() if layer}
         total_steps = self.steps(strategy)
         model, probed = self.model(seed), 0
         loss_of = sfj.nnx.probe(model, loss_fn, self._probe, jnp.asarray(self.data.train[np.arange(_PROBE)].labels))
@@ -169,10 +140,10 @@ class Bench:
             probed += 1
             return loss_of(params)
 
-        situation = Situation(total_steps, costs, self.reference, predictor, probe, seed)
+        situation = Situation(total_steps, self.costs(), self.reference, predictor, probe, seed)
         policy = strategy.policy(situation)
         log = self._train(name, strategy, policy, model, seed)
-        loss, accuracy = self._figures(model)
+        losses, right = self._held_out(model)
         frozen = [(event.step, list(event.names)) for event in log.freezes]
         compute, cached = self.compute(frozen, total_steps)
         probing = probed * self.probe_share()
@@ -180,14 +151,45 @@ class Bench:
             self.name,
             name,
             seed,
-            accuracy,
-            loss,
+            float(right.mean()),
+            float(losses.mean()),
             compute + probing,
             cached + probing,
             log.seconds + log.wait_seconds - log.programs[0].waited,
             log.seconds - log.policy_seconds,
             frozen,
         )
+
+    def rehearse(self, strategies: Mapping[str, Strategy], share: float, seed: int) -> tuple[sfj.Rehearsal, float]:
+        """Tries strategies in a share of the full run's steps.
+
+        Args:
+            strategies: Strategies of full length that need no predictor; those that save most come last.
+            share: Steps of the rehearsal, as a share of those of the full run.
+            seed: Seed of the head and the order of examples.
+
+        Returns:
+            The rehearsal, and the FLOPs of all of it as a share of those of the full run.
+        """
+        short, compute = Strategy(_never, length=share), 0.0
+
+        def train(policy: sfj.Policy, steps: int) -> np.ndarray:
+            nonlocal compute
+            model = self.model(seed)
+            if steps:
+                log = self._train("rehearsal", short, policy, model, seed)
+                compute += self.compute([(event.step, list(event.names)) for event in log.freezes], steps)[0]
+            return self._held_out(model)[0]
+
+        def policy(strategy: Strategy, steps: int) -> sfj.Policy:
+            return strategy.policy(Situation(steps, self.costs(), self.reference, None, None, seed))
+
+        makers = {name: functools.partial(policy, strategy) for name, strategy in strategies.items()}
+        return sfj.rehearse(train, makers, steps=self.steps(short)), compute
+
+    def costs(self) -> dict[str, float]:
+        """Forward FLOPs of every layer."""
+        return {layer: parts.forward for layer, parts in self.account.flops().by_layer.items() if layer}
 
     def compute(self, frozen: list[tuple[int, list[str]]], total_steps: int) -> tuple[float, float]:
         """FLOPs of a run as a share of the full run's: as it is, and with the frozen front's activations kept."""
@@ -264,17 +266,17 @@ class Bench:
             return optax.chain(decay, optax.trace(0.9), rate)
         return optax.chain(optax.scale_by_adam(), decay, rate)
 
-    def _figures(self, model: nnx.Module) -> tuple[float, float]:
-        """Loss and accuracy on the held-out examples."""
+    def _held_out(self, model: nnx.Module) -> tuple[np.ndarray, np.ndarray]:
+        """Losses on the held-out examples, float32 (examples,), and whether they are classified right."""
         evaluated = nnx.merge(*nnx.split(model))  # shares the arrays, not the mode
         evaluated.eval()
-        loss, right, held_out = 0.0, 0, self.data.held_out
+        parts, held_out = [], self.data.held_out
         for start in range(0, len(held_out), _EVALUATION_BATCH):
             part = held_out[np.arange(start, min(start + _EVALUATION_BATCH, len(held_out)))]
             inputs, labels = jax.tree.map(jnp.asarray, (part.inputs, part.labels))
-            part_loss, part_right = _sums(evaluated, inputs, labels)
-            loss, right = loss + float(part_loss), right + int(part_right)
-        return loss / len(held_out), right / len(held_out)
+            parts.append(jax.device_get(_judge(evaluated, inputs, labels)))
+        losses, right = (np.concatenate(column) for column in zip(*parts, strict=True))
+        return losses, right
 
 
 def _never(situation: Situation) -> sfj.Policy:

@@ -1,0 +1,94 @@
+"""Rehearsals beside full runs: the report against numbers worked out by hand, and a small comparison end to end."""
+
+import dataclasses
+import json
+
+import pytest
+
+pytest.importorskip("matplotlib")
+
+import smartfrz_jax as sfj
+from train import json_lines, rehearsals
+from train.collection.plan import runs
+from train.collection.sets import FASHION
+from train.trials.cases import Case
+from train.trials.rehearsed import Rehearsed, report
+from train.trials.result import Result
+from train.trials.strategies import strategies
+from train.trials.trial import Bench
+
+
+def rehearsed(seed, harm, chosen, share=0.1, case="case"):
+    harms = {"static:half": sfj.Harm(harm, 0.01), "static:all": sfj.Harm(0.5, 0.01)}
+    return Rehearsed(case, seed, share, 0.2 + seed / 10, sfj.Rehearsal(10, 2.0, 1.8, harms, chosen))
+
+
+def result(strategy, seed, loss, accuracy):
+    return Result("case", strategy, seed, accuracy, loss, 1.0, 1.0, 1.0, 1.0, [])
+
+
+def test_the_report_by_hand():
+    rows = [rehearsed(0, 0.1, None), rehearsed(1, -0.1, "static:half"), rehearsed(0, 0.2, None, share=0.05)]
+    full = [
+        result("never", 0, 1.0, 0.80),
+        result("static:half", 0, 1.2, 0.77),  # of 2 - 1 that are learned .2 are lost
+        result("static:half", 1, 0.5, 0.90),  # no run of never with that seed
+    ]
+    lines = report(rows, full, ("static:half", "static:all")).splitlines()
+    assert [line for line in lines if line.startswith("###")] == [
+        "### Rehearsals of 5% of the steps",
+        "### Rehearsals of 10% of the steps",
+    ]
+    assert lines[-1] == (
+        "| case | 2, 1 | +0.0 +- 10.0 % | +20.0 % | -3.00 | +50.0 +- 0.0 % | - | - | none 1, static:half 1 | 0.25 |"
+    )
+
+
+def test_a_rehearsal_is_read_as_it_was_written(tmp_path):
+    row = rehearsed(1, -0.1, "static:half")
+    json_lines.append(tmp_path / "rows.jsonl", row.as_json())
+    assert json_lines.read(tmp_path / "rows.jsonl", Rehearsed.parse) == [row]
+    (tmp_path / "rows.jsonl").write_text(json.dumps({"case": "case"}) + "\n")
+    with pytest.raises(ValueError, match=r"out: line 1 of .*rows\.jsonl is not a result"):
+        json_lines.read(tmp_path / "rows.jsonl", Rehearsed.parse)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--cases resnte14-weak", "'resnte14-weak' matches none of lite0-cifar10"),
+        ("--seeds 1 --full-seeds 2", "got 1 and 2, expected at least one seed"),
+        ("--shares 0.1 1.5", "expected shares above 0 and below 1"),
+    ],
+)
+def test_the_command_line_is_checked(options, message, capsys):
+    with pytest.raises(SystemExit):
+        rehearsals.parse(["--data-dir", "x", *options.split()])
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("jax_defaults")
+def test_a_comparison_end_to_end_is_not_run_twice(tmp_path, monkeypatch):
+    run = next(run for run in runs() if run.name == f"resnet8-{FASHION.replace('/', '-')}-scratch-0")
+    run = dataclasses.replace(run, steps=12, examples=64, batch_size=16, learning_rate=0.02, optimizer="sgd")
+    monkeypatch.setattr(rehearsals, "cases", lambda: {"small": Case(run, 100)})
+    options = f"--data-dir {tmp_path} --out {tmp_path} --cases small --seeds 1 --full-seeds 1 --shares 0.5"
+    options += f" --results {tmp_path / 'RESULTS.md'}"
+    assert rehearsals.main(options.split()) == 0
+    (row,) = json_lines.read(tmp_path / "rehearsals.jsonl", Rehearsed.parse)
+    full = {result.strategy: result for result in json_lines.read(tmp_path / "results.jsonl", Result.parse)}
+    assert list(full) == ["never", *rehearsals.POLICIES]
+    assert row.rehearsal.steps == 6
+    # A rehearsal costs what the runs cost, of half the length; what is frozen at the first step weighs more there.
+    assert row.compute == pytest.approx(sum(result.compute for result in full.values()) / 2, rel=0.1)
+    assert row.compute > sum(result.compute for result in full.values()) / 2
+    bench = Bench("small", Case(run, 100), out=tmp_path, data_dir=tmp_path, weights_dir=None, say=print)
+    shorter = strategies()["never"]._replace(length=0.5)
+    assert bench.trial("shorter", shorter, 0, predictor=None).loss == pytest.approx(row.rehearsal.never, rel=1e-6)
+    text = (tmp_path / "RESULTS.md").read_text()
+    assert "| small | 1, 1 |" in text
+
+    monkeypatch.setattr(rehearsals, "Bench", None)
+    assert rehearsals.main(options.split()) == 0
+    assert (tmp_path / "RESULTS.md").read_text() == text

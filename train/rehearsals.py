@@ -1,0 +1,130 @@
+"""Whether a rehearsal tells if freezing from the start is harmless: short runs beside the long ones they stand for.
+
+For every fine-tuning the policies of ``POLICIES`` are rehearsed with some seeds, and run at full length with some of
+these. Results are lines of ``rehearsals.jsonl`` and ``results.jsonl`` in ``--out``; what is there is not run again.
+
+    python -m train.rehearsals --data-dir data/tfds --weights data/weights
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import smartfrz_jax as sfj
+from train import json_lines
+from train.collection.plan import runs
+from train.interrupt import Interrupt, exit_code
+from train.results import provenance, write_section
+from train.trials.cases import CASES, Case
+from train.trials.rehearsed import Rehearsed, report
+from train.trials.result import Result
+from train.trials.strategies import strategies
+from train.trials.trial import Bench
+
+POLICIES = ("static:half", "static:half,all")
+_HELD_OUT = 2000
+
+
+def cases() -> dict[str, Case]:
+    """Fine-tunings by name: those of the closed loop, and of recorded runs those that were pre-trained."""
+    pretrained = [run for run in runs() if run.pretraining != "scratch"]
+    return {**CASES, **{run.name: Case(run, _HELD_OUT) for run in pretrained}}
+
+
+def compare(args: argparse.Namespace, interrupt: Interrupt) -> None:
+    """Runs what is missing, and writes the tables."""
+    sfj.keep_programs(args.out / "programs")
+    rehearsals = json_lines.read(args.out / "rehearsals.jsonl", Rehearsed.parse)
+    results = json_lines.read(args.out / "results.jsonl", Result.parse)
+    for name in interrupt.checked(name for name in cases() if _matches(name, args.cases)):
+        measure(name, args, rehearsals, results, interrupt)
+    text = f"{provenance('train.rehearsals')}\n\n{report(rehearsals, results, POLICIES)}"
+    print(text)
+    (args.out / "rehearsals.md").write_text(f"{text}\n")
+    if args.results is not None:
+        write_section(args.results, "rehearsals", text)
+
+
+def measure(
+    name: str, args: argparse.Namespace, rehearsals: list[Rehearsed], results: list[Result], interrupt: Interrupt
+) -> None:
+    """Runs what is missing of a fine-tuning, and puts it at the end of the lists and files."""
+    done = {(row.case, row.seed, row.share) for row in rehearsals}
+    known = {(row.case, row.seed, row.strategy) for row in results}
+    every = strategies()
+    bench: Bench | None = None
+    for seed, what in interrupt.checked(wanted(args)):
+        if (name, seed, what) in done | known:
+            continue
+        if bench is None:
+            case = cases()[name]
+            bench = Bench(name, case, out=args.out, data_dir=args.data_dir, weights_dir=args.weights, say=print)
+        if isinstance(what, str):
+            results.append(bench.trial(what, every[what], seed, predictor=None))
+            json_lines.append(args.out / "results.jsonl", results[-1]._asdict())
+            print(f"{name} seed {seed}, {what}: accuracy {results[-1].accuracy:.4f}", flush=True)
+        else:
+            rehearsal, compute = bench.rehearse({each: every[each] for each in POLICIES}, what, seed)
+            rehearsals.append(Rehearsed(name, seed, what, compute, rehearsal))
+            json_lines.append(args.out / "rehearsals.jsonl", rehearsals[-1].as_json())
+            print(f"{name} seed {seed}, {what} of the run: {rehearsal}", flush=True)
+
+
+def wanted(args: argparse.Namespace) -> Iterator[tuple[int, float | str]]:
+    """What is to be run of each fine-tuning, with its seed: rehearsals by their share of the steps, then strategies."""
+    yield from ((seed, share) for seed in range(args.seeds) for share in args.shares)
+    yield from ((seed, name) for seed in range(args.full_seeds) for name in ("never", *POLICIES))
+
+
+def _matches(name: str, patterns: list[str]) -> bool:
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m train.rehearsals", description=str(__doc__).split("\n\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/rehearsals"), help="folder for everything written")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="Markdown file in which to renew the tables, too")
+    parser.add_argument("--data-dir", type=Path, required=True, help="folder of prepared TFDS data sets")
+    parser.add_argument("--weights", type=Path, help="folder of published weights")
+    parser.add_argument(
+        "--cases",
+        nargs="+",
+        default=list(CASES),
+        help="patterns of fine-tunings: of train.closed_loop, or recorded runs",
+    )
+    parser.add_argument(
+        "--shares", nargs="+", type=float, default=[0.05, 0.1], help="steps of rehearsals, as shares of the full run's"
+    )
+    parser.add_argument("--seeds", type=int, default=3, help="seeds of rehearsals, from 0 (default: %(default)s)")
+    parser.add_argument("--full-seeds", type=int, default=3, help="seeds of full runs (default: %(default)s)")
+    args = parser.parse_args(argv)
+    for pattern in args.cases:
+        if not fnmatch.filter(cases(), pattern):
+            parser.error(f"argument --cases: {pattern!r} matches none of {', '.join(cases())}")
+    if args.seeds < 1 or not 0 <= args.full_seeds <= args.seeds:
+        parser.error(
+            f"arguments --seeds, --full-seeds: got {args.seeds} and {args.full_seeds}, expected at least one seed, and "
+            "no more full runs than rehearsals"
+        )
+    if not all(0 < share < 1 for share in args.shares):
+        parser.error(f"argument --shares: got {args.shares}, expected shares above 0 and below 1")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the script; returns the exit code: 0, 2 if something asked for is wrong, 130 if interrupted."""
+    args = parse(argv)
+    return exit_code(
+        lambda interrupt: compare(args, interrupt),
+        args.out,
+        go_on=f"call it again to go on, results are in {args.out}",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,41 @@
+"""What one run of a strategy came to."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+
+class Result(NamedTuple):
+    """What a run came to.
+
+    Attributes:
+        case: Name of the case.
+        strategy: Name of the strategy.
+        seed: Seed of the head, the order of examples and the policy.
+        accuracy: Share of the held-out examples classified right.
+        loss: Mean cross entropy on them.
+        compute: FLOPs of all steps by the account, as a share of those of the full run. Forward passes on the probe
+            batch are part of it.
+        compute_cached: The same if the activations at the end of the frozen front are kept: an example's forward pass
+            through a frozen front layer is then computed once.
+        seconds: Of all steps, decisions and waiting for programs that could not be compiled ahead.
+        step_seconds: Of the steps alone.
+        frozen: What froze when: steps done, and names.
+    """
+
+    case: str
+    strategy: str
+    seed: int
+    accuracy: float
+    loss: float
+    compute: float
+    compute_cached: float
+    seconds: float
+    step_seconds: float
+    frozen: list[tuple[int, list[str]]]
+
+    @classmethod
+    def parse(cls, fields: dict[str, Any]) -> Result:
+        """From a JSON object."""
+        parsed: dict[str, Any] = fields | {"frozen": [(step, names) for step, names in fields["frozen"]]}
+        return cls(**parsed)
