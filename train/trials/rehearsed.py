@@ -63,7 +63,8 @@ def report(rehearsals: Sequence[Rehearsed], results: Sequence[Result], policies:
             f"|---|--:|{'--:|--:|--:|' * len(policies)}---|--:|",
         ]
         for case, rows in by_case.items():
-            seeds = f"{len(rows)}, {sum((case, row.seed, policies[0]) in full for row in rows)}"
+            pairs = [{(case, row.seed, name) for name in ("never", policies[0])} for row in rows]
+            seeds = f"{len(rows)}, {sum(pair <= full.keys() for pair in pairs)}"
             cells = [cell for name in policies for cell in _harms(rows, full, name)]
             chosen = [row.rehearsal.chosen or "none" for row in rows]
             counts = ", ".join(f"{name} {chosen.count(name)}" for name in sorted(set(chosen)))
