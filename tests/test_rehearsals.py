@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +17,8 @@ from train.trials.rehearsed import Rehearsed, report
 from train.trials.result import Result
 from train.trials.strategies import strategies
 from train.trials.trial import Bench
+
+ROOT = Path(__file__).parents[1]
 
 
 def rehearsed(seed, harm, chosen, share=0.1, case="case"):
@@ -42,6 +45,13 @@ def test_the_report_by_hand():
     assert lines[-1] == (
         "| case | 2, 1 | +0.0 +- 10.0 % | +20.0 % | -3.00 | +50.0 +- 0.0 % | - | - | none 1, static:half 1 | 0.25 |"
     )
+
+
+def test_the_tables_of_results_md_are_those_of_the_results_in_the_repository():
+    folder = ROOT / "benchmarks" / "rehearsals"
+    rows = json_lines.read(folder / "rehearsals.jsonl", Rehearsed.parse)
+    full = json_lines.read(folder / "results.jsonl", Result.parse)
+    assert report(rows, full, rehearsals.POLICIES) in (ROOT / "RESULTS.md").read_text()
 
 
 def test_a_rehearsal_is_read_as_it_was_written(tmp_path):
