@@ -29,7 +29,8 @@ class Harm(NamedTuple):
 
     Attributes:
         harm: Held-out loss at the end, less that without freezing, by how far the latter has fallen from before the
-            first step. Below 0 if freezing helped; NaN if nothing was learned without.
+            first step. Below 0 if freezing helped; NaN if nothing was learned without, or no more than twice its
+            standard error over the held-out examples.
         error: Its standard error over the held-out examples; NaN if there is one number for all. How much another seed
             would change is not part of it.
     """
@@ -46,8 +47,8 @@ class Rehearsal(NamedTuple):
         start: Mean held-out loss before the first step.
         never: Mean held-out loss after the last one, nothing frozen.
         harms: What each policy cost.
-        chosen: The last policy that is good enough; ``None`` if none is, or if nothing was learned without freezing:
-            more steps may tell then.
+        chosen: The last policy that is good enough; ``None`` if none is, or if nothing was learned without freezing
+            (harms are NaN then): more steps may tell.
     """
 
     steps: int
@@ -116,9 +117,8 @@ def rehearse(
         raise ValueError(f"tolerance: got {tolerance}, expected a finite share of what is learned, such as 0")
     start = _losses(train(never(), 0), "before the first step", None)
     base = _losses(train(never(), steps), "with nothing frozen", start.shape)
-    learned = float(start.mean() - base.mean())
     harms = {
-        name: _harm(_losses(train(make(steps), steps), f"under {name!r}", start.shape) - base, learned)
+        name: _harm(_losses(train(make(steps), steps), f"under {name!r}", start.shape) - base, start - base)
         for name, make in policies.items()
     }
     good = [name for name, (harm, error) in harms.items() if harm + np.nan_to_num(error) <= tolerance]  # NaN is not
@@ -140,9 +140,15 @@ def _losses(returned: Any, when: str, shape: tuple[int, ...] | None) -> np.ndarr
     return losses
 
 
-def _harm(differences: np.ndarray, learned: float) -> Harm:
-    if learned <= 0:
+def _mean(values: np.ndarray) -> tuple[float, float]:
+    """The mean and its standard error, NaN of one value."""
+    n = len(values)
+    return float(values.mean()), float(values.std(ddof=1) / np.sqrt(n)) if n > 1 else float("nan")
+
+
+def _harm(lost: np.ndarray, learned: np.ndarray) -> Harm:
+    mean, error = _mean(learned)
+    if mean <= 2 * np.nan_to_num(error):  # harm would be a large share of next to nothing, either way
         return Harm(float("nan"), float("nan"))
-    n = len(differences)
-    error = float(differences.std(ddof=1) / np.sqrt(n) / learned) if n > 1 else float("nan")
-    return Harm(float(differences.mean()) / learned, error)
+    lost_mean, lost_error = _mean(lost)
+    return Harm(lost_mean / mean, lost_error / mean)

@@ -65,12 +65,19 @@ def test_a_number_for_all_examples_has_no_error():
     assert rehearsal.chosen == "half"
 
 
-@pytest.mark.parametrize("never", [START, START + 0.1])
+# The standard error of the mean of SOME, .1, is .0816: with .06 more the mean is less than two of them, with .07 more.
+@pytest.mark.parametrize("never", [START, START + 0.1, START - SOME - 0.06])
 def test_where_nothing_is_learned_nothing_is_chosen(never):
     losses = iter([START, never, START - 1])
     rehearsal = sfj.rehearse(lambda policy, steps: next(losses), {"half": lambda steps: sfj.never()}, steps=5)
     assert rehearsal.chosen is None
     assert np.isnan(rehearsal.harms["half"]).all()
+
+
+def test_a_little_more_than_the_held_out_examples_leave_in_doubt_is_enough():
+    losses = iter([START, START - SOME - 0.07, START - 1])
+    rehearsal = sfj.rehearse(lambda policy, steps: next(losses), {"half": lambda steps: sfj.never()}, steps=5)
+    assert rehearsal.chosen == "half"
 
 
 @pytest.mark.parametrize(

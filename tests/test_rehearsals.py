@@ -13,7 +13,7 @@ from train import json_lines, rehearsals
 from train.collection.plan import runs
 from train.collection.sets import FASHION
 from train.trials.cases import Case
-from train.trials.rehearsed import Rehearsed, report
+from train.trials.rehearsed import Plan, Rehearsed, report
 from train.trials.result import Result
 from train.trials.strategies import strategies
 from train.trials.trial import Bench
@@ -21,37 +21,72 @@ from train.trials.trial import Bench
 ROOT = Path(__file__).parents[1]
 
 
+PLAN = Plan(rehearsed="static:half", ready="static:all", otherwise="progress:0.5")
+
+
 def rehearsed(seed, harm, chosen, share=0.1, case="case"):
-    harms = {"static:half": sfj.Harm(harm, 0.01), "static:all": sfj.Harm(0.5, 0.01)}
+    harms = {"static:half": sfj.Harm(harm, 0.01)}
     return Rehearsed(case, seed, share, 0.2 + seed / 10, sfj.Rehearsal(10, 2.0, 1.8, harms, chosen))
 
 
-def result(strategy, seed, loss, accuracy):
-    return Result("case", strategy, seed, accuracy, loss, 1.0, 1.0, 1.0, 1.0, [])
+def result(strategy, seed, loss, accuracy, compute=1.0, cached=1.0):
+    return Result("case", strategy, seed, accuracy, loss, compute, cached, 1.0, 1.0, [])
 
 
 def test_the_report_by_hand():
-    rows = [rehearsed(0, 0.1, None), rehearsed(1, -0.1, "static:half"), rehearsed(0, 0.2, None, share=0.05)]
+    rows = [
+        rehearsed(0, 0.1, None),
+        rehearsed(1, -0.1, "static:half"),
+        rehearsed(2, -0.2, "static:half", share=0.025),
+        rehearsed(0, float("nan"), None, share=0.05, case="another"),
+    ]
     full = [
         result("never", 0, 1.0, 0.80),
         result("static:half", 0, 1.2, 0.77),  # of 2 - 1 that are learned .2 are lost
         result("static:half", 1, 0.5, 0.90),  # no run of never with that seed
+        result("static:all", 0, 0.5, 0.90),  # not what was chosen
+        result("progress:0.5", 0, 1.1, 0.79, compute=0.8, cached=0.7),
+        result("never", 2, 1.0, 0.80),
+        result("static:all", 2, 1.0, 0.81, compute=0.5, cached=0.3),
     ]
-    lines = report(rows, full, ("static:half", "static:all")).splitlines()
-    assert [line for line in lines if line.startswith("###")] == [
-        "### Rehearsals of 5% of the steps",
-        "### Rehearsals of 10% of the steps",
+    assert report(rows, full, PLAN).split("\n") == [
+        "### Rehearsals of 2.5% of the steps",
+        "",
+        "| fine-tuning | seeds | static:half harmless | harm | price | full runs | harm | points |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+        "| case | 1 | 1 | -20.0 % | 0.40 | 0 | - | - |",
+        "",
+        "The long run then has `static:all` or `progress:0.5`:",
+        "",
+        "| fine-tuning | seeds | static:all | compute, rehearsal included | with kept activations | points |",
+        "|---|--:|--:|--:|--:|--:|",
+        "| case | 1 | 1 | 0.90 | 0.70 | +1.00 |",
+        "",
+        "### Rehearsals of 5.0% of the steps",
+        "",
+        "| fine-tuning | seeds | static:half harmless | harm | price | full runs | harm | points |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+        "| another | 1 | 0 | - | 0.20 | 0 | - | - |",
+        "",
+        "### Rehearsals of 10.0% of the steps",
+        "",
+        "| fine-tuning | seeds | static:half harmless | harm | price | full runs | harm | points |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+        "| case | 2 | 1 | +0.0 +- 10.0 % | 0.25 | 1 | +20.0 % | -3.00 |",
+        "",
+        "The long run then has `static:all` or `progress:0.5`:",
+        "",
+        "| fine-tuning | seeds | static:all | compute, rehearsal included | with kept activations | points |",
+        "|---|--:|--:|--:|--:|--:|",
+        "| case | 1 | 0 | 1.00 | 0.90 | -1.00 |",
     ]
-    assert lines[-1] == (
-        "| case | 2, 1 | +0.0 +- 10.0 % | +20.0 % | -3.00 | +50.0 +- 0.0 % | - | - | none 1, static:half 1 | 0.25 |"
-    )
 
 
 def test_the_tables_of_results_md_are_those_of_the_results_in_the_repository():
     folder = ROOT / "benchmarks" / "rehearsals"
     rows = json_lines.read(folder / "rehearsals.jsonl", Rehearsed.parse)
     full = json_lines.read(folder / "results.jsonl", Result.parse)
-    assert report(rows, full, rehearsals.POLICIES) in (ROOT / "RESULTS.md").read_text()
+    assert report(rows, full, rehearsals.PLAN) in (ROOT / "RESULTS.md").read_text()
 
 
 def test_a_rehearsal_is_read_as_it_was_written(tmp_path):
@@ -81,23 +116,30 @@ def test_the_command_line_is_checked(options, message, capsys):
 @pytest.mark.usefixtures("jax_defaults")
 def test_a_comparison_end_to_end_is_not_run_twice(tmp_path, monkeypatch):
     run = next(run for run in runs() if run.name == f"resnet8-{FASHION.replace('/', '-')}-scratch-0")
-    run = dataclasses.replace(run, steps=12, examples=64, batch_size=16, learning_rate=0.02, optimizer="sgd")
+    run = dataclasses.replace(run, steps=12, examples=80, batch_size=16, learning_rate=0.02, optimizer="sgd")
     monkeypatch.setattr(rehearsals, "cases", lambda: {"small": Case(run, 100)})
     options = f"--data-dir {tmp_path} --out {tmp_path} --cases small --seeds 1 --full-seeds 1 --shares 0.5"
     options += f" --results {tmp_path / 'RESULTS.md'}"
     assert rehearsals.main(options.split()) == 0
     (row,) = json_lines.read(tmp_path / "rehearsals.jsonl", Rehearsed.parse)
     full = {result.strategy: result for result in json_lines.read(tmp_path / "results.jsonl", Result.parse)}
-    assert list(full) == ["never", *rehearsals.POLICIES]
+    assert list(full) == ["never", *rehearsals.PLAN]
     assert row.rehearsal.steps == 6
-    # A rehearsal costs what the runs cost, of half the length; what is frozen at the first step weighs more there.
-    assert row.compute == pytest.approx(sum(result.compute for result in full.values()) / 2, rel=0.1)
-    assert row.compute > sum(result.compute for result in full.values()) / 2
     bench = Bench("small", Case(run, 100), out=tmp_path, data_dir=tmp_path, weights_dir=None, say=print)
-    shorter = strategies()["never"]._replace(length=0.5)
-    assert bench.trial("shorter", shorter, 0, predictor=None).loss == pytest.approx(row.rehearsal.never, rel=1e-6)
+    # A rehearsal costs what the runs cost, of half the length, and three evaluations on a fifth of the 80 examples;
+    # what is frozen from the first step on is frozen in a larger share of fewer steps.
+    runs_alone = row.compute - 3 * bench.forward_share(16)
+    expected = (full["never"].compute + full["static:half"].compute) / 2
+    assert expected < runs_alone == pytest.approx(expected, rel=0.1)
     text = (tmp_path / "RESULTS.md").read_text()
-    assert "| small | 1, 1 |" in text
+    assert "| small | 1 | " in text
+
+    # It is what a run of so few steps on the other examples comes to.
+    part = Bench("part", Case(run, 100), out=tmp_path, data_dir=tmp_path, weights_dir=None, say=print)
+    train = part.data.train
+    part.data = part.data._replace(train=train[:64], held_out=train[64:])
+    shorter = part.trial("shorter", strategies()["never"]._replace(length=0.5), 0, predictor=None)
+    assert shorter.loss == pytest.approx(row.rehearsal.never, rel=1e-6)
 
     monkeypatch.setattr(rehearsals, "Bench", None)
     assert rehearsals.main(options.split()) == 0

@@ -1,7 +1,7 @@
 """Whether a rehearsal tells if freezing from the start is harmless: short runs beside the long ones they stand for.
 
-For every fine-tuning the policies of ``POLICIES`` are rehearsed with some seeds, and run at full length with some of
-these. Results are lines of ``rehearsals.jsonl`` and ``results.jsonl`` in ``--out``; what is there is not run again.
+For every fine-tuning what ``PLAN`` rehearses is tried with some seeds, and what may follow run at full length with some
+of these. Results are lines of ``rehearsals.jsonl`` and ``results.jsonl`` in ``--out``; what is there is not run again.
 
     python -m train.rehearsals --data-dir data/tfds --weights data/weights
 """
@@ -20,12 +20,12 @@ from train.collection.plan import runs
 from train.interrupt import Interrupt, exit_code
 from train.results import provenance, write_section
 from train.trials.cases import CASES, Case
-from train.trials.rehearsed import Rehearsed, report
+from train.trials.rehearsed import Plan, Rehearsed, report
 from train.trials.result import Result
 from train.trials.strategies import strategies
 from train.trials.trial import Bench
 
-POLICIES = ("static:half", "static:half,all")
+PLAN = Plan(rehearsed="static:half", ready="static:half,all", otherwise="progress:0.95")
 _HELD_OUT = 2000
 
 
@@ -42,7 +42,7 @@ def compare(args: argparse.Namespace, interrupt: Interrupt) -> None:
     results = json_lines.read(args.out / "results.jsonl", Result.parse)
     for name in interrupt.checked(name for name in cases() if _matches(name, args.cases)):
         measure(name, args, rehearsals, results, interrupt)
-    text = f"{provenance('train.rehearsals')}\n\n{report(rehearsals, results, POLICIES)}"
+    text = f"{provenance('train.rehearsals')}\n\n{report(rehearsals, results, PLAN)}"
     print(text)
     (args.out / "rehearsals.md").write_text(f"{text}\n")
     if args.results is not None:
@@ -68,7 +68,7 @@ def measure(
             json_lines.append(args.out / "results.jsonl", results[-1]._asdict())
             print(f"{name} seed {seed}, {what}: accuracy {results[-1].accuracy:.4f}", flush=True)
         else:
-            rehearsal, compute = bench.rehearse({each: every[each] for each in POLICIES}, what, seed)
+            rehearsal, compute = bench.rehearse({PLAN.rehearsed: every[PLAN.rehearsed]}, what, seed)
             rehearsals.append(Rehearsed(name, seed, what, compute, rehearsal))
             json_lines.append(args.out / "rehearsals.jsonl", rehearsals[-1].as_json())
             print(f"{name} seed {seed}, {what} of the run: {rehearsal}", flush=True)
@@ -77,7 +77,7 @@ def measure(
 def wanted(args: argparse.Namespace) -> Iterator[tuple[int, float | str]]:
     """What is to be run of each fine-tuning, with its seed: rehearsals by their share of the steps, then strategies."""
     yield from ((seed, share) for seed in range(args.seeds) for share in args.shares)
-    yield from ((seed, name) for seed in range(args.full_seeds) for name in ("never", *POLICIES))
+    yield from ((seed, name) for seed in range(args.full_seeds) for name in args.strategies)
 
 
 def _matches(name: str, patterns: list[str]) -> bool:
@@ -102,6 +102,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seeds", type=int, default=3, help="seeds of rehearsals, from 0 (default: %(default)s)")
     parser.add_argument("--full-seeds", type=int, default=3, help="seeds of full runs (default: %(default)s)")
+    every = ("never", *PLAN)
+    parser.add_argument(
+        "--strategies", nargs="+", choices=every, default=every, help="what is run at full length (default: all)"
+    )
     args = parser.parse_args(argv)
     for pattern in args.cases:
         if not fnmatch.filter(cases(), pattern):

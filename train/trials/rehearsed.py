@@ -1,4 +1,4 @@
-"""What rehearsals told, beside what the full runs came to."""
+"""What rehearsals told, beside what the full runs came to, and what it comes to if one goes by them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class Rehearsed(NamedTuple):
         case: Name of the fine-tuning.
         seed: Its seed.
         share: Steps of the rehearsal, as a share of the full run's.
-        compute: FLOPs of all of the rehearsal, as a share of those of the full run.
+        compute: FLOPs of all of the rehearsal, evaluation included, as a share of those of the full run.
         rehearsal: What it came to.
     """
 
@@ -42,56 +42,106 @@ class Rehearsed(NamedTuple):
         return self._asdict() | {"rehearsal": self.rehearsal._asdict()}
 
 
-def report(rehearsals: Sequence[Rehearsed], results: Sequence[Result], policies: Sequence[str]) -> str:
-    """Markdown tables, one for each length of rehearsals: the harm that they told, and that of full runs.
+class Plan(NamedTuple):
+    """How one goes by a rehearsal; names of strategies.
+
+    Attributes:
+        rehearsed: What is rehearsed.
+        ready: What the long run does if it was harmless there.
+        otherwise: What it does if it was not.
+    """
+
+    rehearsed: str
+    ready: str
+    otherwise: str
+
+    def chosen(self, rehearsal: sfj.Rehearsal) -> str:
+        """What the long run does."""
+        return self.otherwise if rehearsal.chosen is None else self.ready
+
+
+class _Full:
+    """Full runs by what they are of."""
+
+    def __init__(self, results: Sequence[Result]):
+        self._results = {(result.case, result.seed, result.strategy): result for result in results}
+
+    def of(self, row: Rehearsed, *strategies: str) -> list[Result] | None:
+        """The runs that the rehearsal stands for, with its seed; ``None`` if one is missing."""
+        found = [self._results.get((row.case, row.seed, strategy)) for strategy in strategies]
+        present = [result for result in found if result is not None]
+        return present if len(present) == len(found) else None
+
+
+def report(rehearsals: Sequence[Rehearsed], results: Sequence[Result], plan: Plan) -> str:
+    """Markdown tables, two for each length of rehearsals: what they told, and what it comes to if one goes by them.
 
     Args:
         rehearsals: All rehearsals.
-        results: Full runs of ``never`` and the policies, with the seeds of some of the rehearsals.
-        policies: Strategies that were rehearsed, in the order of the rehearsal.
+        results: Full runs of ``never`` and the strategies of the plan, with the seeds of some of the rehearsals.
+        plan: How one goes by a rehearsal.
     """
-    full = {(result.case, result.seed, result.strategy): result for result in results}
-    titles = [f"{name}: rehearsed | full run | points" for name in policies]
-    parts = []
+    full, parts = _Full(results), []
     for share in sorted({row.share for row in rehearsals}):
         by_case: dict[str, list[Rehearsed]] = {}
         for row in rehearsals:
             if row.share == share:
                 by_case.setdefault(row.case, []).append(row)
-        lines = [
-            f"| fine-tuning | seeds, full | {' | '.join(titles)} | chosen | compute |",
-            f"|---|--:|{'--:|--:|--:|' * len(policies)}---|--:|",
-        ]
-        for case, rows in by_case.items():
-            pairs = [{(case, row.seed, name) for name in ("never", policies[0])} for row in rows]
-            seeds = f"{len(rows)}, {sum(pair <= full.keys() for pair in pairs)}"
-            cells = [cell for name in policies for cell in _harms(rows, full, name)]
-            chosen = [row.rehearsal.chosen or "none" for row in rows]
-            counts = ", ".join(f"{name} {chosen.count(name)}" for name in sorted(set(chosen)))
-            compute = np.mean([row.compute for row in rows])
-            lines.append(f"| {case} | {seeds} | {' | '.join(cells)} | {counts} | {compute:.2f} |")
-        parts.append(f"### Rehearsals of {share:.0%} of the steps\n\n" + "\n".join(lines))
+        parts.append(f"### Rehearsals of {share:.1%} of the steps\n\n{_told(by_case, full, plan)}")
+        if outcomes := _outcomes(by_case, full, plan):
+            parts.append(f"The long run then has `{plan.ready}` or `{plan.otherwise}`:\n\n{outcomes}")
     return "\n\n".join(parts)
 
 
-def _harms(rows: Sequence[Rehearsed], full: Mapping[tuple[str, int, str], Result], policy: str) -> tuple[str, str, str]:
-    """Of one fine-tuning: harm in rehearsals; harm of full runs, in the same terms; and their points of accuracy."""
-    rehearsed = [100 * row.rehearsal.harms[policy].harm for row in rows]
-    rehearsed = [harm for harm in rehearsed if np.isfinite(harm)]  # elsewhere nothing was learned
-    harms, points = [], []
-    for row in rows:
-        never, run = (full.get((row.case, row.seed, name)) for name in ("never", policy))
-        if never is not None and run is not None:
-            harms.append(100 * (run.loss - never.loss) / (row.rehearsal.start - never.loss))
-            points.append(100 * (run.accuracy - never.accuracy))
-    return (
-        f"{_mean(rehearsed, 1)} %" if rehearsed else "-",
-        f"{_mean(harms, 1)} %" if harms else "-",
-        _mean(points, 2) if points else "-",
-    )
+def _told(by_case: Mapping[str, Sequence[Rehearsed]], full: _Full, plan: Plan) -> str:
+    lines = [
+        f"| fine-tuning | seeds | {plan.rehearsed} harmless | harm | price | full runs | harm | points |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|",
+    ]
+    for case, rows in by_case.items():
+        harmless = sum(row.rehearsal.chosen is not None for row in rows)
+        rehearsed = [100 * row.rehearsal.harms[plan.rehearsed].harm for row in rows]
+        rehearsed = [harm for harm in rehearsed if np.isfinite(harm)]  # elsewhere nothing was learned
+        harms, points = [], []
+        for row in rows:
+            if found := full.of(row, "never", plan.rehearsed):
+                never, run = found
+                harms.append(100 * (run.loss - never.loss) / (row.rehearsal.start - never.loss))
+                points.append(100 * (run.accuracy - never.accuracy))
+        price = np.mean([row.compute for row in rows])
+        lines.append(
+            f"| {case} | {len(rows)} | {harmless} | {_mean(rehearsed, 1, ' %')} | {price:.2f} | {len(points)} | "
+            f"{_mean(harms, 1, ' %')} | {_mean(points, 2)} |"
+        )
+    return "\n".join(lines)
 
 
-def _mean(values: Sequence[float], digits: int) -> str:
+def _outcomes(by_case: Mapping[str, Sequence[Rehearsed]], full: _Full, plan: Plan) -> str:
+    """Empty if there are no full runs of what is chosen."""
+    lines = []
+    for case, rows in by_case.items():
+        compute, cached, points, ready = [], [], [], 0
+        for row in rows:
+            chosen = plan.chosen(row.rehearsal)
+            if found := full.of(row, "never", chosen):
+                never, run = found
+                compute.append(run.compute + row.compute)
+                cached.append(run.compute_cached + row.compute)
+                points.append(100 * (run.accuracy - never.accuracy))
+                ready += chosen == plan.ready
+        if points:
+            means = f"{np.mean(compute):.2f} | {np.mean(cached):.2f} | {_mean(points, 2)}"
+            lines.append(f"| {case} | {len(points)} | {ready} | {means} |")
+    if not lines:
+        return ""
+    head = f"| fine-tuning | seeds | {plan.ready} | compute, rehearsal included | with kept activations | points |"
+    return "\n".join([head, "|---|--:|--:|--:|--:|--:|", *lines])
+
+
+def _mean(values: Sequence[float], digits: int, unit: str = "") -> str:
     """The mean with its standard error."""
+    if not values:
+        return "-"
     mean = f"{np.mean(values):+.{digits}f}"
-    return f"{mean} +- {np.std(values, ddof=1) / np.sqrt(len(values)):.{digits}f}" if len(values) > 1 else mean
+    error = f" +- {np.std(values, ddof=1) / np.sqrt(len(values)):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean}{error}{unit}"

@@ -21,7 +21,7 @@ from train.collection.architectures import ARCHITECTURES
 from train.collection.network import Network
 from train.collection.pretraining import starting_weights
 from train.collection.schedules import learning_rates
-from train.collection.sets import Batches, open_set
+from train.collection.sets import Arrays, Batches, open_set
 from train.log import Log, Run
 from train.run import run
 from train.trials.cases import Case
@@ -31,6 +31,7 @@ from train.trials.strategies import Situation, Strategy
 PyTree = Any
 
 _PROBE = 64  # examples on which layers' outputs are compared, and contributions measured
+_REHEARSED_ON = 256, 0.2  # examples that a rehearsal holds out, and at most this share of the training examples
 _EVALUATION_BATCH = 128
 _MIN_SAVING = 0.05
 _REFERENCE_SEED = 1000
@@ -143,10 +144,10 @@ class Bench:
         situation = Situation(total_steps, self.costs(), self.reference, predictor, probe, seed)
         policy = strategy.policy(situation)
         log = self._train(name, strategy, policy, model, seed)
-        losses, right = self._held_out(model)
+        losses, right = _losses(model, self.data.held_out)
         frozen = [(event.step, list(event.names)) for event in log.freezes]
         compute, cached = self.compute(frozen, total_steps)
-        probing = probed * self.probe_share()
+        probing = probed * self.forward_share(_PROBE)
         return Result(
             self.name,
             name,
@@ -161,7 +162,9 @@ class Bench:
         )
 
     def rehearse(self, strategies: Mapping[str, Strategy], share: float, seed: int) -> tuple[sfj.Rehearsal, float]:
-        """Tries strategies in a share of the full run's steps.
+        """Tries strategies in a share of the full run's steps, on the training examples alone.
+
+        The last of these are held out, so that the examples on which full runs are measured have no part in the choice.
 
         Args:
             strategies: Strategies of full length that need no predictor; those that save most come last.
@@ -169,17 +172,21 @@ class Bench:
             seed: Seed of the head and the order of examples.
 
         Returns:
-            The rehearsal, and the FLOPs of all of it as a share of those of the full run.
+            The rehearsal, and the FLOPs of all of it, evaluation included, as a share of those of the full run.
         """
         short, compute = Strategy(_never, length=share), 0.0
+        examples = len(self.data.train)
+        kept = examples - min(_REHEARSED_ON[0], int(_REHEARSED_ON[1] * examples))
+        train_on, held_out = self.data.train[:kept], self.data.train[kept:]
 
         def train(policy: sfj.Policy, steps: int) -> np.ndarray:
             nonlocal compute
             model = self.model(seed)
             if steps:
-                log = self._train("rehearsal", short, policy, model, seed)
+                log = self._train("rehearsal", short, policy, model, seed, train_on)
                 compute += self.compute([(event.step, list(event.names)) for event in log.freezes], steps)[0]
-            return self._held_out(model)[0]
+            compute += self.forward_share(len(held_out))
+            return _losses(model, held_out)[0]
 
         def policy(strategy: Strategy, steps: int) -> sfj.Policy:
             return strategy.policy(Situation(steps, self.costs(), self.reference, None, None, seed))
@@ -210,10 +217,10 @@ class Bench:
                 in_front.setdefault(name, until)
         return total / full, (total - kept) / full
 
-    def probe_share(self) -> float:
-        """FLOPs of a forward pass on the probe batch as a share of those of the full run."""
+    def forward_share(self, examples: int) -> float:
+        """FLOPs of a forward pass on so many examples as a share of those of the full run."""
         forward = sum(parts.forward for parts in self.account.flops().by_layer.values())
-        return forward * _PROBE / self.setup.batch_size / (self.account.flops().total * self.setup.steps)
+        return forward * examples / self.setup.batch_size / (self.account.flops().total * self.setup.steps)
 
     def reference(self) -> Mapping[str, jax.Array]:
         """Outputs of a network that was trained to the end, from another seed."""
@@ -223,7 +230,15 @@ class Bench:
             self._reference = self._features(model, *self._probe)
         return self._reference
 
-    def _train(self, name: str, strategy: Strategy, policy: sfj.Policy, model: nnx.Module, seed: int) -> Run:
+    def _train(
+        self,
+        name: str,
+        strategy: Strategy,
+        policy: sfj.Policy,
+        model: nnx.Module,
+        seed: int,
+        examples: Arrays | None = None,
+    ) -> Run:
         tx, step = self._step(strategy)
         optimizer = sfj.nnx.Optimizer(model, tx, wrt=nnx.Param, layers=self.layers)
         freezer = sfj.nnx.Freezer(
@@ -236,12 +251,12 @@ class Bench:
         )
         log_run = Run(name, self.layers.names, dataclasses.asdict(self.setup) | {"seed": seed})
         with tempfile.TemporaryDirectory() as folder, Log(Path(folder) / "log.jsonl", log_run) as log:
-            run(log, model, optimizer, freezer, step, self._data(seed, self.steps(strategy)))
+            run(log, model, optimizer, freezer, step, self._batches(examples or self.data.train, seed, strategy))
         return log.run
 
-    def _data(self, seed: int, steps: int) -> Iterator[tuple[Any, ...]]:
-        batches = Batches(self.data.train, self.setup.batch_size, seed, self.setup.augment)
-        for step in range(steps):
+    def _batches(self, examples: Arrays, seed: int, strategy: Strategy) -> Iterator[tuple[Any, ...]]:
+        batches = Batches(examples, self.setup.batch_size, seed, self.setup.augment)
+        for step in range(self.steps(strategy)):
             batch = batches(step)
             yield batch.inputs, batch.labels
 
@@ -266,17 +281,18 @@ class Bench:
             return optax.chain(decay, optax.trace(0.9), rate)
         return optax.chain(optax.scale_by_adam(), decay, rate)
 
-    def _held_out(self, model: nnx.Module) -> tuple[np.ndarray, np.ndarray]:
-        """Losses on the held-out examples, float32 (examples,), and whether they are classified right."""
-        evaluated = nnx.merge(*nnx.split(model))  # shares the arrays, not the mode
-        evaluated.eval()
-        parts, held_out = [], self.data.held_out
-        for start in range(0, len(held_out), _EVALUATION_BATCH):
-            part = held_out[np.arange(start, min(start + _EVALUATION_BATCH, len(held_out)))]
-            inputs, labels = jax.tree.map(jnp.asarray, (part.inputs, part.labels))
-            parts.append(jax.device_get(_judge(evaluated, inputs, labels)))
-        losses, right = (np.concatenate(column) for column in zip(*parts, strict=True))
-        return losses, right
+
+def _losses(model: nnx.Module, examples: Arrays) -> tuple[np.ndarray, np.ndarray]:
+    """Losses on the examples, float32 (examples,), and whether they are classified right."""
+    evaluated = nnx.merge(*nnx.split(model))  # shares the arrays, not the mode
+    evaluated.eval()
+    parts = []
+    for start in range(0, len(examples), _EVALUATION_BATCH):
+        part = examples[np.arange(start, min(start + _EVALUATION_BATCH, len(examples)))]
+        inputs, labels = jax.tree.map(jnp.asarray, (part.inputs, part.labels))
+        parts.append(jax.device_get(_judge(evaluated, inputs, labels)))
+    losses, right = (np.concatenate(column) for column in zip(*parts, strict=True))
+    return losses, right
 
 
 def _never(situation: Situation) -> sfj.Policy:
