@@ -71,10 +71,12 @@ def rehearse(
         train: From a policy and a number of train steps to the losses on held-out examples after them: float of shape
             ``(examples,)``, or one number, of which no standard error is known then. Each call begins with the weights
             that the long run begins with, and takes the same batches in the same order; the schedule of learning rates
-            ends with the last of these steps. With 0 steps it only evaluates.
+            ends with the last of these steps. With 0 steps it only evaluates. The examples are best some hundreds that
+            are kept out of the training set: test examples would have a part in the choice.
         policies: From names to functions of the number of train steps to a policy; those that save most come last.
-        steps: Train steps of the rehearsal, a twentieth or a tenth of the long run. Together all takes as much as
-            ``steps`` of the long run for ``never`` and, for every policy, what it leaves of them.
+        steps: Train steps of the rehearsal, a twentieth or a tenth of the long run. All takes as much as
+            ``steps`` of the long run for ``never``, what every policy leaves of them, and an evaluation before the
+            first step, one of ``never`` and one of every policy.
         tolerance: Largest harm, with a standard error added, that is good enough, as a share of what is learned. The
             default asks that a policy is, within what the held-out examples can tell, no worse than ``never``.
 

@@ -60,17 +60,13 @@ class Plan(NamedTuple):
         return self.otherwise if rehearsal.chosen is None else self.ready
 
 
-class _Full:
-    """Full runs by what they are of."""
+_Runs = Mapping[tuple[str, int, str], Result]  # by case, seed and strategy
 
-    def __init__(self, results: Sequence[Result]):
-        self._results = {(result.case, result.seed, result.strategy): result for result in results}
 
-    def of(self, row: Rehearsed, *strategies: str) -> list[Result] | None:
-        """The runs that the rehearsal stands for, with its seed; ``None`` if one is missing."""
-        found = [self._results.get((row.case, row.seed, strategy)) for strategy in strategies]
-        present = [result for result in found if result is not None]
-        return present if len(present) == len(found) else None
+def _paired(full: _Runs, row: Rehearsed, strategy: str) -> tuple[Result, Result] | None:
+    """The runs of ``never`` and of a strategy that the rehearsal stands for; ``None`` if one is missing."""
+    never, run = (full.get((row.case, row.seed, name)) for name in ("never", strategy))
+    return None if never is None or run is None else (never, run)
 
 
 def report(rehearsals: Sequence[Rehearsed], results: Sequence[Result], plan: Plan) -> str:
@@ -81,7 +77,8 @@ def report(rehearsals: Sequence[Rehearsed], results: Sequence[Result], plan: Pla
         results: Full runs of ``never`` and the strategies of the plan, with the seeds of some of the rehearsals.
         plan: How one goes by a rehearsal.
     """
-    full, parts = _Full(results), []
+    full = {(result.case, result.seed, result.strategy): result for result in results}
+    parts = []
     for share in sorted({row.share for row in rehearsals}):
         by_case: dict[str, list[Rehearsed]] = {}
         for row in rehearsals:
@@ -93,7 +90,7 @@ def report(rehearsals: Sequence[Rehearsed], results: Sequence[Result], plan: Pla
     return "\n\n".join(parts)
 
 
-def _told(by_case: Mapping[str, Sequence[Rehearsed]], full: _Full, plan: Plan) -> str:
+def _told(by_case: Mapping[str, Sequence[Rehearsed]], full: _Runs, plan: Plan) -> str:
     lines = [
         f"| fine-tuning | seeds | {plan.rehearsed} harmless | harm | price | full runs | harm | points |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
@@ -104,7 +101,7 @@ def _told(by_case: Mapping[str, Sequence[Rehearsed]], full: _Full, plan: Plan) -
         rehearsed = [harm for harm in rehearsed if np.isfinite(harm)]  # elsewhere nothing was learned
         harms, points = [], []
         for row in rows:
-            if found := full.of(row, "never", plan.rehearsed):
+            if found := _paired(full, row, plan.rehearsed):
                 never, run = found
                 harms.append(100 * (run.loss - never.loss) / (row.rehearsal.start - never.loss))
                 points.append(100 * (run.accuracy - never.accuracy))
@@ -116,14 +113,14 @@ def _told(by_case: Mapping[str, Sequence[Rehearsed]], full: _Full, plan: Plan) -
     return "\n".join(lines)
 
 
-def _outcomes(by_case: Mapping[str, Sequence[Rehearsed]], full: _Full, plan: Plan) -> str:
+def _outcomes(by_case: Mapping[str, Sequence[Rehearsed]], full: _Runs, plan: Plan) -> str:
     """Empty if there are no full runs of what is chosen."""
     lines = []
     for case, rows in by_case.items():
         compute, cached, points, ready = [], [], [], 0
         for row in rows:
             chosen = plan.chosen(row.rehearsal)
-            if found := full.of(row, "never", chosen):
+            if found := _paired(full, row, chosen):
                 never, run = found
                 compute.append(run.compute + row.compute)
                 cached.append(run.compute_cached + row.compute)

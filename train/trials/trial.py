@@ -31,7 +31,7 @@ from train.trials.strategies import Situation, Strategy
 PyTree = Any
 
 _PROBE = 64  # examples on which layers' outputs are compared, and contributions measured
-_REHEARSED_ON = 256, 0.2  # examples that a rehearsal holds out, and at most this share of the training examples
+_HELD_OUT_OF_REHEARSALS, _AT_MOST = 256, 0.2  # training examples, and at most this share of them
 _EVALUATION_BATCH = 128
 _MIN_SAVING = 0.05
 _REFERENCE_SEED = 1000
@@ -143,7 +143,7 @@ class Bench:
 
         situation = Situation(total_steps, self.costs(), self.reference, predictor, probe, seed)
         policy = strategy.policy(situation)
-        log = self._train(name, strategy, policy, model, seed)
+        log = self._train(name, strategy, policy, model, seed, self.data.train)
         losses, right = _losses(model, self.data.held_out)
         frozen = [(event.step, list(event.names)) for event in log.freezes]
         compute, cached = self.compute(frozen, total_steps)
@@ -176,7 +176,7 @@ class Bench:
         """
         short, compute = Strategy(_never, length=share), 0.0
         examples = len(self.data.train)
-        kept = examples - min(_REHEARSED_ON[0], int(_REHEARSED_ON[1] * examples))
+        kept = examples - min(_HELD_OUT_OF_REHEARSALS, int(_AT_MOST * examples))
         train_on, held_out = self.data.train[:kept], self.data.train[kept:]
 
         def train(policy: sfj.Policy, steps: int) -> np.ndarray:
@@ -226,18 +226,12 @@ class Bench:
         """Outputs of a network that was trained to the end, from another seed."""
         if self._reference is None:
             model = self.model(_REFERENCE_SEED)
-            self._train("reference", Strategy(_never), sfj.never(), model, _REFERENCE_SEED)
+            self._train("reference", Strategy(_never), sfj.never(), model, _REFERENCE_SEED, self.data.train)
             self._reference = self._features(model, *self._probe)
         return self._reference
 
     def _train(
-        self,
-        name: str,
-        strategy: Strategy,
-        policy: sfj.Policy,
-        model: nnx.Module,
-        seed: int,
-        examples: Arrays | None = None,
+        self, name: str, strategy: Strategy, policy: sfj.Policy, model: nnx.Module, seed: int, examples: Arrays
     ) -> Run:
         tx, step = self._step(strategy)
         optimizer = sfj.nnx.Optimizer(model, tx, wrt=nnx.Param, layers=self.layers)
@@ -251,7 +245,7 @@ class Bench:
         )
         log_run = Run(name, self.layers.names, dataclasses.asdict(self.setup) | {"seed": seed})
         with tempfile.TemporaryDirectory() as folder, Log(Path(folder) / "log.jsonl", log_run) as log:
-            run(log, model, optimizer, freezer, step, self._batches(examples or self.data.train, seed, strategy))
+            run(log, model, optimizer, freezer, step, self._batches(examples, seed, strategy))
         return log.run
 
     def _batches(self, examples: Arrays, seed: int, strategy: Strategy) -> Iterator[tuple[Any, ...]]:
