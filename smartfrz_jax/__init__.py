@@ -1,4 +1,4 @@
-"""Layer freezing for JAX that really saves: attention-guided (SmartFRZ, arXiv 2401.16720) and by other policies."""
+"""Layer freezing for JAX that saves in the compiled step, by rules or predictors (SmartFRZ, arXiv 2401.16720)."""
 
 from smartfrz_jax import linen as linen
 from smartfrz_jax import nnx as nnx
@@ -77,3 +77,5 @@ from smartfrz_jax.targets import Harmless as Harmless
 from smartfrz_jax.targets import Settled as Settled
 from smartfrz_jax.targets import settled as settled
 from smartfrz_jax.targets import stabilised as stabilised
+
+__version__ = "0.1.0"
