@@ -131,6 +131,24 @@ def test_features_that_do_not_say_what_to_read(tmp_path):
         open_split("unlabelled", "train", tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("one", "other", "common"),
+    [
+        ("train", "train[90%:]", 4),
+        ("train[:90%]", "train[90%:]", 0),
+        ("train[:20]", "train[15:30]", 5),
+        ("train[:5]+train[30:]", "train[4:31]", 2),
+        ("train", "test", 0),
+        ("test", "train+test", 6),
+    ],
+)
+def test_examples_in_common(tmp_path, one, other, common):
+    rows = {split: [{"text": "x", "label": 0}] * n for split, n in (("train", 40), ("test", 6))}
+    write_set(tmp_path, "reviews", features(text=tfds.features.Text()), rows)
+    first, second = (open_split("reviews", split, tmp_path) for split in (one, other))
+    assert first.overlap(second) == second.overlap(first) == common
+
+
 def test_the_only_class_label_is_the_label(tmp_path):
     spec = {"text": tfds.features.Text(), "topic": tfds.features.ClassLabel(num_classes=4)}
     write_set(tmp_path, "topics", tfds.features.FeaturesDict(spec), {"train": [{"text": "x", "topic": 3}]})
@@ -188,7 +206,9 @@ def test_split_that_is_not_there(tmp_path, split):
 
 def test_no_split_for_the_evaluation(tmp_path):
     text_set(tmp_path)
-    with pytest.raises(ValueError, match=r"splits \['train'\], expected 'validation' or 'test'.*'train\[90%:\]'"):
+    with pytest.raises(
+        ValueError, match=r"splits \['train'\], expected 'validation' or 'test'.*'train\[:90%\]'.*'train\[90%:\]'"
+    ):
         evaluation_split("reviews", tmp_path)
 
 

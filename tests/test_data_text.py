@@ -100,6 +100,12 @@ def test_wrong_max_length(vocab, max_length):
         WordPiece(vocab, max_length=max_length)
 
 
+def test_a_line_that_is_there_twice_counts(tmp_path):
+    (tmp_path / "twice.txt").write_text("\n".join([*WORDS, "cat"]))
+    tokenizer = WordPiece(tmp_path / "twice.txt")
+    assert tokenizer(["cat"]).input_ids.max() == tokenizer.vocab_size - 1 == len(WORDS)
+
+
 def test_wrong_vocabulary(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"vocab_file: .*none.txt is not a file"):
         WordPiece(tmp_path / "none.txt")

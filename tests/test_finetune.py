@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from train import finetune, interrupt, log
+from train import finetune, interrupt, log, report
 from train.options import parse
 
 pytestmark = pytest.mark.usefixtures("jax_defaults")
@@ -88,15 +88,26 @@ def test_minilm_learns_200_real_sentences_while_autofreeze_freezes(sentences, tm
     assert run.steps[-1].flops < run.steps[0].flops
 
 
+@pytest.mark.slow
+def test_scanned_blocks_are_logged_one_by_one(sentences, tmp_path, capsys):
+    arguments = [*sentences[:-1], str(tmp_path / "plain"), "--train-split", "train[:4]", "--batch-size", "4",
+                 "--epochs", "1", "--max-tokens", "8", "--evaluation-split", "validation[:4]"]  # fmt: skip
+    assert finetune.main(arguments) == 0, capsys.readouterr().err
+    assert finetune.main([*arguments, "--scan", "--out", str(tmp_path / "run")]) == 0, capsys.readouterr().err
+    plain, scanned = (log.read(tmp_path / name / "log.jsonl") for name in ("plain", "run"))
+    assert scanned.steps[0].flops == pytest.approx(plain.steps[0].flops, rel=0.05)
+    assert "predicted steps, TFLOPs" in report.table([scanned])
+
+
 class InterruptedAt(interrupt.Interrupt):
     """Ctrl-C before a certain step."""
 
     step = 0
 
-    def check(self):
+    def check(self, on_interrupt=None):
         type(self).step -= 1
-        if self.step == 0:
-            raise KeyboardInterrupt
+        self._requested = self.step == 0
+        super().check(on_interrupt)
 
 
 @pytest.mark.slow
@@ -132,10 +143,10 @@ def test_an_interrupted_run_goes_on_bit_for_bit(sentences, tmp_path, monkeypatch
         (["--data-dir", "nowhere"], "data_dir: nowhere is not a directory"),
         (["--data", "cifar11"], "no set 'cifar11' is prepared"),
         (["--train-split", "training"], "split: got 'training'"),
-        (["--data", "glue/cola", "--evaluation-split", "train"], "efficientnet-lite0 does not read"),
+        (["--data", "glue/cola", "--evaluation-split", "validation"], "efficientnet-lite0 does not read"),
         (["--model", "minilm"], "minilm does not read"),
         (
-            ["--model", "minilm", "--data", "glue/cola", "--evaluation-split", "train"],
+            ["--model", "minilm", "--data", "glue/cola", "--evaluation-split", "validation"],
             "pass its vocab.txt with --vocab",
         ),
         pytest.param(
@@ -155,7 +166,8 @@ def test_an_interrupted_run_goes_on_bit_for_bit(sentences, tmp_path, monkeypatch
             "none",
             marks=pytest.mark.slow,
         ),
-        pytest.param(["--resume", "--train-split", "train[:64]"], "holds no checkpoint", marks=pytest.mark.slow),
+        (["--resume"], "holds no checkpoint"),
+        (["--train-split", "train[:64]", "--baseline", "nowhere"], "baseline: nowhere/log.jsonl is not there"),
     ],
 )
 def test_what_cannot_run_says_why(images, changed, message, capsys):
@@ -170,6 +182,14 @@ def test_what_cannot_run_says_why(images, changed, message, capsys):
         (["--learning-rate", "-1"], "argument --learning-rate: got -1.0"),
         (["--policy", "similarity_guided"], "similarity_guided needs --reference"),
         (["--model", "resnet51"], "invalid choice"),
+        (["--clip", "0"], "argument --clip: got 0.0, expected a norm above 0"),
+        (["--clip", "-1"], "argument --clip: got -1.0"),
+        (["--clip", "inf"], "argument --clip: got inf"),
+        (["--clip", "nan"], "argument --clip: got nan"),
+        (["--image-size", "0"], "argument --image-size: got 0, expected at least 1"),
+        (["--image-size", "-8"], "argument --image-size: got -8"),
+        (["--max-tokens", "3"], "argument --max-tokens: got 3, expected at least 4"),
+        (["--batch-norm", "fixed"], "argument --batch-norm: fixed keeps the statistics of --weights"),
         (["--help"], "--evaluations-per-epoch"),
     ],
 )
@@ -178,6 +198,66 @@ def test_the_command_line_is_checked(changed, message, capsys):
         finetune.main(["--model", "resnet50", "--data", "x", "--data-dir", "y", "--out", "z", *changed])
     output = capsys.readouterr()
     assert message in output.out + output.err
+
+
+def options(*changed):
+    return parse(["--model", "resnet50", "--data", "x", "--data-dir", "y", "--out", "z", *changed])
+
+
+def write_log(folder, settings, steps=4, metrics=("accuracy",)):
+    folder.mkdir()
+    with log.Log(folder / "log.jsonl", log.Run("never", ("a",), settings)) as written:
+        for step in range(1, steps + 1):
+            written.add(log.Step(step, 1.0, 1.0, 0.0, 0, 1.0, 1))
+        written.add(log.Evaluation(steps, dict.fromkeys(metrics, 0.5)))
+
+
+def test_a_run_is_resumed_as_it_was_started_and_its_log_read_until_the_checkpoint(tmp_path, capsys):
+    arguments = ["--epochs", "2", "--out", str(tmp_path / "run")]
+    write_log(tmp_path / "run", options(*arguments).settings())
+    checkpoint = tmp_path / "run/checkpoints/00000003"
+    checkpoint.mkdir(parents=True)
+    found, run = finetune.read_started(options(*arguments))
+    assert (found, len(run.steps)) == (checkpoint, 3)
+    assert finetune.main(["--model", "resnet50", "--data", "x", "--data-dir", "y", "--resume", *arguments,
+                          "--optimizer", "adamw"]) == 2  # fmt: skip
+    assert "optimizer (was sgd, is adamw)" in capsys.readouterr().err
+    (tmp_path / "run/log.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match=r"resume: .*log.jsonl is not there"):
+        finetune.read_started(options(*arguments))
+
+
+@pytest.mark.parametrize(("optimizer_steps", "log_steps"), [(7, 6), (6, 5)])
+def test_a_checkpoint_from_the_midst_of_a_step_or_a_log_that_lost_steps_is_refused(optimizer_steps, log_steps):
+    checkpoint = Path("run/checkpoints/00000006")
+    finetune.check_agree(checkpoint, {"optimizer": 6, "policy": 6, "log.jsonl": 6})
+    with pytest.raises(ValueError, match=r"resume: steps done before .*00000006 are .*expected one number for all"):
+        finetune.check_agree(checkpoint, {"optimizer": optimizer_steps, "policy": 6, "log.jsonl": log_steps})
+
+
+@pytest.mark.parametrize(
+    ("there", "changed", "message"),
+    [
+        ({}, ["--model", "vgg11"], "model 'resnet50', not 'vgg11'"),
+        ({}, ["--data", "cifar10"], "data 'x', not 'cifar10'"),
+        ({}, ["--evaluation-split", "test[:9]"], r"evaluation_split None, not 'test\[:9\]'"),
+        ({}, ["--batch-size", "8"], "batch_size 32, not 8"),
+        ({}, ["--epochs", "3"], "epochs 10, not 3"),
+        ({"steps": 3}, [], "steps 3, not 4"),
+        ({}, ["--data", "glue/mrpc"], r"metrics \['accuracy'\], not \['accuracy', 'f1'\]"),
+        ({"metrics": ()}, [], r"metrics \[\], not \['accuracy'\]"),
+        ({"settings": {}}, [], "model None, not 'resnet50'"),
+    ],
+)
+def test_a_baseline_that_cannot_be_compared_with_is_refused(tmp_path, there, changed, message):
+    write_log(tmp_path / "run", **({"settings": options().settings()} | there))
+    with pytest.raises(ValueError, match=rf"baseline: the run in .* has .*{message}.*--baseline"):
+        finetune.read_baseline(options(*changed), tmp_path / "run", 4)
+
+
+def test_a_baseline_may_differ_in_how_it_was_trained(tmp_path):
+    write_log(tmp_path / "run", options("--policy", "never", "--seed", "3").settings())
+    assert len(finetune.read_baseline(options("--policy", "linear"), tmp_path / "run", 4).steps) == 4
 
 
 def test_every_option_is_in_the_settings():

@@ -49,6 +49,9 @@ def test_phases_are_steps_with_the_same_layers_frozen(tmp_path):
         Phase(5, 1, 0, 3.0, 10.0, 80, 500),
     ]  # fmt: skip
     assert run.freezes == log.run.freezes
+    assert "| compiled programs, TFLOPs" in report.table([run])
+    scanned = Run("never", ("a", "b"), {"scan": True}, steps=run.steps)
+    assert "| compiled programs or predicted steps, TFLOPs" in report.table([run, scanned])
     rows = report.phases(run).splitlines()
     assert len(rows) == 5
     assert rows[3].split(" | ")[2:5] == ["1 of 2", "500.0", "0.000"]

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import smartfrz_jax as sfj
-from train.optimizers import make_optimizer
+from train.optimizers import directions, make_optimizer
 from train.options import parse
 from train.policies import make_policy
 
@@ -73,6 +73,18 @@ def test_weight_decay_shrinks_kernels_only(layers):
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, PARAMS), tx.init(PARAMS), PARAMS)
     assert float(updates["a"]["kernel"][0, 0]) == pytest.approx(-0.05)
     assert float(updates["a"]["bias"][0]) == 0
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_weight_decay_may_be_traced(jax_defaults, name):
+    @jax.jit
+    def step(decay):
+        tx = optax.chain(*directions(name, decay))
+        return tx.update(jax.tree.map(jnp.zeros_like, PARAMS), tx.init(PARAMS), PARAMS)[0]["a"]
+
+    assert float(step(0.5)["kernel"][0, 0]) == pytest.approx(0.5)
+    assert float(step(0.5)["bias"][0]) == 0
+    assert [len(directions(name, decay)) for decay in (None, 0.0)] == [1, 2]
 
 
 def test_linear_anneals_every_layer_to_its_own_end(layers):

@@ -88,15 +88,19 @@ def finetune(options: Options, say: Callable[[str], None], interrupt: Interrupt)
         interrupt: Where Ctrl-C is noticed.
 
     Raises:
-        KeyboardInterrupt: After Ctrl-C; a checkpoint has been written.
+        KeyboardInterrupt: After Ctrl-C; a checkpoint has been written, unless it was pressed twice.
         FileNotFoundError: If data, weights, or a checkpoint to resume from are not there.
         ValueError: If options do not fit each other, the network or the data.
         FloatingPointError: If the loss is not finite.
     """
     begin = time.perf_counter()
+    started = read_started(options) if options.resume else None
     if options.keep_programs is not None:
         sfj.keep_programs(options.keep_programs)
     train_data, evaluation_data = open_data(options)
+    steps_per_epoch = train_data.steps_per_epoch
+    total_steps = options.epochs * steps_per_epoch
+    baseline = [] if options.baseline is None else [read_baseline(options, options.baseline, total_steps)]
     model = make_network(options, num_classes=train_data.num_classes, seed=options.seed)
     if options.weights is not None:
         weights.load(model, options.weights, new_head=options.head == "new", resample=True)
@@ -107,8 +111,6 @@ def finetune(options: Options, say: Callable[[str], None], interrupt: Interrupt)
     first = train_data.batch(0)
     example = train_data.prepare(first.inputs)
     layers = sfj.nnx.find_layers(model, *example)
-    steps_per_epoch = train_data.steps_per_epoch
-    total_steps = options.epochs * steps_per_epoch
     tx = make_optimizer(options, layers, total_steps)
     account = sfj.nnx.account(model, layers, loss_fn, example, first.labels, tx=tx)
     features, reference = None, None
@@ -137,11 +139,11 @@ def finetune(options: Options, say: Callable[[str], None], interrupt: Interrupt)
     )
 
     history = Run(options.policy, layers.names, options.settings())
-    if options.resume:
-        checkpoint = last_checkpoint(options.out)
+    if started is not None:
+        checkpoint, history = started
         freezer.restore(checkpoint)
-        history = read(options.out / "log.jsonl", until=freezer.steps)
-        check_same(history.settings, options.settings())
+        done = {"optimizer": int(optimizer.step[...]), "policy": freezer.steps, "log.jsonl": len(history.steps)}
+        check_agree(checkpoint, done)
         say(f"resumed from {checkpoint}, {freezer.steps} of {total_steps} steps done")
     versions = f"jax {jax.__version__}, Python {platform.python_version()}, {jax.devices()[0].device_kind}"
     say(
@@ -167,15 +169,12 @@ def finetune(options: Options, say: Callable[[str], None], interrupt: Interrupt)
             save_checkpoint(freezer, options.out)
 
     with bar, Log(options.out / "log.jsonl", history) as log:
-        try:
-            data = interrupt.checked(batches())
-            run(log, model, optimizer, freezer, train_step, data, after_step=after_step)
-        except KeyboardInterrupt:
-            save_checkpoint(freezer, options.out)
-            raise
+        data = interrupt.checked(batches(), on_interrupt=lambda: save_checkpoint(freezer, options.out))
+        flops = account.compiled_flops if options.scan else None
+        run(log, model, optimizer, freezer, train_step, data, after_step=after_step, flops=flops)
 
     weights.save(model, options.out / "model.safetensors", overwrite=True)
-    runs = [log.run] if options.baseline is None else [read(options.baseline / "log.jsonl"), log.run]
+    runs = [*baseline, log.run]
     table, phases = report.table(runs), report.phases(log.run)
     (options.out / "report.md").write_text(f"{' '.join(sys.argv)}\n\n{versions}\n\n{table}\n\n{phases}\n")
     report.picture(runs, options.out / "report.png", f"{options.model} on {options.data} ({versions})")
@@ -199,8 +198,24 @@ def last_checkpoint(out: Path) -> Path:
     """
     found = sorted(path for path in (out / "checkpoints").glob("*") if path.name.isdigit())
     if not found:
-        raise FileNotFoundError(f"resume: {out / 'checkpoints'} holds no checkpoint; leave --resume out to start anew")
+        raise FileNotFoundError(
+            f"resume: {out / 'checkpoints'} holds no checkpoint; start anew without --resume, in another folder if "
+            "this one holds a log"
+        )
     return found[-1]
+
+
+def read_started(options: Options) -> tuple[Path, Run]:
+    """The newest checkpoint of the run in ``--out``, and its log until there.
+
+    Raises:
+        FileNotFoundError: If one of them is not there.
+        ValueError: If the log is damaged, or the run was started with other options.
+    """
+    checkpoint = last_checkpoint(options.out)
+    started = read(options.out / "log.jsonl", until=int(checkpoint.name), argument="resume")
+    check_same(started.settings, options.settings())
+    return checkpoint, started
 
 
 def check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
@@ -214,6 +229,50 @@ def check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
     changed = [text for text in changed if text.split(" ")[0] not in free]
     if changed:
         raise ValueError(f"resume: the run was started with other options: {', '.join(changed)}; repeat those it had")
+
+
+def check_agree(checkpoint: Path, steps: dict[str, int]) -> None:
+    """Checks that all that a run goes on from is of one moment.
+
+    Args:
+        checkpoint: The checkpoint.
+        steps: Train steps done, as its parts and the log have them.
+
+    Raises:
+        ValueError: If it is not: the checkpoint was written in the midst of a step, or lines of the log were lost.
+    """
+    if len(set(steps.values())) > 1:
+        raise ValueError(
+            f"resume: steps done before {checkpoint} are {steps}, expected one number for all; train anew in another "
+            "folder"
+        )
+
+
+def read_baseline(options: Options, folder: Path, total_steps: int) -> Run:
+    """The run to compare with.
+
+    Args:
+        options: The command line.
+        folder: The folder of that run.
+        total_steps: Steps of the run that the command line asks for.
+
+    Raises:
+        FileNotFoundError: If its log is not there.
+        ValueError: If it cannot be compared with: it is of another model, of other data, or of another length.
+    """
+    run = read(folder / "log.jsonl", argument="baseline")
+    names = ("model", "data", "evaluation_split", "batch_size", "epochs")
+    there = {name: run.settings.get(name) for name in names}
+    there |= {"steps": len(run.steps), "metrics": sorted(run.metrics)}
+    here = {name: getattr(options, name) for name in names}
+    here |= {"steps": total_steps, "metrics": sorted(metrics.metrics_of(options.data))}
+    wrong = [f"{name} {there[name]!r}, not {here[name]!r}" for name in here if there[name] != here[name]]
+    if wrong:
+        raise ValueError(
+            f"baseline: the run in {folder} has {'; '.join(wrong)}; name a finished run on the same with --baseline, "
+            "or leave it out"
+        )
+    return run
 
 
 def main(argv: list[str] | None = None) -> int:

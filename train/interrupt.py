@@ -32,15 +32,21 @@ class Interrupt:
             raise KeyboardInterrupt
         self._requested = True
 
-    def check(self) -> None:
-        """Raises ``KeyboardInterrupt`` if Ctrl-C was pressed."""
+    def check(self, on_interrupt: Callable[[], object] | None = None) -> None:
+        """Raises ``KeyboardInterrupt`` if Ctrl-C was pressed.
+
+        Args:
+            on_interrupt: Called before that; not by a second Ctrl-C, which may come at a moment when nothing fits.
+        """
         if self._requested:
+            if on_interrupt is not None:
+                on_interrupt()
             raise KeyboardInterrupt
 
-    def checked(self, items: Iterable[T]) -> Iterator[T]:
-        """The items, with a check before each."""
+    def checked(self, items: Iterable[T], *, on_interrupt: Callable[[], object] | None = None) -> Iterator[T]:
+        """The items, with a check before each; see :meth:`check`."""
         for item in items:
-            self.check()
+            self.check(on_interrupt)
             yield item
 
 
@@ -49,7 +55,7 @@ def exit_code(work: Callable[[Interrupt], object], out: Path, *, go_on: str) -> 
 
     Args:
         work: The work.
-        out: Folder that it writes to; it is made.
+        out: Folder that it writes to, as the option ``--out`` has it; it is made.
         go_on: What to do after an interruption.
 
     Returns:
@@ -57,12 +63,16 @@ def exit_code(work: Callable[[Interrupt], object], out: Path, *, go_on: str) -> 
     """
     try:
         out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        print(f"--out: cannot make the folder {out} ({error.strerror}); choose another one with --out", file=sys.stderr)
+        return 2
+    try:
         with Interrupt() as interrupt:
             work(interrupt)
     except KeyboardInterrupt:
         print(f"\ninterrupted; {go_on}", file=sys.stderr)
         return 130
-    except (OSError, ValueError, FloatingPointError) as error:
+    except (OSError, ValueError, FloatingPointError, ImportError) as error:  # ImportError: of a package for training
         print(error, file=sys.stderr)
         return 2
     return 0

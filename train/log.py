@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 
 import smartfrz_jax as sfj
+from train.files import write_whole
 
 
 class Step(NamedTuple):
@@ -23,7 +24,7 @@ class Step(NamedTuple):
         seconds: Seconds it took, compilation apart.
         policy_seconds: Seconds of the policy after it: records, predictor, moving the optimizer state.
         frozen: Number of layers frozen in it.
-        flops: FLOPs of its compiled program.
+        flops: FLOPs of its compiled program; predicted where blocks are scanned, of which XLA counts one.
         peak_bytes: Bytes that program needs: parameters, optimizer state, batch, temporary buffers.
     """
 
@@ -113,8 +114,13 @@ class Run:
     evaluations: list[Evaluation] = dataclasses.field(default_factory=list)
 
     @property
+    def flops_of(self) -> str:
+        """What the FLOPs of the steps are those of; see :class:`Step`."""
+        return "predicted steps" if self.settings.get("scan") else "compiled programs"
+
+    @property
     def tflops(self) -> float:
-        """TFLOPs of all steps, as compiled."""
+        """TFLOPs of all steps."""
         return sum(step.flops for step in self.steps) / 1e12
 
     @property
@@ -181,7 +187,7 @@ class Log:
     attributes of :class:`Run`, :class:`Step`, :class:`Compiled`, ``FreezeEvent`` and :class:`Evaluation`.
 
     Args:
-        path: The file. It is written anew.
+        path: The file. It is written anew; one that is there stays whole until all the run has is written.
         run: The run; lines are written for what it has already.
 
     Raises:
@@ -192,17 +198,18 @@ class Log:
 
     def __init__(self, path: Path, run: Run):
         self.run = run
-        self._file: TextIO = path.open("w")
-        self._write("run", {"name": run.name, "layers": run.layers, "settings": run.settings})
+        lines = [_line("run", {"name": run.name, "layers": run.layers, "settings": run.settings})]
         for event, (field, _) in _KINDS.items():
-            for item in getattr(run, field):
-                self._write(event, item._asdict())
+            lines += [_line(event, item._asdict()) for item in getattr(run, field)]
+        write_whole(path, "".join(lines))
+        self._file: TextIO = path.open("a")
 
     def add(self, item: Step | Compiled | sfj.FreezeEvent | Evaluation) -> None:
         """Adds something that happened to the run and to the file."""
         event, field = next((event, field) for event, (field, kind) in _KINDS.items() if isinstance(item, kind))
         getattr(self.run, field).append(item)
-        self._write(event, item._asdict())
+        self._file.write(_line(event, item._asdict()))
+        self._file.flush()
 
     def __enter__(self) -> Log:
         return self
@@ -210,9 +217,9 @@ class Log:
     def __exit__(self, *error: object) -> None:
         self._file.close()
 
-    def _write(self, event: str, fields: dict[str, Any]) -> None:
-        self._file.write(json.dumps({"event": event} | fields, allow_nan=False) + "\n")
-        self._file.flush()
+
+def _line(event: str, fields: dict[str, Any]) -> str:
+    return json.dumps({"event": event} | fields, allow_nan=False) + "\n"
 
 
 def finite(value: float) -> float | None:
@@ -220,12 +227,13 @@ def finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
 
 
-def read(path: Path, *, until: int | None = None) -> Run:
+def read(path: Path, *, until: int | None = None, argument: str = "path") -> Run:
     """Reads a log.
 
     Args:
         path: The file.
         until: Leave out what happened after this step; all is read by default.
+        argument: What errors name, where the path is not what was asked for.
 
     Returns:
         The run, as far as it was written.
@@ -235,7 +243,7 @@ def read(path: Path, *, until: int | None = None) -> Run:
         ValueError: If it is not a log.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"path: {path} is not there; expected the log.jsonl of a run")
+        raise FileNotFoundError(f"{argument}: {path} is not there; expected the log.jsonl of a run")
     # A line without its end was being written when the run was killed.
     lines = [line for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
     try:
@@ -249,8 +257,8 @@ def read(path: Path, *, until: int | None = None) -> Run:
                 getattr(run, field).append(item)
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise ValueError(
-            f"path: {path} is not the log of a run ({type(error).__name__}: {error}); expected the log.jsonl that "
-            "train.finetune writes"
+            f"{argument}: {path} is not the log of a run ({type(error).__name__}: {error}); expected the log.jsonl "
+            "that train.finetune writes"
         ) from error
     run.freezes = [sfj.FreezeEvent(at, tuple(names), tuple(returned)) for at, names, returned in run.freezes]
     return run

@@ -31,6 +31,8 @@ Name = Literal[
     "minilm",
 ]
 
+VOCABULARY = 30522  # tokens that the networks for text know: those of uncased BERT
+
 
 def is_text(name: Name) -> bool:
     """Whether the network reads text."""
@@ -68,8 +70,8 @@ def make_network(options: Options, *, num_classes: int, seed: int) -> nnx.Module
         raise ValueError(f"scan: {options.model} has no stack of equal blocks; leave --scan out")
     if options.stem == "cifar" and (transformer or options.model.startswith("vgg")):
         raise ValueError(f"stem: {options.model} has no strided stem; leave --stem out")
-    size = 224 if options.image_size is None else options.image_size
-    deit = partial(deit_tiny, image_size=size, scan=options.scan)
+    deit = partial(deit_tiny, image_size=options.image_size, scan=options.scan)
+    text = {"vocab_size": VOCABULARY, "scan": options.scan}
     match options.model:
         case "resnet50":
             return resnet50(stem=options.stem, **common)
@@ -82,6 +84,6 @@ def make_network(options: Options, *, num_classes: int, seed: int) -> nnx.Module
         case "deit-tiny" | "deit-tiny-distilled":
             return deit(distilled=options.model == "deit-tiny-distilled", **common)
         case "bert-base":
-            return bert_base(scan=options.scan, **common)
+            return bert_base(**text, **common)
         case "minilm":
-            return minilm(scan=options.scan, **common)
+            return minilm(**text, **common)

@@ -56,12 +56,23 @@ def make_optimizer(options: Options, layers: sfj.Layers, total_steps: int) -> op
         )
         step = optax.scale_by_learning_rate(rate)
     clip = [] if options.clip is None else [optax.clip_by_global_norm(options.clip)]
-    decay = [optax.add_decayed_weights(options.weight_decay, _decayed)] if options.weight_decay else []
-    match options.optimizer:
+    return optax.chain(*clip, *directions(options.optimizer, options.weight_decay or None, options.momentum), step)
+
+
+def directions(name: OptimizerName, decay: Any = None, momentum: float = 0.9) -> list[optax.GradientTransformation]:
+    """What an optimizer does before the learning rate, to be chained with that.
+
+    Args:
+        name: The optimizer.
+        decay: Weight decay of kernels and embeddings, a number or a traced one; None for none.
+        momentum: Of sgd.
+    """
+    decayed = [] if decay is None else [optax.add_decayed_weights(decay, _decayed)]
+    match name:
         case "sgd":
-            return optax.chain(*clip, *decay, optax.trace(options.momentum), step)
+            return [*decayed, optax.trace(momentum)]
         case "adamw":
-            return optax.chain(*clip, optax.scale_by_adam(), *decay, step)
+            return [optax.scale_by_adam(), *decayed]
 
 
 def _decayed(params: PyTree) -> PyTree:

@@ -7,6 +7,7 @@ import dataclasses
 from pathlib import Path
 from typing import get_args
 
+from train.data.wordpiece import MIN_LENGTH
 from train.networks import Name
 from train.optimizers import OptimizerName
 from train.policies import PolicyName
@@ -35,7 +36,7 @@ class Options:
     vocab: Path | None
     train_split: str
     evaluation_split: str | None
-    image_size: int | None
+    image_size: int
     max_tokens: int
     augment: str
     workers: int
@@ -119,7 +120,7 @@ def parse(argv: list[str] | None) -> Options:
     add("--data-dir", type=Path, required=True, help="folder of prepared TFDS data sets (array_record)")
     add("--train-split", default="train", help="split to train on, such as train[:500]")
     add("--evaluation-split", help="split to evaluate on; default: the usual one of the data set")
-    add("--image-size", type=int, help="height and width that images are resized to; default: 224")
+    add("--image-size", type=int, default=224, help="height and width that images are resized to")
     add("--vocab", type=Path, help="WordPiece vocabulary (vocab.txt), for text")
     add("--max-tokens", type=int, default=128, help="longest text; the rest is cut off")
     add(
@@ -186,12 +187,18 @@ def parse(argv: list[str] | None) -> Options:
     add("--quiet", action="store_true", help="no progress bar")
     options = Options(**vars(parser.parse_args(argv)))
 
-    for name in ("epochs", "batch_size", "evaluations_per_epoch", "max_tokens", "window", "patience"):
-        if getattr(options, name) < 1:
-            parser.error(f"argument --{name.replace('_', '-')}: got {getattr(options, name)}, expected at least 1")
+    least = dict.fromkeys(("epochs", "batch_size", "image_size", "evaluations_per_epoch", "window", "patience"), 1)
+    for name, smallest in (least | {"max_tokens": MIN_LENGTH}).items():
+        got = getattr(options, name)
+        if got < smallest:
+            parser.error(f"argument --{name.replace('_', '-')}: got {got}, expected at least {smallest}")
     for name in ("learning_rate", "weight_decay", "warmup_epochs", "momentum", "workers", "lead", "min_saving"):
         if not 0 <= getattr(options, name) < float("inf"):
             parser.error(f"argument --{name.replace('_', '-')}: got {getattr(options, name)}, expected 0 or more")
+    if options.clip is not None and not 0 < options.clip < float("inf"):
+        parser.error(f"argument --clip: got {options.clip}, expected a norm above 0; leave it out for none")
+    if options.batch_norm == "fixed" and options.weights is None:
+        parser.error("argument --batch-norm: fixed keeps the statistics of --weights; name them, or leave it out")
     if options.policy == "similarity_guided" and options.reference is None:
         parser.error("argument --policy: similarity_guided needs --reference; see --help")
     return options

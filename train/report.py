@@ -38,7 +38,7 @@ def table(runs: Sequence[Run]) -> str:
             for metric in full.metrics
         ),
         ("training, seconds", [saved(run.seconds, full.seconds, f"{run.seconds:.1f}") for run in runs]),
-        ("compiled programs, TFLOPs", [saved(run.tflops, full.tflops, f"{run.tflops:.3f}") for run in runs]),
+        (f"{_flops_of(runs)}, TFLOPs", [saved(run.tflops, full.tflops, f"{run.tflops:.3f}") for run in runs]),
         (
             "layers frozen at the end",
             [f"{frozen_at_the_end(run)} of {len(run.layers)}" for run in runs],
@@ -94,18 +94,21 @@ def picture(runs: Sequence[Run], path: Path, title: str) -> None:
     _draw_cost(
         figure.add_subplot(cost[0]),
         runs,
-        "GFLOP per step (compiled program)",
+        f"GFLOP per step ({_flops_of(runs)})",
         lambda run: np.array([step.flops for step in run.steps]) / 1e9,
     )
     _draw_cost(figure.add_subplot(cost[1]), runs, "ms per step (median of 9)", _smoothed_milliseconds)
+    last = figure.add_subplot(cost[2])
     _draw_cost(
-        figure.add_subplot(cost[2]),
-        runs,
-        "MB of the compiled program",
-        lambda run: np.array([step.peak_bytes for step in run.steps]) / 1e6,
+        last, runs, "MB of the compiled program", lambda run: np.array([step.peak_bytes for step in run.steps]) / 1e6
     )
+    figure.legend(*last.get_legend_handles_labels(), loc="outside lower center", ncols=len(runs))
     figure.savefig(path, dpi=110)
     plt.close(figure)
+
+
+def _flops_of(runs: Sequence[Run]) -> str:
+    return " or ".join(sorted({run.flops_of for run in runs}))
 
 
 def _draw_freezing(axes: Axes, run: Run, *, labels: bool) -> None:
@@ -134,7 +137,6 @@ def _draw_cost(axes: Axes, runs: Sequence[Run], label: str, values: Callable[[Ru
     axes.set_ylim(bottom=0)
     axes.set_xlabel("train step")
     axes.set_ylabel(label)
-    axes.legend(loc="lower left")
     axes.grid(alpha=0.3)
 
 

@@ -11,6 +11,8 @@ from pathlib import Path
 
 import jax
 
+from train.files import write_whole
+
 _ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -40,7 +42,7 @@ def write_section(file: Path, name: str, text: str) -> None:
     _, closed, after = rest.partition(end)
     if found and not closed:
         raise ValueError(f"results: {file} has {begin.strip()!r} without {end.strip()!r} after it; add that line")
-    file.write_text(before + section + after if found else f"{old}\n{section}" if old else section)
+    write_whole(file, before + section + after if found else f"{old}\n{section}" if old else section)
 
 
 def provenance(script: str) -> str:

@@ -33,6 +33,7 @@ def run(
     data: Iterable[tuple[Any, ...]],
     *,
     after_step: Callable[[int], object] | None = None,
+    flops: Callable[[sfj.Frozen], float] | None = None,
 ) -> None:
     """Trains on all of ``data``, and logs every step.
 
@@ -44,6 +45,9 @@ def run(
         train_step: A step of ``(model, optimizer, *batch)`` that returns the loss.
         data: Batches.
         after_step: Called with the number of steps done, outside of what is timed.
+        flops: From a frozen set to the FLOPs of a step, for networks with scanned blocks: an account's
+            ``compiled_flops``. By default they are those of the compiled program, in which XLA counts a scan's body
+            once.
 
     Raises:
         FloatingPointError: If the loss is not finite.
@@ -72,7 +76,7 @@ def run(
                 trained - start,
                 decided - before_policy - (train_step.wait_seconds - waited),
                 len(program.frozen.names),
-                program.cost.flops,
+                program.cost.flops if flops is None else flops(program.frozen),
                 program.cost.peak_bytes,
             )
         )

@@ -41,6 +41,7 @@ class Split:
         label: Name of the label feature.
         label_names: Names of the classes.
         image_shape: Height, width and channels; None where the images differ. Of text sets: empty.
+        parts: Where the examples are: files, each with the first example and the one behind the last.
         source: The TFDS data source.
     """
 
@@ -52,6 +53,7 @@ class Split:
     label: str
     label_names: tuple[str, ...]
     image_shape: tuple[int | None, ...]
+    parts: tuple[tuple[str, int, int], ...] = dataclasses.field(repr=False)
     source: Any = dataclasses.field(repr=False)
 
     def __len__(self) -> int:
@@ -61,6 +63,15 @@ class Split:
     def num_classes(self) -> int:
         """Number of classes."""
         return len(self.label_names)
+
+    def overlap(self, other: Split) -> int:
+        """Number of examples that are in another split, too."""
+        return sum(
+            max(0, min(stop, other_stop) - max(start, other_start))
+            for file, start, stop in self.parts
+            for other_file, other_start, other_stop in other.parts
+            if file == other_file
+        )
 
     def fetch(self, indices: Sequence[int] | np.ndarray) -> Records:
         """Reads and decodes examples.
@@ -157,14 +168,15 @@ def open_split(
             "tfds convert_format --out_file_format=array_record"
         )
     try:
-        files = info.splits[split].filepaths
+        instructions = info.splits[split].file_instructions
     except (KeyError, ValueError) as error:
         lengths = {one: info.splits[one].num_examples for one in info.splits}
         raise ValueError(
             f"split: got {split!r} of {info.full_name}, expected one of {lengths} (examples), or a part of one such as "
             f"'train[:500]' or 'train[90%:]'; TFDS says: {error}"
         ) from error
-    for file in files:
+    parts = tuple((str(one.filename), one.skip, one.skip + one.take) for one in instructions)
+    for file, _, _ in parts:
         if not os.path.exists(file):
             raise FileNotFoundError(
                 f"{file}, a file of split {split!r} of {info.full_name}, is missing; copy it from where the set came "
@@ -174,7 +186,7 @@ def open_split(
     label = _label(info, label)
     return Split(
         info.full_name, split, str(folder), kind, inputs, label, tuple(info.features[label].names), image_shape,
-        builder.as_data_source(split=split),
+        parts, builder.as_data_source(split=split),
     )  # fmt: skip
 
 
@@ -191,7 +203,7 @@ def evaluation_split(name: str, data_dir: str | os.PathLike[str] | None = None) 
             return split
     raise ValueError(
         f"name: {info.full_name} has the splits {list(info.splits)}, expected 'validation' or 'test' among them; "
-        "name a split, such as a part of the training set: 'train[90%:]'"
+        "hold out a part of the training set: --train-split 'train[:90%]' --evaluation-split 'train[90%:]'"
     )
 
 

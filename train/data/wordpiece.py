@@ -12,6 +12,7 @@ import numpy as np
 if TYPE_CHECKING:
     from jaxtyping import Int
 
+MIN_LENGTH = 4  # two tokens beside [CLS] and [SEP]
 _SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]")
 
 
@@ -33,7 +34,7 @@ class WordPiece:
     """Makes ``[CLS] a [SEP]`` or ``[CLS] a [SEP] b [SEP]`` of texts, as BERT was trained.
 
     Attributes:
-        vocab_size: Number of tokens in the vocabulary.
+        vocab_size: Number of lines of the vocabulary; the numbers of all tokens are below.
         max_length: Tokens that are kept of an example.
         pad: Number of ``[PAD]``.
 
@@ -67,8 +68,10 @@ class WordPiece:
                 f"vocab_file: {path} is not a file, expected the vocabulary that the model was trained with, one token "
                 "a line (vocab.txt beside its weights)"
             )
-        if max_length < 4:
-            raise ValueError(f"max_length: got {max_length}, expected at least 4: two tokens beside [CLS] and [SEP]")
+        if max_length < MIN_LENGTH:
+            raise ValueError(
+                f"max_length: got {max_length}, expected at least {MIN_LENGTH}: two tokens beside [CLS] and [SEP]"
+            )
         lines = path.read_text("utf-8").removesuffix("\n").split("\n")  # splitlines() also splits at U+2028 and others
         vocabulary = {token: number for number, token in enumerate(lines)}
         missing = [token for token in _SPECIAL if token not in vocabulary]
@@ -77,7 +80,7 @@ class WordPiece:
                 f"vocab_file: {path} has {len(vocabulary)} tokens without {missing}, expected a vocabulary of BERT, "
                 "one token a line"
             )
-        self.vocab_size = len(vocabulary)
+        self.vocab_size = len(lines)
         self.max_length = max_length
         self.pad = vocabulary["[PAD]"]
         self._tokenizer = tokenizers.Tokenizer(
