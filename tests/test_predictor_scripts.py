@@ -1,17 +1,17 @@
 """Folds, figures and the scripts that fit and judge predictors."""
 
-import json
+import shlex
 
 import numpy as np
 import pytest
 
-from smartfrz_jax import Predictor, evaluate, make_examples, moments, predict, recording
+from smartfrz_jax import Predictor, encode_examples, evaluate, make_examples, moments, predict, recording
 from smartfrz_jax.recording import Recording
-from train import evaluate_predictor, fit_predictor
+from train import evaluate_predictor, fit_predictor, json_lines
 from train.predictors import held_out
 from train.predictors.figures import Figures, table
 from train.predictors.folds import folds
-from train.predictors.variants import TARGETS, VARIANTS
+from train.predictors.variants import TARGETS, VARIANTS, Variant
 
 
 def recorded(architecture: str, seed: int = 0, data: str = "digits") -> Recording:
@@ -46,7 +46,7 @@ def test_folds_hold_out_families():
 
 def test_table_takes_means_over_folds_and_spread_over_seeds():
     def row(fold, seed, auc):
-        return Figures("cka", "data", fold, "mine", seed, 10, 5, auc, float("nan"), 0.5, 0.1, 1.0)
+        return Figures("cka", "data", fold, "mine", seed, 10, 5, auc, float("nan"), 0.5, 0.1, 1.0, 12, "digest")
 
     text = table([row("x", 0, 0.5), row("y", 0, 0.7), row("x", 1, 0.7), row("y", 1, 0.9)])
     # 0.6 and 0.8 with the two seeds
@@ -71,7 +71,7 @@ def test_evaluates_and_goes_on(data_set, tmp_path, capsys):
     args += ["--splits", "architecture", "--stride", "2"]
     assert evaluate_predictor.main([*args, "--seeds", "1"]) == 0
     lines = (out / "figures.jsonl").read_text().splitlines()
-    rows = [Figures(**json.loads(line)) for line in lines]
+    rows = json_lines.read(out / "figures.jsonl", Figures.parse)
     assert {row.fold for row in rows} == {"resnet", "vgg"}
     by_fold = {(row.variant, row.fold): row for row in rows}
     assert by_fold["context", "resnet"].auc > 0.95
@@ -115,12 +115,73 @@ def test_writes_what_is_held_out_and_judges_by_it(data_set, tmp_path, capsys):
     examples = make_examples(left_out, criterion=TARGETS["cka"], stride=12)
     expected = evaluate(predict(predictor, examples), examples.target, groups=moments(examples))
     np.testing.assert_allclose(score, expected, rtol=1e-5)
-    assert fit_predictor.main([*args, "--out", str(tmp_path / "q"), "--variant", "scale-free"]) == 2
-    assert "hold weights (scale_free)" in capsys.readouterr().err
+    encoded = encode_examples(examples, VARIANTS["scale-free"].encoding)
+    with pytest.raises(ValueError, match=r"examples: hold weights \(scale_free\)"):
+        held_out.write(file, encoded)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--held-out z.npz", "argument --held-out: nothing is left out"),
+        ("--held-out z --without vgg9", "argument --held-out: got z, expected a name that ends with .npz"),
+        ("--held-out z.npz --without vgg9 --variant scale-free", "--held-out: 'scale-free' reads weights (scale_free)"),
+        ("--stride 0", "argument --stride: got 0, expected at least 1"),
+    ],
+)
+def test_the_command_line_is_checked_before_anything_is_read(options, message, capsys):
     with pytest.raises(SystemExit):
         fit_predictor.parse(["--recordings", "x", "--out", "y", "--target", "cka", "--variant", "t/T, depth",
-                             "--held-out", "z"])  # fmt: skip
-    assert "nothing is left out" in capsys.readouterr().err
+                             *options.split()])  # fmt: skip
+    assert message in capsys.readouterr().err
+
+
+def test_the_command_of_the_docstring_can_be_parsed():
+    command = str(fit_predictor.__doc__).split("\n\n")[1].replace("\\\n", "")
+    args = fit_predictor.parse(shlex.split(command)[3:])
+    assert (args.target, args.variant) == ("branch_harm", "t/T, depth, given, loss")
+
+
+def test_a_held_out_file_that_cannot_be_written_is_an_error_before_the_fit(data_set, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(Variant, "fit", None)
+    args = ["--recordings", str(data_set), "--out", str(tmp_path / "p"), "--target", "cka", "--variant", VARIANT]
+    file = tmp_path / "none" / "held_out.npz"
+    assert fit_predictor.main([*args, "--without", "vgg9", "--held-out", str(file)]) == 2
+    assert str(file) in capsys.readouterr().err
+    assert not (tmp_path / "p").exists()
+
+
+def test_figures_of_another_stride_or_other_recordings_are_computed_anew(data_set, tmp_path, monkeypatch, capsys):
+    def controls(args, recordings):
+        for fold, indices in folds(recordings, "architecture"):
+            yield "cka", "architecture", fold, indices, "progress", 0
+
+    monkeypatch.setattr(evaluate_predictor, "jobs", controls)
+    file = tmp_path / "figures.jsonl"
+    args = ["--recordings", str(data_set), "--out", str(tmp_path), "--targets", "cka", "--splits", "architecture"]
+
+    def rows(*options):
+        assert evaluate_predictor.main([*args, *options]) == 0
+        return json_lines.read(file, Figures.parse)
+
+    first = rows("--stride", "2")
+    assert [(row.fold, row.n) for row in first] == [("resnet", 40), ("vgg", 20)]
+    assert rows("--stride", "2") == first
+    capsys.readouterr()
+    second = rows("--stride", "4")
+    assert second[:2] == first
+    assert [(row.fold, row.n, row.stride) for row in second[2:]] == [("resnet", 20, 4), ("vgg", 10, 4)]
+    printed = capsys.readouterr().out
+    assert f"2 lines of {file} are of another stride or other recordings, and left out" in printed
+    assert "of 30 examples to freeze" in (tmp_path / "figures.md").read_text()
+    recording.save(recorded("vgg9-bn", 5), data_set, "more")
+    third = rows("--stride", "4")
+    assert third[:4] == second
+    assert [(row.fold, row.n) for row in third[4:]] == [("resnet", 20), ("vgg", 20)]
+    assert len({row.recordings for row in third}) == 2
+    file.write_text('{"target": "cka"}\n')
+    assert evaluate_predictor.main(args) == 2
+    assert f"out: line 1 of {file} is not a result" in capsys.readouterr().err
 
 
 def test_unknown_architecture_is_an_error(data_set, tmp_path, capsys):

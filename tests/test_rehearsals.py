@@ -4,6 +4,7 @@ import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 pytest.importorskip("matplotlib")
@@ -39,10 +40,12 @@ def test_the_report_by_hand():
         rehearsed(1, -0.1, "static:half"),
         rehearsed(2, -0.2, "static:half", share=0.025),
         rehearsed(0, float("nan"), None, share=0.05, case="another"),
+        rehearsed(1, 0.3, None, share=0.05, case="another"),
+        rehearsed(0, float("nan"), None, share=0.05, case="a third"),
     ]
     full = [
         result("never", 0, 1.0, 0.80),
-        result("static:half", 0, 1.2, 0.77),  # of 2 - 1 that are learned .2 are lost
+        result("static:half", 0, 1.2, 0.77),
         result("static:half", 1, 0.5, 0.90),  # no run of never with that seed
         result("static:all", 0, 0.5, 0.90),  # not what was chosen
         result("progress:0.5", 0, 1.1, 0.79, compute=0.8, cached=0.7),
@@ -52,7 +55,7 @@ def test_the_report_by_hand():
     assert report(rows, full, PLAN).split("\n") == [
         "### Rehearsals of 2.5% of the steps",
         "",
-        "| fine-tuning | seeds | static:half harmless | harm | price | full runs | harm | points |",
+        "| fine-tuning | seeds | static:half harmless | harm | price | full runs | loss | points |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
         "| case | 1 | 1 | -20.0 % | 0.40 | 0 | - | - |",
         "",
@@ -64,15 +67,16 @@ def test_the_report_by_hand():
         "",
         "### Rehearsals of 5.0% of the steps",
         "",
-        "| fine-tuning | seeds | static:half harmless | harm | price | full runs | harm | points |",
+        "| fine-tuning | seeds | static:half harmless | harm | price | full runs | loss | points |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
-        "| another | 1 | 0 | - | 0.20 | 0 | - | - |",
+        "| another | 2 | 0 | +30.0 % (1 left out) | 0.25 | 0 | - | - |",
+        "| a third | 1 | 0 | - (1 left out) | 0.20 | 0 | - | - |",
         "",
         "### Rehearsals of 10.0% of the steps",
         "",
-        "| fine-tuning | seeds | static:half harmless | harm | price | full runs | harm | points |",
+        "| fine-tuning | seeds | static:half harmless | harm | price | full runs | loss | points |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
-        "| case | 2 | 1 | +0.0 +- 10.0 % | 0.25 | 1 | +20.0 % | -3.00 |",
+        "| case | 2 | 1 | +0.0 +- 10.0 % | 0.25 | 1 | +0.200 | -3.00 |",
         "",
         "The long run then has `static:all` or `progress:0.5`:",
         "",
@@ -87,12 +91,21 @@ def test_the_tables_of_results_md_are_those_of_the_results_in_the_repository():
     rows = json_lines.read(folder / "rehearsals.jsonl", Rehearsed.parse)
     full = json_lines.read(folder / "results.jsonl", Result.parse)
     assert report(rows, full, rehearsals.PLAN) in (ROOT / "RESULTS.md").read_text()
+    augmented = {name for name, case in rehearsals.cases().items() if case.setup.augment}
+    kept = {row.case for row in full if row.compute_cached < row.compute}
+    assert kept  # of some, but not where every epoch has other images
+    assert not kept & augmented
+    assert "NaN" not in "".join(file.read_text() for file in folder.glob("*.jsonl"))
 
 
 def test_a_rehearsal_is_read_as_it_was_written(tmp_path):
-    row = rehearsed(1, -0.1, "static:half")
-    json_lines.append(tmp_path / "rows.jsonl", row.as_json())
-    assert json_lines.read(tmp_path / "rows.jsonl", Rehearsed.parse) == [row]
+    row, untold = rehearsed(1, -0.1, "static:half"), rehearsed(2, float("nan"), None)
+    for one in (row, untold):
+        json_lines.append(tmp_path / "rows.jsonl", one.as_json())
+    again = json_lines.read(tmp_path / "rows.jsonl", Rehearsed.parse)
+    assert again[0] == row
+    assert again[1].rehearsal.chosen is None
+    np.testing.assert_array_equal(again[1].rehearsal.harms["static:half"], (np.nan, 0.01))
     (tmp_path / "rows.jsonl").write_text(json.dumps({"case": "case"}) + "\n")
     with pytest.raises(ValueError, match=r"out: line 1 of .*rows\.jsonl is not a result"):
         json_lines.read(tmp_path / "rows.jsonl", Rehearsed.parse)
@@ -104,6 +117,10 @@ def test_a_rehearsal_is_read_as_it_was_written(tmp_path):
         ("--cases resnte14-weak", "'resnte14-weak' matches none of lite0-cifar10"),
         ("--seeds 1 --full-seeds 2", "got 1 and 2, expected at least one seed"),
         ("--shares 0.1 1.5", "expected shares above 0 and below 1"),
+        (
+            "--shares 0.1 0.002 --cases lite0* vgg9-bn-good",
+            "--shares: got 0.002, which is none of the 200 steps of lite0",
+        ),
     ],
 )
 def test_the_command_line_is_checked(options, message, capsys):

@@ -77,7 +77,7 @@ def test_a_measurement_that_agrees_tells_all_targets_and_is_not_made_again(tmp_p
     file = tmp_path / "out" / "harm.jsonl"
     rows = [json.loads(row) for row in file.read_text().splitlines()]
     for row in rows:
-        harm = -np.array(row["harm"])
+        harm = -np.array(row["harm"], float)
         row["harm"] = (harm - np.nanmin(harm)).tolist()
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     results = tmp_path / "RESULTS.md"

@@ -7,7 +7,7 @@ from flax import nnx
 
 import smartfrz_jax as sfj
 from train.log import Log, Run
-from train.run import run
+from train.run import training
 
 
 def loss_fn(model, x):
@@ -33,6 +33,7 @@ def test_flops_are_those_of_the_program_or_as_predicted(tmp_path, jax_defaults, 
         return predicted
 
     with Log(tmp_path / "log.jsonl", Run("never", optimizer.frozen.layers.names)) as log:
-        run(log, model, optimizer, freezer, step, [(x,)] * 2, flops=flops if predicted else None)
+        steps = training(log, model, optimizer, freezer, step, [(x,)] * 2, flops=flops if predicted else None)
+        assert list(steps) == [1, 2]
     assert [one.flops for one in log.run.steps] == [predicted or step.programs[0].cost.flops] * 2
     assert set(asked) == ({optimizer.frozen} if predicted else set())

@@ -1,17 +1,23 @@
 """Figures of the closed loop, against numbers worked out by hand."""
 
+import dataclasses
+import itertools
 import json
 import re
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 pytest.importorskip("matplotlib")
 
 import smartfrz_jax as sfj
 from train import closed_loop, json_lines
-from train.trials import report
-from train.trials.cases import CASES
+from train.collection.architectures import Architecture
+from train.collection.sets import FASHION
+from train.trials import report, trial
+from train.trials.cases import CASES, Case
 from train.trials.result import Result
 from train.trials.strategies import Situation, strategies
 from train.trials.trial import Bench
@@ -46,15 +52,6 @@ def test_rows_are_paired_by_seed():
     assert "shorter:0.5,1.0" not in rows  # the other rate is better
     assert rows["shorter:0.5,2.0"].difference == pytest.approx(-5.0)
     assert np.isnan(rows["shorter:0.5,2.0"].error)
-
-
-def test_front():
-    rows = {row.strategy: row for row in report.rows(RESULTS)}
-    assert report.is_on_front(rows["never"], rows.values())
-    assert report.is_on_front(rows["static:half"], rows.values())
-    worse = rows["never"]._replace(strategy="worse", difference=-9.0, error=0.5)
-    assert not report.is_on_front(worse, rows.values())
-    assert report.is_on_front(worse._replace(difference=-0.4), rows.values())  # within the noise of the better one
 
 
 def test_at_matched_compute():
@@ -126,6 +123,54 @@ def test_compute_by_hand(frozen, total_steps, compute, cached):
     np.testing.assert_allclose(got, (compute, cached), rtol=1e-12)
 
 
+def test_with_augmentation_there_is_nothing_to_keep():
+    made = bench()
+    made.setup = dataclasses.replace(made.setup, augment=True)
+    compute, cached = made.compute([(4, ["a"])], 10)
+    assert compute == cached == pytest.approx(1 - 12 / 180)
+
+
+class Tiny(nnx.Module):
+    """Three layers that read images of 4 x 4 pixels."""
+
+    def __init__(self, num_classes: int, rngs: nnx.Rngs):
+        sizes = (48, 8, 8, num_classes)
+        self.layers = nnx.List([nnx.Linear(*of, rngs=rngs) for of in itertools.pairwise(sizes)])
+
+    def __call__(self, images):
+        x = images.reshape(images.shape[0], -1)
+        for layer in self.layers:
+            x = jnp.tanh(layer(x))
+        return x
+
+
+@pytest.mark.usefixtures("jax_defaults")
+def test_what_similarity_guided_looks_at_is_counted_but_for_its_reference(tmp_path, monkeypatch):
+    monkeypatch.setitem(trial.ARCHITECTURES, "tiny", Architecture(Tiny, 4, (16,), (40,), {}, batch_norm=False))
+    setup = dataclasses.replace(
+        CASES["resnet14-weak"].setup, architecture="tiny", data=FASHION, pretraining="scratch", batch_size=16, steps=40,
+        examples=80, batch_norm="none",
+    )  # fmt: skip
+    made = Bench("tiny", Case(setup, 100), out=tmp_path, data_dir=tmp_path, weights_dir=None, say=print)
+    looked = []
+    features = made._features
+    monkeypatch.setattr(made, "_features", lambda *of: looked.append(1) or features(*of))
+    got = made.trial("similarity_guided", strategies()["similarity_guided"], 0, predictor=None)
+    passes = len(looked) - 1  # one is of the reference
+    assert 5 <= passes <= 20  # a window at least, and every second step at most
+    compute, cached = made.compute(got.frozen, 40)
+    probing = passes * made.forward_share(64)
+    assert probing > 0.1  # 64 examples where a step has 16
+    assert (got.compute, got.compute_cached) == pytest.approx((compute + probing, cached + probing))
+
+    # In rehearsals, too: beside the runs, three evaluations on a fifth of the examples.
+    looked.clear()
+    monkeypatch.setattr(made, "compute", lambda frozen, steps: (0.0, 0.0))
+    _, price = made.rehearse({"similarity_guided": strategies()["similarity_guided"]}, 1.0, 0)
+    assert looked
+    assert price == pytest.approx(len(looked) * made.forward_share(64) + 3 * made.forward_share(16))
+
+
 def test_every_strategy_makes_a_policy_or_says_what_it_lacks():
     costs = {"a": 1.0, "b": 2.0}
     reference = {"a": np.ones((4, 2)), "b": np.ones((4, 2))}
@@ -189,6 +234,27 @@ def test_errors_name_the_way_out(tmp_path, capsys):
     with pytest.raises(SystemExit):
         closed_loop.parse(["--data-dir", "x", "--strategies", "sttaic"])
     assert "matches none of never" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        closed_loop.parse(["--data-dir", "x", "--predictors", str(tmp_path / "none"), "--strategies", "smartfrz:*"])
+    assert f"argument --predictors: there is no folder {tmp_path / 'none'}; make one" in capsys.readouterr().err
     args = ["--data-dir", str(tmp_path / "none"), "--out", str(tmp_path / "out"), "--cases", "resnet14-weak"]
     assert closed_loop.main([*args, "--strategies", "never"]) == 2
     assert "none" in capsys.readouterr().err
+
+
+def test_what_lacks_its_predictor_is_named(tmp_path, capsys):
+    (tmp_path / "predictors" / "resnet14-weak" / "predictor").mkdir(parents=True)
+    line = f"--data-dir {tmp_path} --out {tmp_path} --cases resnet14-weak vgg9-bn-good"
+    line += " --strategies smartfrz:0.[25] cka:0.5"
+    with_some = closed_loop.parse([*line.split(), "--predictors", str(tmp_path / "predictors")])
+    assert closed_loop.left_out(with_some) == {
+        str(tmp_path / "predictors/resnet14-weak/cka_predictor"): ["cka:0.5"],
+        str(tmp_path / "predictors/vgg9-bn-good/predictor"): ["smartfrz:0.2", "smartfrz:0.5"],
+        str(tmp_path / "predictors/vgg9-bn-good/cka_predictor"): ["cka:0.5"],
+    }
+    file = tmp_path / "RESULTS.md"
+    assert closed_loop.main([*line.split(), "--results", str(file)]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "left out for want of --predictors: smartfrz:0.2, smartfrz:0.5, cka:0.5\n"
+    assert "nothing to compare" in printed.err
+    assert not file.exists()

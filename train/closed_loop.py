@@ -36,10 +36,8 @@ def wanted(args: argparse.Namespace, results: list[Result]) -> Iterator[tuple[st
     every = strategies()
     for seed in range(args.seeds):
         for case in args.cases:
-            for name, strategy in every.items():
+            for name, strategy in asked(args).items():
                 known = {(result.case, result.strategy, result.seed): result for result in results}
-                if not any(fnmatch.fnmatchcase(name, pattern) for pattern in args.strategies):
-                    continue
                 if strategy.needs and find_predictor(args, case, strategy.needs) is None:
                     continue
                 if strategy.length < 1 and seed > 0:
@@ -49,6 +47,26 @@ def wanted(args: argparse.Namespace, results: list[Result]) -> Iterator[tuple[st
                         continue
                 if (case, name, seed) not in known:
                     yield case, name, strategy, seed
+
+
+def asked(args: argparse.Namespace) -> dict[str, Strategy]:
+    """The strategies that are asked for, by name."""
+    return {
+        name: strategy
+        for name, strategy in strategies().items()
+        if any(fnmatch.fnmatchcase(name, pattern) for pattern in args.strategies)
+    }
+
+
+def left_out(args: argparse.Namespace) -> dict[str, list[str]]:
+    """Names of strategies that are asked for and lack their predictor, by what is missing."""
+    found: dict[str, list[str]] = {}
+    for case in args.cases:
+        for name, strategy in asked(args).items():
+            if strategy.needs and find_predictor(args, case, strategy.needs) is None:
+                missing = "--predictors" if args.predictors is None else str(args.predictors / case / strategy.needs)
+                found.setdefault(missing, []).append(name)
+    return found
 
 
 def find_predictor(args: argparse.Namespace, case: str, kind: str) -> Path | None:
@@ -64,6 +82,8 @@ def compare(args: argparse.Namespace, interrupt: Interrupt) -> None:
     sfj.keep_programs(args.out / "programs")
     file = args.out / "results.jsonl"
     results = json_lines.read(file, Result.parse)
+    for missing, names in left_out(args).items():
+        print(f"left out for want of {missing}: {', '.join(dict.fromkeys(names))}")
     bench: Bench | None = None
     for case, name, strategy, seed in interrupt.checked(wanted(args, results)):
         if bench is None or bench.name != case:
@@ -81,6 +101,8 @@ def compare(args: argparse.Namespace, interrupt: Interrupt) -> None:
             f"kept {result.compute_cached:.2f}, {result.seconds:.0f} s",
             flush=True,
         )
+    if not results:
+        raise ValueError("predictors: there is nothing to compare, as all that is asked for lacks its predictor")
     write_report(args, results)
 
 
@@ -90,9 +112,9 @@ def write_report(args: argparse.Namespace, results: list[Result]) -> None:
     pictures.mkdir(parents=True, exist_ok=True)
     for case, of_case in _by_case(results).items():
         report.picture(report.rows(of_case), pictures / f"{case}.png", case)
-    (args.out / "results.md").write_text(f"{_text(results, pictures, args.out)}\n")
+    (args.out / "results.md").write_text(f"{_text(args, results, args.out)}\n")
     if args.results is not None:
-        write_section(args.results, "closed loop", _text(results, pictures, args.results.parent))
+        write_section(args.results, "closed loop", _text(args, results, args.results.parent))
     print(f"table and pictures are in {args.out}{f' and {pictures}' if pictures != args.out else ''}")
 
 
@@ -101,11 +123,11 @@ def _by_case(results: list[Result]) -> dict[str, list[Result]]:
     return {case: of_case for case, of_case in found.items() if of_case}
 
 
-def _text(results: list[Result], pictures: Path, base: Path) -> str:
+def _text(args: argparse.Namespace, results: list[Result], base: Path) -> str:
     """The tables, with links to the pictures from a folder."""
-    parts = [provenance("train.closed_loop")]
+    parts = [f"{provenance('train.closed_loop')} {json_lines.commits(args.out / 'results.jsonl')}"]
     for case, of_case in _by_case(results).items():
-        link = Path(os.path.relpath(pictures / f"{case}.png", base)).as_posix()
+        link = Path(os.path.relpath((args.pictures or args.out) / f"{case}.png", base)).as_posix()
         parts.append(f"### {case}\n\n![accuracy against compute]({link})\n\n{report.table(report.rows(of_case))}")
         parts.append(f"At the same compute:\n\n{report.matched(of_case)}")
         parts.append(f"With kept activations:\n\n{report.matched(of_case, cached=True)}")
@@ -133,6 +155,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     for pattern in args.strategies:
         if not fnmatch.filter(strategies(), pattern):
             parser.error(f"argument --strategies: {pattern!r} matches none of {', '.join(strategies())}")
+    if args.predictors is not None and not args.predictors.is_dir():
+        parser.error(
+            f"argument --predictors: there is no folder {args.predictors}; make one with train.fit_predictor, or leave "
+            "the option out to do without smartfrz"
+        )
     if args.seeds < 1:
         parser.error(f"argument --seeds: got {args.seeds}, expected at least 1")
     return args

@@ -9,11 +9,13 @@ by SmartFRZ with the predictor that comes with the library, by the two-scalar ru
 from __future__ import annotations
 
 import argparse
+import itertools
 import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 import jax
@@ -26,9 +28,9 @@ import smartfrz_jax as sfj
 from models.resnet import BasicBlock, ResNet
 from smartfrz_jax.contribution import Probe
 from train import fashion_mnist, report
-from train.interrupt import Interrupt
+from train.interrupt import Interrupt, exit_code
 from train.log import Evaluation, Log, Run
-from train.run import batches, run
+from train.run import batches, training
 
 BATCH_SIZE = 64
 LEARNING_RATE = 0.05
@@ -40,6 +42,11 @@ PROBE_SIZE = 128  # images on which it is measured what the front of the network
 def new_model(seed: int) -> ResNet:
     """The demo's network: 15 convolutions and a head, 78,000 parameters."""
     return ResNet(STAGE_SIZES, WIDTHS, BasicBlock, num_classes=10, channels=1, stem="cifar", rngs=nnx.Rngs(seed))
+
+
+def sgd(total_steps: int) -> optax.GradientTransformation:
+    """The paper's optimizer. Each run has its own, or else some would find what others compiled."""
+    return optax.sgd(optax.cosine_decay_schedule(LEARNING_RATE, total_steps), momentum=0.9)
 
 
 def loss_fn(model: nnx.Module, images: jax.Array, labels: jax.Array) -> jax.Array:
@@ -73,71 +80,90 @@ def accuracy(model: nnx.Module, split: fashion_mnist.Split) -> float:
     return sum(right) / len(split.labels)
 
 
+class Tuning:
+    """A fine-tuning that stops after every epoch, so that the others take turns with it.
+
+    Args:
+        log: Its log.
+        model: The model.
+        steps: Its steps, as :func:`train.run.training` makes them.
+    """
+
+    def __init__(self, log: Log, model: nnx.Module, steps: Iterator[int]):
+        self.log, self.model, self.steps = log, model, steps
+
+
 class Demo:
-    """The data, the pre-trained weights and the compiled steps that all runs of the demo share."""
+    """The data and the pre-trained weights, which all runs of the demo share."""
 
     def __init__(self, out: Path, epochs: int, pretrain_epochs: int, seed: int, interrupt: Interrupt, *, quiet: bool):
         self.out = out
         self.train_split, self.test_split = fashion_mnist.load()
         self.epochs, self.pretrain_epochs, self.seed = epochs, pretrain_epochs, seed
         self.interrupt, self.quiet = interrupt, quiet
-        self.total_steps = epochs * (len(self.train_split.labels) // BATCH_SIZE)
-        # The paper's optimizer. One object for all runs: another one would be another program.
-        self.sgd = optax.sgd(optax.cosine_decay_schedule(LEARNING_RATE, self.total_steps), momentum=0.9)
-        model = new_model(seed)
-        self.layers = sfj.nnx.find_layers(model, self.train_split.images[:BATCH_SIZE])
-        batch = self.train_split.images[:BATCH_SIZE], self.train_split.labels[:BATCH_SIZE]
-        account = sfj.nnx.account(model, self.layers, loss_fn, *batch, tx=self.sgd)
-        self.step = sfj.TrainStep(train_step, account=account)
+        self.epoch_steps = len(self.train_split.labels) // BATCH_SIZE
+        self.total_steps = epochs * self.epoch_steps
+        self.example = tuple(part[:BATCH_SIZE] for part in self.train_split)
+        self.layers = sfj.nnx.find_layers(new_model(seed), self.example[0])
         self.probe_batch = tuple(jnp.asarray(part[:PROBE_SIZE]) for part in self.train_split)
-        self.pretrained = nnx.state(model)
+        self.pretrained = nnx.state(new_model(seed))
 
     def bar(self, total: int, label: str) -> tqdm:
         """A progress bar."""
         return tqdm(total=total, desc=f"{label:<28}", unit="step", disable=self.quiet, leave=True, ncols=100)
 
-    def fine_tune(
-        self,
-        name: str,
-        make_policy: Callable[[nnx.Module], sfj.Policy],
-        *,
-        tx: optax.GradientTransformation | None = None,
-    ) -> Run:
-        """Fine-tunes the pre-trained network on all ten classes; the log is called as the run."""
-        model = new_model(0)
-        nnx.update(model, self.pretrained)
-        policy = make_policy(model)
-        optimizer = sfj.nnx.Optimizer(model, tx or self.sgd, wrt=nnx.Param, layers=self.layers)
-        freezer = sfj.nnx.Freezer(model, optimizer, policy, train_step=self.step, min_saving=MIN_SAVING)
-        images, labels = self.train_split
-        indices = self.interrupt.checked(batches(len(labels), BATCH_SIZE, self.epochs, self.seed + 30))
-        data = ((images[i], labels[i]) for i in indices)
-        settings = {"seed": self.seed, "epochs": self.epochs}
-        log = Log(self.out / f"{name}.jsonl", Run(name, self.layers.names, settings))
-        with self.bar(self.total_steps, f"fine-tune, {name}") as bar, log:
-
-            def after_step(step: int) -> None:
-                bar.update()
-                bar.set_postfix(frozen=f"{len(freezer.frozen.names)}/{len(self.layers)}", refresh=False)
-
-            run(log, model, optimizer, freezer, self.step, data, after_step=after_step)
-            log.add(Evaluation(self.total_steps, {"accuracy": accuracy(model, self.test_split)}))
-        return log.run
+    def train_step(self, tx: optax.GradientTransformation) -> sfj.TrainStep:
+        """A step of its own, which compiles its own programs."""
+        return sfj.TrainStep(
+            train_step, account=sfj.nnx.account(new_model(0), self.layers, loss_fn, *self.example, tx=tx)
+        )
 
     def pretrain(self) -> None:
         """Trains on the first five classes, then gives the network a new head."""
         model = new_model(self.seed)
         images, labels = (part[self.train_split.labels < 5] for part in self.train_split)
-        steps = self.pretrain_epochs * (len(labels) // BATCH_SIZE)
-        optimizer = sfj.nnx.Optimizer(model, self.sgd, wrt=nnx.Param, layers=self.layers)
-        freezer = sfj.nnx.Freezer(model, optimizer, sfj.never())
+        tx = sgd(self.pretrain_epochs * (len(labels) // BATCH_SIZE))
+        optimizer = sfj.nnx.Optimizer(model, tx, wrt=nnx.Param, layers=self.layers)
+        freezer, step = sfj.nnx.Freezer(model, optimizer, sfj.never()), self.train_step(tx)
         indices = self.interrupt.checked(batches(len(labels), BATCH_SIZE, self.pretrain_epochs, self.seed))
         data = ((images[i], labels[i]) for i in indices)
         log = Log(self.out / "pretrain.jsonl", Run("pretrain", self.layers.names, {"seed": self.seed}))
+        steps = self.pretrain_epochs * (len(labels) // BATCH_SIZE)
         with self.bar(steps, "pre-train on 5 classes") as bar, log:
-            run(log, model, optimizer, freezer, self.step, data, after_step=lambda _: bar.update())
+            for _ in training(log, model, optimizer, freezer, step, data):
+                bar.update()
         model.fc = new_model(self.seed + 1).fc
         self.pretrained = nnx.state(model)
+
+    def tuning(
+        self, name: str, make_policy: Callable[[nnx.Module], sfj.Policy], tx: optax.GradientTransformation
+    ) -> Tuning:
+        """A fine-tuning of the pre-trained network on all ten classes; the log is called as the run."""
+        model = new_model(0)
+        nnx.update(model, self.pretrained)
+        optimizer = sfj.nnx.Optimizer(model, tx, wrt=nnx.Param, layers=self.layers)
+        step = self.train_step(tx)
+        freezer = sfj.nnx.Freezer(model, optimizer, make_policy(model), train_step=step, min_saving=MIN_SAVING)
+        images, labels = self.train_split
+        indices = self.interrupt.checked(batches(len(labels), BATCH_SIZE, self.epochs, self.seed + 30))
+        data = ((images[i], labels[i]) for i in indices)
+        settings = {"seed": self.seed, "epochs": self.epochs}
+        log = Log(self.out / f"{name}.jsonl", Run(name, self.layers.names, settings))
+        return Tuning(log, model, training(log, model, optimizer, freezer, step, data))
+
+    def fine_tune(self, tunings: Sequence[Tuning]) -> list[Run]:
+        """An epoch of each in turn, so that none has the machine in another state than the others have it."""
+        with ExitStack() as stack, self.bar(len(tunings) * self.total_steps, "fine-tune") as bar:
+            for tuning in tunings:
+                stack.enter_context(tuning.log)
+            for _ in range(self.epochs):
+                for tuning in tunings:
+                    bar.set_description_str(f"{f'fine-tune, {tuning.log.run.name}':<28}")
+                    for _ in itertools.islice(tuning.steps, self.epoch_steps):
+                        bar.update()
+            for tuning in tunings:
+                tuning.log.add(Evaluation(self.total_steps, {"accuracy": accuracy(tuning.model, self.test_split)}))
+        return [tuning.log.run for tuning in tunings]
 
     def probe(self, model: nnx.Module) -> Probe:
         """The training loss on some images, which tells SmartFRZ what the front of the network has learned."""
@@ -151,24 +177,27 @@ def demo(args: argparse.Namespace, say: Callable[[str], None], interrupt: Interr
     device = f"{jax.devices()[0].platform}, {os.cpu_count()} cores"
     versions = f"jax {jax.__version__}, Python {platform.python_version()}, {device}"
     demo = Demo(out, args.epochs, args.pretrain_epochs, args.seed, interrupt, quiet=args.quiet)
+    steps = demo.total_steps
     say(
-        f"smartfrz_jax demo: {len(demo.layers)} layers, {len(demo.train_split.labels)} images, {demo.total_steps} "
+        f"smartfrz_jax demo: {len(demo.layers)} layers, {len(demo.train_split.labels)} images, {steps} "
         f"steps of {BATCH_SIZE} ({versions})"
     )
     demo.pretrain()
-    full = demo.fine_tune("never", lambda model: sfj.never())
-    guided = demo.fine_tune(
-        "smartfrz",
-        lambda model: sfj.smartfrz(
-            sfj.Predictor.pretrained(), total_steps=demo.total_steps, probe=demo.probe(model), seed=args.seed
-        ),
-    )
-    two_scalars = demo.fine_tune("progress", lambda model: sfj.progress(demo.total_steps))
-    schedules = sfj.freezeout_schedules(demo.layers, learning_rate=LEARNING_RATE, total_steps=demo.total_steps)
-    freezeout = optax.chain(optax.trace(0.9), sfj.scale_by_layer_schedule(demo.layers, schedules))
-    linear = demo.fine_tune("linear", lambda model: sfj.linear(demo.total_steps), tx=freezeout)
 
-    runs = [full, guided, two_scalars, linear]
+    def guided(model: nnx.Module) -> sfj.Policy:
+        return sfj.smartfrz(sfj.Predictor.pretrained(), total_steps=steps, probe=demo.probe(model), seed=args.seed)
+
+    schedules = sfj.freezeout_schedules(demo.layers, learning_rate=LEARNING_RATE, total_steps=steps)
+    freezeout = optax.chain(optax.trace(0.9), sfj.scale_by_layer_schedule(demo.layers, schedules))
+    runs = demo.fine_tune(
+        [
+            demo.tuning("never", lambda model: sfj.never(), sgd(steps)),
+            demo.tuning("smartfrz", guided, sgd(steps)),
+            demo.tuning("progress", lambda model: sfj.progress(steps), sgd(steps)),
+            demo.tuning("linear", lambda model: sfj.linear(steps), freezeout),
+        ]
+    )
+
     picture = out / "demo.png"
     report.picture(runs, picture, f"Fine-tuning ResNet-{len(demo.layers)} on Fashion-MNIST ({versions})")
     text = report.table(runs)
@@ -188,30 +217,17 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0, help="seed of everything (default: %(default)s)")
     parser.add_argument("--quiet", action="store_true", help="no progress bars")
     args = parser.parse_args(argv)
-    for name in ("epochs", "pretrain_epochs"):
-        if getattr(args, name) < 1:
-            parser.error(f"argument --{name.replace('_', '-')}: got {getattr(args, name)}, expected at least 1")
+    for name, least in (("epochs", 1), ("pretrain_epochs", 1), ("seed", 0)):
+        if getattr(args, name) < least:
+            parser.error(f"argument --{name.replace('_', '-')}: got {getattr(args, name)}, expected at least {least}")
     return args
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the demo; returns the exit code: 0, 2 if the output folder cannot be written, 130 if interrupted."""
+    """Runs the demo; returns the exit code, as :func:`train.interrupt.exit_code` gives it."""
     args = parse(argv)
-    try:
-        args.out.mkdir(parents=True, exist_ok=True)
-        (args.out / "pretrain.jsonl").write_text("")
-    except OSError as error:
-        print(
-            f"--out: cannot write to {args.out} ({error.strerror}); choose another folder with --out", file=sys.stderr
-        )
-        return 2
-    try:
-        with Interrupt() as interrupt:
-            demo(args, print, interrupt)
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; the steps so far are in {args.out}/*.jsonl", file=sys.stderr)
-        return 130
-    return 0
+    go_on = f"the steps so far are in {args.out}/*.jsonl"
+    return exit_code(lambda interrupt: demo(args, print, interrupt), args.out, go_on=go_on)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Judges predictors on recorded runs that they did not see, beside simple controls; splits by architecture and more.
 
-Every figure is a line of ``figures.jsonl`` in ``--out``; what is there is not computed again. The tables go to
-``figures.md`` there, and, as a section, into the file of ``--results``.
+Every figure is a line of ``figures.jsonl`` in ``--out``; what is there, of the same recordings with the same stride, is
+not computed again. The tables go to ``figures.md`` there, and, as a section, into the file of ``--results``.
 
     python -m train.evaluate_predictor --recordings runs/collection --out runs/evaluation
 """
@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
 import time
 from collections.abc import Iterator
@@ -25,6 +24,7 @@ from smartfrz_jax.encoding import Encoding
 from smartfrz_jax.examples import Examples, make_examples
 from smartfrz_jax.recording import Recording
 from smartfrz_jax.splits import by_run, moments
+from train import json_lines
 from train.interrupt import Interrupt, exit_code
 from train.predictors import learning_runs
 from train.predictors.figures import Figures, table
@@ -52,7 +52,11 @@ def evaluate(args: argparse.Namespace, interrupt: Interrupt) -> None:
     recordings, left_out = learning_runs.load(args.recordings)
     print(f"{len(recordings)} recordings; {len(left_out)} more of networks that hardly learned are left out")
     file = args.out / "figures.jsonl"
-    found = [Figures(**json.loads(line)) for line in file.read_text().splitlines()] if file.exists() else []
+    digest = learning_runs.digest(args.recordings)
+    every = json_lines.read(file, Figures.parse)
+    found = [row for row in every if (row.stride, row.recordings) == (args.stride, digest)]
+    if len(found) < len(every):
+        print(f"{len(every) - len(found)} lines of {file} are of another stride or other recordings, and left out")
     known = {row[:5] for row in found}
     prepared = Prepared(recordings, args.stride)
     for target, split, fold, held_out, variant, seed in interrupt.checked(jobs(args, recordings)):
@@ -80,9 +84,10 @@ def evaluate(args: argparse.Namespace, interrupt: Interrupt) -> None:
             score.balanced_accuracy,
             score.calibration_error,
             round(seconds, 1),
+            args.stride,
+            digest,
         )
-        with file.open("a") as opened:
-            opened.write(json.dumps(row._asdict()) + "\n")
+        json_lines.append(file, row._asdict())
         found.append(row)
         print(
             f"{target:12s} {split:12s} {fold:14s} {variant:32s} seed {seed}: AUC {row.auc:.3f}, across layers "
@@ -137,8 +142,9 @@ class Prepared:
 def write_tables(args: argparse.Namespace, recordings: int, found: list[Figures]) -> None:
     """Prints the tables, and writes them to ``figures.md`` and the section of ``--results``."""
     parts = [
-        f"{provenance('train.evaluate_predictor')} {recordings} recordings, every {args.stride}th moment. Means over "
-        "folds, +- the standard deviation of that mean over seeds."
+        f"{provenance('train.evaluate_predictor')} {json_lines.commits(args.out / 'figures.jsonl')} {recordings} "
+        f"recordings, every {args.stride}th moment. Means over folds, +- the standard deviation of that mean over "
+        "seeds."
     ]
     for target in TARGETS:
         for split in get_args(Split):

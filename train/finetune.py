@@ -26,7 +26,7 @@ from train.networks import make_network
 from train.optimizers import make_optimizer
 from train.options import Options, parse
 from train.policies import make_policy
-from train.run import run
+from train.run import training
 from train.splits import open_data
 
 
@@ -159,19 +159,17 @@ def finetune(options: Options, say: Callable[[str], None], interrupt: Interrupt)
         for step, batch in zip(steps, train_data.batches(freezer.steps, total_steps), strict=True):
             yield train_data.key(step), batch.inputs, batch.labels
 
-    def after_step(step: int) -> None:
-        bar.update()
-        bar.set_postfix(loss=f"{log.run.steps[-1].loss:.3f}", frozen=f"{len(freezer.frozen.names)}/{len(layers)}")
-        if step % steps_per_epoch == 0:
-            log.add(Evaluation(step, evaluate(model)))
-            figures = ", ".join(f"{name} {value:.4f}" for name, value in log.run.metrics.items())
-            bar.write(f"epoch {step // steps_per_epoch}: {figures}", file=sys.stdout)
-            save_checkpoint(freezer, options.out)
-
     with bar, Log(options.out / "log.jsonl", history) as log:
         data = interrupt.checked(batches(), on_interrupt=lambda: save_checkpoint(freezer, options.out))
         flops = account.compiled_flops if options.scan else None
-        run(log, model, optimizer, freezer, train_step, data, after_step=after_step, flops=flops)
+        for step in training(log, model, optimizer, freezer, train_step, data, flops=flops):
+            bar.update()
+            bar.set_postfix(loss=f"{log.run.steps[-1].loss:.3f}", frozen=f"{len(freezer.frozen.names)}/{len(layers)}")
+            if step % steps_per_epoch == 0:
+                log.add(Evaluation(step, evaluate(model)))
+                figures = ", ".join(f"{name} {value:.4f}" for name, value in log.run.metrics.items())
+                bar.write(f"epoch {step // steps_per_epoch}: {figures}", file=sys.stdout)
+                save_checkpoint(freezer, options.out)
 
     weights.save(model, options.out / "model.safetensors", overwrite=True)
     runs = [*baseline, log.run]

@@ -1,9 +1,11 @@
-"""Trains a predictor on recorded runs, and writes its checkpoint.
+r"""Trains a predictor on recorded runs, and writes its checkpoint.
 
-    python -m train.fit_predictor --recordings runs/collection --target branch_harm --out runs/predictors/predictor
+    python -m train.fit_predictor --recordings runs/collection --target branch_harm \
+        --variant 't/T, depth, given, loss' --out runs/predictors/predictor
 
 With ``--without`` the recordings of networks and data sets are left out, so that the predictor can be tried on them;
-``--held-out`` writes a file with what it reads of every twelfth moment of these, and judges it on that.
+``--held-out`` writes a file with what it reads of every twelfth moment of these, before it is trained, and judges it on
+that. Such a file holds no weights, so the predictor must read none.
 """
 
 from __future__ import annotations
@@ -36,6 +38,15 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     if args.held_out is not None and not args.without:
         parser.error("argument --held-out: nothing is left out; name networks or data sets with --without")
+    if args.held_out is not None and args.held_out.suffix != ".npz":
+        parser.error(f"argument --held-out: got {args.held_out}, expected a name that ends with .npz")
+    if args.held_out is not None and (reads := VARIANTS[args.variant].encoding.weights) != "none":
+        parser.error(
+            f"argument --held-out: {args.variant!r} reads weights ({reads}), which such a file does not hold; choose a "
+            "--variant that reads none, or judge it with train.evaluate_predictor"
+        )
+    if args.stride < 1:
+        parser.error(f"argument --stride: got {args.stride}, expected at least 1")
     return args
 
 
@@ -58,12 +69,12 @@ def main(argv: list[str] | None = None) -> int:
         examples = make_examples(chosen, criterion=TARGETS[args.target], stride=args.stride)
         two = ", ".join(f"{value:.2f}" for value in two_scalar_coefficients(examples))
         variant = VARIANTS[args.variant]
-        predictor = variant.fit(variant.prepared(examples, seed=args.seed), seed=args.seed)
-        predictor.save(args.out)
         if args.held_out is not None:
             rest = [recorded for recorded in recordings if _about(recorded) & set(args.without)]
             unseen = make_examples(rest, criterion=TARGETS[args.target], stride=_HELD_OUT_STRIDE)
             held_out.write(args.held_out, sfj.encode_examples(unseen, variant.encoding))
+        predictor = variant.fit(variant.prepared(examples, seed=args.seed), seed=args.seed)
+        predictor.save(args.out)
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2

@@ -46,7 +46,7 @@ class Compiled(NamedTuple):
         seconds: Seconds it took to trace and compile, in whichever run it was first needed.
         ahead: Whether it was compiled while training went on.
         waited: Seconds that this run stood still for it.
-        live_bytes: Bytes of all arrays after its first step: parameters, optimizer state, data, the policy's state.
+        held_bytes: Bytes of the arrays that the run holds after its first step: model, optimizer, policy, batch.
     """
 
     step: int
@@ -54,7 +54,7 @@ class Compiled(NamedTuple):
     seconds: float
     ahead: bool
     waited: float
-    live_bytes: int
+    held_bytes: int
 
 
 class Phase(NamedTuple):
@@ -67,7 +67,7 @@ class Phase(NamedTuple):
         seconds: Median of the seconds of a step.
         flops: FLOPs of a step.
         peak_bytes: Bytes that the program needs.
-        live_bytes: Bytes of all arrays between the steps, from the first time that its program was used.
+        held_bytes: Bytes of the arrays that the run holds between the steps, from the first time of its program.
     """
 
     step: int
@@ -76,7 +76,7 @@ class Phase(NamedTuple):
     seconds: float
     flops: float
     peak_bytes: int
-    live_bytes: int
+    held_bytes: int
 
 
 class Evaluation(NamedTuple):
@@ -146,7 +146,7 @@ class Run:
     @property
     def phases(self) -> list[Phase]:
         """The phases, in order: step time and memory over time."""
-        live_bytes = {program.frozen: program.live_bytes for program in self.programs}
+        held_bytes = {program.frozen: program.held_bytes for program in self.programs}
         phases = []
         for _, group in itertools.groupby(self.steps, key=lambda step: (step.frozen, step.flops, step.peak_bytes)):
             steps = list(group)
@@ -160,7 +160,7 @@ class Run:
                     seconds,
                     first.flops,
                     first.peak_bytes,
-                    live_bytes.get(first.frozen, 0),
+                    held_bytes.get(first.frozen, 0),
                 )
             )
         return phases

@@ -38,11 +38,11 @@ def cases() -> dict[str, Case]:
 def compare(args: argparse.Namespace, interrupt: Interrupt) -> None:
     """Runs what is missing, and writes the tables."""
     sfj.keep_programs(args.out / "programs")
-    rehearsals = json_lines.read(args.out / "rehearsals.jsonl", Rehearsed.parse)
-    results = json_lines.read(args.out / "results.jsonl", Result.parse)
+    files = args.out / "rehearsals.jsonl", args.out / "results.jsonl"
+    rehearsals, results = json_lines.read(files[0], Rehearsed.parse), json_lines.read(files[1], Result.parse)
     for name in interrupt.checked(name for name in cases() if _matches(name, args.cases)):
         measure(name, args, rehearsals, results, interrupt)
-    text = f"{provenance('train.rehearsals')}\n\n{report(rehearsals, results, PLAN)}"
+    text = f"{provenance('train.rehearsals')} {json_lines.commits(*files)}\n\n{report(rehearsals, results, PLAN)}"
     print(text)
     (args.out / "rehearsals.md").write_text(f"{text}\n")
     if args.results is not None:
@@ -107,9 +107,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--strategies", nargs="+", choices=every, default=every, help="what is run at full length (default: all)"
     )
     args = parser.parse_args(argv)
+    known = cases()
     for pattern in args.cases:
-        if not fnmatch.filter(cases(), pattern):
-            parser.error(f"argument --cases: {pattern!r} matches none of {', '.join(cases())}")
+        if not fnmatch.filter(known, pattern):
+            parser.error(f"argument --cases: {pattern!r} matches none of {', '.join(known)}")
     if args.seeds < 1 or not 0 <= args.full_seeds <= args.seeds:
         parser.error(
             f"arguments --seeds, --full-seeds: got {args.seeds} and {args.full_seeds}, expected at least one seed, and "
@@ -117,6 +118,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         )
     if not all(0 < share < 1 for share in args.shares):
         parser.error(f"argument --shares: got {args.shares}, expected shares above 0 and below 1")
+    for name, case in known.items():
+        if _matches(name, args.cases) and not round(min(args.shares) * case.setup.steps):
+            parser.error(
+                f"argument --shares: got {min(args.shares)}, which is none of the {case.setup.steps} steps of {name}; "
+                f"expected at least {1 / case.setup.steps:.2g}"
+            )
     return args
 
 

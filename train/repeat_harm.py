@@ -104,7 +104,7 @@ def repeat(args: argparse.Namespace, interrupt: Interrupt) -> None:
             json_lines.append(file, {"name": name, "harm": again[name].tolist()})
             print(f"{name}: measured again", flush=True)
     second = {index: again[recordings[index].metadata["name"]] for index in indices}
-    text = f"{provenance('train.repeat_harm')}\n\n{table(recordings, second, args.stride)}"
+    text = f"{provenance('train.repeat_harm')} {json_lines.commits(file)}\n\n{table(recordings, second, args.stride)}"
     print(text)
     (args.out / "repeat.md").write_text(f"{text}\n")
     if args.results is not None:

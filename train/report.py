@@ -58,7 +58,7 @@ def table(runs: Sequence[Run]) -> str:
 
 def phases(run: Run) -> str:
     """A Markdown table with a row for each phase of a run: step time and memory over time."""
-    head = ("from step", "steps", "layers frozen", "ms a step", "GFLOP a step", "MB, program", "MB, live arrays")
+    head = ("from step", "steps", "layers frozen", "ms a step", "GFLOP a step", "MB, program", "MB held")
     rows = [
         (
             f"{phase.step}",
@@ -67,7 +67,7 @@ def phases(run: Run) -> str:
             f"{1e3 * phase.seconds:.1f}",
             f"{phase.flops / 1e9:.3f}",
             f"{phase.peak_bytes / 1e6:.1f}",
-            f"{phase.live_bytes / 1e6:.1f}",
+            f"{phase.held_bytes / 1e6:.1f}",
         )
         for phase in run.phases
     ]

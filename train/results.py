@@ -53,10 +53,11 @@ def provenance(script: str) -> str:
     """
     command = shlex.join(["python", "-m", script, *sys.argv[1:]])
     versions = f"jax {jax.__version__}, Python {platform.python_version()}"
-    return f"`{command}`; commit {_commit()}; {versions}, {jax.devices()[0].device_kind}, {os.cpu_count()} cores."
+    return f"`{command}`; commit {commit()}; {versions}, {jax.devices()[0].device_kind}, {os.cpu_count()} cores."
 
 
-def _commit() -> str:
+def commit() -> str:
+    """The commit that is checked out, ``-dirty`` if files differ from it; ``unknown`` outside of a repository."""
     try:
         asked = ["git", "describe", "--always", "--dirty"]
         return subprocess.run(asked, cwd=_ROOT, capture_output=True, text=True, check=True).stdout.strip()

@@ -24,7 +24,7 @@ def batches(n: int, batch_size: int, epochs: int, seed: int) -> Iterator[np.ndar
             yield order[start : start + batch_size]
 
 
-def run(
+def training(
     log: Log,
     model: nnx.Module,
     optimizer: sfj.nnx.Optimizer,
@@ -32,10 +32,9 @@ def run(
     train_step: TrainStep,
     data: Iterable[tuple[Any, ...]],
     *,
-    after_step: Callable[[int], object] | None = None,
     flops: Callable[[sfj.Frozen], float] | None = None,
-) -> None:
-    """Trains on all of ``data``, and logs every step.
+) -> Iterator[int]:
+    """Trains on all of ``data``, a step each time that the next item is asked for, and logs every step.
 
     Args:
         log: Log of the run; where the run goes on from a checkpoint, it has the steps until there.
@@ -44,10 +43,12 @@ def run(
         freezer: Decides what freezes.
         train_step: A step of ``(model, optimizer, *batch)`` that returns the loss.
         data: Batches.
-        after_step: Called with the number of steps done, outside of what is timed.
         flops: From a frozen set to the FLOPs of a step, for networks with scanned blocks: an account's
             ``compiled_flops``. By default they are those of the compiled program, in which XLA counts a scan's body
             once.
+
+    Yields:
+        The number of steps done. What is done with it is not part of what is timed.
 
     Raises:
         FloatingPointError: If the loss is not finite.
@@ -63,8 +64,9 @@ def run(
             used.add(program.frozen)
             compile_seconds = program.cost.trace_seconds + program.cost.compile_seconds
             stood_still = program.waited if len(train_step.programs) > programs else 0.0
-            live_bytes = sum(array.nbytes for array in jax.live_arrays())
-            log.add(Compiled(step, len(program.frozen.names), compile_seconds, program.ahead, stood_still, live_bytes))
+            held = nnx.state(model), nnx.state(optimizer), freezer.policy_state, batch
+            held_bytes = sum({id(array): array.nbytes for array in jax.tree.leaves(held)}.values())
+            log.add(Compiled(step, len(program.frozen.names), compile_seconds, program.ahead, stood_still, held_bytes))
         before_policy, waited = time.perf_counter(), train_step.wait_seconds
         freezer.step(loss=loss)
         jax.block_until_ready(freezer.policy_state)
@@ -86,5 +88,4 @@ def run(
             raise FloatingPointError(
                 f"the loss is {loss} after step {step} of the run {log.run.name!r}; lower its rate"
             )
-        if after_step is not None:
-            after_step(step)
+        yield step

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+
+from train import json_lines
 
 _COLUMNS = ("auc", "moment_auc", "balanced_accuracy", "calibration_error")
 
@@ -26,6 +28,8 @@ class Figures(NamedTuple):
         balanced_accuracy: Mean share decided rightly, of both classes.
         calibration_error: Expected calibration error.
         seconds: Of training.
+        stride: Records between moments.
+        recordings: Digest of the recordings.
     """
 
     target: str
@@ -40,6 +44,13 @@ class Figures(NamedTuple):
     balanced_accuracy: float
     calibration_error: float
     seconds: float
+    stride: int
+    recordings: str
+
+    @classmethod
+    def parse(cls, fields: dict[str, Any]) -> Figures:
+        """From a JSON object."""
+        return cls(**json_lines.with_nan(fields))
 
 
 def table(figures: Iterable[Figures]) -> str:

@@ -32,7 +32,7 @@ class Rehearsed(NamedTuple):
     def parse(cls, fields: dict[str, Any]) -> Rehearsed:
         """From a JSON object."""
         of = fields["rehearsal"]
-        harms = {name: sfj.Harm(*harm) for name, harm in of["harms"].items()}
+        harms = {name: sfj.Harm(*np.array(harm, float).tolist()) for name, harm in of["harms"].items()}  # null is NaN
         rehearsal: dict[str, Any] = of | {"harms": harms}
         parsed: dict[str, Any] = fields | {"rehearsal": sfj.Rehearsal(**rehearsal)}
         return cls(**parsed)
@@ -72,6 +72,15 @@ def _paired(full: _Runs, row: Rehearsed, strategy: str) -> tuple[Result, Result]
 def report(rehearsals: Sequence[Rehearsed], results: Sequence[Result], plan: Plan) -> str:
     """Markdown tables, two for each length of rehearsals: what they told, and what it comes to if one goes by them.
 
+    Columns of the first: seeds rehearsed, and with how many of them freezing was harmless; its harm in rehearsals, the
+    mean over those in which enough was learned to tell, and how many were left out as it was not (NaN in
+    :class:`smartfrz_jax.Harm`); the price of a rehearsal. Then how many of these seeds were run in full, and the mean
+    over them of held-out loss, and accuracy in points, less those of ``never`` with the same seed. Everywhere ``+-`` is
+    the standard error over seeds.
+
+    In full runs harm is not given as a share of what was learned, as in rehearsals: their loss before the first step is
+    not known on the same examples, and where ``never`` hardly learns it would be a share of next to nothing.
+
     Args:
         rehearsals: All rehearsals.
         results: Full runs of ``never`` and the strategies of the plan, with the seeds of some of the rehearsals.
@@ -92,23 +101,24 @@ def report(rehearsals: Sequence[Rehearsed], results: Sequence[Result], plan: Pla
 
 def _told(by_case: Mapping[str, Sequence[Rehearsed]], full: _Runs, plan: Plan) -> str:
     lines = [
-        f"| fine-tuning | seeds | {plan.rehearsed} harmless | harm | price | full runs | harm | points |",
+        f"| fine-tuning | seeds | {plan.rehearsed} harmless | harm | price | full runs | loss | points |",
         "|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     for case, rows in by_case.items():
         harmless = sum(row.rehearsal.chosen is not None for row in rows)
         rehearsed = [100 * row.rehearsal.harms[plan.rehearsed].harm for row in rows]
-        rehearsed = [harm for harm in rehearsed if np.isfinite(harm)]  # elsewhere nothing was learned
-        harms, points = [], []
+        told = [harm for harm in rehearsed if np.isfinite(harm)]  # elsewhere nothing was learned
+        left_out = f" ({len(rows) - len(told)} left out)" if len(told) < len(rows) else ""
+        losses, points = [], []
         for row in rows:
             if found := _paired(full, row, plan.rehearsed):
                 never, run = found
-                harms.append(100 * (run.loss - never.loss) / (row.rehearsal.start - never.loss))
+                losses.append(run.loss - never.loss)
                 points.append(100 * (run.accuracy - never.accuracy))
         price = np.mean([row.compute for row in rows])
         lines.append(
-            f"| {case} | {len(rows)} | {harmless} | {_mean(rehearsed, 1, ' %')} | {price:.2f} | {len(points)} | "
-            f"{_mean(harms, 1, ' %')} | {_mean(points, 2)} |"
+            f"| {case} | {len(rows)} | {harmless} | {_mean(told, 1, ' %')}{left_out} | {price:.2f} | {len(points)} | "
+            f"{_mean(losses, 3)} | {_mean(points, 2)} |"
         )
     return "\n".join(lines)
 

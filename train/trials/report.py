@@ -156,19 +156,6 @@ def _points(difference: float, error: float) -> str:
     return f"{difference:+.2f}" if np.isnan(error) else f"{difference:+.2f} +- {error:.2f}"
 
 
-def is_on_front(row: Row, others: Iterable[Row], *, cached: bool = False) -> bool:
-    """Whether no other strategy is at least as accurate for less or the same compute, beyond the noise of the pair.
-
-    Noise is the standard error of the difference of the two differences, as if they were independent.
-    """
-    return not any(
-        _cost(other, cached=cached) <= _cost(row, cached=cached)
-        and other.difference - row.difference > np.nan_to_num(np.hypot(other.error, row.error))
-        for other in others
-        if other.strategy != row.strategy
-    )
-
-
 def picture(found: Sequence[Row], path: Path, title: str) -> None:
     """Draws accuracy against compute, without and with kept activations.
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+from train import json_lines
+
 
 class Result(NamedTuple):
     """What a run came to.
@@ -15,9 +17,11 @@ class Result(NamedTuple):
         accuracy: Share of the held-out examples classified right.
         loss: Mean cross entropy on them.
         compute: FLOPs of all steps by the account, as a share of those of the full run. Forward passes on the probe
-            batch are part of it.
+            batch are part of it, whether for the policy's ``probe`` or ``features``; the training of the reference
+            network that ``similarity_guided`` knows is not.
         compute_cached: The same if the activations at the end of the frozen front are kept: an example's forward pass
-            through a frozen front layer is then computed once.
+            through a frozen front layer is then computed once. Where examples are augmented nothing can be kept
+            (``PrefixCache`` refuses to), and it is ``compute``.
         seconds: Of all steps, decisions and waiting for programs that could not be compiled ahead.
         step_seconds: Of the steps alone.
         frozen: What froze when: steps done, and names.
@@ -37,5 +41,6 @@ class Result(NamedTuple):
     @classmethod
     def parse(cls, fields: dict[str, Any]) -> Result:
         """From a JSON object."""
-        parsed: dict[str, Any] = fields | {"frozen": [(step, names) for step, names in fields["frozen"]]}
+        frozen = [(step, names) for step, names in fields["frozen"]]
+        parsed: dict[str, Any] = json_lines.with_nan(fields) | {"frozen": frozen}
         return cls(**parsed)

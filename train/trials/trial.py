@@ -23,12 +23,11 @@ from train.collection.pretraining import starting_weights
 from train.collection.schedules import learning_rates
 from train.collection.sets import Arrays, Batches, open_set
 from train.log import Log, Run
-from train.run import run
+from train.optimizers import directions
+from train.run import training
 from train.trials.cases import Case
 from train.trials.result import Result
 from train.trials.strategies import Situation, Strategy
-
-PyTree = Any
 
 _PROBE = 64  # examples on which layers' outputs are compared, and contributions measured
 _HELD_OUT_OF_REHEARSALS, _AT_MOST = 256, 0.2  # training examples, and at most this share of them
@@ -58,6 +57,17 @@ def _judge(model: nnx.Module, inputs: tuple[jax.Array, ...], labels: jax.Array) 
     logits = model(*inputs)  # pyright: ignore[reportCallIssue]
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
     return losses, logits.argmax(-1) == labels
+
+
+class _Counted:
+    """A function that counts its calls."""
+
+    def __init__(self, function: Callable[[Any], Any]):
+        self._function, self.calls = function, 0
+
+    def __call__(self, argument: Any) -> Any:
+        self.calls += 1
+        return self._function(argument)
 
 
 class Bench:
@@ -133,21 +143,16 @@ class Bench:
             FloatingPointError: If the training diverges.
         """
         total_steps = self.steps(strategy)
-        model, probed = self.model(seed), 0
-        loss_of = sfj.nnx.probe(model, loss_fn, self._probe, jnp.asarray(self.data.train[np.arange(_PROBE)].labels))
-
-        def probe(params: PyTree) -> jax.Array:
-            nonlocal probed
-            probed += 1
-            return loss_of(params)
-
+        model = self.model(seed)
+        labels = jnp.asarray(self.data.train[np.arange(_PROBE)].labels)
+        probe = _Counted(sfj.nnx.probe(model, loss_fn, self._probe, labels))
         situation = Situation(total_steps, self.costs(), self.reference, predictor, probe, seed)
         policy = strategy.policy(situation)
-        log = self._train(name, strategy, policy, model, seed, self.data.train)
+        log, looked = self._train(name, strategy, policy, model, seed, self.data.train)
         losses, right = _losses(model, self.data.held_out)
         frozen = [(event.step, list(event.names)) for event in log.freezes]
         compute, cached = self.compute(frozen, total_steps)
-        probing = probed * self.forward_share(_PROBE)
+        probing = (probe.calls + looked) * self.forward_share(_PROBE)
         return Result(
             self.name,
             name,
@@ -183,7 +188,8 @@ class Bench:
             nonlocal compute
             model = self.model(seed)
             if steps:
-                log = self._train("rehearsal", short, policy, model, seed, train_on)
+                log, looked = self._train("rehearsal", short, policy, model, seed, train_on)
+                compute += looked * self.forward_share(_PROBE)
                 compute += self.compute([(event.step, list(event.names)) for event in log.freezes], steps)[0]
             compute += self.forward_share(len(held_out))
             return _losses(model, held_out)[0]
@@ -199,7 +205,10 @@ class Bench:
         return {layer: parts.forward for layer, parts in self.account.flops().by_layer.items() if layer}
 
     def compute(self, frozen: list[tuple[int, list[str]]], total_steps: int) -> tuple[float, float]:
-        """FLOPs of a run as a share of the full run's: as it is, and with the frozen front's activations kept."""
+        """FLOPs of a run as a share of the full run's: as it is, and with the frozen front's activations kept.
+
+        With augmentation both are the same: an example is another one in each epoch.
+        """
         epoch = self.setup.examples // self.setup.batch_size
         forward = {name: parts.forward for name, parts in self.account.flops().by_layer.items()}
         full = self.account.flops().total * self.setup.steps
@@ -215,7 +224,7 @@ class Bench:
                 if name not in names:
                     break
                 in_front.setdefault(name, until)
-        return total / full, (total - kept) / full
+        return total / full, (total - (0.0 if self.setup.augment else kept)) / full
 
     def forward_share(self, examples: int) -> float:
         """FLOPs of a forward pass on so many examples as a share of those of the full run."""
@@ -232,21 +241,24 @@ class Bench:
 
     def _train(
         self, name: str, strategy: Strategy, policy: sfj.Policy, model: nnx.Module, seed: int, examples: Arrays
-    ) -> Run:
+    ) -> tuple[Run, int]:
+        """The run, and how often the policy looked at layers' outputs on the probe batch."""
+        features = _Counted(lambda model: self._features(model, *self._probe))
         tx, step = self._step(strategy)
         optimizer = sfj.nnx.Optimizer(model, tx, wrt=nnx.Param, layers=self.layers)
         freezer = sfj.nnx.Freezer(
             model,
             optimizer,
             policy,
-            features=lambda model: self._features(model, *self._probe),
+            features=features,
             train_step=step,
             min_saving=_MIN_SAVING,
         )
         log_run = Run(name, self.layers.names, dataclasses.asdict(self.setup) | {"seed": seed})
         with tempfile.TemporaryDirectory() as folder, Log(Path(folder) / "log.jsonl", log_run) as log:
-            run(log, model, optimizer, freezer, step, self._batches(examples, seed, strategy))
-        return log.run
+            for _ in training(log, model, optimizer, freezer, step, self._batches(examples, seed, strategy)):
+                pass
+        return log.run, features.calls
 
     def _batches(self, examples: Arrays, seed: int, strategy: Strategy) -> Iterator[tuple[Any, ...]]:
         batches = Batches(examples, self.setup.batch_size, seed, self.setup.augment)
@@ -270,10 +282,7 @@ class Bench:
         else:
             values = jnp.asarray(learning_rates(setup.schedule, peak, steps))
             rate = optax.scale_by_learning_rate(lambda count: values[jnp.minimum(count, steps - 1)])
-        decay = optax.add_decayed_weights(setup.weight_decay, _matrices)
-        if setup.optimizer == "sgd":
-            return optax.chain(decay, optax.trace(0.9), rate)
-        return optax.chain(optax.scale_by_adam(), decay, rate)
+        return optax.chain(*directions(setup.optimizer, setup.weight_decay), rate)
 
 
 def _losses(model: nnx.Module, examples: Arrays) -> tuple[np.ndarray, np.ndarray]:
@@ -291,7 +300,3 @@ def _losses(model: nnx.Module, examples: Arrays) -> tuple[np.ndarray, np.ndarray
 
 def _never(situation: Situation) -> sfj.Policy:
     return sfj.never()
-
-
-def _matrices(params: PyTree) -> PyTree:
-    return jax.tree.map(lambda leaf: leaf.ndim > 1, params)
