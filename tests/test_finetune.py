@@ -1,13 +1,15 @@
 """``python -m train.finetune``: real runs on real data, resumed bit for bit, and what it says when it cannot run."""
 
 import importlib.util
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
 import safetensors.numpy
 
-from train import finetune, interrupt, log, report
+from models.deit import deit_tiny
+from train import finetune, interrupt, log, networks, report
 from train.options import parse
 
 pytestmark = pytest.mark.usefixtures("jax_defaults")
@@ -40,6 +42,16 @@ def sentences(shared, minilm, tmp_path):
         "--data", "glue/cola", "--data-dir", str(shared / "data/tfds"), "--max-tokens", "24", "--quiet",
         "--evaluation-split", "validation[:100]", "--optimizer", "adamw", "--learning-rate", "1e-4",
         "--out", str(tmp_path / "run"),
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def few_blocks(shared, tmp_path, monkeypatch):
+    """Arguments of a run of a DeiT with few blocks on CIFAR-10, from scratch and with dropout."""
+    monkeypatch.setattr(networks, "deit_tiny", partial(deit_tiny, depth=3, drop_path=0.2, dropout=0.1))
+    return [
+        "--model", "deit-tiny", "--data", "cifar10", "--data-dir", str(shared / "data/tfds"), "--image-size", "32",
+        "--quiet", "--evaluation-split", "test[:10]", "--optimizer", "adamw", "--out", str(tmp_path / "run"),
     ]  # fmt: skip
 
 
@@ -89,9 +101,9 @@ def test_minilm_learns_200_real_sentences_while_autofreeze_freezes(sentences, tm
 
 
 @pytest.mark.slow
-def test_scanned_blocks_are_logged_one_by_one(sentences, tmp_path, capsys):
-    arguments = [*sentences[:-1], str(tmp_path / "plain"), "--train-split", "train[:4]", "--batch-size", "4",
-                 "--epochs", "1", "--max-tokens", "8", "--evaluation-split", "validation[:4]"]  # fmt: skip
+def test_scanned_blocks_are_logged_one_by_one(few_blocks, tmp_path, capsys):
+    arguments = [*few_blocks[:-1], str(tmp_path / "plain"), "--train-split", "train[:4]", "--batch-size", "4",
+                 "--epochs", "1"]  # fmt: skip
     assert finetune.main(arguments) == 0, capsys.readouterr().err
     assert finetune.main([*arguments, "--scan", "--out", str(tmp_path / "run")]) == 0, capsys.readouterr().err
     plain, scanned = (log.read(tmp_path / name / "log.jsonl") for name in ("plain", "run"))
@@ -111,10 +123,9 @@ class InterruptedAt(interrupt.Interrupt):
 
 
 @pytest.mark.slow
-def test_an_interrupted_run_goes_on_bit_for_bit(sentences, tmp_path, monkeypatch, capsys):
-    arguments = [*sentences[:-2], "--train-split", "train[:40]", "--batch-size", "10", "--epochs", "2", "--policy",
-                 "linear", "--t0", "0.3", "--max-tokens", "16", "--lead", "1", "--min-saving", "0.2",
-                 "--evaluation-split", "validation[:10]", "--out"]  # fmt: skip
+def test_an_interrupted_run_goes_on_bit_for_bit(few_blocks, tmp_path, monkeypatch, capsys):
+    arguments = [*few_blocks[:-2], "--train-split", "train[:40]", "--batch-size", "10", "--epochs", "2", "--policy",
+                 "linear", "--t0", "0.3", "--lead", "1", "--min-saving", "0.2", "--out"]  # fmt: skip
     assert finetune.main([*arguments, str(tmp_path / "straight")]) == 0
     monkeypatch.setattr(interrupt, "Interrupt", InterruptedAt)
     InterruptedAt.step = 7  # in the second epoch, half of the layers frozen
