@@ -98,6 +98,18 @@ def test_find_layers_needs_params():
         sfj.linen.find_layers(NET, {"stem": {}}, X)
 
 
+def test_find_layers_passes_random_keys_on():
+    class Noisy(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Dropout(0.5, deterministic=False)(nn.Dense(4)(x))
+            return nn.Dense(2)(x + jax.random.normal(self.make_rng("noise"), x.shape))
+
+    x, key = jnp.ones((2, 3)), jax.random.key(0)
+    variables = jax.eval_shape(Noisy().init, {"params": key, "noise": key, "dropout": key}, x)
+    assert sfj.linen.find_layers(Noisy(), variables, x, rngs={"noise": key}).names == ("Dense_0", "Dense_1")
+
+
 @pytest.mark.parametrize("frozen", [NAMES[:2], NAMES[:5], ("y_block/a_second", "x_block/z_first"), NAMES])
 def test_frozen_parameters_and_statistics_do_not_change_in_a_single_bit_and_others_do(frozen):
     state = steps(make(), 2).freeze(frozen)

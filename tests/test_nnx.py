@@ -261,6 +261,39 @@ def test_features_are_the_outputs_of_the_layers_in_evaluation_mode():
     assert model.stem_norm.use_running_average is False
 
 
+def test_features_of_variables_that_are_no_params():
+    class Weight(nnx.Variable):
+        pass
+
+    class Linear(nnx.Module):
+        def __init__(self, scale):
+            self.kernel = Weight(scale * jnp.eye(2))
+
+        def __call__(self, x):
+            return x @ self.kernel[...]
+
+    model, x = nnx.Sequential(Linear(2.0), Linear(3.0)), jnp.ones((4, 2))
+    layers = sfj.nnx.find_layers(model, x, wrt=Weight)
+    outputs = sfj.nnx.features(model, layers, x, wrt=Weight)(model, x)
+    assert {name: float(out[0, 0]) for name, out in outputs.items()} == {"layers/0": 2.0, "layers/1": 6.0}
+    with pytest.raises(ValueError, match=r"wrt: got .*Param.*leaves out 'layers/0/kernel'.*the same wrt"):
+        sfj.nnx.features(model, layers, x)
+
+
+def test_with_stock_gradients_weights_hold_still_but_nothing_else():
+    """As the docstring of the optimizer warns."""
+    model = nnx.Sequential(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), nnx.BatchNorm(2, rngs=nnx.Rngs(0)))
+    x = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+    optimizer = sfj.nnx.Optimizer(model, optax.sgd(0.1), layers=sfj.nnx.find_layers(model, x))
+    optimizer.freeze(model, ["layers/0"])
+    for value_and_grad, moves in ((optimizer.value_and_grad, ()), (nnx.value_and_grad, ("mean", "var"))):
+        before = arrays(model)
+        _, grads = value_and_grad(lambda model: (model(x) * x).sum())(model)
+        optimizer.update(model, grads)
+        for name, leaf in before.items():
+            assert np.array_equal(arrays(model)[name], leaf) == (not name.endswith(moves or "nothing")), name
+
+
 @pytest.mark.slow
 def test_policies_that_look_at_gradients_and_features_run():
     model, optimizer = make()

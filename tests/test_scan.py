@@ -217,6 +217,41 @@ def test_further_arguments_reach_every_block_and_variables_are_written_back():
     assert scan_blocks(blocks[:0], 5) == 5
 
 
+def test_a_block_that_occurs_again_finds_its_variables_as_it_left_them():
+    block = Doubling()
+    assert scan_blocks([block] * 3, jnp.ones(())) == 8
+    assert block.calls[...] == 3
+
+    blocks = [Doubling(calls=i) for i in range(4)]
+    blocks[2].calls = blocks[1].calls
+    assert scan_blocks(blocks, jnp.ones(())) == 16
+    assert [int(block.calls[...]) for block in blocks] == [1, 3, 3, 4]
+
+
+def test_what_is_shared_and_only_read_is_no_reason_to_part_blocks():
+    blocks = nnx.List([Doubling() for _ in range(4)])
+    for block in blocks:
+        block.weight = blocks[0].weight
+    assert scans(blocks) == [4]
+    blocks[2].calls = blocks[1].calls
+    assert scans(blocks) == [2, 2]
+
+
+def test_a_dropout_that_blocks_share_draws_anew_in_each():
+    class Dropping(nnx.Module):
+        def __init__(self, drop):
+            self.drop = drop
+
+        def __call__(self, x):
+            return self.drop(x)
+
+    drop = nnx.Dropout(0.5, rngs=nnx.Rngs(0))
+    expected = drop(drop(drop(jnp.ones(32))))
+    drop.rngs.count[...] = jnp.uint32(0)
+    np.testing.assert_array_equal(scan_blocks([Dropping(drop) for _ in range(3)], jnp.ones(32)), expected)
+    assert drop.rngs.count[...] == 3
+
+
 def test_modules_learn_which_of_their_parameters_are_frozen_while_the_loss_is_differentiated():
     class Net(nnx.Module):
         def __init__(self):

@@ -2,59 +2,178 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
+import jax
 from flax import linen as nn
 
 from smartfrz_jax import paths
 from smartfrz_jax.freezing import Frozen
 
+PyTree = Any
+
+# Part of the key of JAX's caches: a jitted function that was traced for another frozen set is traced again, so that its
+# modules are met again.
+_held_for = jax.make_user_context(None)
+
+_FLAGS = {
+    nn.BatchNorm: "use_running_average",
+    nn.Dropout: "deterministic",
+    nn.MultiHeadDotProductAttention: "deterministic",
+}
+
 
 @contextlib.contextmanager
-def hold(frozen: Frozen) -> Iterator[None]:
+def hold(frozen: Frozen, params: PyTree = None) -> Iterator[None]:
     """Within it, Linen modules that belong to frozen layers run in evaluation mode.
 
     That is every BatchNorm whose parameters are in a frozen layer, attention in which all layers are frozen, and every
-    Dropout, or BatchNorm without parameters, that is called next after a frozen layer. Parameter names must be paths
-    from the module that is applied.
+    Dropout, or BatchNorm without parameters, that is called next after a frozen layer. Modules may be applied to a part
+    of the parameters, such as ``params["backbone"]``: a layer's parameter is one whose name ends in the path from the
+    module that is applied.
 
     Args:
         frozen: The frozen set.
+        params: The parameters that parts are taken of. They tell two networks apart whose parameters have the same
+            names, as in ``{"actor": ..., "critic": ...}``, if ``apply`` gets the very same arrays.
+
+    Raises:
+        ValueError: If a module in training mode is in a network whose parameters are in no layer, and no other network
+            is applied; or if it cannot be told whether the layer that it belongs to is frozen.
     """
     if not frozen.names:
         yield
         return
-    owner = frozen.layers.owner
-    last: str | None = None
+    holder = _Holder(frozen, params)
+    with _held_for(frozen), nn.intercept_methods(holder.intercept):
+        yield
+    holder.check()
 
-    def intercept(next_fun: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext) -> Any:
-        nonlocal last
+
+class _Holder:
+    """Meets the calls of modules in their order.
+
+    A reading of a network gives the layer of its parameters, by their paths from the module that is applied. There is
+    one, unless the same names are in several parts of the parameters.
+    """
+
+    def __init__(self, frozen: Frozen, params: PyTree):
+        self._frozen = frozen
+        self._name_of = {id(leaf): name for name, leaf in paths.flatten(params).items()}
+        self._networks: list[tuple[Any, list[dict[str, str]]]] = []  # by the scope of what is applied
+        self._around: list[dict[str, str]] = []  # readings of the network that is running
+        self._last: set[str] = set()  # layers that the last call may have been of
+        self._strange = ""
+
+    def intercept(
+        self, next_fun: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
+    ) -> Any:
+        """Calls a module, in evaluation mode if its layer is frozen."""
         module = context.module
-        if context.method_name != "__call__":
+        if context.method_name != "__call__" or module.scope is None:
             return next_fun(*args, **kwargs)
-        prefix = paths.SEPARATOR.join((*module.path, ""))
-        inside = {layer for param, layer in owner.items() if param.startswith(prefix)}
-        held = (inside or {last}) <= frozen.names
-        if held and isinstance(module, nn.BatchNorm):
-            result = _call_with(module, "use_running_average", next_fun, args, kwargs)
-        elif held and isinstance(module, nn.Dropout | nn.MultiHeadDotProductAttention):
-            result = _call_with(module, "deterministic", next_fun, args, kwargs)
-        else:
-            result = next_fun(*args, **kwargs)
-        own = [layer for param, layer in owner.items() if param.rpartition(paths.SEPARATOR)[0] == prefix[:-1]]
-        last = own[-1] if own else last
+        root = module.scope.root
+        around, readings = self._around, self._readings(root)
+        flag = next((flag for kind, flag in _FLAGS.items() if isinstance(module, kind)), None)
+        if flag is not None and not readings and _params(root) and _trains(module, flag, args, kwargs):
+            self._strange = f"{type(module).__name__} {paths.SEPARATOR.join(module.path)!r}"
+        self._around = readings
+        try:
+            if flag is not None and self._is_held(module, readings):
+                result = _call_with(module, flag, next_fun, args, kwargs)
+            else:
+                result = next_fun(*args, **kwargs)
+        finally:
+            self._around = around
+        path = paths.SEPARATOR.join(module.path)
+        own = [
+            [layer for param, layer in reading.items() if param.rpartition(paths.SEPARATOR)[0] == path]
+            for reading in readings
+        ]
+        self._last = {layers[-1] for layers in own if layers} or self._last
         return result
 
-    with nn.intercept_methods(intercept):
-        yield
+    def check(self) -> None:
+        """Raises if there were modules to hold, perhaps, but no network of the layers."""
+        if self._strange and not any(readings for _, readings in self._networks):
+            raise ValueError(
+                f"loss_fn: applies a Linen network in training mode ({self._strange}), but none whose parameters are "
+                f"in layers ({', '.join(map(repr, list(self._frozen.layers.owner)[:3]))}, ...), so the BatchNorms and "
+                "dropouts of frozen layers would go on as in training; pass apply the parameters under the names that "
+                "they have in params, or a part of them such as params['backbone']; what does not train, in evaluation "
+                "mode or outside of loss_fn"
+            )
+
+    def _is_held(self, module: nn.Module, readings: list[dict[str, str]]) -> bool:
+        path = paths.SEPARATOR.join(module.path)
+        inside = [
+            {layer for param, layer in reading.items() if param.startswith(path and path + paths.SEPARATOR)}
+            for reading in readings
+        ]
+        possible = [layers for layers in inside if layers] or [{layer} for layer in self._last]
+        answers = {layers <= self._frozen.names for layers in possible}
+        if len(answers) > 1:
+            named = " or ".join(sorted({repr(", ".join(sorted(layers))) for layers in possible}))
+            raise ValueError(
+                f"loss_fn: {type(module).__name__} {path!r} may be of the layers {named}, of which not all are frozen; "
+                "apply the networks to the parameters as loss_fn gets them, neither cast nor inside a jax.jit of their "
+                "own, or put them into one Linen module"
+            )
+        return answers == {True}
+
+    def _readings(self, root: Any) -> list[dict[str, str]]:
+        for known, readings in self._networks:
+            if known is root:
+                return readings
+        leaves, owner = _params(root), self._frozen.layers.owner
+        names = {param: self._name_of[id(leaf)] for param, leaf in leaves.items() if id(leaf) in self._name_of}
+        if leaves and not names and any(leaves.keys() <= reading.keys() for reading in self._around):
+            readings = self._around  # a piece of the network that runs, in a jit or checkpoint of Linen
+        else:
+            parts = _parts(leaves, owner)
+            if names:
+                parts = [part for part in parts if all(part + param == name for param, name in names.items())]
+            readings = [
+                {name[len(part) :]: layer for name, layer in owner.items() if name.startswith(part)} for part in parts
+            ]
+            if names and not readings:  # put together from several parts, or under other names
+                readings = [{param: owner[name] for param, name in names.items()}]
+        self._networks.append((root, readings))
+        return readings
+
+
+def _parts(leaves: Iterable[str], owner: Iterable[str]) -> list[str]:
+    """What comes before the names of most leaves, in names of the layers' parameters."""
+    before = collections.Counter(
+        name[: -len(leaf)] for leaf in leaves for name in owner if ("/" + name).endswith("/" + leaf)
+    )
+    return [part for part in before if before[part] == max(before.values())]
+
+
+def _params(root: Any) -> dict[str, Any]:
+    """Parameters that a module is applied to, by their paths from it, also if this scope is of a part of it."""
+    leaves = paths.flatten(root.variables().get("params", {}))
+    return {paths.SEPARATOR.join((*root.path, name)): leaf for name, leaf in leaves.items()}
+
+
+def _bind(module: nn.Module, args: Any, kwargs: Any) -> inspect.BoundArguments:
+    return inspect.signature(type(module).__call__).bind(module, *args, **kwargs)
+
+
+def _trains(module: nn.Module, flag: str, args: Any, kwargs: Any) -> bool:
+    """Whether it makes a difference that a flag is not true; it comes with the call or with the constructor."""
+    given = _bind(module, args, kwargs).arguments.get(flag)
+    rate = getattr(module, "rate", getattr(module, "dropout_rate", None))
+    return rate != 0 and not (getattr(module, flag) if given is None else given)
 
 
 def _call_with(module: nn.Module, flag: str, next_fun: Callable[..., Any], args: Any, kwargs: Any) -> Any:
     """Calls a module with ``flag`` true, whether the flag came with the call, with the constructor, or not at all."""
-    bound = inspect.signature(type(module).__call__).bind(module, *args, **kwargs)
+    bound = _bind(module, args, kwargs)
     bound.arguments[flag] = True
     configured = getattr(module, flag)
     object.__setattr__(module, flag, None)  # Linen refuses a flag that is given in both places

@@ -19,6 +19,7 @@ def find_layers(
     variables: Mapping[str, Any],
     *inputs: Any,
     granularity: Granularity = "layer",
+    rngs: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> Layers:
     """Layers of a Linen module, in forward order; see :func:`smartfrz_jax.find_layers`.
@@ -28,6 +29,7 @@ def find_layers(
         variables: Its variables, as ``module.init`` gives them; ``{"params": params}`` if it has no other.
         *inputs: An example batch; arrays or ``jax.ShapeDtypeStruct``.
         granularity: ``"layer"``, ``"block"`` or a function from a parameter's name to its layer's name.
+        rngs: Random keys for the streams that the module draws from, as for ``apply``. There is one for ``"dropout"``.
         **kwargs: Further arguments of the module's ``__call__``, such as ``train=False``. The module is only traced.
 
     Returns:
@@ -49,7 +51,7 @@ def find_layers(
     others = {name: collection for name, collection in variables.items() if name != "params"}
 
     def forward(params: PyTree, *inputs: Any) -> Any:
-        rngs = {"dropout": jax.random.key(0)}
-        return module.apply({"params": params, **others}, *inputs, rngs=rngs, mutable=list(others), **kwargs)
+        streams = {"dropout": jax.random.key(0), **(rngs or {})}
+        return module.apply({"params": params, **others}, *inputs, rngs=streams, mutable=list(others), **kwargs)
 
     return find_layers_of_params(variables["params"], forward, *inputs, granularity=granularity)

@@ -106,19 +106,20 @@ class TrainState(train_state.TrainState):
         """``jax.value_and_grad`` with respect to the parameters, without the work for frozen layers.
 
         Linen modules of frozen layers run in evaluation mode: their BatchNorms use and keep their running statistics,
-        and the dropouts that follow them are off.
+        and the dropouts that follow them are off; see :func:`hold`.
 
         Args:
             loss_fn: A function of ``(params, *args, **kwargs)`` to a scalar, or to ``(scalar, aux)`` with ``has_aux``.
             has_aux: As in ``jax.value_and_grad``.
 
         Returns:
-            A function of the same arguments to ``(value, grads)``; the gradients of frozen leaves are exact zeros.
+            A function of the same arguments to ``(value, grads)``; the gradients of frozen leaves are exact zeros. It
+            raises what :func:`hold` raises.
         """
 
-        def held(*args: Any, **kwargs: Any) -> Any:
-            with hold(self.frozen):
-                return loss_fn(*args, **kwargs)
+        def held(params: PyTree, *args: Any, **kwargs: Any) -> Any:
+            with hold(self.frozen, params):
+                return loss_fn(params, *args, **kwargs)
 
         return freezing.value_and_grad(held, self.frozen, has_aux=has_aux)
 

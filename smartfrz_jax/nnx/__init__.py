@@ -1,7 +1,7 @@
 """The front door for Flax NNX: an ``nnx.Optimizer`` that freezes, and the object that decides when.
 
-A stock NNX loop changes in four places: the optimizer's class, ``nnx.value_and_grad``, one line before the loop and one
-in it. See :class:`Optimizer`.
+A stock NNX loop changes in five lines: an import, the optimizer's class, ``nnx.value_and_grad``, one line before the
+loop and one in it. See :class:`Optimizer`.
 """
 
 from smartfrz_jax.nnx.accounting import account as account

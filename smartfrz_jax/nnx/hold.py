@@ -14,12 +14,15 @@ from smartfrz_jax.freezing import Frozen
 def hold(model: nnx.Module, frozen: Frozen) -> Iterator[tuple[str, nnx.Variable, Any]]:
     """Puts what belongs to frozen layers into evaluation mode; yields their BatchNorm statistics as they are now.
 
+    A module that belongs to several layers is left alone until all of them are frozen, and so is one of which no
+    variable belongs to a layer: a dropout without a random stream of its own.
+
     Tells modules that want to know (by an attribute ``frozen_params``) which of their parameters are frozen.
     """
-    layer_of = {name: layer.name for layer in frozen.layers for name in (*layer.params, *layer.state)}
+    held_by = [(name, layer.name) for layer in frozen.layers for name in (*layer.params, *layer.state)]
     for path, module in nnx.iter_modules(model):
         prefix = paths.SEPARATOR.join((*map(str, path), ""))
-        inside = {layer for name, layer in layer_of.items() if name.startswith(prefix)}
+        inside = {layer for name, layer in held_by if name.startswith(prefix)}
         if hasattr(module, "frozen_params"):
             own = frozenset(name.removeprefix(prefix) for name in frozen.params if name.startswith(prefix))
             module.frozen_params = own  # pyright: ignore[reportAttributeAccessIssue]

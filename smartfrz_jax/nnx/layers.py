@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Collection, Iterator, Mapping
 from typing import Any
 
 import jax
 from flax import nnx
+from jax.extend import core as jex
 
-from smartfrz_jax import dataflow, paths
+from smartfrz_jax import dataflow, inlining, paths
 from smartfrz_jax.layers import Granularity, Layers, check_params, group
 
 PyTree = Any
@@ -24,7 +26,8 @@ def find_layers(
     """Layers of an NNX model, in forward order; see :func:`smartfrz_jax.find_layers`.
 
     The statistics of BatchNorms and the random streams of dropouts are assigned too, to the layer whose output they
-    work on.
+    work on; the stream of one dropout that is called in several places, to all the layers that it follows. A dropout
+    without a random stream of its own, one that is called with ``rngs``, belongs to no layer.
 
     Args:
         model: The model. It is only traced, in training mode.
@@ -57,11 +60,23 @@ def find_layers(
 
     used = dataflow.consumption(run, nnx.as_pure(variables), *inputs)
     state = [name for name in paths.flatten(variables) if name not in leaves]
-    return group(leaves, used, granularity, state)
+    again = list(_drawn_again(model, used))
+    if not again:
+        return group(leaves, used, granularity, state)
+    before = _before(run, leaves, nnx.as_pure(variables), *inputs)
+    shared = [names for names in again if len({params for name in names for params in before[name]}) > 1]
+    # What works on the output of a shared dropout would seem to follow all layers that the dropout follows.
+    follows = {name: frozenset[str]().union(*before[name]) for names in shared for name in names}
+    sources = {name: of if of.isdisjoint(follows) else before[name][0] for name, of in used.sources.items()}
+    return _with_shared(group(leaves, dataclasses.replace(used, sources=sources), granularity, state), follows)
 
 
 def features(
-    model: nnx.Module, layers: Layers, *inputs: Any, forward: Callable[..., Any] | None = None
+    model: nnx.Module,
+    layers: Layers,
+    *inputs: Any,
+    forward: Callable[..., Any] | None = None,
+    wrt: nnx.filterlib.Filter = nnx.Param,
 ) -> Callable[..., dict[str, jax.Array]]:
     """A jitted function of ``(model, *inputs)`` that returns every layer's output on a batch, in evaluation mode.
 
@@ -70,13 +85,23 @@ def features(
         layers: Its layers.
         *inputs: An example batch; the first axis of the first input counts the examples.
         forward: A function of ``(model, *inputs)``; ``model(*inputs)`` by default.
+        wrt: Filter of the variables that train, as for :func:`find_layers`.
 
     Returns:
         A function that gives, by layer name, an array of shape ``(examples, ...)``.
+
+    Raises:
+        ValueError: If the layers are of other variables than those of ``wrt``, or there are no inputs.
     """
+    trained = paths.flatten(nnx.state(model, wrt))
+    foreign = next((param for param in layers.owner if param not in trained), None)
+    if foreign is not None:
+        raise ValueError(
+            f"wrt: got {wrt!r}, which leaves out {foreign!r} of layer {layers.owner[foreign]!r}, expected the filter "
+            "that the layers were found with; pass find_layers and features the same wrt, and the same model"
+        )
     evaluated = nnx.merge(*nnx.split(model), copy=True)
     evaluated.eval()
-    wrt = nnx.Param
     graphdef = nnx.graphdef(evaluated)
 
     def outputs(params: PyTree, rest: PyTree, *inputs: Any) -> dict[str, jax.Array]:
@@ -95,6 +120,51 @@ def features(
         return {name: by_name[name] for name in layers.names}
 
     return of_model
+
+
+def _drawn_again(model: nnx.Module, used: dataflow.Consumption) -> Iterator[list[str]]:
+    """Random streams, as the names of their variables, of each dropout that draws more than once."""
+    for path, module in nnx.iter_modules(model):
+        if isinstance(module, nnx.Dropout):
+            stream = paths.flatten(nnx.state(module, nnx.RngState))
+            names = [paths.SEPARATOR.join((*map(str, path), name)) for name in stream]
+            if any(name in used.first and used.first[name] != (used.last[name],) for name in names):
+                yield names
+
+
+def _before(
+    run: Callable[..., Any], leaves: Collection[str], variables: PyTree, *inputs: Any
+) -> dict[str, list[frozenset[str]]]:
+    """For every use of a variable, the parameters (``leaves``) that were combined last with the data that it meets.
+
+    As ``sources`` of :func:`dataflow.consumption`, but of every use, and through dropouts: these do not count.
+    """
+    closed = jax.make_jaxpr(run)(variables, *inputs)
+    names = list(paths.flatten(variables))
+    params, data = closed.jaxpr.invars[: len(names)], closed.jaxpr.invars[len(names) :]
+    carried = dict(zip(params, [frozenset({name}) for name in names], strict=True))  # by values without data
+    behind: dict[Any, frozenset[str]] = dict.fromkeys(data, frozenset())  # by values that depend on the data
+    before: dict[str, list[frozenset[str]]] = {name: [] for name in names}
+    for eqn in inlining.inline(closed, params, data).jaxpr.eqns:
+        ins = [var for var in eqn.invars if not isinstance(var, jex.Literal)]
+        weights = frozenset[str]().union(*(carried.get(var, ()) for var in ins))
+        if not any(var in behind for var in ins):
+            carried.update(dict.fromkeys(eqn.outvars, weights))
+            continue
+        last = frozenset[str]().union(*(behind.get(var, ()) for var in ins))
+        for name in weights:
+            before[name].append(last)
+        behind.update(dict.fromkeys(eqn.outvars, weights.intersection(leaves) or last))
+    return before
+
+
+def _with_shared(layers: Layers, follows: Mapping[str, frozenset[str]]) -> Layers:
+    """The layers, each with the variables that follow (``follows``) one of its parameters."""
+    entries = []
+    for layer in layers:
+        more = [n for n, params in follows.items() if n not in layer.state and not params.isdisjoint(layer.params)]
+        entries.append(dataclasses.replace(layer, state=(*layer.state, *more)))
+    return Layers(tuple(entries))
 
 
 def _call(module: nnx.Module, forward: Callable[..., Any] | None, inputs: tuple[Any, ...]) -> Any:

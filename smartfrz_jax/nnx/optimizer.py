@@ -22,6 +22,11 @@ PyTree = Any
 class Optimizer(nnx.Optimizer):
     """``nnx.Optimizer`` with a frozen set, which is static: ``nnx.jit`` makes one program for each.
 
+    Take the gradients from :meth:`value_and_grad`. With those of ``nnx.value_and_grad``, which :meth:`update` cannot
+    tell from them, frozen weights hold still as well, but that is all: BatchNorms of frozen layers go on changing their
+    statistics, dropouts behind them stay on, and whatever reads all gradients, such as a norm that is logged, brings
+    back the work for them.
+
     Args:
         model: The model.
         tx: Any optax transformation; clipping, weight decay and the like belong inside.
@@ -74,7 +79,9 @@ class Optimizer(nnx.Optimizer):
         """``nnx.value_and_grad`` with respect to the model, without the work for frozen layers.
 
         Frozen layers run in evaluation mode: their BatchNorms use and keep their running statistics, and the dropouts
-        that follow them are off. Modules with an attribute ``frozen_params`` find in it, as a static
+        that follow them are off. A dropout that is called behind several layers is off once all of them are frozen; one
+        without a random stream of its own, which is called with ``rngs``, stays as it is, for nothing tells which layer
+        it follows. Modules with an attribute ``frozen_params`` find in it, as a static
         ``frozenset[str]``, the names of their own frozen parameters, relative to the module: a model that scans over
         stacked weights can keep frozen and live ones apart by it.
 
@@ -110,7 +117,7 @@ class Optimizer(nnx.Optimizer):
 
         Args:
             model: The model.
-            grads: Gradients, as from :meth:`value_and_grad`.
+            grads: Gradients, as from :meth:`value_and_grad`; those of frozen variables are not looked at.
             **kwargs: Extra arguments for the optax transformation.
 
         Returns:

@@ -8,7 +8,7 @@ stacked outside, as ``nn.scan`` of Linen has them, cannot be split so: a leaf is
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -23,7 +23,8 @@ def scan_blocks(blocks: Sequence[nnx.Module], x: PyTree, *args: PyTree, live: bo
 
     Blocks are alike if they have equal ``nnx.graphdef``s (structure and static attributes) and equal shapes and dtypes.
     Parameters (``nnx.Param``) are only read; other variables, such as the counts of dropout's random streams, get their
-    new values, block by block.
+    new values, block by block. A block that shares one of them with a block before it, or that is one of those, comes
+    into another scan, for it has to find the new value.
 
     A scan over frozen and live weights together would save nothing: the gradient of a stack of weights is computed in
     full as soon as one of them wants it. A block that freezes must therefore have a static attribute
@@ -48,8 +49,7 @@ def scan_blocks(blocks: Sequence[nnx.Module], x: PyTree, *args: PyTree, live: bo
         >>> bool(jnp.allclose(scan_blocks(blocks, x), blocks[2](blocks[1](blocks[0](x))), atol=1e-6))
         True
     """
-    for _, group in itertools.groupby(blocks, _kind):
-        run = list(group)
+    for run in _runs(blocks):
         if not live and is_live(run[0]):
             x, run, live = _call(run[0], x, args), run[1:], True
         if run:
@@ -66,6 +66,25 @@ def is_live(module: nnx.Module) -> bool:
 
 def _call(block: nnx.Module, x: PyTree, args: tuple[PyTree, ...]) -> PyTree:
     return block(x, *args)  # pyright: ignore[reportCallIssue]
+
+
+def _runs(blocks: Iterable[nnx.Module]) -> Iterator[list[nnx.Module]]:
+    """Blocks in a row that are alike and share no variables but parameters."""
+    for _, alike in itertools.groupby(blocks, _kind):
+        run: list[nnx.Module] = []
+        seen: set[int] = set()
+        for block in alike:
+            changing = {
+                id(value)
+                for _, value in nnx.iter_graph(block)
+                if isinstance(value, nnx.Variable) and not isinstance(value, nnx.Param)
+            }
+            if run and changing & seen:
+                yield run
+                run, seen = [], set()
+            run.append(block)
+            seen |= changing
+        yield run
 
 
 def _kind(block: nnx.Module) -> tuple[Any, ...]:
