@@ -9,12 +9,14 @@ from __future__ import annotations
 import dataclasses
 import operator
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from itertools import repeat
 from typing import Any
 
 import jax
 from flax import nnx
+
+from smartfrz_jax.abstract import Arguments, is_node
 
 PyTree = Any
 
@@ -29,7 +31,7 @@ class Watch:
         variables: Their variables, each once.
     """
 
-    def __init__(self, nodes: tuple[Any, ...]):
+    def __init__(self, nodes: Iterable[Any]):
         self.variables: list[nnx.Variable[Any]] = []
         self._types: list[type] = []
         self._metadata: list[dict[str, Any]] = []
@@ -95,12 +97,8 @@ def _children(node: Any) -> tuple[Any, ...]:
 def _is_same_tree(a: Any, b: Any) -> bool:
     if a is b:
         return True
-    (leaves_a, tree_a), (leaves_b, tree_b) = (jax.tree.flatten(tree, is_leaf=_is_node) for tree in (a, b))
+    (leaves_a, tree_a), (leaves_b, tree_b) = (jax.tree.flatten(tree, is_leaf=is_node) for tree in (a, b))
     return tree_a == tree_b and all(map(operator.is_, leaves_a, leaves_b))
-
-
-def _is_node(value: Any) -> bool:
-    return isinstance(value, nnx.Pytree | nnx.Variable)
 
 
 def _is_same(now: Mapping[Any, Any], then: Mapping[Any, Any]) -> bool:
@@ -113,7 +111,7 @@ class Bound:
     It does not keep the modules alive, but what they are made of: to be dropped when they are.
 
     Args:
-        nodes: The modules, by their place among the arguments.
+        nodes: The modules, in the order of the arguments.
         watch: What the modules are made of.
         program: What is known of the program, for the caller; an attribute too.
         compiled: The program, as ``jax.jit`` has it.
@@ -126,7 +124,7 @@ class Bound:
 
     def __init__(
         self,
-        nodes: dict[int, weakref.ref[Any]],
+        nodes: list[weakref.ref[Any]],
         watch: Watch,
         *,
         program: Any,
@@ -144,12 +142,16 @@ class Bound:
         self._outputs, self._out_tree = outputs, out_tree
 
     def holds(self, args: tuple[Any, ...]) -> bool:
-        """Whether the program can be called with these arguments: the same modules, made of the same."""
-        nodes = _nodes(args)
-        if not _is_same(nodes, {place: node() for place, node in self._nodes.items()}):
+        """Whether the program can be called with these arguments: the same modules, made of the same.
+
+        Args:
+            args: Arguments of the structure and shapes for which the program was compiled.
+        """
+        nodes = Arguments(args).nodes
+        if len(nodes) != len(self._nodes) or not all(map(operator.is_, nodes, (node() for node in self._nodes))):
             return False
         if not self._watch.is_unchanged():
-            now = Watch(tuple(nodes.values()))
+            now = Watch(nodes)
             if not self._watch.matches(now):
                 return False
             self._watch = now  # other functions of nnx.jit renew pytrees among the attributes
@@ -157,7 +159,8 @@ class Bound:
 
     def __call__(self, *args: Any) -> Any:
         """Runs the step; changes variables and returns as the step itself would."""
-        given = [variable.get_raw_value() for variable in self._watch.variables] + _leaves(args)
+        given = [variable.get_raw_value() for variable in self._watch.variables]
+        given += jax.tree.leaves(Arguments(args).rest)
         pure_args, pure_kwargs = jax.tree.unflatten(self._in_tree, [given[place] for place in self._inputs])
         results = jax.tree.leaves(self._compiled(*pure_args, **pure_kwargs))
         for variable, place in self._targets:
@@ -178,12 +181,13 @@ def bind(
 
     Returns:
         What the step returns, and the bound program. ``None`` in its place if not every array could be attributed: two
-        variables share one, the step returns modules or changes what they are made of.
+        variables share one, the step returns modules or changes what they are made of. Nor is a program bound to lone
+        variables among the arguments: it could not tell when they are no more.
     """
-    nodes = _nodes(args)
-    watch = Watch(tuple(nodes.values()))
+    parts = Arguments(args)
+    watch = Watch(parts.nodes)
     before = [variable.get_raw_value() for variable in watch.variables]
-    given = [*before, *_leaves(args)]
+    given = [*before, *jax.tree.leaves(parts.rest)]
     spy = _Spy(stage.compiled)
     out = dataclasses.replace(stage, compiled=spy)(*args)
     arrays = [value for value in given if jax.tree.leaves(value)]  # optax puts empty nodes where a layer is frozen
@@ -195,22 +199,24 @@ def bind(
         for variable, value in zip(watch.variables, after, strict=True)
         if id(value) in place_out
     ]
-    outputs, out_tree = jax.tree.flatten(out, is_leaf=_is_node)
-    now = Watch(tuple(nodes.values()))
+    outputs, out_tree = jax.tree.flatten(out, is_leaf=is_node)
+    now = Watch(parts.nodes)
     is_clear = (
-        len(set(map(id, arrays))) == len(arrays)
+        not any(isinstance(node, nnx.Variable) for node in parts.nodes)
+        and len(set(map(id, arrays))) == len(arrays)
         and all(id(value) in place_in for value in spy.arguments)
         and all(
             id(new) in place_out or new is old or not (jax.tree.leaves(new) or jax.tree.leaves(old))
             for new, old in zip(after, before, strict=True)
         )
         and all(id(value) in place_out for value in outputs)
+        and place_out.keys() <= {id(value) for value in (*after, *outputs)}  # nothing that it computes is lost
         and watch.matches(now)
     )
     if not is_clear:
         return out, None
     bound = Bound(
-        {place: weakref.ref(node, on_end) for place, node in nodes.items()},
+        [weakref.ref(node, on_end) for node in parts.nodes],
         now,
         program=program,
         compiled=stage.compiled,
@@ -237,12 +243,3 @@ class _Spy:
         out = self._compiled(*args, **kwargs)
         self.results = jax.tree.leaves(out)
         return out
-
-
-def _nodes(args: tuple[Any, ...]) -> dict[int, Any]:
-    return {place: arg for place, arg in enumerate(args) if isinstance(arg, nnx.Pytree)}
-
-
-def _leaves(args: tuple[Any, ...]) -> list[Any]:
-    """Leaves of the arguments that are no modules."""
-    return jax.tree.leaves([arg for arg in args if not isinstance(arg, nnx.Pytree)])

@@ -12,24 +12,35 @@ from orbax.checkpoint import v1 as ocp
 
 PyTree = Any
 
+# Where the metadata describe what Orbax does not hold as it is: random keys, arrays of size zero, Python's numbers.
+_SPECIAL = "special_leaves"
+
 
 def write(path: str | Path, tree: PyTree, kind: str, metadata: dict[str, Any], *, overwrite: bool = False) -> None:
-    """Writes a pytree of arrays and JSON metadata as an Orbax checkpoint, atomically.
+    """Writes a pytree and JSON metadata as an Orbax checkpoint, atomically.
 
     Args:
         path: Directory to make.
-        tree: Pytree of arrays.
+        tree: Pytree of arrays; numbers and strings of Python may be among them.
         kind: What it is a checkpoint of.
         metadata: What JSON can hold.
         overwrite: Whether to replace a checkpoint that is there.
 
     Raises:
         FileExistsError: If ``path`` exists and ``overwrite`` is false.
+        TypeError: If a leaf is neither an array nor a number nor a string.
+        ValueError: If there is no array with elements, without which Orbax writes nothing.
     """
     target = Path(path).absolute()
     if target.exists() and not overwrite:
         raise FileExistsError(f"path: {target} exists; choose another directory or pass overwrite=True")
-    ocp.save(str(target), _by_name(tree), overwrite=overwrite, custom_metadata={"kind": kind} | metadata)
+    leaves = _by_name(tree, "tree")
+    arrays = {name: _storable(leaf) for name, leaf in leaves.items() if _is_stored(leaf)}
+    if not arrays:
+        raise ValueError(f"tree: the {kind} has no array with elements, expected at least one; add what it is for")
+    special = {name: _note(leaf) for name, leaf in leaves.items() if not _is_stored(leaf) or _is_key(leaf)}
+    metadata = {"kind": kind} | metadata | ({_SPECIAL: special} if special else {})
+    ocp.save(str(target), arrays, overwrite=overwrite, custom_metadata=metadata)
 
 
 def read_metadata(path: str | Path, kind: str) -> dict[str, Any]:
@@ -43,7 +54,8 @@ def read_metadata(path: str | Path, kind: str) -> dict[str, Any]:
         FileNotFoundError: If there is no such directory.
         ValueError: If it is not a complete checkpoint of that kind.
     """
-    return dict(_metadata(Path(path).absolute(), kind).custom_metadata)
+    metadata = _metadata(Path(path).absolute(), kind).custom_metadata
+    return {name: value for name, value in metadata.items() if name != _SPECIAL}
 
 
 def read(path: str | Path, like: PyTree, kind: str) -> PyTree:
@@ -52,7 +64,8 @@ def read(path: str | Path, like: PyTree, kind: str) -> PyTree:
     Args:
         path: Directory of the checkpoint.
         like: Pytree of the expected structure; its leaves have a shape, a dtype and perhaps a sharding. Leaves come
-            onto those devices, or onto the first one.
+            onto those devices, or onto the first one; in place of NumPy arrays come NumPy arrays, in place of a number
+            of Python the one that was saved.
         kind: What it should be a checkpoint of, for the error.
 
     Returns:
@@ -60,12 +73,19 @@ def read(path: str | Path, like: PyTree, kind: str) -> PyTree:
 
     Raises:
         FileNotFoundError: If there is no such directory.
+        TypeError: If a leaf is neither an array nor a number nor a string.
         ValueError: If the checkpoint is damaged, or a leaf is missing, is left over, or has another shape or dtype.
     """
     source = Path(path).absolute()
-    saved = _metadata(source, kind).metadata
-    expected = {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in _by_name(like).items()}
-    got = {name: (tuple(leaf.shape), str(leaf.dtype)) for name, leaf in saved.items()}
+    metadata, wanted = _metadata(source, kind), _by_name(like, "like")
+    saved, special = metadata.metadata, metadata.custom_metadata.get(_SPECIAL, {})
+    got = {name: _described(leaf) for name, leaf in saved.items()}
+    got |= {name: (tuple(note["shape"]), note["dtype"]) for name, note in special.items()}
+    # Which kind a random key is of was not always noted.
+    expected = {
+        name: _described(_storable(leaf) if name in saved and name not in special else leaf)
+        for name, leaf in wanted.items()
+    }
     wrong = [name for name in sorted(expected.keys() | got.keys()) if expected.get(name) != got.get(name)]
     if wrong:
         name = wrong[0]
@@ -74,22 +94,22 @@ def read(path: str | Path, like: PyTree, kind: str) -> PyTree:
             f"{_text(expected.get(name))} ({len(wrong)} of {len(expected)} arrays differ); restore it with the "
             "configuration it was saved with"
         )
-    device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    abstract = {
-        name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=getattr(leaf, "sharding", None) or device)
-        for name, leaf in _by_name(like).items()
-    }
     try:
-        leaves = ocp.load(str(source), abstract)
+        leaves = ocp.load(str(source), {name: _abstract(wanted[name]) for name in saved})
     except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
         raise ValueError(_damaged(source, kind, error)) from error
-    return jax.tree_util.tree_map_with_path(lambda path, leaf: _as_saved(leaves[keystr(path)], leaf), like)
+
+    def restored(path: Any, leaf: Any) -> Any:
+        name = keystr(path)
+        if _is_python(leaf):
+            return special[name]["value"]
+        return _as_saved(leaves[name] if name in leaves else _empty(leaf), leaf)
+
+    return jax.tree_util.tree_map_with_path(restored, like)
 
 
 def with_dropped(path: str | Path, like: PyTree, kind: str, *, prefix: str) -> PyTree:
     """``like``, with shape ``()`` for the leaves that were saved as a scalar because they were no longer needed.
-
-    (Orbax does not save arrays of size zero.)
 
     Args:
         path: Directory of the checkpoint.
@@ -101,7 +121,7 @@ def with_dropped(path: str | Path, like: PyTree, kind: str, *, prefix: str) -> P
 
     def dropped(path: Any, leaf: Any) -> Any:
         there = saved.get(prefix + keystr(path))
-        is_dropped = there is not None and tuple(there.shape) == () != tuple(leaf.shape)
+        is_dropped = there is not None and tuple(there.shape) == () != np.shape(leaf)
         return np.zeros((), leaf.dtype) if is_dropped else leaf
 
     return jax.tree_util.tree_map_with_path(dropped, like)
@@ -135,16 +155,43 @@ def _text(leaf: tuple[tuple[int, ...], str] | None) -> str:
     return "missing" if leaf is None else f"{leaf[1]}{list(leaf[0])}"
 
 
-def _by_name(tree: PyTree) -> dict[str, Any]:
-    return {keystr(path): _storable(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+def _by_name(tree: PyTree, argument: str) -> dict[str, Any]:
+    leaves = {keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    for name, leaf in leaves.items():
+        if not _is_python(leaf) and not (hasattr(leaf, "dtype") and hasattr(leaf, "shape")):
+            raise TypeError(
+                f"{argument}: {name} is {type(leaf).__name__}, expected an array or a number; make it a NumPy array, "
+                "or keep it out of what is saved"
+            )
+    return leaves
+
+
+def _is_python(leaf: Any) -> bool:
+    return type(leaf) in (bool, int, float, str)  # NumPy's float64 is a float, too
 
 
 def _is_key(leaf: Any) -> bool:
-    return jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+    return not _is_python(leaf) and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+
+
+def _is_stored(leaf: Any) -> bool:
+    """Orbax does not save arrays of size zero, and cannot list all of Python's numbers."""
+    return not _is_python(leaf) and leaf.size > 0
+
+
+def _described(leaf: Any) -> tuple[tuple[int, ...], str]:
+    return ((), type(leaf).__name__) if _is_python(leaf) else (tuple(leaf.shape), str(leaf.dtype))
+
+
+def _note(leaf: Any) -> dict[str, Any]:
+    shape, dtype = _described(leaf)
+    return {"shape": list(shape), "dtype": dtype} | ({"value": leaf} if _is_python(leaf) else {})
 
 
 def _storable(leaf: Any) -> Any:
-    """Random keys are stored as their bits."""
+    """Random keys are stored as their bits, NumPy's scalars as arrays."""
+    if isinstance(leaf, np.generic):
+        return np.asarray(leaf)
     if not _is_key(leaf):
         return leaf
     return (
@@ -154,9 +201,24 @@ def _storable(leaf: Any) -> Any:
     )
 
 
-def _as_saved(leaf: jax.Array, like: Any) -> Any:
-    if isinstance(like, np.ndarray):
-        return np.asarray(leaf)
+def _abstract(like: Any) -> Any:
+    """What tells Orbax how to load an array."""
+    leaf = _storable(like)
+    if isinstance(leaf, np.ndarray):  # by way of a device, numbers of 64 bits would lose half of them
+        return np.empty(leaf.shape, leaf.dtype)
+    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+
+
+def _empty(like: Any) -> Any:
+    abstract = _abstract(like)
+    zeros = np.zeros(abstract.shape, abstract.dtype)
+    return zeros if isinstance(abstract, np.ndarray) else jax.device_put(zeros, abstract.sharding)
+
+
+def _as_saved(leaf: Any, like: Any) -> Any:
+    if isinstance(like, np.ndarray | np.generic):
+        return np.asarray(leaf) if isinstance(like, np.ndarray) else np.asarray(leaf)[()]
     if isinstance(like, jax.Array) and not like.committed:  # it may go to any device; what was read would insist on one
         leaf = jax.device_put(jax.device_get(leaf))
     return (

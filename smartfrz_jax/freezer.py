@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from smartfrz_jax import checkpoint
 from smartfrz_jax.freezing import Frozen
@@ -53,7 +55,8 @@ class Freezer:
         layers: The network's layers.
         params: Its parameter pytree at the start of the run.
         step: Number of train steps already done.
-        frozen: Layers that are frozen already; they stay so, whatever the policy decides.
+        frozen: Layers that are frozen already; they stay so, whatever the policy decides. So do those that are frozen
+            by hand later, see :meth:`adopt`.
         lead: Steps from a decision to its effect: time in which the program for it can be compiled. What is decided
             meanwhile waits for the next. So a run does not depend on how fast programs are compiled.
         min_saving: Share of a step's FLOPs that a change must save; what saves less is gathered until it does. Layers
@@ -68,8 +71,8 @@ class Freezer:
 
     Raises:
         TypeError: If ``policy`` is not a :class:`~smartfrz_jax.Policy`.
-        ValueError: If the policy names a layer that the network does not have, ``lead`` is negative, or ``min_saving``
-            is no share or there is nothing to predict it with.
+        ValueError: If the policy names a layer that the network does not have, ``lead`` is no number of steps, or
+            ``min_saving`` is no share or there is nothing to predict it with.
     """
 
     def __init__(
@@ -88,8 +91,10 @@ class Freezer:
             raise TypeError(
                 f"policy: got {type(policy).__name__}, expected a smartfrz_jax.Policy such as smartfrz(...)"
             )
-        if lead < 0:
-            raise ValueError(f"lead: got {lead}, expected a number of steps, 0 for decisions that take effect at once")
+        if not isinstance(lead, int | np.integer) or lead < 0:
+            raise ValueError(
+                f"lead: got {lead!r}, expected a whole number of steps, 0 for decisions that take effect at once"
+            )
         if not 0 <= min_saving < 1:
             raise ValueError(f"min_saving: got {min_saving}, expected a share of a step's FLOPs, from 0 to below 1")
         if min_saving and saving is None:
@@ -98,7 +103,7 @@ class Freezer:
             )
         self.policy = policy
         self.layers = layers
-        self._lead, self._min_saving, self._saving = lead, min_saving, saving
+        self._lead, self._min_saving, self._saving = int(lead), min_saving, saving
         self.pending: Pending | None = None
         self._is_prepared = False
         self.steps = step
@@ -119,10 +124,14 @@ class Freezer:
 
         Returns:
             The frozen set from now on: the same object if nothing changed.
+
+        Raises:
+            TypeError: If the policy does not return names of layers and its state.
+            ValueError: If it names a layer that the network does not have.
         """
         self.steps += 1
-        names, self.policy_state = self.policy.update(
-            self.policy_state, self.layers, step=self.steps, params=params, **signals
+        names, self.policy_state = _decision(
+            self.policy.update(self.policy_state, self.layers, step=self.steps, params=params, **signals)
         )
         names = names | self._from_start
         if self.pending is None and names != self.frozen.names:
@@ -136,6 +145,35 @@ class Freezer:
             if self.steps >= self.pending.due:
                 self._take_effect(self.pending.frozen)
         return self.frozen
+
+    def adopt(self, frozen: Frozen) -> None:
+        """Takes over what was frozen by hand since the last step: it stays so, as what was frozen at the start.
+
+        Args:
+            frozen: The frozen set with which the loop works.
+
+        Raises:
+            ValueError: If it is of another network, or layers train that the freezer has frozen.
+        """
+        if frozen == self.frozen:
+            return
+        if frozen.layers != self.layers:
+            raise ValueError(
+                f"frozen: is of a network with the layers {_text(frozen.layers.names)}, expected those of the freezer, "
+                f"{_text(self.layers.names)}; freeze by names, or make another Freezer"
+            )
+        if not self.frozen.names <= frozen.names:
+            raise ValueError(
+                f"frozen: got {_text(frozen.names)}, but the freezer has frozen {_text(self.frozen.names)}, and they "
+                "stay until the policy decides otherwise; go on from what its step returned, freeze its `frozen` "
+                "again, or make another Freezer"
+            )
+        by_hand = frozen.names - self.frozen.names
+        self._from_start |= by_hand
+        pending = self.pending
+        self._take_effect(frozen)
+        if pending is not None and (wanted := pending.frozen.add(by_hand)) != frozen:
+            self.pending, self._is_prepared = Pending(pending.due, wanted), False
 
     def _is_worth(self, wanted: Frozen) -> bool:
         if self._saving is None or not self.frozen.names <= wanted.names:
@@ -160,6 +198,7 @@ class Freezer:
 
         Raises:
             FileExistsError: If ``path`` exists and ``overwrite`` is false.
+            TypeError: If the policy's state holds what is neither an array nor a number.
         """
         metadata = {
             "layers": list(self.layers.names),
@@ -214,3 +253,26 @@ class Freezer:
             self.pending = Pending(due, Frozen(self.layers, frozenset(names)))
         self.events = [FreezeEvent(step, tuple(names), tuple(back)) for step, names, back in metadata["events"]]
         return saved["run"]
+
+
+def _decision(returned: Any) -> tuple[frozenset[str], PyTree]:
+    """What a policy returned: names of layers, and its state."""
+    if not isinstance(returned, tuple | list) or len(returned) != 2:
+        raise TypeError(f"policy: its update returned {_brief(returned)}, expected the pair (names of layers, state)")
+    names, state = returned
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise TypeError(f"policy: its update decided on {_brief(names)}, expected a frozenset of names of layers")
+    names = frozenset(names)
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"policy: its update named a layer {_brief(name)}, expected a string")
+    return names, state
+
+
+def _brief(value: Any) -> str:
+    return f"{type(value).__name__} {value!r:.60}"
+
+
+def _text(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return (", ".join(names[:5]) or "nothing") + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -5,15 +5,13 @@ from __future__ import annotations
 import dataclasses
 import time
 import weakref
+from collections import Counter, deque
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-import jax
-import numpy as np
-from flax import nnx
-
 from smartfrz_jax import abstract
+from smartfrz_jax.abstract import Arguments, Key, has_frozen
 from smartfrz_jax.accounting import Account
 from smartfrz_jax.bound import Bound, bind
 from smartfrz_jax.checking import Measured, SavingCheck, jaxpr_of
@@ -21,6 +19,9 @@ from smartfrz_jax.cost import ProgramCost, check_jitted, measure
 from smartfrz_jax.freezing import Frozen
 
 PyTree = Any
+
+# Calls that tell which batch is the usual one: the last of an epoch is often smaller.
+_RECENT = 16
 
 
 @dataclasses.dataclass(eq=False)
@@ -68,6 +69,7 @@ class TrainStep:
     Example:
         >>> import jax.numpy as jnp
         >>> import optax
+        >>> from flax import nnx
         >>> import smartfrz_jax as sfj
         >>> model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Linear(3, 4, rngs=nnx.Rngs(0)))
         >>> layers = sfj.nnx.find_layers(model, jnp.ones((1, 2)))
@@ -94,10 +96,12 @@ class TrainStep:
         self._check = None if account is None else SavingCheck(account)
         self._checked_batch: Any = None
         self._max_programs = max_programs
-        self._compiled: dict[_Key, _Compiled] = {}  # least recently used first
-        self._coming: dict[_Key, _Coming] = {}
+        self._compiled: dict[Key, _Compiled] = {}
+        self._coming: dict[Key, _Coming] = {}
         self._bound = _Bounds()
-        self._last: tuple[Any, ...] | None = None
+        self._calls = 0
+        self._recent: deque[_Shapes] = deque(maxlen=_RECENT)
+        self._nested = hasattr(step, "jitted_fn")  # of nnx.jit, which writes into modules wherever they are
         self._pool = ThreadPoolExecutor(1, "compile")
 
     @property
@@ -114,10 +118,11 @@ class TrainStep:
         Raises:
             TypeError: If no argument has a frozen set.
         """
-        bound = self._bound.get(_call_key(args))
+        parts = self._take_apart(args)
+        bound = self._bound.get(parts.call)
         if bound is not None and bound.holds(args):
-            return bound.program
-        return self._find(_key(args), args).program
+            return bound.program.program
+        return self._find(parts).program
 
     def prepare(self, owner: Any) -> None:
         """Begins to compile the program for another frozen set, in the background.
@@ -126,54 +131,56 @@ class TrainStep:
 
         Args:
             owner: What holds the frozen set, with shapes in place of arrays: a ``TrainState``, or an ``Optimizer``. The
-                other arguments are as in the last call.
+                other arguments are as in the last call with a batch of the shapes that were the most frequent of late.
 
         Raises:
             ValueError: If the step was not called before.
         """
-        if self._last is None:
+        if not self._recent:
             raise ValueError(
                 "owner: the step was not called yet, so the shapes of its batch are unknown; call it first"
             )
-        args = tuple(owner if _has_frozen(arg) else arg for arg in self._last)
-        key = _key(args)
-        if key in self._compiled or key in self._coming:
-            return
-        self._begin(key, args)
-        self.wait_seconds += self._coming[key].traced
+        usual = Counter(shapes.batch for shapes in reversed(self._recent)).most_common(1)[0][0]  # the latest of equals
+        last = next(shapes.args for shapes in reversed(self._recent) if shapes.batch == usual)
+        args = tuple(owner if has_frozen(arg) else arg for arg in last)
+        parts = self._take_apart(args)
+        if parts.key not in self._compiled and parts.key not in self._coming:
+            self._begin(parts)
+            self.wait_seconds += self._coming[parts.key].traced
 
     def __call__(self, *args: Any) -> Any:
         """Runs the step."""
-        call = _call_key(args)
+        parts = self._take_apart(args)
+        call = parts.call
         bound = self._bound.get(call)
         if bound is not None:
             try:
                 if bound.holds(args):
+                    self._use(bound.program)
                     return bound(*args)
             except (TypeError, ValueError):  # perhaps arrays lie elsewhere now
                 pass
             self._bound.pop(call, None)
-        key = _key(args)
-        compiled = self._find(key, args)
+        compiled = self._find(parts)
         try:
             out, bound = compiled.run(args, self._bound.dropper(call))
         except (TypeError, ValueError):
-            if compiled.placement == _placement(args):
+            if compiled.placement == parts.placement:
                 raise
-            del self._compiled[key]  # for arrays of another shape, or on other devices
-            out, bound = self._find(key, args).run(args, self._bound.dropper(call))
+            del self._compiled[parts.key]  # for arrays of another shape, or on other devices
+            out, bound = self._find(parts).run(args, self._bound.dropper(call))
         if bound is not None:
             self._bound[call] = bound
         return out
 
-    def _find(self, key: _Key, args: tuple[Any, ...]) -> _Compiled:
-        if key not in self._compiled:
-            frozen = _owner(args).frozen
-            self._last = tuple(map(abstract.of, args))
+    def _find(self, parts: Arguments) -> _Compiled:
+        key, frozen = parts.key, parts.owner.frozen
+        compiled = self._compiled.get(key)
+        if compiled is None:
             start = time.perf_counter()
             ahead = key in self._coming
             if not ahead:
-                self._begin(key, args)
+                self._begin(parts)
             coming = self._coming.pop(key)
             cost, stage = coming.result.result()
             waited = time.perf_counter() - start
@@ -181,43 +188,39 @@ class TrainStep:
             waited += coming.traced if ahead else 0.0
             program = Program(frozen, cost, ahead, waited)
             self.programs.append(program)
-            self._compiled[key] = _Compiled(program, stage, coming.placement)
+            compiled = _Compiled(program, stage, coming.placement, _Shapes(key.batch, abstract.of(parts.args)))
+            self._compiled[key] = compiled
             self._release()
             if self._check is not None:
                 self._checked_batch = self._checked_batch or key.batch
                 if key.batch == self._checked_batch:
                     self._check(Measured(frozen, cost, coming.jaxpr))
-        elif next(reversed(self._compiled)) != key:
-            self._compiled[key] = self._compiled.pop(key)
-            self._last = tuple(map(abstract.of, args))
-        return self._compiled[key]
+        self._use(compiled)
+        return compiled
 
-    def _begin(self, key: _Key, args: tuple[Any, ...]) -> None:
+    def _use(self, compiled: _Compiled) -> None:
+        self._calls += 1
+        compiled.last_use = self._calls
+        self._recent.append(compiled.shapes)
+
+    def _begin(self, parts: Arguments) -> None:
         start = time.perf_counter()
-        traced = self._step.trace(*args)
+        traced = self._step.trace(*parts.args)
         lowered = traced.lower()
         seconds = time.perf_counter() - start
         result = self._pool.submit(measure, lowered, seconds)
-        self._coming[key] = _Coming(seconds, jaxpr_of(traced), _placement(args), result)
+        self._coming[parts.key] = _Coming(seconds, jaxpr_of(traced), parts.placement, result)
 
     def _release(self) -> None:
         while len(self._compiled) > self._max_programs:
-            del self._compiled[next(iter(self._compiled))]
+            *others, _ = self._compiled  # not the one that is about to be used
+            del self._compiled[min(others, key=lambda key: self._compiled[key].last_use)]
             self._bound.clear()  # one of them may be of that program
         # What is called are the programs above; what JAX keeps beside them are traces and programs of the past.
         getattr(self._step, "jitted_fn", self._step).clear_cache()
 
-
-class _Key(NamedTuple):
-    """What a program is for.
-
-    Attributes:
-        structure: Of all arguments, with the optimizer and its frozen set.
-        batch: Structure, shapes and dtypes of what is neither a module nor the owner of the frozen set.
-    """
-
-    structure: Any
-    batch: Any
+    def _take_apart(self, args: tuple[Any, ...]) -> Arguments:
+        return Arguments(args, nested=self._nested)
 
 
 class _Bounds(dict[Any, Bound]):
@@ -235,6 +238,18 @@ class _Bounds(dict[Any, Bound]):
         return drop
 
 
+class _Shapes(NamedTuple):
+    """Arguments that a program was made for, with shapes in place of arrays.
+
+    Attributes:
+        batch: As of :class:`Key`.
+        args: All of them.
+    """
+
+    batch: Any
+    args: tuple[Any, ...]
+
+
 @dataclasses.dataclass
 class _Compiled:
     """A program and what it can be called with."""
@@ -242,12 +257,14 @@ class _Compiled:
     program: Program
     stage: Any
     placement: Any
+    shapes: _Shapes
+    last_use: int = 0
 
     def run(self, args: tuple[Any, ...], on_end: Callable[[object], object]) -> tuple[Any, Bound | None]:
         """Runs the step; binds the program to the arguments' variables if it has any."""
         if not hasattr(self.stage, "compiled"):  # of jax.jit, which needs no binding
             return self.stage(*args), None
-        return bind(self.stage, args, program=self.program, on_end=on_end)
+        return bind(self.stage, args, program=self, on_end=on_end)
 
 
 @dataclasses.dataclass
@@ -258,43 +275,3 @@ class _Coming:
     jaxpr: Any
     placement: Any
     result: Future[tuple[ProgramCost, Callable[..., Any]]]
-
-
-def _has_frozen(arg: Any) -> bool:
-    return isinstance(getattr(arg, "frozen", None), Frozen)
-
-
-def _owner(args: tuple[Any, ...]) -> Any:
-    owner = next(filter(_has_frozen, args), None)
-    if owner is None:
-        raise TypeError(
-            f"args: none of {', '.join(type(arg).__name__ for arg in args)} has a frozen set; pass the TrainState "
-            "of smartfrz_jax.linen or the Optimizer of smartfrz_jax.nnx"
-        )
-    return owner
-
-
-def _key(args: tuple[Any, ...]) -> _Key:
-    # The optimizer and the frozen set are static in their owner; those of equal ones are equal.
-    nodes = tuple(arg for arg in args if isinstance(arg, nnx.Pytree))
-    others = [arg for arg in args if not isinstance(arg, nnx.Pytree)]
-    return _Key((nnx.graphdef(nodes), jax.tree.structure(others)), _batch_key(args))
-
-
-def _batch_key(args: tuple[Any, ...]) -> Any:
-    owner = _owner(args)
-    leaves, structure = jax.tree.flatten([arg for arg in args if arg is not owner and not isinstance(arg, nnx.Pytree)])
-    return structure, tuple((np.shape(leaf), str(getattr(leaf, "dtype", type(leaf)))) for leaf in leaves)
-
-
-def _call_key(args: tuple[Any, ...]) -> Any:
-    return _batch_key(args), tuple(id(arg) for arg in args if isinstance(arg, nnx.Pytree))
-
-
-def _placement(args: tuple[Any, ...]) -> list[Any]:
-    """Shape, dtype and devices of all arrays."""
-    states = [nnx.state(arg) if isinstance(arg, nnx.Pytree) else arg for arg in args]
-    return [
-        (np.shape(leaf), getattr(leaf, "dtype", None), getattr(leaf, "sharding", None))
-        for leaf in jax.tree.leaves(states)
-    ]

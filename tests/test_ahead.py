@@ -13,6 +13,7 @@ from flax import nnx
 
 import smartfrz_jax as sfj
 import smartfrz_jax.step as step_module
+from smartfrz_jax import abstract
 from smartfrz_jax.checking import SavingWarning
 
 pytestmark = pytest.mark.usefixtures("jax_defaults")
@@ -318,6 +319,21 @@ def test_errors():
         sfj.TrainStep(lambda x: x)
 
 
+def test_new_state_is_placed_by_the_whole_name_of_its_parameter():
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
+    split, whole = (jax.NamedSharding(mesh, spec) for spec in (jax.P("data"), jax.P()))
+
+    def shape(sharding=None):
+        return jax.ShapeDtypeStruct((8, 8), jnp.float32, sharding=sharding)
+
+    params = {"proj": shape(split), "z_proj": shape(whole), "block": {"proj": shape(whole)}, "last": shape(split)}
+    shapes = {"trace": jax.tree.map(lambda _: shape(), params), "other": {"at_last": shape()}}
+    placed = abstract.placed(shapes, {}, params)
+    assert jax.tree.map(lambda leaf: leaf.sharding, placed["trace"]) == jax.tree.map(lambda leaf: leaf.sharding, params)
+    assert placed["other"]["at_last"].sharding is None
+    assert abstract.placed(params, {}, params) == params  # the name may be that of a parameter itself
+
+
 @pytest.mark.slow
 def test_sharded_runs_are_compiled_ahead_for_the_same_devices():
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -344,3 +360,47 @@ def test_a_batch_of_another_shape_is_another_program():
     for n in (16, 8, 16):
         loop.step(loop.model, loop.optimizer, X[:n])
     assert loop.traces == len(loop.step.programs) == 2
+
+
+def test_programs_are_prepared_for_the_usual_batch_and_not_for_the_last_of_an_epoch():
+    loop = Loop(decided({5: NAMES[:1]}), lead=2)
+    for n in (16, 16, 16, 8, 16, 16, 16, 16):
+        loop.step(loop.model, loop.optimizer, X[:n])
+        loop.freezer.step()
+    assert [(len(program.frozen.names), program.ahead) for program in loop.step.programs] == [
+        (0, False),
+        (0, False),
+        (1, True),
+    ]
+
+
+def test_the_program_in_use_is_not_released():
+    loop = Loop(decided({}), max_programs=2)
+    for n in (16, 16, 8, 16, 16, 4, 16):
+        loop.step(loop.model, loop.optimizer, X[:n])
+    assert loop.traces == 3
+
+
+def test_modules_inside_of_other_arguments_are_changed_and_programs_with_them_compiled_ahead():
+    loop = Loop(decided({}))
+    metric, average = nnx.metrics.Average(), nnx.clone(loop.model)
+
+    @nnx.jit
+    def train_step(model, optimizer, others, x):
+        loss, grads = optimizer.value_and_grad(loss_fn)(model, x)
+        optimizer.update(model, grads)
+        others["metric"].update(values=loss)
+        nnx.update(others["copies"][0], nnx.state(model))
+        return loss
+
+    step = sfj.TrainStep(train_step)
+    freezer = sfj.nnx.Freezer(loop.model, loop.optimizer, decided({3: NAMES[:1]}), train_step=step, lead=2)
+    for n in range(1, 8):
+        step(loop.model, loop.optimizer, {"metric": metric, "copies": [average]}, X)
+        freezer.step()
+        assert metric.count[...] == n
+        assert jax.tree.all(jax.tree.map(np.array_equal, nnx.state(average), nnx.state(loop.model)))
+    assert [program.ahead for program in step.programs] == [False, True]
+    other = nnx.metrics.Average()
+    step(loop.model, loop.optimizer, {"metric": other, "copies": [average]}, X)
+    assert (metric.count[...], other.count[...], len(step.programs)) == (7, 1, 2)

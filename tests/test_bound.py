@@ -1,12 +1,14 @@
+import dataclasses
 import gc
 import weakref
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
+from flax import nnx, struct
 
 import smartfrz_jax as sfj
 from smartfrz_jax.bound import Watch, bind
@@ -29,6 +31,22 @@ class Net(nnx.Module):
 
 def loss_fn(model, x):
     return jnp.mean(model(x) ** 2)
+
+
+@struct.dataclass
+class Holder:
+    content: Any
+
+
+@dataclasses.dataclass
+class Taking:
+    """A program of which only the first results are taken."""
+
+    compiled: Any
+    results: int
+
+    def __call__(self, x):
+        return self.compiled(x)[: self.results]
 
 
 def make_step():
@@ -248,6 +266,47 @@ class TestBind:
         assert model.head.bias[...].tolist() == [2.0, 2.0, 2.0]
         assert not bound.holds((Net(), batch(0)))
 
+    def test_binds_modules_inside_of_other_arguments(self, monkeypatch):
+        nets = [nnx.Linear(2, 2, rngs=nnx.Rngs(n)) for n in range(4)]
+
+        def double(first, others, holder, x):
+            for n, net in enumerate((first, others["a"][0], others["b"], holder.content[0])):
+                net.bias[...] += (n + 1) * x
+            return {"sum": x.sum()}
+
+        args = nets[0], {"a": [nets[1]], "b": nets[2]}, Holder((nets[3], jnp.ones(1))), jnp.ones(2)
+        _, bound = self.settle(self.stage(double, *args), *args)
+        assert bound is not None
+        assert bound.holds(args)
+        flattenings = Flattenings(monkeypatch)
+        assert bound(*args)["sum"] == 2.0
+        assert flattenings.count == 0
+        for n, net in enumerate(nets):
+            np.testing.assert_array_equal(net.bias[...], 3.0 * (n + 1))
+        assert not bound.holds((nets[0], {"a": [nets[2]], "b": nets[1]}, *args[2:]))
+        del args
+        del net
+        gone = weakref.ref(nets.pop(1))
+        gc.collect()
+        assert gone() is None
+
+    def test_variables_by_themselves(self):
+        model, first, second = (
+            nnx.Linear(2, 2, rngs=nnx.Rngs(0)),
+            nnx.Variable(jnp.zeros(())),
+            nnx.Variable(jnp.ones(())),
+        )
+
+        def step(model, first, others, x):
+            first[...] += 1
+            others["second"][...] += 1
+            return x.sum()
+
+        args = model, first, {"second": second}, jnp.ones(2)
+        _, bound = self.settle(self.stage(step, *args), *args)
+        assert bound is None
+        assert (first[...], second[...]) == (2.0, 3.0)
+
     def test_variables_that_share_an_array(self):
         model = Net()
 
@@ -266,6 +325,14 @@ class TestBind:
         out, bound = self.settle(self.stage(lambda model: model.head, model), model)
         assert bound is None
         assert out is model.head
+
+    def test_a_result_that_nothing_takes(self):
+        x = jnp.ones(2)
+        double = jax.jit(lambda x: (2 * x, x + 1))
+        for stage, is_bound in ((Taking(double, 2), True), (Taking(double, 1), False)):
+            out, bound = bind(stage, (x,))
+            np.testing.assert_array_equal(out[0], [2.0, 2.0])
+            assert (bound is not None) == is_bound
 
     def test_a_step_that_changes_attributes(self):
         model = Net()

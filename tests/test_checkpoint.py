@@ -63,6 +63,73 @@ def test_typed_random_keys(tmp_path):
         np.testing.assert_array_equal(jax.random.normal(got["rbg"]), jax.random.normal(keys["rbg"]))
 
 
+def test_a_random_key_of_another_kind_is_refused(tmp_path):
+    checkpoint.write(tmp_path / "x", {"key": jax.random.key(1, impl="rbg")}, "keys", {})
+    with pytest.raises(ValueError, match=r"\['key'\] is key<rbg>\[\] there, expected key<urbg>\[\]"):
+        checkpoint.read(tmp_path / "x", {"key": jax.random.key(0, impl="unsafe_rbg")}, "keys")
+    assert checkpoint.read_metadata(tmp_path / "x", "keys") == {"kind": "keys"}
+
+
+def test_keys_of_checkpoints_that_do_not_say_their_kind(tmp_path):
+    from orbax.checkpoint import v1 as ocp
+
+    key = jax.random.key(3)
+    ocp.save(str(tmp_path / "x"), {"['key']": jax.random.key_data(key)}, custom_metadata={"kind": "keys"})
+    got = checkpoint.read(tmp_path / "x", {"key": jax.random.key(0)}, "keys")["key"]
+    np.testing.assert_array_equal(jax.random.key_data(got), jax.random.key_data(key))
+    with pytest.raises(ValueError, match=r"\['key'\] is uint32\[2\] there, expected uint32\[4\]"):
+        checkpoint.read(tmp_path / "x", {"key": jax.random.key(0, impl="rbg")}, "keys")
+
+
+def test_arrays_of_size_zero(tmp_path):
+    everywhere = NamedSharding(Mesh(np.array(jax.devices()), ("x",)), PartitionSpec("x"))
+    tree = {
+        "some": jnp.ones(2),
+        "none": jnp.zeros((0, 3), jnp.bfloat16),
+        "numpy": np.zeros((2, 0)),
+        "keys": jax.random.split(jax.random.key(0), 0),
+        "split": jax.device_put(jnp.zeros((0, 2)), everywhere),
+    }
+    checkpoint.write(tmp_path / "x", tree, "tree", {})
+    got = checkpoint.read(tmp_path / "x", tree, "tree")
+    for name, leaf in tree.items():
+        assert (got[name].shape, got[name].dtype, type(got[name])) == (leaf.shape, leaf.dtype, type(leaf))
+    assert got["split"].sharding == everywhere
+    with pytest.raises(ValueError, match=r"\['none'\] is bfloat16\[0, 3\] there, expected bfloat16\[1, 3\]"):
+        checkpoint.read(tmp_path / "x", tree | {"none": jnp.zeros((1, 3), jnp.bfloat16)}, "tree")
+    with pytest.raises(ValueError, match="tree: the tree has no array with elements"):
+        checkpoint.write(tmp_path / "y", {"none": tree["none"]}, "tree", {})
+
+
+def test_numbers_of_python_and_numpy_are_exact(tmp_path):
+    tree = {
+        "count": 2**70,
+        "best": -np.inf,
+        "third": 1 / 3,
+        "flag": True,
+        "word": "a",
+        "long": np.array([2**40 + 1, -1]),
+        "double": np.float64(1) / 3,
+        "small": np.int8(3),
+        "array": jnp.ones(2),
+    }
+    checkpoint.write(tmp_path / "x", tree, "tree", {"step": 1})
+    like = {name: leaf * 0 for name, leaf in tree.items()} | {"best": 0.0, "flag": False}
+    got = checkpoint.read(tmp_path / "x", like, "tree")
+    for name, leaf in tree.items():
+        assert type(got[name]) is type(leaf), name
+        np.testing.assert_array_equal(got[name], leaf, err_msg=name)
+    assert checkpoint.read_metadata(tmp_path / "x", "tree") == {"kind": "tree", "step": 1}
+    with pytest.raises(ValueError, match=r"\['count'\] is int\[\] there, expected float\[\]"):
+        checkpoint.read(tmp_path / "x", like | {"count": 0.0}, "tree")
+
+
+def test_what_cannot_be_saved_is_named(tmp_path):
+    with pytest.raises(TypeError, match=r"tree: \['b'\] is object, expected an array or a number; make it"):
+        checkpoint.write(tmp_path / "x", {"a": jnp.ones(2), "b": object()}, "tree", {})
+    assert not (tmp_path / "x").exists()
+
+
 def test_leaves_come_onto_the_shardings_of_the_template(tmp_path):
     mesh = Mesh(np.array(jax.devices()), ("x",))
     split, whole = NamedSharding(mesh, PartitionSpec("x")), NamedSharding(mesh, PartitionSpec())

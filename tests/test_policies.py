@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from smartfrz_jax import Frozen, Policy, Predictor, PredictorConfig, checkpoint, find_layers, policies
+from smartfrz_jax import Freezer, Frozen, Policy, Predictor, PredictorConfig, checkpoint, find_layers, policies
 
 STEPS = 24
 WIDTHS = (4, 8, 8, 6, 8, 6, 3)
@@ -253,6 +253,24 @@ def test_resumes_on_another_set_of_devices(case, tmp_path):
 
     resumed = run(policy, first=at + 1, moment=reset(straight[at]))
     assert [m.frozen for m in resumed] == [m.frozen for m in straight[at:]]
+
+
+@pytest.mark.parametrize("name", ["autofreeze", "similarity_guided", "smartfrz", "progress"])
+def test_layers_frozen_before_the_run_stay_so_and_others_follow(name):
+    before = frozenset({"dense0", "dense3"})
+    freezer = Freezer(CASES[name].make(), LAYERS, PARAMS, frozen=Frozen(LAYERS, before))
+    params = PARAMS
+    for _ in range(STEPS):
+        active = jax.tree.map(lambda label: jnp.float32(label == "train"), freezer.frozen.labels(PARAMS))
+        params, grads, loss = train_step(params, active, X, Y)
+        freezer.observe(
+            lambda params=params: params,
+            grads=freezer.frozen.active_leaves(grads),
+            features=lambda params=params: outputs(params, X),
+            loss=loss,
+        )
+        assert before <= freezer.frozen.names
+    assert before < freezer.frozen.names
 
 
 @pytest.mark.parametrize("name", [n for n, case in CASES.items() if case.make().needs])

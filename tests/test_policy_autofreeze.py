@@ -162,6 +162,26 @@ def test_says_which_gradient_is_missing():
         policy.update(policy.init(LAYERS, PARAMS), LAYERS, step=1, params=lambda: PARAMS, grads=grads)
 
 
+def test_layers_that_something_else_has_frozen_have_no_gradients_and_do_not_count():
+    """Changes of 10, -, 20, 90, 5, 80 %: the median is 20 %, at which the third layer ends the prefix."""
+    gradients = constant([1.0] * N) + constant([1.1, 9.0, 1.2, 1.9, 1.05, 1.8])
+    without = [{p: g for p, g in grads.items() if not p.startswith("block1")} for grads in gradients]
+    decisions, states = run(policies.autofreeze(1), without)
+    assert decisions == [{"block1"}, {"block0", "block1"}]
+    assert states[1].accumulated["block1/kernel"].shape == ()
+    later = {p: g for p, g in gradients[1].items() if not p.startswith(("block0", "block1"))}
+    more = [gradients[0], later]
+    assert run(policies.autofreeze(1, percentile=30), more)[0][-1] == {"block0", "block1"}
+
+
+def test_no_gradients_at_all_are_an_error():
+    policy = policies.autofreeze(5)
+    state = policy.init(LAYERS, PARAMS)
+    for grads in ({}, PARAMS):  # the latter by layer, not by parameter
+        with pytest.raises(ValueError, match=f"grads: none of the {len(grads)} gradients is of an active layer; pass"):
+            policy.update(state, LAYERS, step=1, params=lambda: PARAMS, grads=grads)
+
+
 def test_stops_at_gradients_that_are_not_finite():
     gradients = constant([1.0, 1.0, np.nan, 1.0, np.inf, 1.0], steps=2)
     with pytest.raises(FloatingPointError, match="grads: not finite after step 2 in layer 'block2', 'block4', so the"):

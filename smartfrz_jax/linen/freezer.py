@@ -68,13 +68,19 @@ class Freezer(freezer.Freezer):
     def step(self, state: TrainState, *, loss: jax.Array | None = None) -> TrainState:
         """Shows the policy the train step just done, and freezes what it decides.
 
+        Layers that were frozen by hand since the last call stay frozen, whatever the policy decides.
+
         Args:
             state: The state after the step.
             loss: Loss of the step, for policies that look at it.
 
         Returns:
             The state to go on with.
+
+        Raises:
+            ValueError: If layers train that the freezer has frozen: the state is not the one that it returned.
         """
+        self.adopt(state.frozen)
         make_features, train_step = self._features, self._train_step
         return state.freeze(
             self.observe(
@@ -91,7 +97,10 @@ class Freezer(freezer.Freezer):
 
         Raises:
             FileExistsError: If ``path`` exists and ``overwrite`` is false.
+            TypeError: If the policy's state holds what is neither an array nor a number.
+            ValueError: As in :meth:`step`.
         """
+        self.adopt(state.frozen)
         self.save_run(path, _run(state), overwrite=overwrite)
 
     def restore(self, path: str | Path, state: TrainState) -> TrainState:

@@ -73,12 +73,18 @@ class Freezer(freezer.Freezer):
     def step(self, *, loss: jax.Array | None = None) -> Frozen:
         """Shows the policy the train step just done, and freezes what it decides.
 
+        Layers that were frozen by hand since the last call stay frozen, whatever the policy decides.
+
         Args:
             loss: Loss of the step, for policies that look at it.
 
         Returns:
             The frozen set from now on.
+
+        Raises:
+            ValueError: If layers train that the freezer has frozen.
         """
+        self.adopt(self.optimizer.frozen)
         model, optimizer, make_features, train_step = self.model, self.optimizer, self._features, self._train_step
         frozen = self.observe(
             lambda: _params(model, optimizer.wrt),
@@ -95,7 +101,10 @@ class Freezer(freezer.Freezer):
 
         Raises:
             FileExistsError: If ``path`` exists and ``overwrite`` is false.
+            TypeError: If the policy's state holds what is neither an array nor a number.
+            ValueError: As in :meth:`step`.
         """
+        self.adopt(self.optimizer.frozen)
         self.save_run(path, self._arrays(), overwrite=overwrite)
 
     def restore(self, path: str | Path) -> None:

@@ -47,6 +47,7 @@ def autofreeze(evaluate_every: int, *, percentile: float = 50, keep: Iterable[st
     its rate of change. Front to back, layers freeze as long as their :math:`\eta` is below the given percentile of that
     of all active layers. The first interval only gives :math:`G_\text{prev}`. As in the original code, the norms are
     L1, and a layer without any gradient has :math:`\eta = 0`. Kept layers count in the percentile, and are passed over.
+    Layers that something else has frozen, of whose parameters none has a gradient, do not count.
 
     It needs the gradients after each step, and memory for their sum: a float32 copy of the active parameters.
 
@@ -60,7 +61,7 @@ def autofreeze(evaluate_every: int, *, percentile: float = 50, keep: Iterable[st
 
     Raises:
         ValueError: If an option is out of range; at ``init``, if ``keep`` names no layer of the network; in ``update``,
-            if the gradient of an active layer is missing.
+            if there is no gradient at all, or a layer has only some of its own.
         FloatingPointError: In ``update``, if a norm is not finite.
 
     Example:
@@ -94,6 +95,7 @@ def autofreeze(evaluate_every: int, *, percentile: float = 50, keep: Iterable[st
         state: AutoFreezeState, layers: Layers, *, step: int, params: Callable[[], PyTree], **signals: Any
     ) -> tuple[frozenset[str], AutoFreezeState]:
         grads = require(signals, "grads", _NAME, "pass the gradients of the active layers by parameter name")
+        state = state._replace(frozen=state.frozen | _frozen_by_others(layers, grads, state.frozen))
         active = _active_params(layers, state.frozen)
         accumulated = state.accumulated | _add({p: state.accumulated[p] for p in active}, _select(grads, active))
         state = state._replace(accumulated=accumulated)
@@ -133,6 +135,16 @@ def _rate_of_change(previous: np.ndarray, current: np.ndarray) -> np.ndarray:
 
 def _active_params(layers: Layers, frozen: np.ndarray) -> list[str]:
     return [param for layer, is_frozen in zip(layers, frozen, strict=True) if not is_frozen for param in layer.params]
+
+
+def _frozen_by_others(layers: Layers, grads: Mapping[str, Any], frozen: np.ndarray) -> np.ndarray:
+    without = np.array([not any(param in grads for param in layer.params) for layer in layers], bool)
+    if not frozen.all() and (frozen | without).all():
+        raise ValueError(
+            f"grads: none of the {len(grads)} gradients is of an active layer; pass a dict from parameter names to "
+            "gradients, such as Frozen.active_leaves(grads)"
+        )
+    return without
 
 
 def _select(grads: Mapping[str, Any], params: list[str]) -> dict[str, Any]:
