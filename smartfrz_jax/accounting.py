@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import optax
 
-from smartfrz_jax import equations, flops, fusion, operations, step_trace
+from smartfrz_jax import equations, example_axis, flops, fusion, operations, step_trace
 from smartfrz_jax.equations import Equation, Input, Trace
 from smartfrz_jax.flops import Flops
 from smartfrz_jax.freezing import Frozen
@@ -220,7 +220,7 @@ def account(
     params: PyTree,
     *inputs: Any,
     tx: optax.GradientTransformation | None = None,
-    hold: Callable[[Frozen], contextlib.AbstractContextManager[Any]] | None = None,
+    hold: Callable[[Frozen, PyTree], contextlib.AbstractContextManager[Any]] | None = None,
     backend: str | None = None,
 ) -> Account:
     """Predicts what a train step costs, for any frozen set.
@@ -234,17 +234,18 @@ def account(
         layers: The network's layers.
         params: Parameter pytree; arrays or ``jax.ShapeDtypeStruct``.
         *inputs: The batch, or ``jax.ShapeDtypeStruct`` of its shape, and what else the loss depends on; the first axis
-            of the first counts the examples.
+            of the first that has one counts the examples.
         tx: The optimizer; without it, updates are not counted.
-        hold: A context in which the layers of a frozen set run as they do when frozen, for networks in which that is
-            not as active ones do (BatchNorm, dropout): in Linen, ``smartfrz_jax.linen.hold``.
+        hold: From a frozen set and the parameters to a context in which its layers run as they do when frozen, where
+            that is not as active ones do (BatchNorm, dropout): in Linen, ``smartfrz_jax.linen.hold``.
         backend: Platform that the step will run on; JAX's default.
 
     Returns:
         The account. It is traced here, once; for a frozen set it takes milliseconds.
 
     Raises:
-        ValueError: If there are no inputs, or the loss is not a scalar or depends on no parameter.
+        ValueError: If there are no inputs, or none counts examples, the loss is not a scalar or depends on no
+            parameter, or with ``tx`` a parameter belongs to no layer.
 
     Example:
         >>> import jax.numpy as jnp
@@ -260,9 +261,9 @@ def account(
     """
 
     def loss_of(frozen: Frozen) -> Callable[..., Any]:
-        def run(*args: Any) -> Any:
-            with contextlib.nullcontext() if hold is None else hold(frozen):
-                return loss_fn(*args)
+        def run(params: PyTree, *inputs: Any) -> Any:
+            with contextlib.nullcontext() if hold is None else hold(frozen, params):
+                return loss_fn(params, *inputs)
 
         return run
 
@@ -304,7 +305,6 @@ def assemble(
     def trace_step(frozen: Frozen) -> Any:
         return step_trace.trace(loss_of(frozen), frozen, variables, params, inputs, tx)
 
-    examples = jax.tree.leaves(inputs)[0].shape[0]
-    account = Account(layers, examples, active, held, update, trace_step, params, tx, backend)
+    account = Account(layers, example_axis.count(inputs), active, held, update, trace_step, params, tx, backend)
     account.flops()  # prices almost all gradients there are, here and not in somebody's training loop
     return account

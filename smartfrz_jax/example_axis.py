@@ -7,9 +7,10 @@ are read off the equations: each hands on the axis that counts the examples, or 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
+import jax
 from jax.extend import core as jex
 
 from smartfrz_jax import example_rules as rules
@@ -26,6 +27,72 @@ _ELEMENTWISE = flops.ELEMENTWISE | {
 # fmt: on
 _REDUCTIONS = flops.REDUCTIONS | {"argmax", "argmin"}
 _RANDOM = ("random_", "rng_", "threefry")
+
+
+def count(inputs: Sequence[Any], state: Collection[int] = ()) -> int:
+    """Number of examples in a batch: the length of the first axis of the first input that has one.
+
+    Args:
+        inputs: The batch, and what comes with it, such as random keys.
+        state: Positions of inputs that are variables of layers.
+
+    Raises:
+        ValueError: If no input has an axis, or the batch is empty.
+    """
+    for i, part in enumerate(inputs):
+        for leaf in jax.tree.leaves(part):
+            if i not in state and getattr(leaf, "shape", ()):
+                if leaf.shape[0] == 0:
+                    raise ValueError(f"inputs: got a batch of shape {leaf.shape}, expected at least one example")
+                return leaf.shape[0]
+    raise ValueError("inputs: none of them has a first axis to count examples by; pass the batch as arrays")
+
+
+def axes(jaxpr: Any, given: Sequence[Axis | None]) -> dict[Any, Axis | str]:
+    """The axis that counts the examples, for values of which an example may depend on the others.
+
+    Where values meet of which only some have such an axis, it is theirs: what has none, such as the statistics of a
+    BatchNorm in training mode, is for all examples.
+
+    Args:
+        jaxpr: The jaxpr.
+        given: Axis of each of its inputs; None for those that do not count examples.
+
+    Returns:
+        For each value that is computed from examples, their axis; why it has none, if it has none.
+    """
+    known: dict[Any, Axis | str] = {v: axis for v, axis in zip(jaxpr.invars, given, strict=True) if axis is not None}
+    for eqn in jaxpr.eqns:
+        ins = [_known(known, atom) for atom in eqn.invars]
+        if any(isinstance(axis, Axis) for axis in ins):
+            found = zip(eqn.outvars, _axes_of_results(eqn, ins), strict=True)
+            known.update({var: axis for var, axis in found if axis is not None})
+        elif any(ins):
+            known.update(dict.fromkeys(eqn.outvars, next(why for why in ins if why)))
+    return known
+
+
+def _axes_of_results(eqn: Any, ins: Sequence[Axis | str | None]) -> Sequence[Axis | str | None]:
+    given = [axis if isinstance(axis, Axis) else None for axis in ins]
+    body = inlining.body_of(eqn)
+    is_call = eqn.primitive.name not in _RULES and len(getattr(body, "invars", ())) == len(given)
+    if is_call and len(body.outvars) == len(eqn.outvars):
+        inner = axes(body, given)
+        return [_known(inner, atom) for atom in body.outvars]
+    # As if everything else were the same for all examples.
+    shapes = (atom.aval.shape for atom in eqn.invars)
+    values = [
+        Value(axis, frozenset() if axis else frozenset(range(len(shape))))
+        for axis, shape in zip(given, shapes, strict=True)
+    ]
+    try:
+        return _transfer(eqn, values)
+    except Mixed as why:
+        return [f"{eqn.primitive.name}: {why}"] * len(eqn.outvars)
+
+
+def _known(known: Mapping[Any, Axis | str], atom: Any) -> Axis | str | None:
+    return None if isinstance(atom, jex.Literal) else known.get(atom)
 
 
 def outputs(eqn: Any, values: Sequence[Value]) -> list[Value]:

@@ -201,13 +201,14 @@ def _step(
 
 def _split(examples: Examples, held_out: np.ndarray | None) -> tuple[Examples, Examples]:
     if held_out is None:
-        held_out = np.zeros(len(examples), bool)
-    elif np.shape(held_out) != (len(examples),) or held_out.dtype != bool:
+        return examples, examples.select(np.zeros(len(examples), bool))
+    held_out = np.asarray(held_out)
+    if held_out.shape != (len(examples),) or held_out.dtype != bool:
         raise ValueError(
-            f"held_out: got {np.asarray(held_out).dtype} of shape {np.shape(held_out)}, expected bool of shape "
-            f"({len(examples)},); make it with by_run(examples, runs) or by_layer(examples, layers)"
+            f"held_out: got {held_out.dtype} of shape {held_out.shape}, expected bool of shape ({len(examples)},); "
+            "make it with by_run(examples, runs) or by_layer(examples, layers)"
         )
-    elif held_out.all() or not held_out.any():
+    if held_out.all() or not held_out.any():
         raise ValueError(
             f"held_out: selects {int(held_out.sum())} of {len(examples)} examples, expected some but not all; "
             "pass None to train on all"

@@ -20,11 +20,9 @@ from jax.tree_util import keystr, tree_leaves_with_path
 
 from smartfrz_jax import paths
 from smartfrz_jax.layers import Layers
+from smartfrz_jax.partition import ACTIVE, FROZEN, partition
 
 PyTree = Any
-
-_ACTIVE = "train"
-_FROZEN = "frozen"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -85,7 +83,7 @@ class Frozen:
 
     def labels(self, params: PyTree) -> PyTree:
         """``'frozen'`` or ``'train'`` for every leaf of ``params``: labels for ``optax.multi_transform``."""
-        return paths.tree_map(lambda name, _: _FROZEN if self._is_frozen(name) else _ACTIVE, params)
+        return paths.tree_map(lambda name, _: FROZEN if self._is_frozen(name) else ACTIVE, params)
 
     def stop_gradient(self, params: PyTree) -> PyTree:
         """``params`` with ``jax.lax.stop_gradient`` on the frozen leaves."""
@@ -96,12 +94,7 @@ class Frozen:
         return {name: leaf for name, leaf in paths.flatten(tree).items() if not self._is_frozen(name)}
 
     def _is_frozen(self, param: str) -> bool:
-        if param not in self.layers.owner:
-            raise ValueError(
-                f"params: {param!r} belongs to no layer; the layers were found for other parameters "
-                f"({', '.join(list(self.layers.owner)[:3])}, ...). Call find_layers on the parameters that train"
-            )
-        return param in self.params
+        return self.layers.holding(param) in self.names
 
     @functools.cached_property
     def _hash(self) -> int:
@@ -109,6 +102,9 @@ class Frozen:
 
     def __hash__(self) -> int:
         return self._hash
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"layers": self.layers, "names": self.names}  # not what is cached, as of Layers
 
     def __eq__(self, other: object) -> bool:
         return self is other or (
@@ -136,32 +132,12 @@ def value_and_grad(loss_fn: Callable[..., Any], frozen: Frozen, *, has_aux: bool
     return jax.value_and_grad(with_frozen, has_aux=has_aux)
 
 
-@dataclasses.dataclass(frozen=True)
-class _Partition:
-    """``optax.multi_transform`` for a frozen set, equal for equal sets, so that ``jax.jit`` does not recompile."""
-
-    tx: optax.GradientTransformation
-    frozen: Frozen
-
-    @property
-    def _partition(self) -> optax.GradientTransformationExtraArgs:
-        return optax.multi_transform({_ACTIVE: self.tx, _FROZEN: optax.set_to_zero()}, self.frozen.labels)
-
-
-class _Init(_Partition):
-    def __call__(self, params: PyTree) -> Any:
-        return self._partition.init(params)
-
-
-class _Update(_Partition):
-    def __call__(self, updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any) -> Any:
-        return self._partition.update(updates, state, params, **extra_args)
-
-
 def freeze(tx: optax.GradientTransformation, frozen: Frozen) -> optax.GradientTransformationExtraArgs:
     """``tx`` for the active layers, nothing for the frozen ones, over the whole parameter tree.
 
-    Everything that belongs to the optimizer (clipping, weight decay, averaging) goes inside ``tx``.
+    Everything that belongs to the optimizer (clipping, weight decay, averaging) goes inside ``tx``. Of further
+    arguments of ``update``, such as ``grad`` and ``value_fn`` of ``optax.lbfgs``, ``tx`` sees the active layers alone;
+    take them from :func:`value_and_grad`, for ``optax.value_and_grad_from_state`` knows nothing of frozen layers.
 
     Args:
         tx: Any optax gradient transformation.
@@ -170,7 +146,7 @@ def freeze(tx: optax.GradientTransformation, frozen: Frozen) -> optax.GradientTr
     Returns:
         ``optax.multi_transform`` with labels from ``frozen``. Transformations of equal ``tx`` and ``frozen`` are equal.
     """
-    return optax.GradientTransformationExtraArgs(_Init(tx, frozen), _Update(tx, frozen))
+    return partition(tx, frozen)
 
 
 def apply_updates(params: PyTree, updates: PyTree, frozen: Frozen) -> PyTree:
@@ -206,14 +182,25 @@ def migrate(
         State of ``freeze(tx, frozen)``.
 
     Raises:
-        ValueError: If a value is missing, left over, or has another shape or dtype than ``tx`` gives it for ``params``.
+        ValueError: If a value is missing, left over, or has another shape or dtype than ``tx`` gives it for ``params``,
+            or ``tx`` keeps state that cannot be split by layer, as ``optax.flatten`` does.
     """
     opt_state = _with_groups(opt_state, tx, params)
     old = by_path(opt_state)
     target = freeze(tx, frozen)
     abstract = jax.eval_shape(target.init, params)
     wanted = by_path(abstract)
-    _check_fits(old, wanted, dropped=_masked(opt_state), absent=_masked(abstract))
+    unfit = _unfit(old, wanted, dropped=_masked(opt_state), absent=_masked(abstract))
+    if unfit is not None:
+        got = f"{unfit} is {_text(old.get(unfit))}, but tx makes it {_text(wanted.get(unfit))}"
+        if _is_of_all_layers(unfit, tx, params, frozen.layers):
+            raise ValueError(
+                f"opt_state: {got} with this frozen set; state that is not shaped like the parameters cannot be split "
+                "by layer. Leave out of tx what joins them: optax.flatten(optax.adam(0.1)) is optax.adam(0.1)"
+            )
+        raise ValueError(
+            f"opt_state: {got} for these params; pass the tx that made opt_state, and the params it was made for"
+        )
     source = old
     if wanted.keys() - old.keys():  # a layer returns
         fresh = {path: leaf for path, leaf in by_path(target.init(params)).items() if path not in old}
@@ -246,7 +233,7 @@ def _with_groups(opt_state: Any, tx: optax.GradientTransformation, params: PyTre
         by_path(opt_state).keys() == by_path(jax.eval_shape(tx.init, params)).keys()
     ):
         return optax.MultiTransformState(
-            {_ACTIVE: optax.MaskedState(opt_state), _FROZEN: optax.MaskedState(optax.EmptyState())}
+            {ACTIVE: optax.MaskedState(opt_state), FROZEN: optax.MaskedState(optax.EmptyState())}
         )
     return opt_state
 
@@ -263,16 +250,23 @@ def _put_back(kept: Mapping[str, Any], path: str, fresh: Any) -> jax.Array:
     return jax.device_put(value, fresh.sharding) if fresh.committed else value
 
 
-def _check_fits(old: dict[str, Any], wanted: dict[str, Any], *, dropped: list[str], absent: list[str]) -> None:
-    """Raises unless the two differ only in the leaves of layers that return (``dropped``) or freeze (``absent``)."""
+def _unfit(old: dict[str, Any], wanted: dict[str, Any], *, dropped: list[str], absent: list[str]) -> str | None:
+    """Path at which the two differ, beside the leaves of layers that return (``dropped``) or freeze (``absent``)."""
     for path in [*wanted, *(path for path in old if path not in wanted)]:
         got, expected = _text(old.get(path)), _text(wanted.get(path))
         masked = dropped if path not in old else absent if path not in wanted else ()
         if got != expected and not any(path.startswith(prefix) for prefix in masked):
-            raise ValueError(
-                f"opt_state: {path} is {got}, but tx makes it {expected} for these params; "
-                "pass the tx that made opt_state, and the params it was made for"
-            )
+            return path
+    return None
+
+
+def _is_of_all_layers(path: str, tx: optax.GradientTransformation, params: PyTree, layers: Layers) -> bool:
+    """Whether ``tx`` makes the value at a path for all active layers together: it has another shape for fewer."""
+    if len(layers) < 2:
+        return False
+    some = (Frozen(layers), Frozen(layers, frozenset(layers.names[:1])))
+    values = [by_path(jax.eval_shape(freeze(tx, frozen).init, params)).get(path) for frozen in some]
+    return None not in values and _text(values[0]) != _text(values[1])
 
 
 def _masked(tree: Any) -> list[str]:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, Literal, overload
 
 import jax
+import jax.numpy as jnp
 
 from smartfrz_jax import dataflow, paths
+from smartfrz_jax.blocks import blocks
 
 PyTree = Any
 Granularity = Literal["layer", "block"] | Callable[[str], str]
@@ -47,7 +48,12 @@ class Layer:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Layers(Sequence[Layer]):
-    """The layers of a network, front to back: an immutable, hashable sequence of :class:`Layer`."""
+    """The layers of a network, front to back: an immutable, hashable sequence of :class:`Layer`.
+
+    A layer that is used again behind others, such as an embedding that is the classifier too, comes where it is used
+    last, so policies that go by depth freeze it late, and keep it if it is the head. The layers in between save less
+    then: gradients pass through them, frozen or not, to its first use. To have it freeze early, freeze it by name.
+    """
 
     entries: tuple[Layer, ...]
 
@@ -63,8 +69,21 @@ class Layers(Sequence[Layer]):
 
     @property
     def head(self) -> str:
-        """Name of the last layer."""
+        """Name of the layer that is used last; its weights are the classifier, even if they are an embedding too."""
         return self.names[-1]
+
+    def holding(self, param: str) -> str:
+        """Name of the layer that holds a parameter.
+
+        Raises:
+            ValueError: If none does.
+        """
+        if param not in self.owner:
+            raise ValueError(
+                f"params: {param!r} belongs to no layer; the layers were found for other parameters "
+                f"({', '.join(list(self.owner)[:3])}, ...). Call find_layers on the parameters that train"
+            )
+        return self.owner[param]
 
     def check(self, names: Iterable[str], argument: str) -> tuple[str, ...]:
         """Returns the layer names in forward order.
@@ -77,8 +96,8 @@ class Layers(Sequence[Layer]):
             ValueError: If one of them is not a layer of this network.
         """
         wanted = {names} if isinstance(names, str) else set(names)
-        for unknown in sorted(wanted.difference(self.names)):
-            near = difflib.get_close_matches(unknown, self.names, n=3, cutoff=0.4) or self.names[:3]
+        for unknown in sorted(wanted.difference(self.names), key=str):
+            near = difflib.get_close_matches(str(unknown), self.names, n=3, cutoff=0.4) or self.names[:3]
             raise ValueError(
                 f"{argument}: no layer is called {unknown!r}; did you mean {' or '.join(map(repr, near))}? "
                 f"The network's {len(self)} layers are in its Layers' `names`"
@@ -105,6 +124,9 @@ class Layers(Sequence[Layer]):
     def __hash__(self) -> int:
         return self._hash
 
+    def __getstate__(self) -> dict[str, Any]:
+        return {"entries": self.entries}  # not what is cached: another process hashes strings to other numbers
+
     def __eq__(self, other: object) -> bool:
         return self is other or (isinstance(other, Layers) and self.entries == other.entries)
 
@@ -117,22 +139,23 @@ def find_layers(
     A normalisation (or any other group of vectors) joins the kernel whose output it works on; where several kernels
     feed it, as behind a residual connection, it joins the kernel just before or just after it in forward order,
     whichever is closer by name, the one before if both are. Layers of which ``forward`` uses no parameter come first:
-    they never train.
+    they never train. One that is used again behind others, as an embedding that is the classifier too, comes where it
+    is used last.
 
     Args:
         params: Parameter pytree; arrays or ``jax.ShapeDtypeStruct``.
         forward: A JAX-traceable function of ``(params, *inputs)``. It is only traced.
         *inputs: An example batch, or ``jax.ShapeDtypeStruct`` of its shape.
         granularity: ``"layer"``, or ``"block"`` for one layer per residual or transformer block (the modules of a list,
-            ``blocks/3``, or numbered by name, ``encoderblock_3``), or a function from a parameter's name to the name of
-            its layer.
+            ``blocks/3``, or numbered by name beside others, ``encoderblock_3``), or a function from a parameter's name
+            to the name of its layer.
 
     Returns:
         The layers, front to back.
 
     Raises:
         ValueError: If ``params`` has no leaves, or ``granularity`` is not one of the above.
-        TypeError: If a leaf of ``params`` is not an array.
+        TypeError: If a leaf of ``params`` is not an array of floating-point numbers.
 
     Example:
         >>> import jax.numpy as jnp
@@ -150,7 +173,7 @@ def check_params(params: PyTree) -> dict[str, Any]:
 
     Raises:
         ValueError: If there are none.
-        TypeError: If a leaf has no shape.
+        TypeError: If a leaf is not an array of floating-point, or complex, numbers.
     """
     leaves = paths.flatten(params)
     if not leaves:
@@ -162,6 +185,12 @@ def check_params(params: PyTree) -> dict[str, Any]:
         if not hasattr(leaf, "shape"):
             raise TypeError(
                 f"params: leaf {name!r} is {type(leaf).__name__}, expected an array; leave out what does not train"
+            )
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            raise TypeError(
+                f"params: leaf {name!r} is {leaf.dtype}{list(leaf.shape)}, expected floating-point numbers: JAX "
+                "differentiates nothing else, frozen or not; let the function close over it, or make it an input (in "
+                "NNX, an nnx.Variable that is no nnx.Param)"
             )
     return leaves
 
@@ -192,6 +221,7 @@ def group(
         )
     rank = {name: used.first.get(name, _UNUSED) for name in (*leaves, *state)}
     attached = _attach(_modules(leaves, state), leaves, rank, used.sources)
+    block_of = blocks(attached) if granularity == "block" else {}
     members: dict[str, list[str]] = {}
     for host, names in attached.items():
         kernel = next((name for name in names if name in leaves), host)
@@ -199,14 +229,19 @@ def group(
             if callable(granularity):
                 layer = granularity(name if name in leaves else kernel)
             else:
-                layer = _block(host) if granularity == "block" else host
+                layer = block_of.get(host, host)
             members.setdefault(layer, []).append(name)
     entries = []
     for layer, names in members.items():
         params = tuple(name for name in names if name in leaves)
         kernels = tuple(name for name in params if _is_kernel(name, leaves[name]))
         entries.append(Layer(layer, params, kernels or params, tuple(name for name in names if name not in leaves)))
-    return Layers(tuple(sorted(entries, key=lambda layer: _first_use(layer.params, rank))))
+
+    def position(layer: Layer) -> tuple[int, ...]:
+        again = used.used_again((*layer.params, *layer.state)).keys() & set(layer.params)
+        return max((used.uses[name][-1] for name in again), default=_first_use(layer.params, rank))
+
+    return Layers(tuple(sorted(entries, key=position)))
 
 
 def _first_use(names: Iterable[str], rank: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
@@ -279,16 +314,3 @@ def _shared(first: str, second: str) -> int:
     """Number of leading path components in common."""
     pairs = zip(first.split(paths.SEPARATOR), second.split(paths.SEPARATOR), strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(first.count("/"), second.count("/")) + 1)
-
-
-def _block(layer: str) -> str:
-    """Name of the block that a layer is in: up to the first list indices, else to the first numbered ancestor."""
-    ancestors = layer.split(paths.SEPARATOR)[:-1]
-    for numbered in (r"\d+", r".*\D\d+"):
-        depths = [depth for depth, part in enumerate(ancestors, start=1) if re.fullmatch(numbered, part)]
-        if depths:
-            depth = depths[0]
-            while numbered == r"\d+" and depth + 1 in depths:  # a list of stages of blocks
-                depth += 1
-            return paths.SEPARATOR.join(ancestors[:depth])
-    return layer

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
-from smartfrz_jax import paths, prefix
+from smartfrz_jax import example_axis, paths, prefix
 from smartfrz_jax.activation_cache import ActivationCache, Place
 from smartfrz_jax.freezing import Frozen
 from smartfrz_jax.prefix import Split
@@ -49,8 +49,8 @@ class PrefixCache:
         frozen: The frozen set.
         params: Parameter pytree; arrays or ``jax.ShapeDtypeStruct``.
         *inputs: A batch of at least two examples, or ``jax.ShapeDtypeStruct`` of its shape.
-        hold: A context in which the layers of a frozen set run as they do when frozen: in Linen,
-            ``smartfrz_jax.linen.hold``.
+        hold: From a frozen set and the parameters to a context in which its layers run as they do when frozen: in
+            Linen, ``smartfrz_jax.linen.hold``.
         state_inputs: Positions of inputs that are variables of layers, such as the ``batch_stats`` of a Linen module.
         augmented: Whether an example looks different in each epoch.
         views: Number of augmented views of each example that there are; 1 if there is no augmentation.
@@ -85,7 +85,7 @@ class PrefixCache:
         frozen: Frozen,
         params: PyTree,
         *inputs: Any,
-        hold: Callable[[Frozen], contextlib.AbstractContextManager[Any]] | None = None,
+        hold: Callable[[Frozen, PyTree], contextlib.AbstractContextManager[Any]] | None = None,
         state_inputs: Collection[int] = (),
         augmented: bool = False,
         views: int = 1,
@@ -102,7 +102,7 @@ class PrefixCache:
         self.store: ActivationCache | None = None
         self._loss_fn, self._hold, self._state_inputs = loss_fn, hold, frozenset(state_inputs)
         self._inputs = jax.tree.map(_shape, inputs)
-        self._examples = self._count(inputs)
+        self._examples = example_axis.count(inputs, self._state_inputs)
         self._source: tuple[ActivationCache, Callable[..., Any]] | None = None
         self._kept: dict[str, Any] = {}
         self._run = jax.jit(self._activations, static_argnums=0)
@@ -243,7 +243,8 @@ class PrefixCache:
         """The cache for another frozen set.
 
         If that has more layers, what is stored is the input for what will be, as it is fetched, and is released when
-        all has been; if that cannot be, or the set has fewer layers, it is dropped.
+        all has been; if that cannot be, or the set has fewer layers, it is dropped as soon as there is room for the new
+        one beside it. To have it dropped first, set :attr:`store` to None, and call :meth:`keep` of the new cache.
 
         Args:
             params: Parameters.
@@ -254,7 +255,8 @@ class PrefixCache:
             The new cache; this one if the frozen set is the same.
 
         Raises:
-            ValueError: As for :class:`PrefixCache` and :meth:`keep`.
+            ValueError: As for :class:`PrefixCache` and :meth:`keep`. This cache stays as it was then.
+            FileExistsError: If the directory is not empty. So it does then.
         """
         if frozen == self.frozen:
             return self
@@ -264,8 +266,8 @@ class PrefixCache:
         grown = new.grown_from(self)
         if grown is not None:
             new._source = self.store, grown
-        self.store, self._source = None, None
         new.keep(**{**self._kept, **({} if place is None else {"place": place})})
+        self.store, self._source = None, None  # not before: if there is no room, this cache goes on
         return new
 
     def _like(self, params: PyTree, frozen: Frozen) -> PrefixCache:
@@ -282,7 +284,7 @@ class PrefixCache:
         """The loss of ``(variables, *inputs)`` under the frozen set, and the variables that it changes."""
 
         def run(variables: PyTree, *inputs: Any) -> tuple[Any, dict[str, Any]]:
-            with contextlib.nullcontext() if self._hold is None else self._hold(self.frozen):
+            with contextlib.nullcontext() if self._hold is None else self._hold(self.frozen, variables):
                 return self._loss_fn(variables, *inputs), {}
 
         return run
@@ -301,7 +303,8 @@ class PrefixCache:
     def _split_for(self, key: Any, variables: PyTree, inputs: tuple[Any, ...]) -> Split:
         variables, inputs = jax.tree.map(_shape, (variables, inputs))
         traced = prefix.trace(self._traceable(key), variables, inputs)
-        return prefix.split(traced, self.frozen, self._count(inputs), self._state(variables, inputs))
+        examples = example_axis.count(inputs, self._state_inputs)
+        return prefix.split(traced, self.frozen, examples, self._state(variables, inputs))
 
     def _activations(self, key: Any, variables: PyTree, inputs: tuple[Any, ...]) -> tuple[jax.Array, ...]:
         split = self._checked(self._split_for(key, variables, inputs))
@@ -330,25 +333,16 @@ class PrefixCache:
 
     def _completed(self, inputs: tuple[Any, ...], examples: int) -> tuple[Any, Any]:
         """Shapes of a whole batch of inputs, and the inputs with ``None`` for those that are not there."""
-        own = self._count(self._inputs)
         inputs = (*inputs, *[None] * (len(self._inputs) - len(inputs)))
         given = {name: leaf for name, leaf in paths.flatten(inputs).items() if leaf is not None}
 
         def complete(name: str, shape: Any) -> Any:
             if name in given:
                 return _shape(given[name])
-            counts = shape.shape[:1] == (own,)
+            counts = shape.shape[:1] == (self._examples,)
             return jax.ShapeDtypeStruct((examples, *shape.shape[1:]) if counts else shape.shape, shape.dtype)
 
         return paths.tree_map(complete, self._inputs), inputs
-
-    def _count(self, inputs: tuple[Any, ...]) -> int:
-        """Number of examples: length of the first axis of the first input that is not state."""
-        for i, part in enumerate(inputs):
-            for leaf in jax.tree.leaves(part):
-                if i not in self._state_inputs and getattr(leaf, "shape", ()):
-                    return leaf.shape[0]
-        raise ValueError("inputs: none of them has a first axis to count examples by")
 
 
 def _shape(leaf: Any) -> jax.ShapeDtypeStruct:

@@ -56,7 +56,7 @@ def trace(
 def update_flops(tx: optax.GradientTransformation, layers: Layers, layer: str, params: PyTree, backend: str) -> float:
     """FLOPs of the optimizer for one layer."""
     # As a partition of optax's shows the optimizer the layers that it is for.
-    shown = paths.tree_map(lambda name, leaf: leaf if layers.owner[name] == layer else optax.MaskedNode(), params)
+    shown = paths.tree_map(lambda name, leaf: leaf if layers.holding(name) == layer else optax.MaskedNode(), params)
 
     def update(params: PyTree, grads: PyTree, opt_state: PyTree) -> tuple[PyTree, PyTree]:
         updates, opt_state = tx.update(grads, opt_state, params)

@@ -102,8 +102,18 @@ def test_optimizers_with_state_and_clipping():
     assert account.flops(frozen(layers, "a")).parts.update == pytest.approx(2 / 3 * update)
 
 
+def test_examples_are_counted_by_the_first_input_that_has_an_axis():
+    layers = sfj.find_layers(PARAMS, chain, X)
+    account = sfj.account(lambda params, key, x: chain(params, x), layers, PARAMS, jax.random.key(0), X)
+    assert account.examples == N
+
+
 def test_errors():
     layers = sfj.find_layers(PARAMS, chain, X)
+    with pytest.raises(ValueError, match="inputs: none of them has a first axis"):
+        sfj.account(lambda params, x: chain(params, x * jnp.ones((N, WIDTH))), layers, PARAMS, shape())
+    with pytest.raises(ValueError, match=r"params: 'd' belongs to no layer.*find_layers"):
+        sfj.account(chain, layers, PARAMS | {"d": shape(3)}, X, tx=SGD)
     with pytest.raises(ValueError, match="inputs: got none"):
         sfj.account(lambda params: chain(params, jnp.ones((N, WIDTH))), layers, PARAMS)
     with pytest.raises(ValueError, match=r"loss_fn: the first value that it returns has shape \(32,\)"):

@@ -180,6 +180,39 @@ def test_shared_parameter_has_first_and_last_use():
     assert used.last["a"] > used.last["b"]
 
 
+def test_what_is_used_between_the_uses_of_a_shared_parameter():
+    tied = dataflow.consumption(lambda p, x: x @ p["a"] @ p["b"] @ p["c"] @ p["a"].T, SQUARE, X)
+    assert tied.between == {"a": {"b", "c"}}
+    assert tied.used_again(["a", "b"]) == {"a": {"c"}}
+    assert tied.used_again(["a", "b", "c"]) == {}
+    # Blocks that share their weights all end later than they begin.
+    shared = dataflow.consumption(lambda p, x: x @ p["a"] @ p["b"] @ p["a"] @ p["b"] @ p["c"], SQUARE, X)
+    assert not shared.used_again(["a"])
+    # Of two inputs, the second does not come from what the first has become.
+    twins = dataflow.consumption(lambda p, x, y: (x @ p["a"] @ p["b"] @ p["c"], y @ p["a"] @ p["b"]), SQUARE, X, X)
+    assert not any(twins.used_again([name]) for name in "abc")
+
+
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.checkpoint], ids=["bare", "jit", "remat"])
+@pytest.mark.parametrize("name", ["penalty", "penalty of each example", "gradient"])
+def test_backward_passes_and_penalties_are_no_uses_behind_the_others(name, wrap):
+    def energy(p, x):
+        return jnp.sum(jnp.tanh(twice(p["b"], jnp.sin(x @ p["a"]))) @ p["c"], 1)
+
+    def penalised(p, x):
+        return jnp.sum(energy(p, x)) + 0.1 * jnp.sum(p["a"] ** 2)
+
+    forwards = {
+        "penalty": penalised,
+        "penalty of each example": lambda p, x: (energy(p, x) + 0.1 * jnp.sum(p["a"] ** 2)[None]).mean(),
+        "gradient": lambda p, x: jax.grad(lambda x: jnp.sum(energy(p, x)))(x),
+    }
+    params = {name: normal(3, 3) for name in "abc"}
+    used = dataflow.consumption(wrap(forwards[name]), params, X)
+    assert sorted(used.last, key=lambda name: used.last[name]) == ["a", "b", "c"]
+    assert not any(used.between.values())
+
+
 def test_closed_over_data_count_when_no_input_is_given():
     assert order(lambda p: plain(p, X), SQUARE) == ["b", "c", "a"]
 
@@ -328,6 +361,72 @@ def test_tapped_outputs_of_flattened_tokens_have_a_row_per_example():
     np.testing.assert_allclose(got, (np.asarray(x) @ np.asarray(params["a"])).reshape(2, 20), rtol=1e-5)
 
 
+@jax.custom_jvp
+def standardized(x):
+    return (x - x.mean(0, keepdims=True)) / x.std(0, keepdims=True)
+
+
+standardized.defjvp(lambda primals, tangents: (standardized(*primals), tangents[0]))
+
+# By name: a forward function, and the output of layer "w" that it should have, from x of shape (4, 8, 3).
+AXES = {
+    "last": (lambda p, x: p["w"] @ x[:, 0].T, lambda w, x: x[:, 0] @ w.T),
+    "last, then first": (lambda p, x: (p["w"] @ x[:, 0].T).T, lambda w, x: x[:, 0] @ w.T),
+    "behind the time": (lambda p, x: x.swapaxes(0, 1) @ p["w"].T, lambda w, x: x @ w.T),
+    "behind the time, in a loop": (
+        lambda p, x: jax.lax.scan(lambda h, x: (h + x @ p["w"].T,) * 2, jnp.zeros((4, 8)), x.swapaxes(0, 1))[1] * 1.0,
+        lambda w, x: (x @ w.T).sum(1),
+    ),
+    "merged with the time": (lambda p, x: x.reshape(-1, 3) @ p["w"].T, lambda w, x: (x @ w.T).reshape(4, -1)),
+    "merged, in a batch norm with rules": (
+        lambda p, x: standardized(x.reshape(-1, 3)) @ p["w"].T,
+        lambda w, x: (((x - x.mean((0, 1))) / x.std((0, 1))) @ w.T).reshape(4, -1),
+    ),
+    "mixed up, then added": (
+        lambda p, x: x[:, 0] + x[::-1, 0] @ p["w"][:3].T,
+        lambda w, x: x[:, 0] + x[::-1, 0] @ w[:3].T,
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", AXES)
+def test_tapped_outputs_have_the_examples_in_front(name):
+    forward, expected = AXES[name]
+    params, x = {"w": normal(8, 3)}, normal(4, 8, 3)
+    got = dataflow.tapped(forward, {"w": ["w"]}, params, x)(params, x)["w"]
+    np.testing.assert_allclose(got, expected(np.asarray(params["w"]), np.asarray(x)), rtol=1e-4, atol=1e-5)
+
+
+def test_tapped_outputs_where_inputs_are_as_long_by_chance():
+    """The statistics have as many channels as there are examples; a key comes first, and another batch last."""
+    params, x, y, mean = {"a": normal(3, 3), "b": normal(2, 5)}, normal(3, 3), normal(3, 2), normal(3)
+
+    def forward(p, key, x, mean, y):
+        return (x - mean[None]) @ p["a"], y @ p["b"]
+
+    inputs = jax.random.key(0), x, mean, y
+    got = dataflow.tapped(forward, {"a": ["a"], "b": ["b"]}, params, *inputs)(params, *inputs)
+    np.testing.assert_allclose(got["a"], (x - mean[None]) @ params["a"], rtol=1e-5)
+    np.testing.assert_allclose(got["b"], y @ params["b"], rtol=1e-5)
+
+
+def test_tapped_output_for_one_example():
+    params, x = {"a": normal(3, 4)}, normal(1, 5, 3)
+    got = dataflow.tapped(lambda p, x: x.reshape(5, 3) @ p["a"], {"a": ["a"]}, params, x)(params, x)["a"]
+    np.testing.assert_allclose(got, (x[0] @ params["a"]).reshape(1, 20), rtol=1e-5)
+
+
+def test_tapped_output_of_a_tied_embedding_is_that_of_its_first_use():
+    params, tokens = {"embed": normal(7, 3), "bias": normal(7), "a": normal(3, 3)}, jnp.array([2, 0, 6, 2])
+
+    def forward(p, tokens):
+        return jnp.tanh(p["embed"][tokens] @ p["a"]) @ p["embed"].T + p["bias"][None]
+
+    got = dataflow.tapped(forward, {"tied": ["embed", "bias"], "a": ["a"]}, params, tokens)(params, tokens)
+    np.testing.assert_array_equal(got["tied"], params["embed"][tokens])
+    np.testing.assert_allclose(got["a"], params["embed"][tokens] @ params["a"], rtol=1e-5)
+
+
 def test_tapped_output_of_layers_inside_a_loop_is_that_of_the_loop():
     params = {"a": 0.5 * normal(3, 3), "b": normal(3, 3)}
     x = normal(2, 3)
@@ -350,3 +449,11 @@ def test_tapped_errors():
         dataflow.tapped(lambda p, x: x @ p["b"], {"a": ["a"]}, SQUARE, X)
     with pytest.raises(ValueError, match="inputs: the batch has 2 examples"):
         dataflow.tapped(lambda p, x: p["b"] @ x.T[:, 0], {"b": ["b"]}, SQUARE, X)
+    with pytest.raises(
+        ValueError, match=r"layer 'b', or of what follows from it, counts them \(reshape: a reshape that"
+    ):
+        dataflow.tapped(lambda p, x: x.T.reshape(2, 3) @ p["b"], {"b": ["b"]}, SQUARE, X)
+    with pytest.raises(ValueError, match="inputs: none of them has a first axis"):
+        dataflow.tapped(lambda p, x: x * p["b"], {"b": ["b"]}, SQUARE, jnp.array(1.0))
+    with pytest.raises(ValueError, match=r"inputs: got a batch of shape \(0, 3\), expected at least one example"):
+        dataflow.tapped(plain, {"b": ["b"]}, SQUARE, X[:0])

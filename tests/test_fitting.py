@@ -433,6 +433,12 @@ class TestFitRefuses:
         self.refuses(r"held_out: got int64 of shape \(1,\)", held_out=[1])
         self.refuses("held_out: selects 0 of 42", held_out=np.zeros(42, bool))
         self.refuses("held_out: selects 42 of 42", held_out=np.ones(42, bool))
+        self.refuses(r"held_out: got bool of shape \(3,\)", held_out=[True, False, True])
+
+    def test_held_out_may_be_a_list(self):
+        examples = random_examples()
+        training, testing = fitting._split(examples, by_run(examples, [1]).tolist())
+        assert (len(training), len(testing)) == (28, 14)
 
     def test_held_out_moments(self):
         examples = random_examples()

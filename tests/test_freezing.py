@@ -1,3 +1,5 @@
+import pickle
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -435,6 +437,57 @@ def test_extra_arguments_reach_the_optimizer():
     np.testing.assert_allclose(updates["b"]["kernel"], -0.1 * GRADS[0]["b"]["kernel"], rtol=1e-6)
 
 
+@pytest.mark.parametrize("name", ["line search", "sharpness"])
+def test_functions_of_the_parameters_reach_the_optimizer(name):
+    """The step is that of an optimizer which knows the active layers alone."""
+    frozen, rest = Frozen(LAYERS, frozenset("abc")), {name: PARAMS[name] for name in "abc"}
+
+    def of_active(active):
+        return loss(rest | active, X)
+
+    tx, extra = {
+        "line search": (optax.chain(optax.sgd(1.0), optax.scale_by_backtracking_linesearch(3)), lambda value_fn: {
+            "value": jnp.array(0.7), "grad": GRADS[1], "value_fn": value_fn}),
+        "sharpness": (optax.contrib.sam(optax.sgd(0.1), optax.sgd(0.1), opaque_mode=True), lambda value_fn: {
+            "grad_fn": lambda params, i: jax.grad(value_fn)(params)}),
+    }[name]  # fmt: skip
+    transform, active = freezing.freeze(tx, frozen), {"d": PARAMS["d"]}
+    got, _ = transform.update(GRADS[0], transform.init(PARAMS), PARAMS, **extra(lambda params: loss(params, X)))
+    some = {key: {"d": arg["d"]} if key == "grad" else arg for key, arg in extra(of_active).items()}
+    expected, _ = tx.update({"d": GRADS[0]["d"]}, tx.init(active), active, **some)
+    np.testing.assert_allclose(got["d"]["kernel"], expected["d"]["kernel"], rtol=1e-6)
+    assert not any(np.any(got[name]["kernel"]) for name in "abc")
+
+
+def test_lbfgs_takes_its_arguments_of_the_active_layers():
+    frozen = Frozen(LAYERS, frozenset("abc"))
+    transform = freezing.freeze(optax.lbfgs(memory_size=2), frozen)
+    value, grads = freezing.value_and_grad(loss, frozen)(PARAMS, X)
+    state = jax.eval_shape(transform.init, PARAMS)
+    updates, _ = jax.eval_shape(
+        lambda state: transform.update(
+            grads, state, PARAMS, value=value, grad=grads, value_fn=lambda params: loss(params, X)
+        ),
+        state,
+    )
+    assert jax.tree.structure(updates) == jax.tree.structure(PARAMS)
+
+
+def test_optimizers_that_join_the_parameters_are_refused():
+    """Their state cannot be split; nor can that of some be made for nothing."""
+    tx, some = optax.flatten(optax.adam(0.1)), Frozen(LAYERS, frozenset("a"))
+    message = (
+        r"opt_state: \S*mu is float32\[\d+\], but tx makes it float32\[\d+\] with this.*cannot be split.*Leave out"
+    )
+    for made_for, target in ((Frozen(LAYERS), some), (some, Frozen(LAYERS)), (some, some.add("b"))):
+        with pytest.raises(ValueError, match=message):
+            freezing.migrate(freezing.freeze(tx, made_for).init(PARAMS), tx, PARAMS, target)
+    with pytest.raises(
+        ValueError, match=r"frozen: got all 4 layers, but tx cannot start without.*leave a layer active"
+    ):
+        freezing.migrate(tx.init(PARAMS), tx, PARAMS, Frozen(LAYERS, frozenset(NAMES)))
+
+
 @pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
 def test_apply_updates_keeps_frozen_leaves_bit_for_bit(jitted):
     special = jnp.array([-0.0, np.nan, np.inf, 1e-45], jnp.float32)
@@ -512,6 +565,18 @@ def test_frozen_is_equal_and_hashable_by_value():
     assert Frozen(other_order, frozenset("ab")) != frozen
 
 
+def test_frozen_hashes_anew_where_it_is_unpickled():
+    frozen = Frozen(LAYERS, frozenset("ab"))
+    vars(frozen)["_hash"] = vars(frozen.layers)["_hash"] = 0  # as strings hash in another process
+    try:
+        copy = pickle.loads(pickle.dumps(frozen))
+        same = Frozen(find_layers(PARAMS, mlp, X), frozenset("ab"))
+        assert copy == same
+        assert hash(copy) == hash(same)
+    finally:
+        del vars(frozen.layers)["_hash"]
+
+
 def test_frozen_views():
     frozen = Frozen(LAYERS, frozenset("ca"))
     assert frozen.names == {"a", "c"}
@@ -538,6 +603,8 @@ def test_names_of_a_single_layer():
 def test_frozen_validates():
     with pytest.raises(ValueError, match=r"names: no layer is called 'e'; did you mean"):
         Frozen(LAYERS, frozenset("ae"))
+    with pytest.raises(ValueError, match=r"names: no layer is called 0; did you mean 'a' or 'b'"):
+        Frozen(LAYERS, frozenset({0, "a"}))
     with pytest.raises(ValueError, match=r"names: no layer is called 'a/kernel'; did you mean 'a'"):
         Frozen(LAYERS).add(["a/kernel"])
     for mask in (np.ones(3, bool), np.ones((4, 1), bool), np.array(True)):

@@ -1,4 +1,6 @@
 import dataclasses
+import functools
+import pickle
 
 import flax.linen as nn
 import jax
@@ -10,6 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from smartfrz_jax import Layer, Layers, find_layers, paths
+from smartfrz_jax.nnx import features
+from smartfrz_jax.nnx import find_layers as nnx_find_layers
+from smartfrz_jax.policies.base import freezable
 
 IMAGE = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
 
@@ -200,6 +205,37 @@ def test_granularity_of_nested_lists_is_the_inner_block():
     assert layers.names == ("stages/0/0", "stages/0/1", "stages/1/0", "stages/1/1", "head")
 
 
+def of_names(*names):
+    """Layers, as blocks, of products with one matrix for each name."""
+    tree: dict = {}
+    for name in names:
+        *parents, last = name.split("/")
+        functools.reduce(lambda inner, part: inner.setdefault(part, {}), parents, tree)[last] = {"kernel": jnp.eye(2)}
+
+    def forward(params, x):
+        return functools.reduce(lambda x, name: x @ paths.flatten(params)[f"{name}/kernel"], names, x)
+
+    return find_layers(tree, forward, ROW, granularity="block").names
+
+
+def test_a_number_in_a_name_makes_no_block_of_a_whole_network():
+    assert of_names("resnet18/stem", "resnet18/a", "head") == ("resnet18/stem", "resnet18/a", "head")
+    inner = [f"resnet18/block{i}/conv{j}" for i in (1, 2) for j in (1, 2)]
+    assert of_names("resnet18/stem", *inner, "head") == ("resnet18/stem", "resnet18/block1", "resnet18/block2", "head")
+
+
+def test_blocks_of_numbered_stages():
+    inner = [f"stage{i}/block{j}/conv{k}" for i in (1, 2) for j in (1, 2) for k in (1, 2)]
+    names = ("stage1/block1", "stage1/block2", "stage2/block1", "stage2/block2", "head")
+    assert of_names(*inner, "head") == names
+    # Parts of a block: one layer each, or beside others.
+    assert of_names(*[f"Block_{i}/Conv_{j}/conv" for i in (0, 1) for j in (0, 1)]) == ("Block_0", "Block_1")
+    parts = [
+        f"Block_{i}/{part}" for i in (0, 1) for part in ("Attn_0/q", "Attn_0/k", "Attn_1/q", "Attn_1/k", "Mlp_0/a")
+    ]
+    assert of_names(*parts) == ("Block_0", "Block_1")
+
+
 def test_granularity_of_a_user():
     layers = transformer_layers(lambda name: "body" if name.startswith("encoder") else name.split("/")[0])
     assert layers.names == ("z_embed", "position", "body", "a_head")
@@ -216,6 +252,37 @@ ROW = jnp.ones((1, 2))
 
 def test_unused_parameters_come_first():
     assert find_layers(LINEAR, linear, ROW).names == ("c", "b", "a")
+
+
+class Tied(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.embed, self.norm = nnx.Embed(9, 4, rngs=rngs), nnx.LayerNorm(4, rngs=rngs)
+        self.blocks = nnx.List([nnx.Linear(4, 4, rngs=rngs) for _ in range(2)])
+
+    def __call__(self, tokens):
+        x = self.norm(self.embed(tokens))
+        for block in self.blocks:
+            x = nnx.relu(block(x))
+        return self.embed.attend(x)
+
+
+@pytest.mark.usefixtures("jax_defaults")
+def test_an_embedding_that_is_the_classifier_too_is_the_head():
+    model, tokens = Tied(nnx.Rngs(0)), jnp.arange(6)
+    layers = nnx_find_layers(model, tokens)
+    assert layers.names == ("blocks/0", "blocks/1", "embed")
+    assert layers.owner["norm/scale"] == layers.head == "embed"
+    assert freezable(layers, None).tolist() == [True, True, False]
+    assert freezable(layers, ["blocks/0"]).tolist() == [False, True, True]
+    outputs = features(model, layers, tokens)(model, tokens)
+    np.testing.assert_allclose(outputs["embed"], model.norm(model.embed(tokens)), rtol=1e-5)
+
+
+def test_layers_for_two_inputs_come_where_they_are_used_first():
+    def siamese(p, x, y):  # the second input does not come from the first's head, c
+        return x @ p["a"]["kernel"] @ p["b"]["kernel"] @ p["c"]["kernel"], y @ p["a"]["kernel"] @ p["b"]["kernel"]
+
+    assert find_layers(LINEAR, siamese, ROW, ROW).names == ("a", "b", "c")
 
 
 def test_order_follows_the_code_and_not_the_dict():
@@ -324,6 +391,15 @@ def test_layers_are_a_sequence_equal_and_hashable_by_value():
         layers.entries = ()
 
 
+def test_layers_hash_anew_where_they_are_unpickled():
+    layers = find_layers(LINEAR, linear, ROW)
+    hash(layers), layers.names, layers.owner  # all of it is cached
+    copy = pickle.loads(pickle.dumps(layers))
+    assert vars(copy) == {"entries": layers.entries}
+    assert copy == layers
+    assert hash(copy) == hash(layers)
+
+
 def test_equal_layers_do_not_recompile():
     traces = []
 
@@ -369,6 +445,12 @@ def test_empty_pytree():
 @pytest.mark.parametrize("leaf", ["relu", 3, 0.5])
 def test_leaf_that_is_no_array(leaf):
     with pytest.raises(TypeError, match=r"params: leaf 'b' is (str|int|float), expected an array"):
+        find_layers({"a": jnp.ones(2), "b": leaf}, lambda p, x: x, ROW)
+
+
+@pytest.mark.parametrize("leaf", [jnp.arange(2), jnp.ones(2, bool), jax.random.key(0)], ids=["int", "bool", "key"])
+def test_leaf_that_cannot_be_differentiated(leaf):
+    with pytest.raises(TypeError, match=r"params: leaf 'b' is .*expected floating-point numbers.*make it an input"):
         find_layers({"a": jnp.ones(2), "b": leaf}, lambda p, x: x, ROW)
 
 

@@ -175,6 +175,24 @@ def test_examples_mixed(name):
         axes_of(MIXES[name])
 
 
+@pytest.mark.parametrize("name", KEEPS)
+def test_the_axis_is_the_same_where_examples_may_depend_on_each_other(name):
+    assert axis_if_dependent(KEEPS[name]) == axes_of(KEEPS[name])[0].axis
+
+
+@pytest.mark.parametrize("name", MIXES)
+def test_the_axis_where_examples_do_depend_on_each_other(name):
+    dependent = {"batch norm", "maximum of all", "position in the batch", "first", "mixup", "dropout",
+                 "branch by the batch", "position by one-hot"}  # fmt: skip
+    found = axis_if_dependent(MIXES[name])
+    assert found == Axis(0) if name in dependent else isinstance(found, str)
+
+
+def axis_if_dependent(function):
+    jaxpr = jax.make_jaxpr(function)(X).jaxpr
+    return example_axis.axes(jaxpr, [Axis(0)])[jaxpr.outvars[0]]
+
+
 def test_convolution_and_pooling_keep_examples_apart():
     def function(x):
         x = jax.lax.conv_general_dilated(x, jnp.ones((3, 3, 3, 4)), (2, 2), "SAME", dimension_numbers=NHWC)
@@ -702,6 +720,17 @@ def test_growth_of_a_network():
     grown = second.grown_from(first)(model, first.activations(model, IMAGES, LABELS), None, LABELS)
     close(grown, second.activations(model, IMAGES, LABELS))
     assert second.follow(model, second.frozen) is second
+
+
+def test_a_cache_stays_as_it_was_if_the_next_cannot_be(tmp_path):
+    cache = cached(mlp, PARAMS, (X, Y), ["w0"])
+    store = cache.keep(N, place=tmp_path / "first")
+    with pytest.raises(FileExistsError, match="place"):  # without a place, it would be the same directory
+        cache.follow(PARAMS, cache.frozen.add(["w1"]))
+    assert cache.store is store
+    new = cache.follow(PARAMS, cache.frozen.add(["w1"]), place=tmp_path / "second")
+    assert cache.store is None
+    assert new._source[0] is store
 
 
 def test_when_the_prefix_shrinks_what_was_kept_is_dropped():

@@ -117,7 +117,7 @@ def freezable(layers: Layers, keep: Iterable[str] | None) -> Bool[np.ndarray, " 
 
     Args:
         layers: The network's layers.
-        keep: Names of layers never to freeze; ``None`` keeps the head, ``()`` nothing.
+        keep: Names of layers never to freeze; ``None`` keeps the head, the layer used last, ``()`` nothing.
 
     Returns:
         Boolean array of shape ``(layers,)``.
