@@ -18,7 +18,6 @@ from smartfrz_jax.cka import layer_cka as layer_cka
 from smartfrz_jax.cka import linear_cka as linear_cka
 from smartfrz_jax.cost import ProgramCost as ProgramCost
 from smartfrz_jax.cost import program_cost as program_cost
-from smartfrz_jax.dataflow import tapped as tapped
 from smartfrz_jax.encoded_examples import encode_examples as encode_examples
 from smartfrz_jax.encoding import Encoding as Encoding
 from smartfrz_jax.evaluation import Evaluation as Evaluation
@@ -73,6 +72,7 @@ from smartfrz_jax.step import TrainStep as TrainStep
 from smartfrz_jax.step_flops import Parts as Parts
 from smartfrz_jax.step_flops import StepFlops as StepFlops
 from smartfrz_jax.tailoring import Tailoring as Tailoring
+from smartfrz_jax.tapping import tapped as tapped
 from smartfrz_jax.targets import Harmless as Harmless
 from smartfrz_jax.targets import Settled as Settled
 from smartfrz_jax.targets import settled as settled

@@ -1,9 +1,8 @@
 """Where a forward function consumes its parameters, read off its jaxpr.
 
-The jaxpr of ``forward(params, *inputs)`` answers two questions for any model, whatever library wrote it: in which order
-are the parameters used (:func:`consumption`), and what does each layer put out (:func:`tapped`)? Both look for the
-equations in which a value that depends on parameters alone meets one that depends on the data. Casts, reshapes and
-re-parameterisations of the weights themselves are therefore looked through.
+The jaxpr of ``forward(params, *inputs)`` says for any model, whatever library wrote it, in which order the parameters
+are used: in the equations in which a value that depends on parameters alone meets one that depends on the data. Casts,
+reshapes and re-parameterisations of the weights themselves are therefore looked through.
 """
 
 from __future__ import annotations
@@ -14,11 +13,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax.extend import core as jex
 
-from smartfrz_jax import example_axis, inlining, paths
-from smartfrz_jax.example_rules import Axis
+from smartfrz_jax import inlining, paths
 
 PyTree = Any
 _Inner = tuple[Any, list[Any]]
@@ -91,76 +88,19 @@ def consumption(forward: Callable[..., Any], params: PyTree, *inputs: Any) -> Co
         >>> sorted(used.first, key=used.first.get)
         ['b', 'a']
     """
-    return _consumption(*_trace(forward, params, inputs), data_is_closed_over=not inputs)
+    return consumed(*trace(forward, params, inputs), data_is_closed_over=not inputs)
 
 
-def tapped(
-    forward: Callable[..., Any], groups: Mapping[str, Iterable[str]], params: PyTree, *inputs: Any
-) -> Callable[..., dict[str, jax.Array]]:
-    """A function of ``(params, *inputs)`` that returns the output of each group of parameters (of each layer).
-
-    The output of a group is that of the last equation that combines one of its parameters with data: after the bias,
-    and after the normalisation where that belongs to the group. Of a group that is used again behind others, as an
-    embedding that is the classifier too, it is the output of its first use. Which axis of it counts the examples is
-    followed from the inputs, and put in front. Only what the outputs need is computed.
-
-    Args:
-        forward: A JAX-traceable function of ``(params, *inputs)``; the first axis of its first input that has one
-            counts the examples, in the other inputs the first axis does if it is as long.
-        groups: Names of the parameters of each group, by group name.
-        params: Parameter pytree, arrays or ``jax.ShapeDtypeStruct``.
-        *inputs: Data, or ``jax.ShapeDtypeStruct``, of the shapes with which the function will be called.
-
-    Returns:
-        A traceable function that gives, by group name, an array of shape ``(examples, ...)``. It is specialised on the
-        shapes of ``params`` and ``inputs``.
-
-    Raises:
-        ValueError: If a group's parameters are never combined with data, no axis of its output, or of what follows
-            from it, counts the examples, or no input is given.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> params, x = {"w": jnp.ones((8, 3))}, jnp.ones((4, 3))
-        >>> tapped(lambda p, x: p["w"] @ x.T, {"w": ["w"]}, params, x)(params, x)["w"].shape
-        (4, 8)
-    """
-    if not inputs:
-        raise ValueError("inputs: got none; layer outputs belong to a batch, so pass forward's inputs after params")
-    jaxpr, names = _trace(forward, params, inputs)
-    used = _consumption(jaxpr, names, data_is_closed_over=False)
-    examples = example_axis.count(inputs)
-    known = _axes(jaxpr.jaxpr, len(names), examples)
-    outvars, axes = [], []
-    for group, members in groups.items():
-        members = [member for member in members if member in used.uses]
-        if not members:
-            raise ValueError(f"forward: does not use any parameter of layer {group!r}, so that layer has no output")
-        outvar, axis = _output(jaxpr.jaxpr, _end(used, members), known, group, examples)
-        outvars.append(outvar)
-        axes.append(axis)
-    kept = inlining.needed(jaxpr.jaxpr, outvars)
-    run = _as_function(jaxpr, kept, outvars)
-
-    def outputs(params: PyTree, *inputs: Any) -> dict[str, jax.Array]:
-        values = run(*jax.tree.leaves((params, inputs)))
-        in_front = [jnp.moveaxis(value, axis.position, 0) for value, axis in zip(values, axes, strict=True)]
-        return {
-            group: value.reshape((examples, -1)) if value.shape[0] != examples else value
-            for group, value in zip(groups, in_front, strict=True)
-        }
-
-    return outputs
-
-
-def _trace(forward: Callable[..., Any], params: PyTree, inputs: Sequence[Any]) -> tuple[Any, list[str]]:
+def trace(forward: Callable[..., Any], params: PyTree, inputs: Sequence[Any]) -> tuple[Any, list[str]]:
+    """The inlined jaxpr of ``forward(params, *inputs)``, and the names of the parameters, its first arguments."""
     closed = jax.make_jaxpr(forward)(params, *inputs)
     names = list(paths.flatten(params))
     data = closed.jaxpr.invars[len(names) :] if inputs else closed.jaxpr.constvars
     return inlining.inline(closed, closed.jaxpr.invars[: len(names)], data), names
 
 
-def _consumption(closed: Any, names: Sequence[str], *, data_is_closed_over: bool) -> Consumption:
+def consumed(closed: Any, names: Sequence[str], *, data_is_closed_over: bool) -> Consumption:
+    """As :func:`consumption`, of what :func:`trace` gives."""
     jaxpr = closed.jaxpr
     tags: dict[Any, frozenset[str]] = {}
     tags.update(dict.fromkeys(jaxpr.constvars, _Data() if data_is_closed_over else frozenset()))
@@ -194,21 +134,22 @@ def _between(jaxpr: Any, uses: Mapping[str, Sequence[tuple[int, ...]]]) -> dict[
 
 def _way(eqns: Sequence[Any], first: int, last: int) -> set[int]:
     """Indices of the equations that depend on one equation and that another depends on."""
-    after, before = set(eqns[first].outvars), set(_variables(eqns[last]))
+    after, before = set(eqns[first].outvars), set(variables(eqns[last]))
     reached = []
     for index in range(first + 1, last):
-        if any(var in after for var in _variables(eqns[index])):
+        if any(var in after for var in variables(eqns[index])):
             after.update(eqns[index].outvars)
             reached.append(index)
     way = set()
     for index in reversed(reached):
         if any(var in before for var in eqns[index].outvars):
-            before.update(_variables(eqns[index]))
+            before.update(variables(eqns[index]))
             way.add(index)
     return way
 
 
-def _variables(eqn: Any) -> Iterator[Any]:
+def variables(eqn: Any) -> Iterator[Any]:
+    """Inputs of an equation that are no literals."""
     return (atom for atom in eqn.invars if not isinstance(atom, jex.Literal))
 
 
@@ -231,7 +172,7 @@ def _uses(jaxpr: Any, tags: dict[Any, frozenset[str]]) -> Iterator[_Use]:
         whole = _join([tag for tag in on_params if not isinstance(tag, _Number)])
         outs = [weights] * len(eqn.outvars)
         if not data:
-            reduces = any(var.aval.shape for var in _variables(eqn))
+            reduces = any(var.aval.shape for var in variables(eqn))
             is_number = [not whole or (reduces and not var.aval.shape) for var in eqn.outvars]
             outs = [_Number(weights) if number else weights for number in is_number]
         else:
@@ -277,51 +218,3 @@ def _bodies(eqn: Any) -> Iterator[_Inner]:
             sizes = len(every), len(eqn.outvars)
             if hasattr(body, "eqns") and (len(body.invars), len(body.outvars)) == sizes:
                 yield body, every
-
-
-def _end(used: Consumption, members: Sequence[str]) -> int:
-    """Index of the equation with which a group ends: the last use before those that are for another time."""
-    again = used.used_again(members).values()
-    until = min((used.first[other] for between in again for other in between), default=None)
-    ranks = [rank for member in members for rank in used.uses[member]]
-    return max(rank for rank in ranks if until is None or rank < until)[0]
-
-
-def _axes(jaxpr: Any, n_params: int, examples: int) -> dict[Any, Axis | str]:
-    """The axis of the examples, or why there is none, of every value that depends on the batch."""
-    if examples == 1:
-        values = [*jaxpr.invars[n_params:], *(var for eqn in jaxpr.eqns for var in eqn.outvars)]
-        return {var: Axis(0) for var in values if var.aval.shape}
-    batch = [var for var in jaxpr.invars[n_params:] if var.aval.shape[:1] == (examples,)]
-    # An input may be as long by chance. What depends on the first goes by the first.
-    known: dict[Any, Axis | str] = {}
-    for counting in (batch, batch[:1]):
-        given = [Axis(0) if var in counting else None for var in jaxpr.invars]
-        found = example_axis.axes(jaxpr, given)
-        known |= {var: axis for var, axis in found.items() if isinstance(axis, Axis) or var not in known}
-    return known
-
-
-def _output(jaxpr: Any, index: int, known: Mapping[Any, Axis | str], group: str, examples: int) -> tuple[Any, Axis]:
-    """First value at or after equation ``index``, and depending on it, with an axis that counts the examples."""
-    follow: set[Any] = set()
-    for eqn in jaxpr.eqns[index:]:
-        if not follow or any(var in follow for var in _variables(eqn)):
-            for var in eqn.outvars:
-                axis = known.get(var)
-                if isinstance(axis, Axis):
-                    return var, axis
-            follow.update(eqn.outvars)
-    why = next((known[var] for var in jaxpr.eqns[index].outvars if var in known), "it depends on no example")
-    raise ValueError(
-        f"inputs: the batch has {examples} examples, but no axis of the output of layer {group!r}, or of what follows "
-        f"from it, counts them ({why}); pass a forward function that gives a result for each example, and let the "
-        "first axis of the first input count them"
-    )
-
-
-def _as_function(closed: Any, eqns: Sequence[Any], outvars: Sequence[Any]) -> Callable[..., list[Any]]:
-    jaxpr = closed.jaxpr
-    info = jex.DebugInfo(jaxpr.debug_info.traced_for, jaxpr.debug_info.func_src_info, None, None)
-    jaxpr = jaxpr.replace(eqns=list(eqns), outvars=list(outvars), debug_info=info)
-    return jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, closed.consts))

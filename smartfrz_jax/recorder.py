@@ -193,6 +193,6 @@ def _of_layers(layers: Layers, features: Mapping[str, jax.Array], argument: str)
     if missing:
         raise ValueError(
             f"{argument}: lacks the output of {len(missing)} of {len(layers)} layers: {', '.join(map(repr, missing))}; "
-            "dataflow.tapped makes a function that gives them all"
+            "smartfrz_jax.tapped makes a function that gives them all"
         )
     return {name: features[name] for name in layers.names}

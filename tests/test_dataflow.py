@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from smartfrz_jax import dataflow, paths
+from smartfrz_jax import dataflow, paths, tapping
 
 
 def normal(*shape: int) -> jax.Array:
@@ -287,7 +287,7 @@ def linen_case(train: bool, dtype=jnp.float32):
 @pytest.mark.slow
 def test_tapped_outputs_are_the_intermediates_of_a_linen_net(train, jitted):
     forward, groups, params, x, expected = linen_case(train)
-    outputs = dataflow.tapped(forward, groups, params, x)
+    outputs = tapping.tapped(forward, groups, params, x)
     got = (jax.jit(outputs) if jitted else outputs)(params, x)
     assert set(got) == set(MODULES)
     chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-5)
@@ -295,7 +295,7 @@ def test_tapped_outputs_are_the_intermediates_of_a_linen_net(train, jitted):
 
 def test_tapped_outputs_follow_new_parameters_and_data():
     forward, groups, params, x, _ = linen_case(train=False)
-    outputs = dataflow.tapped(forward, groups, params, x)
+    outputs = tapping.tapped(forward, groups, params, x)
     params, x = jax.tree.map(lambda leaf: leaf * 1.5, (params, x))
     chex.assert_trees_all_close(outputs(params, x)["a_head"], forward(params, x), rtol=1e-6)
     grads = jax.grad(lambda params: jnp.sum(outputs(params, x)["m_conv"] ** 2))(params)
@@ -307,7 +307,7 @@ def test_tapped_outputs_follow_new_parameters_and_data():
 def test_tapped_outputs_in_bfloat16():
     with jax.numpy_dtype_promotion("standard"):  # as Flax's BatchNorm needs it
         forward, groups, params, x, expected = linen_case(train=False, dtype=jnp.bfloat16)
-        got = dataflow.tapped(forward, groups, params, x)(params, x)
+        got = tapping.tapped(forward, groups, params, x)(params, x)
     for name in MODULES:  # the normalisations compute in float32 and cast what they return
         chex.assert_trees_all_equal(got[name].astype(jnp.bfloat16), expected[name])
 
@@ -318,7 +318,7 @@ def test_tapped_groups_end_after_their_last_member():
         "conv": [name for name in paths.flatten(params) if name.startswith("m_")],
         "stem": [name for name in paths.flatten(params) if name.startswith("z_")],
     }
-    got = dataflow.tapped(forward, groups, params, x)(params, x)
+    got = tapping.tapped(forward, groups, params, x)(params, x)
     chex.assert_trees_all_close(got, {"conv": expected["m_bn"], "stem": expected["z_bn"]}, rtol=1e-5, atol=1e-5)
 
 
@@ -330,7 +330,7 @@ def test_tapped_outputs_of_a_plain_function(wrap):
     def forward(p, x):
         return jnp.sum(wrap(lambda p, x: jnp.tanh(jnp.sin(x @ p["b"]) @ p["c"]) @ p["a"])(p, x))
 
-    got = jax.jit(dataflow.tapped(forward, {name: [name] for name in "abc"}, params, x))(params, x)
+    got = jax.jit(tapping.tapped(forward, {name: [name] for name in "abc"}, params, x))(params, x)
     b = np.asarray(x, np.float64) @ np.asarray(params["b"], np.float64)
     c = np.sin(b) @ np.asarray(params["c"], np.float64)
     a = np.tanh(c) @ np.asarray(params["a"], np.float64)
@@ -343,7 +343,7 @@ def test_tapped_computes_only_what_is_asked_for():
     x = jnp.ones((8, 64))
 
     def flops(groups):
-        outputs = jax.jit(dataflow.tapped(plain, groups, params, x))
+        outputs = jax.jit(tapping.tapped(plain, groups, params, x))
         return outputs.lower(params, x).compile().cost_analysis()["flops"]
 
     assert flops({"b": ["b"]}) == 2 * 8 * 64 * 64
@@ -357,7 +357,7 @@ def test_tapped_outputs_of_flattened_tokens_have_a_row_per_example():
         return jnp.sum(x.reshape(-1, 3) @ p["a"])
 
     x = normal(2, 5, 3)
-    got = dataflow.tapped(forward, {"a": ["a"]}, params, x)(params, x)["a"]
+    got = tapping.tapped(forward, {"a": ["a"]}, params, x)(params, x)["a"]
     np.testing.assert_allclose(got, (np.asarray(x) @ np.asarray(params["a"])).reshape(2, 20), rtol=1e-5)
 
 
@@ -393,7 +393,7 @@ AXES = {
 def test_tapped_outputs_have_the_examples_in_front(name):
     forward, expected = AXES[name]
     params, x = {"w": normal(8, 3)}, normal(4, 8, 3)
-    got = dataflow.tapped(forward, {"w": ["w"]}, params, x)(params, x)["w"]
+    got = tapping.tapped(forward, {"w": ["w"]}, params, x)(params, x)["w"]
     np.testing.assert_allclose(got, expected(np.asarray(params["w"]), np.asarray(x)), rtol=1e-4, atol=1e-5)
 
 
@@ -405,14 +405,14 @@ def test_tapped_outputs_where_inputs_are_as_long_by_chance():
         return (x - mean[None]) @ p["a"], y @ p["b"]
 
     inputs = jax.random.key(0), x, mean, y
-    got = dataflow.tapped(forward, {"a": ["a"], "b": ["b"]}, params, *inputs)(params, *inputs)
+    got = tapping.tapped(forward, {"a": ["a"], "b": ["b"]}, params, *inputs)(params, *inputs)
     np.testing.assert_allclose(got["a"], (x - mean[None]) @ params["a"], rtol=1e-5)
     np.testing.assert_allclose(got["b"], y @ params["b"], rtol=1e-5)
 
 
 def test_tapped_output_for_one_example():
     params, x = {"a": normal(3, 4)}, normal(1, 5, 3)
-    got = dataflow.tapped(lambda p, x: x.reshape(5, 3) @ p["a"], {"a": ["a"]}, params, x)(params, x)["a"]
+    got = tapping.tapped(lambda p, x: x.reshape(5, 3) @ p["a"], {"a": ["a"]}, params, x)(params, x)["a"]
     np.testing.assert_allclose(got, (x[0] @ params["a"]).reshape(1, 20), rtol=1e-5)
 
 
@@ -422,7 +422,7 @@ def test_tapped_output_of_a_tied_embedding_is_that_of_its_first_use():
     def forward(p, tokens):
         return jnp.tanh(p["embed"][tokens] @ p["a"]) @ p["embed"].T + p["bias"][None]
 
-    got = dataflow.tapped(forward, {"tied": ["embed", "bias"], "a": ["a"]}, params, tokens)(params, tokens)
+    got = tapping.tapped(forward, {"tied": ["embed", "bias"], "a": ["a"]}, params, tokens)(params, tokens)
     np.testing.assert_array_equal(got["tied"], params["embed"][tokens])
     np.testing.assert_allclose(got["a"], params["embed"][tokens] @ params["a"], rtol=1e-5)
 
@@ -434,7 +434,7 @@ def test_tapped_output_of_layers_inside_a_loop_is_that_of_the_loop():
     def forward(p, x):
         return jax.lax.scan(lambda x, _: (jnp.tanh(x @ p["a"]), None), x, None, length=3)[0] @ p["b"]
 
-    got = dataflow.tapped(forward, {"a": ["a"], "b": ["b"]}, params, x)(params, x)
+    got = tapping.tapped(forward, {"a": ["a"], "b": ["b"]}, params, x)(params, x)
     expected = x
     for _ in range(3):
         expected = jnp.tanh(expected @ params["a"])
@@ -444,16 +444,16 @@ def test_tapped_output_of_layers_inside_a_loop_is_that_of_the_loop():
 
 def test_tapped_errors():
     with pytest.raises(ValueError, match="inputs: got none"):
-        dataflow.tapped(plain, {"b": ["b"]}, SQUARE)
+        tapping.tapped(plain, {"b": ["b"]}, SQUARE)
     with pytest.raises(ValueError, match=r"forward: does not use any parameter of layer 'a'"):
-        dataflow.tapped(lambda p, x: x @ p["b"], {"a": ["a"]}, SQUARE, X)
+        tapping.tapped(lambda p, x: x @ p["b"], {"a": ["a"]}, SQUARE, X)
     with pytest.raises(ValueError, match="inputs: the batch has 2 examples"):
-        dataflow.tapped(lambda p, x: p["b"] @ x.T[:, 0], {"b": ["b"]}, SQUARE, X)
+        tapping.tapped(lambda p, x: p["b"] @ x.T[:, 0], {"b": ["b"]}, SQUARE, X)
     with pytest.raises(
         ValueError, match=r"layer 'b', or of what follows from it, counts them \(reshape: a reshape that"
     ):
-        dataflow.tapped(lambda p, x: x.T.reshape(2, 3) @ p["b"], {"b": ["b"]}, SQUARE, X)
+        tapping.tapped(lambda p, x: x.T.reshape(2, 3) @ p["b"], {"b": ["b"]}, SQUARE, X)
     with pytest.raises(ValueError, match="inputs: none of them has a first axis"):
-        dataflow.tapped(lambda p, x: x * p["b"], {"b": ["b"]}, SQUARE, jnp.array(1.0))
+        tapping.tapped(lambda p, x: x * p["b"], {"b": ["b"]}, SQUARE, jnp.array(1.0))
     with pytest.raises(ValueError, match=r"inputs: got a batch of shape \(0, 3\), expected at least one example"):
-        dataflow.tapped(plain, {"b": ["b"]}, SQUARE, X[:0])
+        tapping.tapped(plain, {"b": ["b"]}, SQUARE, X[:0])

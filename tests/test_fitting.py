@@ -7,7 +7,6 @@ import pytest
 from flax import nnx
 
 from smartfrz_jax import Predictor, PredictorConfig, Tailoring, find_layers, fitting
-from smartfrz_jax.dataflow import tapped
 from smartfrz_jax.encoding import PAPER, Encoding
 from smartfrz_jax.evaluation import evaluate
 from smartfrz_jax.examples import Examples, make_examples
@@ -19,6 +18,7 @@ from smartfrz_jax.recording import Recording
 from smartfrz_jax.regime import context_names
 from smartfrz_jax.splits import by_layer, by_run, moments
 from smartfrz_jax.standardizing import contexts, standardized
+from smartfrz_jax.tapping import tapped
 from smartfrz_jax.targets import Settled
 
 

@@ -11,7 +11,7 @@ from flax import nnx
 from jax import lax
 
 import smartfrz_jax as sfj
-from smartfrz_jax import dataflow
+from smartfrz_jax import dataflow, tapping
 
 DEPTH, WIDTH = 3, 4
 
@@ -126,8 +126,8 @@ def test_layers_and_consumption_are_those_of_the_unrolled_network(blocks):
 
 @pytest.mark.parametrize("blocks", BLOCKS.values(), ids=BLOCKS)
 def test_taps_are_those_of_the_unrolled_network(blocks):
-    expected = dataflow.tapped(around(one_after_another), GROUPS, PARAMS, X)(PARAMS, X)
-    got = dataflow.tapped(around(blocks), GROUPS, PARAMS, X)(PARAMS, X)
+    expected = tapping.tapped(around(one_after_another), GROUPS, PARAMS, X)(PARAMS, X)
+    got = tapping.tapped(around(blocks), GROUPS, PARAMS, X)(PARAMS, X)
     chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -175,7 +175,7 @@ def test_one_stacked_parameter_is_one_layer_that_ends_with_its_last_block():
     x = normal(5, WIDTH)
     layers = sfj.find_layers(params, forward, x)
     assert layers.names == ("up", "down", "head")
-    got = dataflow.tapped(forward, {name: [name] for name in layers.names}, params, x)(params, x)
+    got = tapping.tapped(forward, {name: [name] for name in layers.names}, params, x)(params, x)
     expected = {}
     for up, down in zip(params["up"], params["down"], strict=True):
         expected["up"] = x @ up

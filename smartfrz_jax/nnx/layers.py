@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 from jax.extend import core as jex
 
-from smartfrz_jax import dataflow, inlining, paths
+from smartfrz_jax import dataflow, inlining, paths, tapping
 from smartfrz_jax.layers import Granularity, Layers, check_params, group
 
 PyTree = Any
@@ -110,7 +110,7 @@ def features(
             return _call(module, forward, inputs)
 
         groups = {layer.name: layer.params for layer in layers}
-        return dataflow.tapped(run, groups, params, *inputs)(params, *inputs)
+        return tapping.tapped(run, groups, params, *inputs)(params, *inputs)
 
     jitted = jax.jit(outputs)
 
