@@ -234,6 +234,7 @@ def small_vgg(rngs):
     return vgg.vgg11(batch_norm=True, num_classes=10, rngs=rngs)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [small_resnet, small_mobilenet, small_vit, small_vgg], ids=lambda make: make.__name__)
 def test_the_account_is_what_the_traced_step_does(make):
     model, batch, layers, account = network(make)
@@ -285,6 +286,7 @@ REST = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_published_multiply_adds_and_the_papers_totals(name):
     make, convolutions, linear, attention, tflops, epochs = PUBLISHED[name]
@@ -299,6 +301,7 @@ def test_published_multiply_adds_and_the_papers_totals(name):
     assert f"{6e-12 * total * 50_000 * epochs:,.1f}" in account.table(50_000 * epochs)
 
 
+@pytest.mark.slow
 def test_multiply_adds_of_efficientnet_lite0():
     _, _, _, account = network(efficientnet_lite.efficientnet_lite0, size=224, n=1)
     assert +account.macs == {"convolution": 385_187_552 - 1_280_000, "linear": 1_280_000}

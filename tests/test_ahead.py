@@ -99,6 +99,7 @@ def slowed(monkeypatch, seconds):
 TWICE = {3: NAMES[:1], 8: NAMES[:2]}
 
 
+@pytest.mark.slow
 def test_decisions_take_effect_after_the_lead():
     loop = Loop(decided(TWICE), lead=4).run(20)
     assert loop.frozen == [0] * 7 + [1] * 5 + [2] * 8
@@ -172,6 +173,7 @@ def test_a_program_that_does_not_compile_is_an_error_where_it_is_needed(monkeypa
         loop.run(2)
 
 
+@pytest.mark.slow
 def test_small_savings_are_gathered():
     one_by_one = {i: NAMES[:i] for i in range(1, DEPTH)}
     shares = Loop(decided({}), account=True)
@@ -355,6 +357,7 @@ def test_sharded_runs_are_compiled_ahead_for_the_same_devices():
         np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_a_batch_of_another_shape_is_another_program():
     loop = Loop(decided({}))
     for n in (16, 8, 16):
@@ -362,6 +365,7 @@ def test_a_batch_of_another_shape_is_another_program():
     assert loop.traces == len(loop.step.programs) == 2
 
 
+@pytest.mark.slow
 def test_programs_are_prepared_for_the_usual_batch_and_not_for_the_last_of_an_epoch():
     loop = Loop(decided({5: NAMES[:1]}), lead=2)
     for n in (16, 16, 16, 8, 16, 16, 16, 16):
@@ -374,6 +378,7 @@ def test_programs_are_prepared_for_the_usual_batch_and_not_for_the_last_of_an_ep
     ]
 
 
+@pytest.mark.slow
 def test_the_program_in_use_is_not_released():
     loop = Loop(decided({}), max_programs=2)
     for n in (16, 16, 8, 16, 16, 4, 16):
@@ -381,6 +386,7 @@ def test_the_program_in_use_is_not_released():
     assert loop.traces == 3
 
 
+@pytest.mark.slow
 def test_modules_inside_of_other_arguments_are_changed_and_programs_with_them_compiled_ahead():
     loop = Loop(decided({}))
     metric, average = nnx.metrics.Average(), nnx.clone(loop.model)

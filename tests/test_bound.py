@@ -99,6 +99,7 @@ class Flattenings:
         return counting
 
 
+@pytest.mark.slow
 def test_the_same_bits_as_nnx_jit_and_modules_are_not_taken_apart(monkeypatch):
     (model, optimizer), (plain, plain_optimizer) = setting(), setting()
     step, train_step = sfj.TrainStep(make_step()), make_step()
@@ -122,6 +123,7 @@ def test_the_same_bits_as_nnx_jit_and_modules_are_not_taken_apart(monkeypatch):
     assert counts[10:] == [0, 0]
 
 
+@pytest.mark.slow
 def test_a_value_that_is_set_between_steps_is_used():
     (model, optimizer), (plain, plain_optimizer) = setting(), setting()
     step, train_step = sfj.TrainStep(make_step()), make_step()
@@ -134,6 +136,7 @@ def test_a_value_that_is_set_between_steps_is_used():
     assert_same((model, plain), (optimizer, plain_optimizer))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -157,6 +160,7 @@ def test_what_a_module_is_made_of_is_part_of_the_program(change):
     assert len(step.programs) == 2
 
 
+@pytest.mark.slow
 def test_a_new_submodule_trains_in_place_of_the_old():
     (model, optimizer), (plain, plain_optimizer) = setting(), setting()
     step, train_step = sfj.TrainStep(make_step()), make_step()
@@ -169,6 +173,7 @@ def test_a_new_submodule_trains_in_place_of_the_old():
     assert_same((model, plain), (optimizer, plain_optimizer))
 
 
+@pytest.mark.slow
 def test_arrays_on_another_device_are_another_program():
     model, optimizer = setting()
     step = sfj.TrainStep(make_step())
@@ -183,6 +188,7 @@ def test_arrays_on_another_device_are_another_program():
     assert len(step.programs) == 2
 
 
+@pytest.mark.slow
 def test_an_error_of_the_step_itself_is_not_hidden():
     model, optimizer = setting()
     step = sfj.TrainStep(make_step())
@@ -194,6 +200,7 @@ def test_an_error_of_the_step_itself_is_not_hidden():
     assert len(step.programs) == 1
 
 
+@pytest.mark.slow
 def test_donated_buffers_are_given_up():
     @nnx.jit(donate_argnums=(0, 1))
     def train_step(model, optimizer, x):
@@ -211,6 +218,7 @@ def test_donated_buffers_are_given_up():
     assert_same((model, plain), (optimizer, plain_optimizer))
 
 
+@pytest.mark.slow
 def test_models_take_turns_and_are_not_kept_alive(monkeypatch):
     step, nets = sfj.TrainStep(make_step()), [setting() for _ in range(2)]
     flattenings, count = Flattenings(monkeypatch), 0
@@ -228,6 +236,7 @@ def test_models_take_turns_and_are_not_kept_alive(monkeypatch):
     assert not any(leaf() is not None for leaf in alive[1])
 
 
+@pytest.mark.slow
 def test_old_optimizer_state_is_released_at_the_first_step_after_a_freeze():
     model, optimizer = setting()
     step = sfj.TrainStep(make_step())
@@ -266,6 +275,7 @@ class TestBind:
         assert model.head.bias[...].tolist() == [2.0, 2.0, 2.0]
         assert not bound.holds((Net(), batch(0)))
 
+    @pytest.mark.slow
     def test_binds_modules_inside_of_other_arguments(self, monkeypatch):
         nets = [nnx.Linear(2, 2, rngs=nnx.Rngs(n)) for n in range(4)]
 

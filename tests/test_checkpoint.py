@@ -53,6 +53,7 @@ def test_abstract_and_numpy_templates(saved):
     assert arrays["a.b/c"].dtype == ml_dtypes.bfloat16
 
 
+@pytest.mark.slow
 def test_typed_random_keys(tmp_path):
     keys = {"key": jax.random.split(jax.random.key(3), 2), "rbg": jax.random.key(1, impl="rbg")}
     checkpoint.write(tmp_path / "x", keys, "keys", {})

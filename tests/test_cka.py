@@ -96,6 +96,7 @@ def test_orthogonal_features_have_none_in_common():
     np.testing.assert_allclose(linear_cka(x, y), 0.0, atol=1e-7)
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(
     seed=st.integers(0, 10_000),

@@ -42,6 +42,7 @@ def test_names_of_runs_are_unique_and_plain_file_names():
     assert all(name == Path(name).name and not set(name) & set(':/\\ *?"') for name in names)
 
 
+@pytest.mark.slow
 def test_the_list_is_the_same_in_every_process():
     code = "from train.collection.plan import runs; print(*runs(), sep='\\n')"
     root = Path(collect.__file__).resolve().parents[1]
@@ -158,6 +159,7 @@ def test_every_other_sentence_is_changed_inside(how):
     assert (changed.inputs[0][1] != ids[1]).any()
 
 
+@pytest.mark.slow
 def test_fashion_mnist_is_split_so_that_pretraining_sees_other_images():
     architecture = ARCHITECTURES["resnet8"]
     own = sets.open_set("fashion_mnist", architecture, Path(), 2000, held_out=100)

@@ -116,6 +116,7 @@ class TestProbeOfAModel:
     X = jnp.asarray(np.random.default_rng(0).standard_normal((16, 4)), jnp.float32)
     LABELS = jnp.arange(16) % 3
 
+    @pytest.mark.slow
     def test_is_the_training_loss_and_leaves_no_trace(self):
         model = Net()
         before = everything(model)
@@ -149,6 +150,7 @@ class TestProbeOfAModel:
         assert float(loss(params)) == before
         assert len(traces) == 1
 
+    @pytest.mark.slow
     def test_a_run_that_measures_goes_on_bit_for_bit(self, tmp_path):
         """Also: the run is that of a policy that does not measure, as long as nothing freezes."""
 

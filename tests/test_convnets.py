@@ -225,6 +225,7 @@ def test_batch_norm_in_evaluation_mode_uses_and_does_not_touch_the_running_stati
     assert norm.mean.get_value() is not held[0]
 
 
+@pytest.mark.slow
 def test_gradients_of_batch_norm_are_the_closed_form():
     rng = np.random.default_rng(0)
     x, dy = rng.normal(1.5, 2, size=(2, 6, 4, 3))
@@ -273,6 +274,7 @@ def test_batch_norm_of_one_value_leaves_the_statistics_finite():
     np.testing.assert_array_equal(norm.var[...], [0.5, 0.5])
 
 
+@pytest.mark.slow
 def test_batch_norm_takes_its_statistics_over_a_named_axis_too():
     x = jnp.asarray(np.random.default_rng(0).normal(1, 2, size=(4, 5, 3)), jnp.float32)
     graphdef, state = nnx.split(random_norm(axis_name="devices"))
@@ -429,6 +431,7 @@ def test_batch_norms_have_the_originals_momentum_and_epsilon():
         assert len(norms) == len(variables(model, nnx.BatchStat)) // 2
 
 
+@pytest.mark.slow
 def test_dropout_is_where_the_original_has_it():
     def rates(model):
         modules = [module for _, module in nnx.iter_modules(model) if isinstance(module, nnx.Dropout)]

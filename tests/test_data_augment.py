@@ -87,6 +87,7 @@ def test_resize_without_antialias_is_that_of_opencv(size):
     np.testing.assert_allclose(resize(images, size, antialias=False), expected, atol=2e-3)
 
 
+@pytest.mark.slow
 def test_random_resized_crop_cuts_and_then_resizes_as_pil():
     images = pictures(8, 32, 24)
     crops = np.asarray(jax.jit(augment.random_resized_crop, static_argnums=(2, 3))(KEY, images, 20, (0.1, 0.9)))
@@ -145,6 +146,7 @@ def test_host_cut_is_that_of_the_device():
     assert boxes.cut(image[..., :1], box, 24).tolist() == cut[..., :1].tolist()
 
 
+@pytest.mark.slow
 def test_the_transform_in_training():
     images, labels = pictures(16, 12, 12), jnp.arange(16, dtype=jnp.int32) % 3
     transform = ImageTransform(24, padding=2, flip=True)

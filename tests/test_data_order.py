@@ -14,6 +14,7 @@ def epoch_of(order: Order, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([indices for indices, _ in batches]), np.concatenate([weights for _, weights in batches])
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(examples=sizes, batch_size=sizes, seed=st.integers(0, 2**32 - 1))
 def test_an_epoch_kept_whole_has_every_example_once(examples, batch_size, seed):

@@ -293,6 +293,7 @@ def test_tapped_outputs_are_the_intermediates_of_a_linen_net(train, jitted):
     chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_tapped_outputs_follow_new_parameters_and_data():
     forward, groups, params, x, _ = linen_case(train=False)
     outputs = tapping.tapped(forward, groups, params, x)

@@ -47,11 +47,11 @@ def test_an_epoch_shows_every_image_once_but_those_of_the_last_partial_batch():
 def test_the_demo_runs_to_the_end(tmp_path, capsys, monkeypatch):
     train, test = (
         fashion_mnist.Split(*(part[:n] for part in split))
-        for split, n in zip(fashion_mnist.load(), (1000, 500), strict=True)
+        for split, n in zip(fashion_mnist.load(), (600, 300), strict=True)
     )
     monkeypatch.setattr(fashion_mnist, "load", lambda: (train, test))
     assert demo.main(["--out", str(tmp_path), "--epochs", "3", "--pretrain-epochs", "1", "--quiet"]) == 0
-    steps = 3 * (1000 // demo.BATCH_SIZE)
+    steps = 3 * (600 // demo.BATCH_SIZE)
     runs = [log.read(tmp_path / f"{name}.jsonl") for name in ("never", "smartfrz", "progress", "linear")]
     for run in runs:
         assert [step.step for step in run.steps] == list(range(1, steps + 1))

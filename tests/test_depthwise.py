@@ -161,6 +161,7 @@ def test_other_backends_have_a_fast_convolution(monkeypatch):
     np.testing.assert_allclose(convolution(x, kernel, (2, 2), "SAME"), here, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_derivatives_under_vmap_and_checkpoint():
     x, kernel = arrays((6, 6), (3, 3), n=3)
     x, kernel = jnp.asarray(x, jnp.float32), jnp.asarray(kernel, jnp.float32)

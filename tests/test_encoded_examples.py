@@ -25,6 +25,7 @@ ENCODINGS = {
 each = pytest.mark.parametrize("encoding", ENCODINGS.values(), ids=ENCODINGS)
 
 
+@pytest.mark.slow
 @each
 def test_a_predictor_says_the_same_of_what_is_encoded(encoding):
     predictor = small_predictor(12, encoding=encoding)
@@ -36,6 +37,7 @@ def test_a_predictor_says_the_same_of_what_is_encoded(encoding):
     )
 
 
+@pytest.mark.slow
 @each
 def test_training_on_encoded_examples_is_the_same(encoding):
     examples = random_examples(size=4)
@@ -50,6 +52,7 @@ def test_training_on_encoded_examples_is_the_same(encoding):
     assert encoded.evaluations[-1].auc == plain.evaluations[-1].auc
 
 
+@pytest.mark.slow
 def test_copies_lose_what_is_hidden_each_at_random():
     examples, encoding = random_examples(runs=6), Encoding("none")
     encoded = encode_examples(examples, encoding, hiding=Hiding(progress=0.5), copies=3, seed=1)
@@ -64,6 +67,7 @@ def test_copies_lose_what_is_hidden_each_at_random():
     np.testing.assert_array_equal(encoded.encoded.known, again.encoded.known)
 
 
+@pytest.mark.slow
 def test_selected_examples_keep_their_rows():
     examples, encoding = random_examples(), ENCODINGS["scale-free"]
     encoding = dataclasses.replace(encoding, quantiles=None)
@@ -84,6 +88,7 @@ def test_controls_take_encoded_examples(name):
     np.testing.assert_allclose(CONTROLS[name](*both), CONTROLS[name](train, test), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_errors_name_the_way_out():
     examples = random_examples()
     encoded = encode_examples(examples, Encoding("none"))

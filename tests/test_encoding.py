@@ -124,6 +124,7 @@ def test_masked_records_have_no_influence(weights):
     np.testing.assert_allclose(encoded(padded, weights)[0][3:], encoded(observation, weights)[0], **ROUNDING)
 
 
+@pytest.mark.slow
 def test_first_step_of_a_run_is_from_its_start():
     records, start = np.arange(8.0).reshape(4, 2), np.full(2, -5.0)
     for elapsed, exists in ((4, [True] * 4), (5, [False, True, True, True])):
@@ -140,6 +141,7 @@ def test_no_movement_is_zero(weights):
     assert exists[-1]
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=60)
 @given(
     hnp.arrays(np.float32, (4, 6), elements=st.floats(-(2.0**100), 2.0**100, width=32)),

@@ -134,12 +134,14 @@ def test_learns_from_networks_that_train(trained):
     assert result.evaluations[-1].balanced_accuracy > 0.7
 
 
+@pytest.mark.slow
 def test_nothing_of_the_held_out_targets_leaks(trained):
     shuffled = np.random.default_rng(0).permutation(trained.target)
     result = fit_trained(dataclasses.replace(trained, target=shuffled))
     assert abs(result.evaluations[-1].auc - 0.5) < 0.06
 
 
+@pytest.mark.slow
 def test_class_weights_move_the_decision(trained):
     held_out = by_run(trained, range(10, 16))
     testing = trained.select(held_out)
@@ -218,6 +220,7 @@ class TestAgainstAnIndependentLoop:
         for got, leaf in zip(arrays(result.predictor), expected, strict=True):
             np.testing.assert_allclose(got, leaf, rtol=1e-4, atol=1e-5)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("batch_size", [64, 32])  # one batch; one and a part
     def test_first_loss_from_probabilities(self, batch_size):
         examples, predictor = random_examples(), small_predictor(3)
@@ -236,6 +239,7 @@ class TestAgainstAnIndependentLoop:
 
 
 class TestStandardizing:
+    @pytest.mark.slow
     def test_context_has_mean_zero_and_variance_one(self):
         examples, predictor = random_examples(size=12), small_predictor(12, encoding=Encoding())
         values, known = contexts(Encoding(), examples)
@@ -264,6 +268,7 @@ class TestStandardizing:
         got = standardized(small_predictor(3, encoding=Encoding("sorted_deltas")), examples)
         assert float(got.weights_rms[...]) == pytest.approx(np.sqrt(np.mean(deltas)), rel=1e-5)
 
+    @pytest.mark.slow
     def test_fit_takes_the_training_examples_and_leaves_the_scale(self):
         examples, predictor = random_examples(), small_predictor(3, encoding=Encoding("sorted_deltas", regime=False))
         held_out = by_run(examples, [1])
@@ -282,6 +287,7 @@ class TestStandardizing:
         assert not jax.tree.leaves(nnx.state(got, Statistic))
 
 
+@pytest.mark.slow
 def test_hiding_is_for_training_only():
     examples, predictor = random_examples(), small_predictor(3, encoding=Encoding(regime=False))
     held_out = by_run(examples, [1])
@@ -299,6 +305,7 @@ def test_hiding_is_for_training_only():
     )
 
 
+@pytest.mark.slow
 def test_every_example_once_an_epoch_in_a_new_order(monkeypatch):
     examples, seen = random_examples(), []
     original = Examples.batch
@@ -311,6 +318,7 @@ def test_every_example_once_an_epoch_in_a_new_order(monkeypatch):
     assert epochs[0].tolist() != epochs[1].tolist()
 
 
+@pytest.mark.slow
 def test_compiles_one_step():
     examples, predictor = random_examples(), small_predictor(3)
     before = fitting._step._cache_size()
@@ -388,6 +396,7 @@ def test_layers_can_be_held_out_of_a_single_run():
 
 
 class TestPredict:
+    @pytest.mark.slow
     def test_is_the_predictor_on_each_example(self):
         examples, predictor = random_examples(), small_predictor(3)
         observation, _ = examples.batch(np.arange(42))
@@ -471,5 +480,6 @@ class TestFitRefuses:
     def test_class_weights_by_an_unknown_name(self):
         self.refuses("class_weights: got 'equal', expected 'balanced'", class_weights="equal")
 
+    @pytest.mark.slow
     def test_a_diverging_fit(self):
         self.refuses("learning_rate: the loss became .* choose a lower one", learning_rate=1e12, epochs=5)

@@ -205,6 +205,7 @@ def test_hyperparameters_set_by_hand_are_kept():
     assert state.inner_states["train"].inner_state.hyperparams["learning_rate"] == jnp.float32(0.02)
 
 
+@pytest.mark.slow
 def test_random_key_in_the_state():
     tx = optax.chain(optax.add_noise(0.1, 0.5, 0), optax.sgd(0.1))
     state = freezing.freeze(tx, Frozen(LAYERS)).init(PARAMS)
@@ -359,6 +360,7 @@ def test_nothing_brings_the_cost_of_frozen_layers_back(tx, extra):
     assert expected_units(set(range(6))) <= got < expected_units(set(range(6))) + 0.6
 
 
+@pytest.mark.slow
 def test_convolutions_get_cheaper():
     params = {f"c{i}": jax.ShapeDtypeStruct((3, 3, 16, 16), jnp.float32) for i in range(4)}
     x = jax.ShapeDtypeStruct((8, 16, 16, 16), jnp.float32)
@@ -394,6 +396,7 @@ def test_memory_of_a_compiled_step_falls():
     assert temporary(()) - temporary([f"l{i}" for i in range(6)]) >= 4 * activation
 
 
+@pytest.mark.slow
 def test_one_program_per_frozen_set():
     traces = []
     tx = optax.adam(0.1)
@@ -505,6 +508,7 @@ def test_apply_updates_keeps_frozen_leaves_bit_for_bit(jitted):
     assert jax.tree.structure(got) == jax.tree.structure(params)
 
 
+@pytest.mark.slow
 def test_bfloat16_parameters_stay_bfloat16():
     tx = optax.adamw(0.1)
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)

@@ -336,6 +336,7 @@ def trained():
 
 
 class TestOnRealData:
+    @pytest.mark.slow
     def test_swap_harm_falls_over_time_to_zero(self):
         layers, snapshots, loss, _ = trained()
         params = {step: snapshot[1] for step, snapshot in snapshots.items()}
@@ -349,6 +350,7 @@ class TestOnRealData:
         whole = [float(loss(params[step])) - float(loss(params[TOTAL])) for step in steps]
         np.testing.assert_allclose(harm[:, -1], whole, atol=1e-6)
 
+    @pytest.mark.slow
     def test_branch_harm_rises_with_depth_and_falls_over_time(self):
         layers, snapshots, _, train_branch = trained()
         steps = np.array(sorted(snapshots))

@@ -43,6 +43,7 @@ def flat(jaxpr):
             yield from flat(inner)
 
 
+@pytest.mark.slow
 def test_what_follows_a_shared_dropout_belongs_to_the_layer_before_it():
     layers = sfj.nnx.find_layers(Shared(nnx.Rngs(0)), X)
     stream = {"drop/rngs/count", "drop/rngs/key"}

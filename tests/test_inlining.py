@@ -210,6 +210,7 @@ class Net(nnx.Module):
         return self.head(x)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("jax_defaults")
 def test_nnx_blocks():
     x = normal(5, WIDTH)

@@ -236,6 +236,7 @@ def test_blocks_of_numbered_stages():
     assert of_names(*parts) == ("Block_0", "Block_1")
 
 
+@pytest.mark.slow
 def test_granularity_of_a_user():
     layers = transformer_layers(lambda name: "body" if name.startswith("encoder") else name.split("/")[0])
     assert layers.names == ("z_embed", "position", "body", "a_head")
@@ -266,6 +267,7 @@ class Tied(nnx.Module):
         return self.embed.attend(x)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("jax_defaults")
 def test_an_embedding_that_is_the_classifier_too_is_the_head():
     model, tokens = Tied(nnx.Rngs(0)), jnp.arange(6)
@@ -334,6 +336,7 @@ def networks(draw):
     return params, used
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(networks(), st.sampled_from(["layer", "block", lambda name: name[:1]]))
 def test_every_parameter_is_in_exactly_one_layer(network, granularity):

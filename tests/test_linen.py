@@ -87,6 +87,7 @@ def steps(state, n, start=0, freezer=None):
     return state
 
 
+@pytest.mark.slow
 def test_layers_are_in_forward_order_whatever_their_names():
     layers = make().frozen.layers
     assert layers.names == NAMES
@@ -110,6 +111,7 @@ def test_find_layers_passes_random_keys_on():
     assert sfj.linen.find_layers(Noisy(), variables, x, rngs={"noise": key}).names == ("Dense_0", "Dense_1")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", [NAMES[:2], NAMES[:5], ("y_block/a_second", "x_block/z_first"), NAMES])
 def test_frozen_parameters_and_statistics_do_not_change_in_a_single_bit_and_others_do(frozen):
     state = steps(make(), 2).freeze(frozen)
@@ -125,6 +127,7 @@ def test_frozen_parameters_and_statistics_do_not_change_in_a_single_bit_and_othe
         assert np.array_equal(leaf, paths.flatten(after.batch_stats)[name]) == frozen_norm, name
 
 
+@pytest.mark.slow
 def test_frozen_dropout_is_off():
     state = make()
 
@@ -135,6 +138,7 @@ def test_frozen_dropout_is_off():
     assert len(losses(state.freeze(NAMES[:-1]))) == 1
 
 
+@pytest.mark.slow
 def test_flags_of_modules_are_as_before_outside_of_the_step():
     state = make().freeze(NAMES[:-1])
     with sfj.linen.hold(state.frozen):
@@ -216,6 +220,7 @@ def test_autofreeze_sees_the_gradients_of_the_active_layers():
     assert all(float(jnp.abs(grad).max()) > 0 for name, grad in state.grads.items() if name.endswith("kernel"))
 
 
+@pytest.mark.slow
 def test_a_bare_pytree_trains_and_freezes():
     params = {"z": {"w": jnp.eye(3) * 0.5, "b": jnp.zeros(3)}, "a": {"w": jnp.ones((3, 1))}}
 

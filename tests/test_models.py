@@ -29,6 +29,7 @@ def test_resnet50_has_the_published_number_of_parameters_and_54_layers():
     assert len(sfj.nnx.find_layers(model, IMAGE, granularity="block")) == 1 + 16 + 1
 
 
+@pytest.mark.slow
 def test_history_of_resnet50_takes_about_6_megabytes():
     model = nnx.eval_shape(lambda: ResNet((3, 4, 6, 3), rngs=nnx.Rngs(0)))
     history = sfj.History.create(len(sfj.nnx.find_layers(model, IMAGE)))

@@ -102,6 +102,7 @@ def test_layers_need_a_batch():
         sfj.nnx.find_layers(Net(nnx.Rngs(0)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("frozen", [NAMES[:1], NAMES[:3], ("blocks/0/a_second", "blocks/1/b_first"), NAMES[:-1], NAMES])
 def test_frozen_variables_do_not_change_in_a_single_bit_and_others_do(frozen):
     model, optimizer = make()
@@ -183,6 +184,7 @@ def test_one_program_per_frozen_set_and_cost_falls():
     assert flops[3] / flops[0] == pytest.approx((forward + 3 * 256) / (3 * forward - 16), rel=0.05)
 
 
+@pytest.mark.slow
 def test_a_norm_over_all_gradients_is_over_the_active_ones():
     model, optimizer = make()
     optimizer.freeze(model, list(NAMES[:-1]))
@@ -204,6 +206,7 @@ def test_the_model_is_left_in_its_own_mode():
     assert model.blocks[0].dropout.rate == 0.5
 
 
+@pytest.mark.slow
 def test_a_batch_norm_that_is_told_to_train_in_its_call_is_refused():
     class Stubborn(nnx.Module):
         def __init__(self, rngs):
@@ -280,6 +283,7 @@ def test_features_of_variables_that_are_no_params():
         sfj.nnx.features(model, layers, x)
 
 
+@pytest.mark.slow
 def test_with_stock_gradients_weights_hold_still_but_nothing_else():
     """As the docstring of the optimizer warns."""
     model = nnx.Sequential(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), nnx.BatchNorm(2, rngs=nnx.Rngs(0)))
@@ -415,6 +419,7 @@ def test_a_failed_restore_leaves_the_optimizer_as_it_was(tmp_path):
         np.testing.assert_array_equal(after[key], leaf, err_msg=key)
 
 
+@pytest.mark.slow
 def test_layers_frozen_by_hand_stay_frozen_under_a_policy(tmp_path):
     def start(by_hand):
         model, optimizer = make()

@@ -8,6 +8,7 @@ from tests.parity import cases, drawing, measure, real_weights
 DRAWN = np.float32([-0.8020073, 0.23463774, 0.525736, -0.5731331, -0.22718346])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[] if name == "minilm" else pytest.mark.slow) for name in cases.CASES]
 )

@@ -187,6 +187,7 @@ def test_something_freezes_but_not_the_head(case):
     assert LAYERS.head not in frozen
 
 
+@pytest.mark.slow
 @freezing_policy
 def test_keeps_what_it_is_told_to_keep(case):
     kept = run(case.make())[-1].frozen.names
@@ -236,6 +237,7 @@ def test_survives_a_checkpoint(case, at, tmp_path):
         assert bits(a.state) == bits(b.state)
 
 
+@pytest.mark.slow
 @every_policy
 def test_resumes_on_another_set_of_devices(case, tmp_path):
     """Restored arrays must not insist on the device they were read onto."""

@@ -134,6 +134,7 @@ def test_accumulators_of_frozen_layers_are_dropped(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, saved, states[1])
 
 
+@pytest.mark.slow
 def test_accumulates_low_precision_gradients_in_float32():
     gradients = [{p: g.astype(jnp.bfloat16) for p, g in constant([0.01] * N)[0].items()}] * 1000
     _, states = run(policies.autofreeze(1000), gradients)

@@ -107,6 +107,7 @@ def test_kept_layers_anneal_to_the_end():
     assert first_frozen_step(policies.linear(10, keep=keep), layers, params, last=10) == [None, 8, 10]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scale_rate", [False, True])
 def test_optimizer_inside_freeze_is_momentum_sgd_in_numpy(scale_rate):
     """The whole of FreezeOut: the policy freezes, the state moves on, each layer has its own cosine."""

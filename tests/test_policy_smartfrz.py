@@ -73,6 +73,7 @@ def run(policy, steps, speeds=(0.0, 0.0, 0.0, 0.0)):
     return decisions, states
 
 
+@pytest.mark.slow
 def test_judges_each_layer_by_its_own_records(predictor):
     """Over a window of 3 records, 2 steps apart, a layer moves by 4 times its speed; the bound is 0.5."""
 
@@ -150,6 +151,7 @@ def rule(logits, *, caution, order, patience, min_records, keep):
     return decisions
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     logits=st.lists(st.tuples(*[st.sampled_from([-3.0, -1.0, 1.0, 3.0])] * 4), min_size=12, max_size=12),
@@ -230,6 +232,7 @@ def test_more_caution_and_more_patience_freeze_a_subset(seed, cautions, order, p
     numbers_frozen(seed, sorted(cautions), order, sorted(patiences))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["front_to_back", "any"])
 def test_the_runs_of_the_test_above_tell_settings_apart(order):
     outcomes = [numbers_frozen(seed, (0.3, 0.7), order, (1, 2)) for seed in range(24)]
@@ -319,6 +322,7 @@ def test_no_implicit_transfers(predictor):
         state = policy.init(LAYERS, START)
 
 
+@pytest.mark.slow
 def test_defaults_follow_from_the_length_of_the_run(predictor):
     policy = policies.smartfrz(predictor, total_steps=400, window=10)  # a record every 10 steps, a stage every 50
     decisions, states = run(policy, 100)
@@ -368,6 +372,7 @@ def test_refuses_bad_options(predictor, options, message):
         policies.smartfrz(predictor, **({"record_every": 1} | options))
 
 
+@pytest.mark.slow
 @settings(max_examples=15, deadline=None)
 @given(
     record_every=st.integers(2, 4),

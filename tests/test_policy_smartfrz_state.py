@@ -170,6 +170,7 @@ def test_adding_up_the_loss_does_not_wait_for_it(predictor):
     assert jax.jit(two_steps)(jnp.float32(2), jnp.float32(3)) == 5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("axes", [AxisType.Auto, AxisType.Explicit])
 def test_losses_and_weights_on_a_mesh(predictor, observed, axes):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(axes,))
@@ -190,6 +191,7 @@ def test_losses_and_weights_on_a_mesh(predictor, observed, axes):
     jax.tree.map(np.testing.assert_array_equal, observed[1], observed[0])
 
 
+@pytest.mark.slow
 def test_a_restored_predictor_judges_weights_on_a_mesh(predictor, tmp_path):
     predictor.save(tmp_path / "predictor")
     restored = Predictor.restore(tmp_path / "predictor")
@@ -250,6 +252,7 @@ def test_shows_the_predictor_what_the_front_has_contributed(predictor, observed)
     assert state.start_params.keys() == START.keys()
 
 
+@pytest.mark.slow
 def test_a_predictor_learns_from_what_a_policy_will_show_it(predictor, observed):
     """Contributions are in the recording for every record and layer; examples know no more of them than the policy."""
     names = [f"layer{i}" for i in range(12)]
@@ -309,6 +312,7 @@ def test_does_not_measure_what_the_predictor_does_not_read(observed):
     assert np.isnan(observed[-1].contribution).all()
 
 
+@pytest.mark.slow
 def test_keeps_no_weights_for_a_predictor_that_reads_none(tmp_path):
     config = PredictorConfig(
         size=SIZE, hidden=4, features=4, head_hidden=4, encoding=Encoding("none", regime=("loss_level",))

@@ -85,6 +85,7 @@ def counted_compilations():
         jax.monitoring.unregister_event_duration_listener(listen)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [1, 2, 20, 30, 50])
 @pytest.mark.parametrize("missing", [0, 0.5, 1.0], ids=["full", "half", "newest only"])
 def test_agrees_with_the_equations(window, missing):
@@ -106,6 +107,7 @@ def test_agrees_with_the_equations_at_the_papers_size():
     )
 
 
+@pytest.mark.slow
 def test_mask_with_gaps():
     predictor = predictor_with_biases(SMALL)
     records = records_of(6, 12)
@@ -121,6 +123,7 @@ def test_sharp_attention_stays_finite():
     assert np.all(np.isfinite(predictor(observation_of(records))))
 
 
+@pytest.mark.slow
 def test_probability_is_the_softmax_for_freeze():
     predictor = predictor_with_biases(SMALL)
     records, mask = records_of(5, 7, 12), np.ones((5, 7), bool)
@@ -131,6 +134,7 @@ def test_probability_is_the_softmax_for_freeze():
     np.testing.assert_allclose(got, expected, **ROUNDING)
 
 
+@pytest.mark.slow
 def test_layers_do_not_influence_each_other():
     predictor = predictor_with_biases(SMALL)
     records = records_of(4, 7, 12)
@@ -158,6 +162,7 @@ def test_masked_records_have_no_influence_at_all(junk):
     jax.tree.map(np.testing.assert_array_equal, gradient(records.at[:5].set(junk)), gradient(records))
 
 
+@pytest.mark.slow
 def test_window_does_not_matter_where_it_is_masked():
     predictor = predictor_with_biases(SMALL)
     records = records_of(4, 12)
@@ -167,6 +172,7 @@ def test_window_does_not_matter_where_it_is_masked():
     )
 
 
+@pytest.mark.slow
 def test_order_of_the_older_records_does_not_matter_but_the_newest_does():
     predictor = predictor_with_biases(SMALL)
     records = records_of(5, 12)
@@ -215,6 +221,7 @@ def test_cost_of_reading_more():
     assert flops_of_a_decision(PredictorConfig(encoding=Encoding(quantiles=64))) < 0.5 * paper
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", [PAPER, Encoding()], ids=["paper", "scale-free"])
 def test_compiled_once_whatever_the_values_and_masks(encoding):
     config = dataclasses.replace(SMALL, encoding=encoding)
@@ -234,6 +241,7 @@ def test_compiled_once_whatever_the_values_and_masks(encoding):
     assert count
 
 
+@pytest.mark.slow
 def test_one_predictor_serves_several_meshes():
     predictor = predictor_with_biases(dataclasses.replace(SMALL, encoding=Encoding()))
     observation = walk(0, batch=(3,))
@@ -264,6 +272,7 @@ def inputs_by_hand(predictor: Predictor, observation) -> tuple[np.ndarray, np.nd
     return records, mask.astype(bool), context
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ENCODINGS)
 @pytest.mark.parametrize("pooling", ["attention", "mean"])
 def test_agrees_with_the_equations_on_every_encoding(encoding, pooling):

@@ -103,6 +103,7 @@ def test_fits_without_networks_and_data_sets(data_set, tmp_path, capsys, without
     assert "exists" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_writes_what_is_held_out_and_judges_by_it(data_set, tmp_path, capsys):
     file = tmp_path / "held_out.npz"
     args = ["--recordings", str(data_set), "--target", "cka", "--without", "resnet8", "--held-out", str(file)]

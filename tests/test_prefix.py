@@ -208,6 +208,7 @@ NHWC = ("NHWC", "HWIO", "NHWC")
 # The split
 
 
+@pytest.mark.slow
 def test_frontier_loss_and_gradients_of_a_plain_network():
     cache = check(mlp, PARAMS, (X, Y), ["w0", "w1"])
     assert [(value.shape, value.dtype) for value in cache.frontier] == [((3,), jnp.float32)]
@@ -219,6 +220,7 @@ def test_frontier_loss_and_gradients_of_a_plain_network():
     np.testing.assert_allclose(cache.activations(PARAMS, X, Y)[0], expected, rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", [["w0"], ["w0", "w1", "w2"], ["w0", "w1", "w3"]])
 def test_operation_by_operation_it_is_the_same_in_every_bit(names):
     cache = cached(mlp, PARAMS, (X, Y), names)
@@ -254,6 +256,7 @@ def test_activations_do_not_depend_on_the_rest_of_the_batch():
     np.testing.assert_allclose(back[::-1], every, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_other_batch_sizes():
     cache = cached(mlp, PARAMS, (X, Y), ["w0", "w1"])
     x, y = jnp.concatenate([X, X[:2]]), jnp.concatenate([Y, Y[:2]])
@@ -317,6 +320,7 @@ def test_random_networks(seed):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_cheap_values_are_computed_again_where_that_needs_fewer_bytes():
     def loss_fn(params, x, y):
         h = x @ params["w0"]
@@ -352,6 +356,7 @@ def test_values_with_the_examples_on_another_axis():
     check(loss_fn, {"w0": PARAMS["w0"][:, :1] * jnp.ones((1, 6)), "w1": jnp.ones((1, 1))}, (X, Y), ["w0"])
 
 
+@pytest.mark.slow
 def test_auxiliary_outputs_and_batches_as_dictionaries():
     def loss_fn(params, batch):
         hidden = jnp.tanh(batch["x"] @ params["w0"])
@@ -375,6 +380,7 @@ def checkpoints(cache):
     return sum(eqn.primitive.name in ("checkpoint", "remat2") for eqn in live.eqns)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("policy", [None, jax.checkpoint_policies.dots_saveable])
 def test_checkpointed_blocks_and_losses_split(policy):
     def block(w, x):
@@ -393,6 +399,7 @@ def test_checkpointed_blocks_and_losses_split(policy):
     assert checkpoints(whole) == 1
 
 
+@pytest.mark.slow
 def test_scans_split():
     params = {f"w{i}": jax.random.normal(jax.random.key(i), (6, 6)) for i in range(4)} | {"w9": jnp.ones((6, 2))}
 
@@ -576,6 +583,7 @@ def test_networks(name):
     close(variables(other), variables(model))  # statistics, and the counts of random streams
 
 
+@pytest.mark.slow
 def test_frontier_of_a_residual_network_is_its_last_relu_and_the_step_is_that_of_the_rest():
     model = resnet()
     optimizer = optimizer_for(model, (IMAGES, LABELS), ("stages/1", "fc"))
@@ -648,6 +656,7 @@ class LinenNet(nn.Module):
         return nn.Dense(2, name="head")(x)
 
 
+@pytest.mark.slow
 def test_linen():
     net = LinenNet()
     init = net.init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, X)
@@ -691,6 +700,7 @@ def run_epoch(cache, params, x, y):
     return jnp.concatenate([cache.fetch(params, rows, x[rows], y[rows])[0] for rows in parts])
 
 
+@pytest.mark.slow
 def test_when_the_prefix_grows_only_the_new_layers_are_run():
     cache = cached(mlp, PARAMS, (X, Y), ["w0"])
     cache.keep(N)

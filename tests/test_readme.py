@@ -16,6 +16,7 @@ def test_there_are_snippets():
     assert len(SNIPPETS) >= 5
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("jax_defaults")
 @pytest.mark.parametrize(
     "snippet",

@@ -41,6 +41,7 @@ def beside_reference(**kwargs):
     return recorder(reference_features=outputs(REFERENCE), **kwargs)
 
 
+@pytest.mark.slow
 def test_records_what_there_is():
     rec = beside_reference(track_own=True)
     for step, params in RUN.items():

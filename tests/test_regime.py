@@ -93,6 +93,7 @@ def test_names_are_those_of_the_docstring():
     assert set(FLAGGED) < set(context_names(ALL))
 
 
+@pytest.mark.slow
 def test_parts():
     observation = walk(2)
     everything = context(observation)[0]
@@ -107,6 +108,7 @@ def test_parts():
         assert context(observation, encoding)[0] == {name: everything[name] for name in names}
 
 
+@pytest.mark.slow
 def test_order_of_the_positions_and_scale_do_not_matter():
     observation, order = walk(3), np.random.default_rng(4).permutation(12)
     expected, _ = context(observation)
@@ -129,6 +131,7 @@ def test_scale_of_the_loss_does_not_matter():
         np.testing.assert_allclose(number, context(observation)[0][name], rtol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
 def test_which_positions_are_drawn_hardly_matters():
     layer = walk(5, size=20_000).replace(elapsed=jnp.float32(40))
     drawn = np.random.default_rng(6).choice(20_000, (2, 1024), replace=False)
@@ -137,6 +140,7 @@ def test_which_positions_are_drawn_hardly_matters():
         assert abs(one[name] - other[name]) < 0.15, name
 
 
+@pytest.mark.slow
 def test_tells_a_random_walk_from_a_drift_and_an_oscillation():
     rng = np.random.default_rng(7)
     noise, way = rng.standard_normal((30, 2000)), rng.standard_normal(2000)
@@ -154,6 +158,7 @@ def test_tells_a_random_walk_from_a_drift_and_an_oscillation():
     assert values["oscillating"]["drift"] == pytest.approx(-np.log(np.sqrt(29)), abs=1e-5)
 
 
+@pytest.mark.slow
 def test_tells_trained_from_initialised_weights():
     """By their tails: uniform, normal, and a mixture of scales as trained layers are."""
     rng = np.random.default_rng(8)
@@ -178,6 +183,7 @@ class TestUnknown:
         assert all(values[name] == 0 for name in values if not known[name])
         return {name for name in known if not known[name]}
 
+    @pytest.mark.slow
     def test_progress_and_losses(self):
         observation = walk(9).replace(elapsed=jnp.float32(20))
         assert self.unknown(observation) == set()
@@ -197,6 +203,7 @@ class TestUnknown:
         was, now = losses[[1, 2, 3]].mean(), losses[[6, 7, 8]].mean()
         assert values["loss_slope"] == pytest.approx((now - was) / (now + was), rel=1e-5)
 
+    @pytest.mark.slow
     def test_a_layer_that_does_not_move(self):
         moving = {"drift", "wander", "persistence", "slowing", "outward", "spreading", "recent", "radial"}
         still = observation_of(np.ones((5, 4)) * [1, 2, 3, 4], start=[1, 2, 3, 4], losses=np.ones(5), first_loss=1)
@@ -220,6 +227,7 @@ numbers = st.floats(-(2.0**100), 2.0**100, width=32)
 maybe = st.one_of(numbers, st.sampled_from([np.nan, np.inf, -np.inf, 0.0]))
 
 
+@pytest.mark.slow
 @settings(deadline=None, max_examples=100)
 @given(
     hnp.arrays(np.float32, (4, 6), elements=numbers),
@@ -254,6 +262,7 @@ def test_masked_records_have_no_influence():
     assert context(junk) == context(observation)
 
 
+@pytest.mark.slow
 def test_layers_at_once():
     observation = walk(11, batch=(3,))
     together, _ = jax.jit(jax.vmap(lambda o: encode_context(ALL, o)))(observation)

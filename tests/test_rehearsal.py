@@ -143,6 +143,7 @@ def student(front):
     return train
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("front", "chosen"),
     [

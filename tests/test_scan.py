@@ -217,6 +217,7 @@ def test_further_arguments_reach_every_block_and_variables_are_written_back():
     assert scan_blocks(blocks[:0], 5) == 5
 
 
+@pytest.mark.slow
 def test_a_block_that_occurs_again_finds_its_variables_as_it_left_them():
     block = Doubling()
     assert scan_blocks([block] * 3, jnp.ones(())) == 8

@@ -58,6 +58,7 @@ def test_temporary_memory_of_activations_is_counted_and_falls_with_freezing():
     assert [c.flops / (2 * 256 * 64 * 64) for c in cost] == pytest.approx([17, 6 + 3 + 2, 6], rel=0.03)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("jax_defaults")
 def test_a_train_step_keeps_one_program_for_each_optimizer_and_frozen_set():
     model = nnx.Sequential(nnx.Linear(4, 4, rngs=nnx.Rngs(0)), nnx.Linear(4, 1, rngs=nnx.Rngs(1)))

@@ -194,6 +194,7 @@ def test_abstract_parameters_give_the_same_draw():
     np.testing.assert_array_equal(Tailoring.create(layers, abstract)(params), Tailoring.create(layers, params)(params))
 
 
+@pytest.mark.slow
 def test_nnx_state():
     model = nnx.Sequential(nnx.Linear(20, 30, rngs=nnx.Rngs(0)), nnx.Linear(30, 5, rngs=nnx.Rngs(1)))
     graphdef, params = nnx.split(model)

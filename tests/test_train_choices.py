@@ -51,6 +51,7 @@ def kernels(params):
 COSINE = optax.cosine_decay_schedule(0.1, STEPS)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changed", "reference"),
     [
@@ -161,6 +162,7 @@ def test_refuses_stages_of_another_form(text, capsys):
     assert "expected pairs AT:SHARE of numbers" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_caution_and_patience(layers, tmp_path):
     predictor = sfj.Predictor(sfj.PredictorConfig(size=16), rngs=nnx.Rngs(0))
     predictor.classifier.layers[2].bias[...] = jnp.array([0.0, 100.0])  # always sure

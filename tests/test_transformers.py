@@ -80,6 +80,7 @@ def test_published_number_of_parameters(make, published):
     assert parameters(nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))) == published
 
 
+@pytest.mark.slow
 def test_layers_of_deit_tiny():
     model = nnx.eval_shape(lambda: deit_tiny(rngs=nnx.Rngs(0)))
     layers = sfj.nnx.find_layers(model, IMAGE)
@@ -160,6 +161,7 @@ def test_padding_does_not_influence_results(pool, scan):
     assert np.isfinite(np.asarray(call(model, IDS, jnp.zeros_like(MASK), kind))).all()
 
 
+@pytest.mark.slow
 def test_stochastic_depth_drops_whole_examples_at_a_rate_that_rises_with_depth():
     n, rate = 4000, 0.4
     for depth in (0.0, 0.5, 1.0):
@@ -234,6 +236,7 @@ def test_bfloat16_computes_in_bfloat16_where_it_is_safe(make, inputs, scan):
         np.testing.assert_allclose(logits, expected, rtol=0, atol=0.03 * float(jnp.abs(expected).max()))
 
 
+@pytest.mark.slow
 def test_layer_norm_takes_its_statistics_in_float32():
     x = jnp.asarray(1000 + RNG.normal(size=(3, 8)) * 8, jnp.bfloat16)
     values = np.asarray(x, np.float64)

@@ -144,6 +144,7 @@ class Tiny(nnx.Module):
         return x
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("jax_defaults")
 def test_what_similarity_guided_looks_at_is_counted_but_for_its_reference(tmp_path, monkeypatch):
     monkeypatch.setitem(trial.ARCHITECTURES, "tiny", Architecture(Tiny, 4, (16,), (40,), {}, batch_norm=False))

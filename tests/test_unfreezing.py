@@ -98,6 +98,7 @@ def test_state_of_returning_layers_is_fresh_or_what_it_was_and_all_other_state_g
     assert not np.array_equal(last.params["b"]["kernel"], held.params["b"]["kernel"])
 
 
+@pytest.mark.slow
 @parametrize_optimizers
 def test_layers_that_stay_active_do_not_notice(tx):
     """Bit for bit the run in which nothing freezes, fed the same gradients."""
@@ -318,6 +319,7 @@ def arrays(*modules):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("returning", ["fresh", "kept"])
 def test_nnx_optimizer(returning):
     model, optimizer = make_nnx(returning=returning)
@@ -340,6 +342,7 @@ def test_nnx_optimizer(returning):
     train_step(model, optimizer, X, Y)
 
 
+@pytest.mark.slow
 def test_statistics_of_a_returning_batch_norm_go_on_from_where_they_were_held():
     model, optimizer = make_nnx()
     train_step(model, optimizer, X, Y)
@@ -417,6 +420,7 @@ def test_a_restored_run_of_a_bare_pytree_returns_to_the_same_moments(tmp_path):
         np.testing.assert_array_equal(leaf, other, err_msg=keystr(path))
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_does_not_fit_leaves_what_was_kept_as_it_is(tmp_path):
     model, optimizer = make_nnx()
     freezer = sfj.nnx.Freezer(model, optimizer, policy())

@@ -109,6 +109,7 @@ def test_names_and_layouts_are_those_of_the_original():
     assert depthwise.shape == (48, 1, 3, 3)
 
 
+@pytest.mark.slow
 def test_full_networks_have_the_published_numbers_of_tensors(shared):
     counts = {}
     for network in (resnet50, deit_tiny, efficientnet_lite0):
@@ -215,6 +216,7 @@ def test_heads_of_pretraining_and_a_pooler_on_one_side_only():
             np.testing.assert_array_equal(values(both)[name], value)
 
 
+@pytest.mark.slow
 def test_position_embeddings_of_another_size_are_resampled_on_request():
     for distilled in (False, True):
         tensors = values(deit(image_size=16, distilled=distilled))
@@ -262,6 +264,7 @@ def test_values_go_where_the_models_arrays_are():
     assert {leaf.device for leaf in jax.tree.leaves(nnx.as_pure(nnx.state(model)))} == {device}
 
 
+@pytest.mark.slow
 def test_an_abstract_model_becomes_one_with_values():
     model = nnx.eval_shape(lambda: ResNet((1,), (4,), BasicBlock, num_classes=3, stem="cifar", rngs=nnx.Rngs(0)))
     expected = values(resnet(seed=1))
