@@ -131,7 +131,9 @@ class Freezer:
         """
         self.steps += 1
         names, self.policy_state = _decision(
-            self.policy.update(self.policy_state, self.layers, step=self.steps, params=params, **signals)
+            self.policy.update(
+                self.policy_state, self.layers, step=self.steps, params=params, frozen=self._from_start, **signals
+            )
         )
         names = names | self._from_start
         if self.pending is None and names != self.frozen.names:

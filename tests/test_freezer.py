@@ -1,5 +1,7 @@
 """The freezers of both front doors beside what the user does by hand, and what they ask of a policy."""
 
+import importlib
+
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -218,3 +220,15 @@ def test_a_lead_of_numpy_can_be_saved(tmp_path):
     again = Linen(decided({1: ("a",)}), lead=2)
     again.restore(tmp_path / "run")
     assert again.freezer.pending == run.freezer.pending
+
+
+@both
+@pytest.mark.parametrize("before", [(), ("a",)])
+def test_layers_frozen_by_hand_do_not_hold_back_those_behind_them(monkeypatch, door, before):
+    module = importlib.import_module("smartfrz_jax.policies.smartfrz")
+    monkeypatch.setattr(module, "freeze_probability", lambda predictor, observation: np.array([0.1, 0.99, 0.99]))
+    periods = {"record_every": 1, "evaluate_every": 1, "min_records": 1, "patience": 1}
+    policy = sfj.smartfrz(sfj.Predictor.pretrained(), total_steps=100, **periods)
+    run = door(policy, before=before)
+    run.step()
+    assert run.frozen.names == ({"a", "b"} if before else set())

@@ -48,9 +48,10 @@ class UpdateFn(Protocol):
             step: Number of train steps done.
             params: A function without arguments that gives the parameter pytree after that step. It is a function
                 because gathering the parameters of a model takes time, and most steps do not look at them.
-            **signals: ``grads`` (gradients of the active layers by parameter name; only if the policy ``needs`` them),
-                ``loss`` (scalar, if the loop passes it), ``features`` (a function without arguments that computes the
-                output of every layer on a probe batch, by layer name; if the loop provides it).
+            **signals: ``frozen`` (names of the layers that are frozen by hand, whatever the policy decides), ``grads``
+                (gradients of the active layers by parameter name; only if the policy ``needs`` them), ``loss`` (scalar,
+                if the loop passes it), ``features`` (a function without arguments that computes the output of every
+                layer on a probe batch, by layer name; if the loop provides it).
 
         Returns:
             Names of the layers that are frozen from now on, and the new state. The decision is the same on every

@@ -156,6 +156,9 @@ def smartfrz(
     def update(
         state: SmartFrzState, layers: Layers, *, step: int, params: Callable[[], PyTree], **signals: Any
     ) -> tuple[frozenset[str], SmartFrzState]:
+        by_hand = signals.get("frozen", ())
+        if by_hand:  # else they would hold back the layers behind them
+            state = state.replace(frozen=state.frozen | np.array([name in by_hand for name in layers.names]))
         state = state.with_loss(signals.get("loss"))
         if step % record_every == 0:
             state = state.with_record(layers, params(), step=step, policy=_NAME)
