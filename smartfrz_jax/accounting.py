@@ -245,7 +245,7 @@ def account(
 
     Raises:
         ValueError: If there are no inputs, or none counts examples, the loss is not a scalar or depends on no
-            parameter, or with ``tx`` a parameter belongs to no layer.
+            parameter, or with ``tx`` a parameter belongs to no layer or ``tx`` asks for more than gradients.
 
     Example:
         >>> import jax.numpy as jnp

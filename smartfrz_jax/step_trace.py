@@ -54,7 +54,11 @@ def trace(
 
 
 def update_flops(tx: optax.GradientTransformation, layers: Layers, layer: str, params: PyTree, backend: str) -> float:
-    """FLOPs of the optimizer for one layer."""
+    """FLOPs of the optimizer for one layer.
+
+    Raises:
+        ValueError: If it cannot do with gradients and parameters.
+    """
     # As a partition of optax's shows the optimizer the layers that it is for.
     shown = paths.tree_map(lambda name, leaf: leaf if layers.holding(name) == layer else optax.MaskedNode(), params)
 
@@ -62,6 +66,12 @@ def update_flops(tx: optax.GradientTransformation, layers: Layers, layer: str, p
         updates, opt_state = tx.update(grads, opt_state, params)
         return optax.apply_updates(params, updates), opt_state
 
-    closed = jax.make_jaxpr(update)(shown, shown, jax.eval_shape(tx.init, shown))
+    try:
+        closed = jax.make_jaxpr(update)(shown, shown, jax.eval_shape(tx.init, shown))
+    except TypeError as error:
+        raise ValueError(
+            f"tx: cannot be priced, as it asks for more than gradients and parameters ({error}); leave tx out, and "
+            "updates are not counted"
+        ) from error
     flat = inlining.inline(closed, (), ()).jaxpr
     return sum(flops.of_equation(eqn, backend).needed for eqn in inlining.needed(flat, flat.outvars))

@@ -123,6 +123,8 @@ def test_errors():
     other = sfj.find_layers({"z": PARAMS["a"]}, lambda params, x: x @ params["z"], X)
     with pytest.raises(ValueError, match="frozen: got a frozen set of a network of 1 layers"):
         sfj.account(chain, layers, PARAMS, X).flops(frozen(other, "z"))
+    with pytest.raises(ValueError, match=r"tx: cannot be priced, as it asks for more than gradients.*value_fn"):
+        sfj.account(chain, layers, PARAMS, X, tx=optax.lbfgs())
 
 
 def test_multiply_adds_are_not_changed_by_padding():
