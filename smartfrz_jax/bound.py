@@ -141,13 +141,13 @@ class Bound:
         self._targets = targets
         self._outputs, self._out_tree = outputs, out_tree
 
-    def holds(self, args: tuple[Any, ...]) -> bool:
+    def holds(self, parts: Arguments) -> bool:
         """Whether the program can be called with these arguments: the same modules, made of the same.
 
         Args:
-            args: Arguments of the structure and shapes for which the program was compiled.
+            parts: Arguments of the structure and shapes for which the program was compiled, taken apart.
         """
-        nodes = Arguments(args).nodes
+        nodes = parts.nodes
         if len(nodes) != len(self._nodes) or not all(map(operator.is_, nodes, (node() for node in self._nodes))):
             return False
         if not self._watch.is_unchanged():
@@ -157,10 +157,10 @@ class Bound:
             self._watch = now  # other functions of nnx.jit renew pytrees among the attributes
         return True
 
-    def __call__(self, *args: Any) -> Any:
-        """Runs the step; changes variables and returns as the step itself would."""
+    def __call__(self, parts: Arguments) -> Any:
+        """Runs the step with arguments taken apart; changes variables and returns as the step itself would."""
         given = [variable.get_raw_value() for variable in self._watch.variables]
-        given += jax.tree.leaves(Arguments(args).rest)
+        given += jax.tree.leaves(parts.rest)
         pure_args, pure_kwargs = jax.tree.unflatten(self._in_tree, [given[place] for place in self._inputs])
         results = jax.tree.leaves(self._compiled(*pure_args, **pure_kwargs))
         for variable, place in self._targets:
@@ -169,13 +169,13 @@ class Bound:
 
 
 def bind(
-    stage: Any, args: tuple[Any, ...], *, program: Any = None, on_end: Callable[[object], object] | None = None
+    stage: Any, parts: Arguments, *, program: Any = None, on_end: Callable[[object], object] | None = None
 ) -> tuple[Any, Bound | None]:
     """Calls a compiled program of ``nnx.jit`` in the usual way, and watches what goes in and out.
 
     Args:
         stage: What ``step.lower(...).compile()`` gives for a step made by ``nnx.jit``.
-        args: The step's arguments.
+        parts: The step's arguments, taken apart.
         program: What is known of the program, for the caller.
         on_end: Called, with a dead reference, when one of the modules is no more.
 
@@ -184,12 +184,11 @@ def bind(
         variables share one, the step returns modules or changes what they are made of. Nor is a program bound to lone
         variables among the arguments: it could not tell when they are no more.
     """
-    parts = Arguments(args)
     watch = Watch(parts.nodes)
     before = [variable.get_raw_value() for variable in watch.variables]
     given = [*before, *jax.tree.leaves(parts.rest)]
     spy = _Spy(stage.compiled)
-    out = dataclasses.replace(stage, compiled=spy)(*args)
+    out = dataclasses.replace(stage, compiled=spy)(*parts.args)
     arrays = [value for value in given if jax.tree.leaves(value)]  # optax puts empty nodes where a layer is frozen
     place_in = {id(value): place for place, value in enumerate(given)}
     place_out = {id(value): place for place, value in enumerate(spy.results)}

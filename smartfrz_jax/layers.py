@@ -37,7 +37,7 @@ class Layer:
         params: Names of its parameters (see :mod:`smartfrz_jax.paths`).
         kernels: Those of them whose weights stand for the layer where it is sampled; never empty.
         state: Names of the variables beside the parameters that belong to it (NNX only): the statistics of its
-            BatchNorm, the random streams of the dropout behind it.
+            BatchNorm, the random streams of the dropout behind it (of one behind several layers, in each of them).
     """
 
     name: str

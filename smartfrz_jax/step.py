@@ -120,7 +120,7 @@ class TrainStep:
         """
         parts = self._take_apart(args)
         bound = self._bound.get(parts.call)
-        if bound is not None and bound.holds(args):
+        if bound is not None and bound.holds(parts):
             return bound.program.program
         return self._find(parts).program
 
@@ -155,20 +155,20 @@ class TrainStep:
         bound = self._bound.get(call)
         if bound is not None:
             try:
-                if bound.holds(args):
+                if bound.holds(parts):
                     self._use(bound.program)
-                    return bound(*args)
+                    return bound(parts)
             except (TypeError, ValueError):  # perhaps arrays lie elsewhere now
                 pass
             self._bound.pop(call, None)
         compiled = self._find(parts)
         try:
-            out, bound = compiled.run(args, self._bound.dropper(call))
+            out, bound = compiled.run(parts, self._bound.dropper(call))
         except (TypeError, ValueError):
             if compiled.placement == parts.placement:
                 raise
             del self._compiled[parts.key]  # for arrays of another shape, or on other devices
-            out, bound = self._find(parts).run(args, self._bound.dropper(call))
+            out, bound = self._find(parts).run(parts, self._bound.dropper(call))
         if bound is not None:
             self._bound[call] = bound
         return out
@@ -260,11 +260,11 @@ class _Compiled:
     shapes: _Shapes
     last_use: int = 0
 
-    def run(self, args: tuple[Any, ...], on_end: Callable[[object], object]) -> tuple[Any, Bound | None]:
+    def run(self, parts: Arguments, on_end: Callable[[object], object]) -> tuple[Any, Bound | None]:
         """Runs the step; binds the program to the arguments' variables if it has any."""
         if not hasattr(self.stage, "compiled"):  # of jax.jit, which needs no binding
-            return self.stage(*args), None
-        return bind(self.stage, args, program=self, on_end=on_end)
+            return self.stage(*parts.args), None
+        return bind(self.stage, parts, program=self, on_end=on_end)
 
 
 @dataclasses.dataclass

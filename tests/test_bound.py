@@ -11,6 +11,7 @@ import pytest
 from flax import nnx, struct
 
 import smartfrz_jax as sfj
+from smartfrz_jax.abstract import Arguments
 from smartfrz_jax.bound import Watch, bind
 
 pytestmark = pytest.mark.usefixtures("jax_defaults")
@@ -257,8 +258,8 @@ class TestBind:
 
     def settle(self, stage, *args):
         """The second call: NNX sorts attributes in the first."""
-        bind(stage, args)
-        return bind(stage, args)
+        bind(stage, Arguments(args))
+        return bind(stage, Arguments(args))
 
     def test_binds(self):
         model = Net()
@@ -269,11 +270,11 @@ class TestBind:
 
         out, bound = self.settle(self.stage(double, model, batch(0)), model, batch(0))
         assert bound is not None
-        assert bound.holds((model, batch(0)))
+        assert bound.holds(Arguments((model, batch(0))))
         model.head.bias[...] = jnp.ones(3)
-        np.testing.assert_array_equal(bound(model, batch(0)), out)
+        np.testing.assert_array_equal(bound(Arguments((model, batch(0)))), out)
         assert model.head.bias[...].tolist() == [2.0, 2.0, 2.0]
-        assert not bound.holds((Net(), batch(0)))
+        assert not bound.holds(Arguments((Net(), batch(0))))
 
     @pytest.mark.slow
     def test_binds_modules_inside_of_other_arguments(self, monkeypatch):
@@ -287,13 +288,13 @@ class TestBind:
         args = nets[0], {"a": [nets[1]], "b": nets[2]}, Holder((nets[3], jnp.ones(1))), jnp.ones(2)
         _, bound = self.settle(self.stage(double, *args), *args)
         assert bound is not None
-        assert bound.holds(args)
+        assert bound.holds(Arguments(args))
         flattenings = Flattenings(monkeypatch)
-        assert bound(*args)["sum"] == 2.0
+        assert bound(Arguments(args))["sum"] == 2.0
         assert flattenings.count == 0
         for n, net in enumerate(nets):
             np.testing.assert_array_equal(net.bias[...], 3.0 * (n + 1))
-        assert not bound.holds((nets[0], {"a": [nets[2]], "b": nets[1]}, *args[2:]))
+        assert not bound.holds(Arguments((nets[0], {"a": [nets[2]], "b": nets[1]}, *args[2:])))
         del args
         del net
         gone = weakref.ref(nets.pop(1))
@@ -326,7 +327,7 @@ class TestBind:
         stage = self.stage(total, model)
         assert self.settle(stage, model)[1] is not None
         model.norm.scale[...] = model.norm.bias[...]
-        out, bound = bind(stage, (model,))
+        out, bound = bind(stage, Arguments((model,)))
         assert bound is None
         assert out == 0.0
 
@@ -340,7 +341,7 @@ class TestBind:
         x = jnp.ones(2)
         double = jax.jit(lambda x: (2 * x, x + 1))
         for stage, is_bound in ((Taking(double, 2), True), (Taking(double, 1), False)):
-            out, bound = bind(stage, (x,))
+            out, bound = bind(stage, Arguments((x,)))
             np.testing.assert_array_equal(out[0], [2.0, 2.0])
             assert (bound is not None) == is_bound
 
@@ -351,7 +352,7 @@ class TestBind:
             model.scale = model.scale + 1.0
             return jnp.ones(())
 
-        _, bound = bind(self.stage(grow, model), (model,))
+        _, bound = bind(self.stage(grow, model), Arguments((model,)))
         assert bound is None
         assert model.scale == 2.0
 

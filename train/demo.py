@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -80,17 +81,18 @@ def accuracy(model: nnx.Module, split: fashion_mnist.Split) -> float:
     return sum(right) / len(split.labels)
 
 
-class Tuning:
-    """A fine-tuning that stops after every epoch, so that the others take turns with it.
+class Tuning(NamedTuple):
+    """A fine-tuning that can stop after every epoch, so that the others take turns with it.
 
-    Args:
+    Attributes:
         log: Its log.
         model: The model.
         steps: Its steps, as :func:`train.run.training` makes them.
     """
 
-    def __init__(self, log: Log, model: nnx.Module, steps: Iterator[int]):
-        self.log, self.model, self.steps = log, model, steps
+    log: Log
+    model: nnx.Module
+    steps: Iterator[int]
 
 
 class Demo:
