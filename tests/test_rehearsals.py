@@ -83,7 +83,16 @@ def test_the_report_by_hand():
         "| fine-tuning | seeds | static:all | compute, rehearsal included | with kept activations | points |",
         "|---|--:|--:|--:|--:|--:|",
         "| case | 1 | 0 | 1.00 | 0.90 | -1.00 |",
+        "",
+        "### Full runs, less `never` with the same seed",
+        "",
+        "| fine-tuning | strategy | seeds | compute | with kept activations | loss | points | median |",
+        "|---|---|--:|--:|--:|--:|--:|--:|",
+        "| case | progress:0.5 | 1 | 0.80 | 0.70 | +0.100 | -1.00 | -1.00 |",
+        "| case | static:all | 2 | 0.75 | 0.65 | -0.250 +- 0.250 | +5.50 +- 4.50 | +5.50 |",
+        "| case | static:half | 1 | 1.00 | 1.00 | +0.200 | -3.00 | -3.00 |",
     ]
+    assert "Full runs" not in report(rows, full[:1], PLAN)
 
 
 def test_the_tables_of_results_md_are_those_of_the_results_in_the_repository():
@@ -135,6 +144,8 @@ def test_a_comparison_end_to_end_is_not_run_twice(tmp_path, monkeypatch):
     run = next(run for run in runs() if run.name == f"resnet8-{FASHION.replace('/', '-')}-scratch-0")
     run = dataclasses.replace(run, steps=12, examples=80, batch_size=16, learning_rate=0.02, optimizer="sgd")
     monkeypatch.setattr(rehearsals, "cases", lambda: {"small": Case(run, 100)})
+    benches = []
+    monkeypatch.setattr(rehearsals, "Bench", lambda *of, **rest: benches.append(Bench(*of, **rest)) or benches[-1])
     options = f"--data-dir {tmp_path} --out {tmp_path} --cases small --seeds 1 --full-seeds 1 --shares 0.5"
     options += f" --results {tmp_path / 'RESULTS.md'}"
     assert rehearsals.main(options.split()) == 0
@@ -142,7 +153,7 @@ def test_a_comparison_end_to_end_is_not_run_twice(tmp_path, monkeypatch):
     full = {result.strategy: result for result in json_lines.read(tmp_path / "results.jsonl", Result.parse)}
     assert list(full) == ["never", *rehearsals.PLAN]
     assert row.rehearsal.steps == 6
-    bench = Bench("small", Case(run, 100), out=tmp_path, data_dir=tmp_path, weights_dir=None, say=print)
+    (bench,) = benches
     # A rehearsal costs what the runs cost, of half the length, and three evaluations on a fifth of the 80 examples;
     # what is frozen from the first step on is frozen in a larger share of fewer steps.
     runs_alone = row.compute - 3 * bench.forward_share(16)
@@ -152,10 +163,9 @@ def test_a_comparison_end_to_end_is_not_run_twice(tmp_path, monkeypatch):
     assert "| small | 1 | " in text
 
     # It is what a run of so few steps on the other examples comes to.
-    part = Bench("part", Case(run, 100), out=tmp_path, data_dir=tmp_path, weights_dir=None, say=print)
-    train = part.data.train
-    part.data = part.data._replace(train=train[:64], held_out=train[64:])
-    shorter = part.trial("shorter", strategies()["never"]._replace(length=0.5), 0, predictor=None)
+    train = bench.data.train
+    bench.data = bench.data._replace(train=train[:64], held_out=train[64:])
+    shorter = bench.trial("shorter", strategies()["never"]._replace(length=0.5), 0, predictor=None)
     assert shorter.loss == pytest.approx(row.rehearsal.never, rel=1e-6)
 
     monkeypatch.setattr(rehearsals, "Bench", None)

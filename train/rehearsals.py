@@ -102,9 +102,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--seeds", type=int, default=3, help="seeds of rehearsals, from 0 (default: %(default)s)")
     parser.add_argument("--full-seeds", type=int, default=3, help="seeds of full runs (default: %(default)s)")
-    every = ("never", *PLAN)
     parser.add_argument(
-        "--strategies", nargs="+", choices=every, default=every, help="what is run at full length (default: all)"
+        "--strategies",
+        nargs="+",
+        choices=[name for name, strategy in strategies().items() if strategy.needs is None],
+        default=["never", *PLAN],
+        metavar="STRATEGY",
+        help=f"what is run at full length: %(choices)s (default: never {' '.join(PLAN)})",
     )
     args = parser.parse_args(argv)
     known = cases()

@@ -96,6 +96,8 @@ def report(rehearsals: Sequence[Rehearsed], results: Sequence[Result], plan: Pla
         parts.append(f"### Rehearsals of {share:.1%} of the steps\n\n{_told(by_case, full, plan)}")
         if outcomes := _outcomes(by_case, full, plan):
             parts.append(f"The long run then has `{plan.ready}` or `{plan.otherwise}`:\n\n{outcomes}")
+    if in_full := _in_full(full):
+        parts.append(f"### Full runs, less `never` with the same seed\n\n{in_full}")
     return "\n\n".join(parts)
 
 
@@ -143,6 +145,31 @@ def _outcomes(by_case: Mapping[str, Sequence[Rehearsed]], full: _Runs, plan: Pla
         return ""
     head = f"| fine-tuning | seeds | {plan.ready} | compute, rehearsal included | with kept activations | points |"
     return "\n".join([head, "|---|--:|--:|--:|--:|--:|", *lines])
+
+
+def _in_full(full: _Runs) -> str:
+    """Empty if nothing ran beside ``never``."""
+    pairs: dict[tuple[str, str], list[tuple[Result, Result]]] = {}
+    for (case, seed, strategy), run in full.items():
+        if strategy != "never" and (never := full.get((case, seed, "never"))):
+            pairs.setdefault((case, strategy), []).append((never, run))
+    if not pairs:
+        return ""
+    lines = [
+        "| fine-tuning | strategy | seeds | compute | with kept activations | loss | points | median |",
+        "|---|---|--:|--:|--:|--:|--:|--:|",
+    ]
+    order = {case: place for place, case in enumerate(dict.fromkeys(case for case, _ in pairs))}
+    for (case, strategy), runs in sorted(pairs.items(), key=lambda item: (order[item[0][0]], item[0][1])):
+        compute = f"{np.mean([run.compute for _, run in runs]):.2f}"
+        cached = f"{np.mean([run.compute_cached for _, run in runs]):.2f}"
+        losses = [run.loss - never.loss for never, run in runs]
+        points = [100 * (run.accuracy - never.accuracy) for never, run in runs]
+        lines.append(
+            f"| {case} | {strategy} | {len(runs)} | {compute} | {cached} | {_mean(losses, 3)} | {_mean(points, 2)} | "
+            f"{np.median(points):+.2f} |"
+        )
+    return "\n".join(lines)
 
 
 def _mean(values: Sequence[float], digits: int, unit: str = "") -> str:

@@ -76,6 +76,7 @@ def strategies() -> dict[str, Strategy]:
         "static:half": [(0.0, 0.5)],
         "static:all": [(0.0, 1.0)],
         "static:half,all": [(0.0, 0.5), (0.5, 1.0)],
+        "static:half,all:0.6": [(0.0, 0.5), (0.6, 1.0)],
     }
     for name, chosen in stages.items():
         found[name] = Strategy(
