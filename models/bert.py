@@ -219,8 +219,10 @@ class Bert(nnx.Module):
         ValueError: If the heads do not divide ``dim``, ``pool`` is unknown, or a rate is not one.
 
     Example:
-        >>> model = Bert(vocab_size=100, dim=16, depth=2, heads=2, hidden=32, rngs=nnx.Rngs(0))
-        >>> model(jnp.array([[2, 17, 3], [2, 3, 0]]), jnp.array([[1, 1, 1], [1, 1, 0]])).shape
+        >>> def logits(ids, mask):
+        ...     model = Bert(vocab_size=100, dim=16, depth=2, heads=2, hidden=32, rngs=nnx.Rngs(0))
+        ...     return model(ids, mask)
+        >>> nnx.eval_shape(logits, jnp.array([[2, 17, 3], [2, 3, 0]]), jnp.array([[1, 1, 1], [1, 1, 0]])).shape
         (2, 2)
     """
 

@@ -172,8 +172,10 @@ class DeiT(nnx.Module):
         ValueError: If the patches do not tile the image, the heads do not divide ``dim``, or a rate is not one.
 
     Example:
-        >>> model = DeiT(image_size=32, patch_size=8, dim=64, depth=2, heads=2, num_classes=10, rngs=nnx.Rngs(0))
-        >>> model(jnp.ones((1, 32, 32, 3))).shape
+        >>> def logits(images):
+        ...     model = DeiT(image_size=32, patch_size=8, dim=64, depth=2, heads=2, num_classes=10, rngs=nnx.Rngs(0))
+        ...     return model(images)
+        >>> nnx.eval_shape(logits, jnp.ones((1, 32, 32, 3))).shape
         (1, 10)
     """
 

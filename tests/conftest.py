@@ -2,8 +2,9 @@
 
 import os
 
-# Programs as users have them up to LLVM, whose optimizations take a third of the time of all tests.
-os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
+from tests.programs import FAST
+
+os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count=8 {FAST}")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 
 from pathlib import Path

@@ -85,14 +85,17 @@ def whole_tree(_, tx, grads_of=every_grad):
     return step, jax.eval_shape(tx.init, PARAMS)
 
 
+# For programs that several tests compare.
+shared_program = functools.cache(program)
+
+
+def unfrozen():
+    return shared_program("")
+
+
 @pytest.mark.parametrize("names", ["a", "ab", "abc", "abcd", "c", "ac"])
 def test_the_right_way_is_not_reported(names):
-    assert check_saving(account(), program(""), program(names), notable=0.5) is None
-
-
-@functools.cache
-def unfrozen():
-    return program("")
+    assert check_saving(account(), unfrozen(), shared_program(names), notable=0.5) is None
 
 
 def check(after):
@@ -123,15 +126,17 @@ def test_work_that_the_account_does_not_know_is_left_out():
 
 def test_an_account_of_another_batch():
     costs = sfj.account(loss_fn, LAYERS, PARAMS, jnp.ones((256, 24)), jnp.zeros(256, jnp.int32), tx=ADAM)
-    assert check_saving(costs, unfrozen(), program("ab"), notable=0.5) is None
-    assert check_saving(costs, unfrozen(), program("ab", grads_of=every_grad, log=optax.tree.norm)).cause == "norm"
+    assert check_saving(costs, unfrozen(), shared_program("ab"), notable=0.5) is None
+    assert (
+        check_saving(costs, unfrozen(), shared_program("ab", grads_of=every_grad, log=optax.tree.norm)).cause == "norm"
+    )
 
 
 # Norms and clips.
 
 
 def test_a_norm_of_all_gradients():
-    finding = check(program("ab", grads_of=every_grad, log=optax.tree.norm))
+    finding = check(shared_program("ab", grads_of=every_grad, log=optax.tree.norm))
     assert finding.cause == "norm"
     assert "logged" in finding.message
     assert check_saving(account(), unfrozen(), program("ab", log=optax.tree.norm)) is None
@@ -342,7 +347,7 @@ def test_a_scan_over_frozen_and_active_blocks():
 
 
 def test_frozen_layers_behind_active_ones():
-    finding = check_saving(account(), unfrozen(), program("bc"), notable=0.1)
+    finding = check_saving(account(), unfrozen(), shared_program("bc"), notable=0.1)
     assert finding.cause == "behind"
     assert finding.layers == ("b", "c")
     assert "'a' before them train" in finding.message
@@ -350,8 +355,8 @@ def test_frozen_layers_behind_active_ones():
     saved, added = costs.saving(frozen_set("abc"), frozen_set("bc")), -costs.saving(frozen_set(""), frozen_set("bc"))
     assert f"{saved:.1%} cheaper" in finding.message
     assert f"{added:.1%} more expensive" in finding.message
-    assert check_saving(account(), unfrozen(), program("bc"), notable=0.5) is None
-    assert check_saving(account(), unfrozen(), program("ab"), notable=0.01) is None
+    assert check_saving(account(), unfrozen(), shared_program("bc"), notable=0.5) is None
+    assert check_saving(account(), unfrozen(), shared_program("ab"), notable=0.01) is None
 
 
 # No cause.
@@ -367,14 +372,14 @@ def test_a_cause_that_is_not_known():
 
 
 def test_without_a_jaxpr():
-    after = program("ab", grads_of=every_grad, log=optax.tree.norm)._replace(jaxpr=None)
+    after = shared_program("ab", grads_of=every_grad, log=optax.tree.norm)._replace(jaxpr=None)
     finding = check(after)
     assert finding.cause == "unknown"
     assert "pass the jaxpr" in finding.message
 
 
 def test_nothing_is_asked_of_layers_that_return():
-    assert check_saving(account(), program("ab"), program("a")) is None
+    assert check_saving(account(), shared_program("ab"), shared_program("a")) is None
 
 
 def test_a_frozen_set_of_another_network():
@@ -395,10 +400,10 @@ def test_each_cause_is_warned_of_once():
     assert len(caught) == 1
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert check_next(program("ab", grads_of=every_grad, log=optax.tree.norm)).cause == "norm"
-        assert check_next(program("a")) is None
+        assert check_next(shared_program("ab", grads_of=every_grad, log=optax.tree.norm)).cause == "norm"
+        assert check_next(shared_program("a")) is None
     with pytest.warns(SavingWarning, match="'b', 'c' save less than they could"):
-        check_next(program("bc"))
+        check_next(shared_program("bc"))
     assert [finding.cause for finding in check_next.findings] == ["norm", "behind"]
 
 
@@ -437,13 +442,13 @@ def test_sums_over_devices_that_stay():
 # NNX.
 
 
-def small_resnet(rngs, **kwargs):
-    return ResNet((1, 1), (8, 16), BasicBlock, num_classes=10, stem="cifar", rngs=rngs, **kwargs)
+def small_resnet(rngs, stages=2, **kwargs):
+    return ResNet((1,) * stages, (8, 16)[:stages], BasicBlock, num_classes=10, stem="cifar", rngs=rngs, **kwargs)
 
 
 def small_vit(rngs, **kwargs):
-    sizes = {"image_size": 16, "patch_size": 4, "dim": 16, "depth": 3, "heads": 2, "num_classes": 10}
-    return DeiT(**sizes, dropout=0.1, drop_path=0.1, rngs=rngs, **kwargs)
+    sizes = {"image_size": 16, "patch_size": 4, "dim": 16, "depth": 2, "heads": 2, "num_classes": 10}
+    return DeiT(**{**sizes, "dropout": 0.1, "drop_path": 0.1, "rngs": rngs, **kwargs})
 
 
 def model_loss(model, x, y):
@@ -479,30 +484,35 @@ CLIPPED = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3))
 SGD = optax.sgd(0.1, momentum=0.9)
 
 
+PARTS = ("half", "middle", "all but the head")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("make", "tx"),
+    ("make", "tx", "parts"),
     [
-        (small_resnet, SGD),
-        (functools.partial(small_resnet, dtype=jnp.bfloat16), CLIPPED),
-        (small_vit, CLIPPED),
-        (functools.partial(small_vit, scan=True), optax.MultiSteps(SGD, 4)),
+        (small_resnet, SGD, ("first", *PARTS, "all")),
+        (functools.partial(small_resnet, stages=1, dtype=jnp.bfloat16), CLIPPED, PARTS),
+        (small_vit, CLIPPED, ("first", *PARTS, "all")),
+        (functools.partial(small_vit, depth=3, dropout=0.0, scan=True), optax.MultiSteps(SGD, 4), PARTS),
     ],
     ids=["resnet", "resnet-bfloat16", "vit", "vit-scan-accumulated"],
 )
-def test_networks_are_not_reported(make, tx):
+def test_networks_are_not_reported(make, tx, parts):
     model = nnx.eval_shape(lambda: make(rngs=nnx.Rngs(0)))
     layers = sfj.nnx.find_layers(model, IMAGES[0])
     costs = sfj.nnx.account(model, layers, model_loss, *IMAGES, tx=tx)
     names, third = layers.names, len(layers) // 3
+    sets = {"first": names[:1], "half": names[: len(names) // 2], "middle": names[third : 2 * third]}
+    sets |= {"all but the head": names[:-1], "all": names}
     before = nnx_program(model, layers, (), tx)
-    for some in (names[:1], names[: len(names) // 2], names[third : 2 * third], names[:-1], names):
-        assert check_saving(costs, before, nnx_program(model, layers, some, tx), notable=0.5) is None, some
+    for part in parts:
+        assert check_saving(costs, before, nnx_program(model, layers, sets[part], tx), notable=0.5) is None, part
 
 
 @pytest.mark.slow
 def test_the_stock_gradients_of_nnx():
-    model = nnx.eval_shape(lambda: small_vit(rngs=nnx.Rngs(0)))
+    model = nnx.eval_shape(lambda: small_vit(dropout=0.0, drop_path=0.0, rngs=nnx.Rngs(0)))
     layers = sfj.nnx.find_layers(model, IMAGES[0])
     costs = sfj.nnx.account(model, layers, model_loss, *IMAGES, tx=SGD)
     half = layers.names[: len(layers) // 2]

@@ -1,6 +1,7 @@
 """``python -m train.collect``: which runs there are, what a recording holds, and that a killed collection goes on."""
 
 import dataclasses
+import functools
 import subprocess
 import sys
 from collections import Counter
@@ -13,9 +14,10 @@ import pytest
 
 import smartfrz_jax as sfj
 from smartfrz_jax import recording
-from train import collect
+from train import collect, repeat_harm
 from train.collection import __main__ as worker
 from train.collection import pretraining, sets
+from train.collection import record as recording_of_a_run
 from train.collection.architectures import ARCHITECTURES
 from train.collection.network import Network
 from train.collection.plan import runs
@@ -200,11 +202,20 @@ def test_a_pretrained_start_has_all_but_the_head(network):
         np.testing.assert_array_equal(value, fresh[name] if name in head else other[name], err_msg=name)
 
 
+@pytest.fixture(scope="module")
+def recorded_run(tmp_path_factory):
+    """A short run, its recording, and a ``prepare`` that gives the same arguments the same network, compiled once."""
+    run, folder = dataclasses.replace(tiny(batch_norm="train"), true_harm=True), tmp_path_factory.mktemp("set")
+    prepare_once = functools.cache(prepare)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recording_of_a_run, "prepare", prepare_once)
+        with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+            return run, record(run, folder, folder, None, print), folder, prepare_once
+
+
 @pytest.mark.slow
-@pytest.mark.usefixtures("jax_defaults")
-def test_a_recording_end_to_end(tmp_path):
-    run = tiny(steps=8, batch_norm="train")
-    recorded = record(dataclasses.replace(run, true_harm=True), tmp_path, tmp_path, None, print)
+def test_a_recording_end_to_end(recorded_run, tmp_path):
+    run, recorded, _, _ = recorded_run
     layers = len(recorded.layers)
     assert recorded.steps.tolist() == list(range(1, 9))
     assert (recorded.record_every, recorded.total_steps) == (1, 8)
@@ -234,6 +245,23 @@ def test_a_recording_end_to_end(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("jax_defaults")
+def test_a_run_is_repeated_and_only_the_batches_of_its_branches_are_others(recorded_run, monkeypatch):
+    run, first, folder, prepare_once = recorded_run
+    monkeypatch.setattr(repeat_harm, "runs", lambda: [run])
+    monkeypatch.setattr(repeat_harm, "prepare", prepare_once)
+    args = repeat_harm.parse(f"--recordings {folder} --data-dir {folder}".split())
+    second = repeat_harm.measure_again(first, args)
+    assert first.branch_harm is not None
+    np.testing.assert_array_equal(np.isnan(second), np.isnan(first.branch_harm))
+    assert not np.array_equal(second, first.branch_harm, equal_nan=True)
+    monkeypatch.setattr(repeat_harm, "_OTHER_BATCHES", 0)
+    np.testing.assert_array_equal(repeat_harm.measure_again(first, args), first.branch_harm)
+    with pytest.raises(ValueError, match="recordings: other is not in the list"):
+        repeat_harm.measure_again(dataclasses.replace(first, metadata={"name": "other"}), args)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("jax_defaults")
 def test_what_is_fine_tuned_is_pretrained_once_and_kept(tmp_path, monkeypatch):
     monkeypatch.setattr(pretraining, "_STEPS", {"weak": 2, "good": 4})
     run = tiny(steps=4, pretraining="fashion_mnist:good", batch_norm="fixed")
@@ -252,7 +280,7 @@ def test_what_is_fine_tuned_is_pretrained_once_and_kept(tmp_path, monkeypatch):
 
 @pytest.mark.slow
 def test_a_killed_collection_goes_on_where_it_was(tmp_path, capfd, monkeypatch):
-    names = ["resnet8-fashion_mnist-scratch-0", "vgg9-fashion_mnist-scratch-0"]
+    names = ["vgg9-fashion_mnist-scratch-0", "resnet8-fashion_mnist-scratch-0"]
     arguments = ["--only", "[rv]*[89]-fashion_mnist-scratch-0", "--steps", "4", "--data-dir", str(tmp_path)]
     arguments += ["--out", str(tmp_path / "out"), "--jobs", "2"]
     started = subprocess.Popen(

@@ -5,6 +5,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import smartfrz_jax as sfj
 from smartfrz_jax.collectives import Collectives, Traffic, collectives
+from tests.programs import AS_FOR_USERS
 
 
 def network(params, x):
@@ -16,7 +17,7 @@ def network(params, x):
 def test_peak_is_arguments_results_and_temporaries():
     params = [jnp.ones((64, 64)) for _ in range(5)]
     x = jnp.ones((512, 64))
-    cost = sfj.program_cost(jax.jit(jax.grad(network)), params, x)
+    cost = sfj.program_cost(jax.jit(jax.grad(network), compiler_options=AS_FOR_USERS), params, x)
     results = 4 * 5 * 64 * 64
     assert cost.argument_bytes == 4 * (5 * 64 * 64 + 512 * 64)
     assert 0 <= cost.peak_bytes - (cost.argument_bytes + results + cost.temp_bytes) < 1024  # pointers of the tuple
@@ -28,8 +29,8 @@ def test_donated_arguments_count_once():
         return [w - g for w, g in zip(params, jax.grad(network)(params, x), strict=True)]
 
     args = [jnp.ones((64, 64))] * 5, jnp.ones((2, 64))
-    kept = sfj.program_cost(jax.jit(step), *args)
-    donated = sfj.program_cost(jax.jit(step, donate_argnums=0), *args)
+    kept = sfj.program_cost(jax.jit(step, compiler_options=AS_FOR_USERS), *args)
+    donated = sfj.program_cost(jax.jit(step, donate_argnums=0, compiler_options=AS_FOR_USERS), *args)
     assert kept.peak_bytes - donated.peak_bytes >= 4 * 5 * 64 * 64 - (donated.temp_bytes - kept.temp_bytes) - 1024
 
 
@@ -63,7 +64,7 @@ def test_gradients_of_a_split_batch_are_summed():
     split, whole = split_and_whole()
     params = [jax.ShapeDtypeStruct((64, 64), jnp.float32, sharding=whole)] * 3
     x = jax.ShapeDtypeStruct((512, 64), jnp.float32, sharding=split)
-    cost = sfj.program_cost(jax.jit(jax.grad(network)), params, x)
+    cost = sfj.program_cost(jax.jit(jax.grad(network), compiler_options=AS_FOR_USERS), params, x)
     assert cost.devices == 8
     assert cost.collectives.reduced_bytes == cost.collectives.all_reduce.bytes == 4 * 3 * 64 * 64
     assert cost.collectives.all_reduce.operations >= 1

@@ -1,27 +1,13 @@
 """``make demo``: that it runs to the end, writes what it says, and ends well when it cannot."""
 
-import os
+import runpy
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from train import demo, fashion_mnist, log
+from train import demo, fashion_mnist, log, run
 from train.run import batches
-
-ROOT = Path(__file__).parents[1]
-
-
-def command(*arguments):
-    env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    return subprocess.Popen(
-        [sys.executable, "-m", "train.demo", *arguments],
-        cwd=ROOT, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
 
 
 def test_the_data_is_complete_and_balanced():
@@ -46,22 +32,23 @@ def test_an_epoch_shows_every_image_once_but_those_of_the_last_partial_batch():
 @pytest.mark.usefixtures("jax_defaults")
 def test_the_demo_runs_to_the_end(tmp_path, capsys, monkeypatch):
     train, test = (
-        fashion_mnist.Split(*(part[:n] for part in split))
+        fashion_mnist.Split(split.images[:n, ::2, ::2], split.labels[:n])
         for split, n in zip(fashion_mnist.load(), (600, 300), strict=True)
     )
     monkeypatch.setattr(fashion_mnist, "load", lambda: (train, test))
+    monkeypatch.setattr(demo, "STAGE_SIZES", (1, 1, 1))
     assert demo.main(["--out", str(tmp_path), "--epochs", "3", "--pretrain-epochs", "1", "--quiet"]) == 0
     steps = 3 * (600 // demo.BATCH_SIZE)
     runs = [log.read(tmp_path / f"{name}.jsonl") for name in ("never", "smartfrz", "progress", "linear")]
-    for run in runs:
-        assert [step.step for step in run.steps] == list(range(1, steps + 1))
-        assert 0.1 < run.metrics["accuracy"] <= 1
-        assert all(program.waited > 0 for program in run.programs)  # none finds what another one compiled
-    losses = [[step.loss for step in run.steps] for run in runs]
+    for tuning in runs:
+        assert [step.step for step in tuning.steps] == list(range(1, steps + 1))
+        assert 0.1 < tuning.metrics["accuracy"] <= 1
+        assert all(program.waited > 0 for program in tuning.programs)  # none finds what another one compiled
+    losses = [[step.loss for step in tuning.steps] for tuning in runs]
     same = runs[2].freezes[0].step
     assert losses[0][:same] == losses[2][:same]
     assert losses[0][same:] != losses[2][same:]
-    flops = [[step.flops for step in run.steps] for run in runs]
+    flops = [[step.flops for step in tuning.steps] for tuning in runs]
     assert len(set(flops[0])) == 1
     assert flops[3][-1] < 0.5 * flops[0][-1]
     assert runs[3].freezes[-1].step < len(flops[3])
@@ -76,15 +63,23 @@ def test_the_demo_runs_to_the_end(tmp_path, capsys, monkeypatch):
 
 
 @pytest.mark.slow
-def test_an_interrupted_demo_says_so(tmp_path):
-    process = command("--out", str(tmp_path))
-    for _ in range(600):
-        time.sleep(0.1)
-        if (tmp_path / "pretrain.jsonl").exists() and (tmp_path / "pretrain.jsonl").read_text().count("step") > 3:
-            break
-    process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130
+@pytest.mark.usefixtures("jax_defaults")
+def test_an_interrupted_demo_says_so(tmp_path, monkeypatch, capsys):
+    training = run.training
+
+    def interrupted(*args, **options):
+        for step in training(*args, **options):
+            if step == 3:
+                signal.raise_signal(signal.SIGINT)
+            yield step
+
+    monkeypatch.setattr(run, "training", interrupted)
+    monkeypatch.setattr("sys.argv", ["demo", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit) as exit_info:
+        runpy.run_path(demo.__file__, run_name="__main__")
+    assert exit_info.value.code == 130
+    assert len(log.read(tmp_path / "pretrain.jsonl").steps) == 3
+    err = capsys.readouterr().err
     assert "interrupted" in err
     assert str(tmp_path) in err
     assert "Traceback" not in err

@@ -1,5 +1,6 @@
 """Freezing on many devices: what is frozen is not reduced, and every array stays where it is. Donated buffers."""
 
+import functools
 import itertools
 import math
 import re
@@ -207,15 +208,22 @@ POLICIES = {
 }
 
 
+@functools.cache
+def run_alone(policy):
+    """The run on a single device."""
+    freezer, params, _ = run(policy())
+    return freezer.events, params
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS["params"], ids=KINDS["ids"])
 @pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES.keys())
 def test_a_run_on_many_devices_decides_and_computes_what_one_on_a_single_device_does(kind, policy):
-    alone, expected, _ = run(policy())
+    events, expected = run_alone(policy)
     mesh = mesh_of(kind)
     with jax.set_mesh(mesh):
         freezer, params, held = run(policy(), mesh)
-    assert freezer.events == alone.events
+    assert freezer.events == events
     assert freezer.events
     assert not freezer.frozen.names.issuperset(NAMES)
     for name, leaf in params.items():

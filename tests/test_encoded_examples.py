@@ -19,7 +19,7 @@ from tests.test_fitting import OPTIONS, arrays, random_examples, small_predictor
 ENCODINGS = {
     "raw": PAPER,
     "sorted": Encoding("sorted_deltas", progress=False, depth=False, regime=False),
-    "scale-free": Encoding("scale_free", quantiles=2),
+    "scale-free": Encoding("scale_free", quantiles=2, regime=False),
     "context": Encoding("none"),
 }
 each = pytest.mark.parametrize("encoding", ENCODINGS.values(), ids=ENCODINGS)
@@ -30,7 +30,7 @@ each = pytest.mark.parametrize("encoding", ENCODINGS.values(), ids=ENCODINGS)
 def test_a_predictor_says_the_same_of_what_is_encoded(encoding):
     predictor = small_predictor(12, encoding=encoding)
     observation = walk(0, batch=(5,))
-    encoded = jax.vmap(lambda one: encode(encoding, one))(observation)
+    encoded = jax.jit(jax.vmap(lambda one: encode(encoding, one)))(observation)
     assert isinstance(encoded, Encoded)
     np.testing.assert_allclose(
         freeze_probability(predictor, encoded), freeze_probability(predictor, observation), rtol=1e-5

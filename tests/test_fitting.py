@@ -1,4 +1,5 @@
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -155,28 +156,31 @@ def test_class_weights_move_the_decision(trained):
     assert rate["balanced"] < rate[1.0, 10.0] - 0.1
 
 
+@partial(jax.jit, static_argnums=0)
+def loss_and_grads(graphdef, params, statistics, observation, target, weights, weight_decay):
+    def regularised(params):
+        logits = jax.vmap(nnx.merge(graphdef, params, statistics))(observation)
+        log_p = jax.nn.log_softmax(logits)[jnp.arange(len(target)), target]
+        kernels = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params) if leaf.ndim == 2)
+        loss = -jnp.mean(log_p * weights[target])
+        return loss + weight_decay / 2 * kernels, loss
+
+    return jax.value_and_grad(regularised, has_aux=True)(params)
+
+
 class TestAgainstAnIndependentLoop:
     """All examples in one batch, so that their order does not matter."""
 
     def by_hand(self, predictor, examples, weights, epochs, learning_rate, momentum, weight_decay=0.0):
         observation, target = examples.batch(np.arange(len(examples)))
         graphdef, params, statistics = nnx.split(standardized(predictor, examples), nnx.Param, ...)
-
-        def parts(params):
-            logits = jax.vmap(nnx.merge(graphdef, params, statistics))(observation)
-            log_p = jax.nn.log_softmax(logits)[jnp.arange(len(target)), target.astype(np.int32)]
-            kernels = sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params) if leaf.ndim == 2)
-            return -jnp.mean(log_p * jnp.asarray(weights, jnp.float32)[target.astype(np.int32)]), kernels
-
-        def regularised(params):
-            loss, kernels = parts(params)
-            return loss + weight_decay / 2 * kernels, loss
-
-        loss_and_grads = jax.jit(jax.value_and_grad(regularised, has_aux=True))
+        target, weights = target.astype(np.int32), np.array(weights, np.float32)
         velocity = jax.tree.map(jnp.zeros_like, params)
         losses = []
         for t in range(epochs):
-            (_, loss), grads = loss_and_grads(params)
+            (_, loss), grads = loss_and_grads(
+                graphdef, params, statistics, observation, target, weights, np.float32(weight_decay)
+            )
             rate = learning_rate * 0.5 * (1 + np.cos(np.pi * t / epochs))
             velocity = jax.tree.map(lambda v, g: momentum * v + g, velocity, grads)
             params = jax.tree.map(lambda p, v, rate=rate: p - float(rate) * v, params, velocity)
@@ -209,11 +213,11 @@ class TestAgainstAnIndependentLoop:
             moved = max(moved, np.abs(got - start).max())
         assert moved > 0.05
 
-    @pytest.mark.parametrize("encoding", [PAPER, Encoding("sorted_deltas")], ids=["paper", "deltas"])
+    @pytest.mark.parametrize("encoding", [PAPER, Encoding("sorted_deltas", regime=False)], ids=["paper", "deltas"])
     @pytest.mark.slow
     def test_weight_decay(self, encoding):
         examples, predictor = random_examples(), small_predictor(3, encoding=encoding)
-        options = {"epochs": 3, "learning_rate": 0.05, "momentum": 0.5, "weight_decay": 0.3}
+        options = {"epochs": 3, "learning_rate": 0.05, "momentum": 0.8, "weight_decay": 0.3}
         result = fit(predictor, examples, held_out=None, batch_size=42, class_weights=None, **options)
         losses, expected = self.by_hand(predictor, examples, (1, 1), **options)
         np.testing.assert_allclose(result.losses, losses, rtol=1e-4)
@@ -404,7 +408,7 @@ class TestPredict:
         expected = [
             np.asarray(jax.nn.softmax(one(jax.tree.map(lambda leaf, i=i: leaf[i], observation))))[1] for i in range(42)
         ]
-        for batch_size in (1, 10, 42, 100):
+        for batch_size in (10, 42):
             got = predict(predictor, examples, batch_size=batch_size)
             assert (got.shape, got.dtype) == ((42,), np.float32)
             np.testing.assert_allclose(got, expected, rtol=1e-5)

@@ -7,6 +7,7 @@ import pytest
 from jax import lax
 
 from smartfrz_jax import flops, inlining, operations
+from tests.programs import AS_FOR_USERS
 
 
 def shape(*dims: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
@@ -14,7 +15,7 @@ def shape(*dims: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
 
 
 def compiled(function, *shapes) -> float:
-    analysis = jax.jit(function).lower(*shapes).compile().cost_analysis()
+    analysis = jax.jit(function, compiler_options=AS_FOR_USERS).lower(*shapes).compile().cost_analysis()
     return (analysis[0] if isinstance(analysis, list) else analysis).get("flops", 0.0)
 
 

@@ -1,3 +1,4 @@
+import functools
 from typing import Any
 
 import jax
@@ -60,12 +61,18 @@ class State(sfj.linen.TrainState):
     batch_stats: Any = None
 
 
-def make(cls=State):
+@functools.cache
+def found():
     variables = NET.init(jax.random.key(2), X, train=False)
-    layers = sfj.linen.find_layers(NET, variables, X)
-    return cls.create(
-        apply_fn=NET.apply, params=variables["params"], tx=TX, layers=layers, batch_stats=variables["batch_stats"]
-    )
+    return variables, sfj.linen.find_layers(NET, variables, X)
+
+
+def make(**options):
+    variables, layers = found()
+    return State.create(
+        apply_fn=NET.apply, params=variables["params"], tx=TX, layers=layers, batch_stats=variables["batch_stats"],
+        **options,
+    )  # fmt: skip
 
 
 @jax.jit
@@ -208,11 +215,7 @@ def test_policies_that_look_at_gradients_need_a_state_that_keeps_them():
 
 @pytest.mark.slow
 def test_autofreeze_sees_the_gradients_of_the_active_layers():
-    variables = NET.init(jax.random.key(2), X, train=False)
-    state = State.create(
-        apply_fn=NET.apply, params=variables["params"], tx=TX, batch_stats=variables["batch_stats"], keep_grads=True,
-        layers=sfj.linen.find_layers(NET, variables, X),
-    )  # fmt: skip
+    state = make(keep_grads=True)
     freezer = sfj.linen.Freezer(state, sfj.autofreeze(evaluate_every=3, percentile=90))
     state = steps(state, 13, freezer=freezer)  # the last freeze is followed by one more step
     assert freezer.events

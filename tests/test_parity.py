@@ -104,7 +104,7 @@ def test_stored_outputs_are_read_back(tmp_path, monkeypatch):
 def test_a_wrong_detail_is_noticed(monkeypatch):
     expected, _ = measure.read("deit_tiny")
     network = cases.CASES["deit_tiny"].network
-    with_more_heads = cases.CASES["deit_tiny"]._replace(network=lambda **k: network(**k, heads=6))
+    with_more_heads = cases.CASES["deit_tiny"]._replace(network=lambda **k: network(**k, heads=6, scan=True))
     monkeypatch.setitem(cases.CASES, "deit_tiny", with_more_heads)
     errors = measure.errors(cases.outputs("deit_tiny"), expected)
     assert errors["eval"][0] > 1e-2

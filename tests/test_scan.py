@@ -1,5 +1,6 @@
 """A scan over stacked blocks gives what the blocks one by one give, and freezing saves as much."""
 
+import functools
 from functools import partial
 
 import jax
@@ -65,12 +66,23 @@ def loss_fn(model, *inputs):
     return jnp.square(model(*inputs) - jnp.arange(3, dtype=jnp.float32)[None]).mean()
 
 
-def value_and_grad(make, inputs, layers, frozen):
-    """A pure function of the model's variables to (loss, gradients, new variables), and these variables, abstract."""
-    model = nnx.eval_shape(make)
-    optimizer = nnx.eval_shape(lambda: sfj.nnx.Optimizer(make(), optax.sgd(0.1), layers=layers))
-    optimizer.frozen = sfj.Frozen(layers, frozenset(frozen))
+@functools.cache
+def abstract(network, scan):
+    """A network with shapes in place of values and its optimizer, made once, the inputs and the layers."""
+    make, inputs = NETWORKS[network]
+    model = nnx.eval_shape(partial(make, scan=scan))
+    layers = sfj.nnx.find_layers(model, *inputs)
     graphdef, state = nnx.split(model)
+    sgd = optax.sgd(0.1)
+    optimizer = nnx.eval_shape(lambda state: sfj.nnx.Optimizer(nnx.merge(graphdef, state), sgd, layers=layers), state)
+    return graphdef, state, optimizer, inputs, layers
+
+
+def value_and_grad(network, scan, frozen):
+    """A pure function of the model's variables to (loss, gradients, new variables), and these variables, abstract."""
+    graphdef, state, optimizer, inputs, layers = abstract(network, scan)
+    optimizer = nnx.clone(optimizer)
+    optimizer.frozen = sfj.Frozen(layers, frozenset(frozen))
 
     def run(state):
         model = nnx.merge(graphdef, state, copy=True)
@@ -132,13 +144,12 @@ def test_layers_and_variables_are_the_same_with_and_without_scan(network):
 @pytest.mark.slow
 def test_scan_changes_neither_outputs_nor_gradients_nor_random_streams(network):
     """For every frozen set, in training mode; the blocks draw from their own streams, as they would one by one."""
-    make, inputs = NETWORKS[network]
-    layers = sfj.nnx.find_layers(nnx.eval_shape(make), *inputs)
-    before = started(nnx.state(nnx.eval_shape(make)))
+    _, state, *_, layers = abstract(network, False)
+    before = started(state)
     frozen = frozen_sets(layers)["middle"]
     runs = {}
     for scan in (False, True):
-        run, _ = value_and_grad(partial(make, scan=scan), inputs, layers, frozen)
+        run, _ = value_and_grad(network, scan, frozen)
         loss, grads, after = jax.jit(run, compiler_options=QUICKLY)(before)
         runs[scan] = loss, arrays(grads), arrays(after)
     for expected, found in zip(runs[False], runs[True], strict=True):
@@ -166,14 +177,10 @@ def test_scan_changes_neither_outputs_nor_gradients_nor_random_streams(network):
 @pytest.mark.parametrize("network", NETWORKS)
 @pytest.mark.slow
 def test_freezing_saves_the_same_matrix_products_with_scan(network):
-    make, inputs = NETWORKS[network]
-    layers = sfj.nnx.find_layers(nnx.eval_shape(make), *inputs)
+    *_, layers = abstract(network, False)
     counts = {}
     for name, frozen in frozen_sets(layers).items():
-        unrolled, scanned = (
-            multiplications(needed(*value_and_grad(partial(make, scan=scan), inputs, layers, frozen)))
-            for scan in (False, True)
-        )
+        unrolled, scanned = (multiplications(needed(*value_and_grad(network, scan, frozen))) for scan in (False, True))
         assert scanned == unrolled, name
         counts[name] = scanned
     assert counts["all"] < counts["prefix"] < counts["middle"] < counts["none"]

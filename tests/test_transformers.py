@@ -1,5 +1,6 @@
 """DeiT and BERT: published sizes, initialisation, heads, masks, dropout, precision; and that they freeze."""
 
+import functools
 from functools import partial
 
 import jax
@@ -140,7 +141,7 @@ def test_a_distilled_network_gives_the_mean_of_its_heads_or_both():
     np.testing.assert_allclose(mean, (logits + distilled_logits) / 2, rtol=1e-5, atol=1e-6)
     assert np.abs(np.asarray(logits - distilled_logits)).max() > 0.1
     with pytest.raises(ValueError, match="distilled=True"):
-        tiny_deit().both_logits(IMAGES)
+        nnx.eval_shape(lambda: tiny_deit().both_logits(IMAGES))
 
 
 @pytest.mark.slow
@@ -333,17 +334,37 @@ def test_names_of_tensors():
     assert {Bert.tensor_name(name) for name in paths.flatten(nnx.state(bert, nnx.Param))} == tensors
 
 
-@pytest.mark.slow
-@pytest.mark.usefixtures("jax_defaults")
-@pytest.mark.parametrize(("network", "scan"), [("deit", True), ("bert", False)])
-def test_every_policy_freezes_them(network, scan):
-    make = partial(tiny_deit, drop_path=0.2) if network == "deit" else tiny_bert
-    model = lively(partial(make, scan=scan))
-    inputs = (IMAGES,) if network == "deit" else (IDS, MASK)
+TINY = {
+    "deit": (partial(tiny_deit, drop_path=0.2, scan=True), (IMAGES,)),
+    "bert": (partial(tiny_bert, scan=False), (IDS, MASK)),
+}
+
+
+@functools.cache
+def with_features(network):
+    """A network, its layers, the function for its features, and these."""
+    make, inputs = TINY[network]
+    model = lively(make)
     layers = sfj.nnx.find_layers(model, *inputs)
     features = sfj.nnx.features(model, layers, *inputs)
-    outputs = features(model, *inputs)
-    np.testing.assert_allclose(outputs[layers.head], call(evaluated(nnx.clone(model)), *inputs), rtol=1e-5, atol=1e-6)
+    return model, layers, features, features(model, *inputs)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("jax_defaults")
+@pytest.mark.parametrize("network", TINY)
+def test_the_last_of_the_features_are_the_logits(network):
+    model, layers, _, outputs = with_features(network)
+    logits = call(evaluated(nnx.clone(model)), *TINY[network][1])
+    np.testing.assert_allclose(outputs[layers.head], logits, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("jax_defaults")
+def test_every_policy_freezes_them():
+    """One of them: policies see nothing of a network but its layers, and their features, which are alike."""
+    _, inputs = TINY["deit"]
+    model, layers, features, outputs = with_features("deit")
     predictor = sfj.Predictor(sfj.PredictorConfig(size=8), rngs=nnx.Rngs(3))
     predictor.classifier.layers[2].bias[...] = jnp.array([0.0, 100.0])
     policies = [

@@ -264,19 +264,18 @@ def test_values_go_where_the_models_arrays_are():
     assert {leaf.device for leaf in jax.tree.leaves(nnx.as_pure(nnx.state(model)))} == {device}
 
 
-@pytest.mark.slow
 def test_an_abstract_model_becomes_one_with_values():
     model = nnx.eval_shape(lambda: ResNet((1,), (4,), BasicBlock, num_classes=3, stem="cifar", rngs=nnx.Rngs(0)))
     expected = values(resnet(seed=1))
     weights.set_tensors(model, expected)
     assert_same(values(model), expected)
-    assert model(jnp.ones((2, 8, 8, 3))).shape == (2, 3)
+    assert nnx.jit(lambda model, x: model(x))(model, jnp.ones((2, 8, 8, 3))).shape == (2, 3)
 
 
 def test_gradients_have_names_too():
     model = resnet()
     model.train()
-    grads = nnx.grad(lambda model: jnp.sum(jnp.square(model(jnp.ones((2, 8, 8, 3)) / 3))))(model)
+    grads = nnx.jit(nnx.grad(lambda model: jnp.sum(jnp.square(model(jnp.ones((2, 8, 8, 3)) / 3)))))(model)
     named = weights.get_tensors(model, grads)
     parameters = {name for name in weights.get_tensors(model) if "running" not in name}
     assert set(named) == parameters

@@ -56,7 +56,7 @@ CASES = {
     "deit_tiny_distilled": Case(
         lambda **k: deit_tiny(distilled=True, image_size=64, drop_path=0.0, scan=True, **k), _images(4, 64)
     ),
-    "bert_base": Case(lambda **k: bert_base(dropout=0.0, attention_dropout=0.0, **k), _tokens(4, 16)),
+    "bert_base": Case(lambda **k: bert_base(dropout=0.0, attention_dropout=0.0, scan=True, **k), _tokens(4, 16)),
     "minilm": Case(lambda **k: minilm(dropout=0.0, attention_dropout=0.0, **k), _tokens(4, 16)),
     "efficientnet_lite0": Case(lambda **k: efficientnet_lite0(dropout=0.0, drop_connect=0.0, **k), _images(8, 64)),
 }

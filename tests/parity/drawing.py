@@ -18,7 +18,10 @@ def uniform(name, shape):
     seed = int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
     size = int(np.prod(shape))
     bits = np.random.PCG64(seed).random_raw((size + 1) // 2).view(np.uint32)[:size]
-    return ((bits >> 8).astype(np.float32) * np.float32(2**-23) - np.float32(1)).reshape(shape)
+    numbers = (bits >> 8).astype(np.float32)  # in place from here on: there are a hundred millions of them
+    numbers *= np.float32(2**-23)
+    numbers -= np.float32(1)
+    return numbers.reshape(shape)
 
 
 def integers(name, shape, below):
@@ -45,7 +48,8 @@ def tensor(name, shape):
         gain = 2 if len(shape) == 4 else 1  # He et al.'s for convolutions
         if name.endswith("attention.output.dense.weight"):
             gain = 0.1
-        return draw * np.float32(np.sqrt(3 * gain / np.prod(shape[1:])))
+        draw *= np.float32(np.sqrt(3 * gain / np.prod(shape[1:])))
+        return draw
     if name.endswith("weight"):
         vector = 1 + draw / 4
     elif _BEFORE_RELU.search(name):

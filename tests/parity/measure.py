@@ -15,6 +15,7 @@ TOLERANCES = {"eval": 1e-4, "train": 1e-4, "statistics": 1e-4, "gradients": 1e-3
 ZERO = 1e-9
 # Entries stored of a tensor: all of a small one, such as logits, or so many of a large one.
 WHOLE, SAMPLES = 128, 12
+_PART = 2**16
 
 
 class Sample(NamedTuple):
@@ -28,9 +29,12 @@ class Sample(NamedTuple):
 
 def sample(name, array, *, few):
     """What is kept of a tensor; ``few`` unless it is an output."""
-    flat = np.asarray(array, np.float64).reshape(-1)
+    flat = np.asarray(array).reshape(-1)
     entries = flat if flat.size <= (SAMPLES if few else WHOLE) else flat[drawing.integers(name, (SAMPLES,), flat.size)]
-    return Sample(flat.size, float(np.abs(flat).max()), float(np.linalg.norm(flat)), entries)
+    # A part at a time: in float64 all of a large tensor would be a gigabyte.
+    parts = (flat[start : start + _PART].astype(np.float64) for start in range(0, flat.size, _PART))
+    norm = np.sqrt(sum(part @ part for part in parts))
+    return Sample(flat.size, float(max(flat.max(), -flat.min())), float(norm), entries.astype(np.float64))
 
 
 def errors(got, expected):
