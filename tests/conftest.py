@@ -1,5 +1,6 @@
 """Strict set-up of every test: eight fake CPU devices, no implicit dtype or rank promotion; warnings are errors."""
 
+import gc
 import os
 
 from tests.programs import FAST
@@ -24,6 +25,16 @@ def programs_are_kept_no_longer_than_the_test():
     if jax.config.values["jax_compilation_cache_dir"] is not None:
         jax.config.update("jax_compilation_cache_dir", None)
         compilation_cache.reset_cache()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def programs_do_not_use_up_the_memory_maps():
+    """Linux gives a process 65,530: one for all tests would crash in the compiler. Their memory is given back, too."""
+    yield
+    maps = Path("/proc/self/maps")
+    if maps.exists() and maps.read_bytes().count(b"\n") > 20_000:
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture(scope="session")

@@ -117,6 +117,7 @@ def forward_order(name):
             return ["conv_stem", *inner, "conv_head", "fc"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", FULL)
 def test_full_size_has_the_published_parameters_and_each_convolution_its_normalisation(name):
     model = full(name)

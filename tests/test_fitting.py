@@ -333,6 +333,7 @@ def test_compiles_one_step():
     assert fitting._step._cache_size() == before + 1
 
 
+@pytest.mark.slow
 def test_same_seed_same_bits():
     examples = random_examples()
     first, again, other = (fit(small_predictor(3), examples, seed=s, batch_size=8, **OPTIONS) for s in (3, 3, 4))

@@ -18,6 +18,7 @@ def parameters(model):
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
+@pytest.mark.slow
 def test_resnet50_has_the_published_number_of_parameters_and_54_layers():
     model = nnx.eval_shape(lambda: ResNet((3, 4, 6, 3), rngs=nnx.Rngs(0)))
     assert parameters(model) == 25_557_032

@@ -67,6 +67,7 @@ def parameters(model):
     return sum(int(np.prod(leaf.shape)) for leaf in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "published"),
     [
