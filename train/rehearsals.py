@@ -9,6 +9,7 @@ of these. Results are lines of ``rehearsals.jsonl`` and ``results.jsonl`` in ``-
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import fnmatch
 import sys
 from collections.abc import Iterator
@@ -27,12 +28,19 @@ from train.trials.trial import Bench
 
 PLAN = Plan(rehearsed="static:half", ready="static:half,all", otherwise="progress:0.95")
 _HELD_OUT = 2000
+_LONG = 4  # times the steps of the closed loop's case
 
 
 def cases() -> dict[str, Case]:
-    """Fine-tunings by name: those of the closed loop, and of recorded runs those that were pre-trained."""
+    """Fine-tunings by name: those of the closed loop, one of them longer, and of recorded runs the pre-trained ones."""
+    strong = CASES["lite0-cifar10"]
+    longer = dataclasses.replace(strong.setup, steps=_LONG * strong.setup.steps)
     pretrained = [run for run in runs() if run.pretraining != "scratch"]
-    return {**CASES, **{run.name: Case(run, _HELD_OUT) for run in pretrained}}
+    return {
+        **CASES,
+        "lite0-cifar10-long": strong._replace(setup=longer),
+        **{run.name: Case(run, _HELD_OUT) for run in pretrained},
+    }
 
 
 def compare(args: argparse.Namespace, interrupt: Interrupt) -> None:
@@ -95,7 +103,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--cases",
         nargs="+",
         default=list(CASES),
-        help="patterns of fine-tunings: of train.closed_loop, or recorded runs",
+        help="patterns of fine-tunings: of train.closed_loop, lite0-cifar10-long (four times its steps), or recorded runs",
     )
     parser.add_argument(
         "--shares", nargs="+", type=float, default=[0.05, 0.1], help="steps of rehearsals, as shares of the full run's"

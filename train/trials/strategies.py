@@ -76,6 +76,7 @@ def strategies() -> dict[str, Strategy]:
         "static:half": [(0.0, 0.5)],
         "static:all": [(0.0, 1.0)],
         "static:half,all": [(0.0, 0.5), (0.5, 1.0)],
+        "static:half,all:0.4": [(0.0, 0.5), (0.4, 1.0)],
         "static:half,all:0.6": [(0.0, 0.5), (0.6, 1.0)],
         "static:half,3/4:0.4,all:0.7": [(0.0, 0.5), (0.4, 0.75), (0.7, 1.0)],
     }
