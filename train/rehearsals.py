@@ -103,7 +103,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--cases",
         nargs="+",
         default=list(CASES),
-        help="patterns of fine-tunings: of train.closed_loop, lite0-cifar10-long (four times its steps), or recorded runs",
+        help="patterns of fine-tunings: of train.closed_loop, lite0-cifar10-long (of 800 steps), or recorded runs",
     )
     parser.add_argument(
         "--shares", nargs="+", type=float, default=[0.05, 0.1], help="steps of rehearsals, as shares of the full run's"
