@@ -87,13 +87,18 @@ class Loop:
 
 
 def slowed(monkeypatch, seconds):
+    """Slow compiling; the semaphore that is returned counts the programs that are compiled."""
     measure = step_module.measure
+    compiled = threading.Semaphore(0)
 
     def slow(*args):
         time.sleep(seconds)
-        return measure(*args)
+        result = measure(*args)
+        compiled.release()
+        return result
 
     monkeypatch.setattr(step_module, "measure", slow)
+    return compiled
 
 
 TWICE = {3: NAMES[:1], 8: NAMES[:2]}
@@ -146,18 +151,19 @@ def test_programs_are_compiled_in_the_background_once():
 
 @pytest.mark.slow
 def test_waiting_is_known(monkeypatch):
-    slowed(monkeypatch, 0.4)
+    compiled = slowed(monkeypatch, 0.6)
     waiting = Loop(decided({2: NAMES[:1]}), lead=1).run(6)
     _, late = waiting.step.programs
-    assert late.waited > 0.3
+    assert late.waited > 0.5
     assert waiting.step.wait_seconds == pytest.approx(sum(program.waited for program in waiting.step.programs))
 
     ready = Loop(decided({2: NAMES[:1]}), lead=3).run(4)
     assert ready.freezer.pending is not None
-    time.sleep(1.0)
+    for _ in range(4):
+        assert compiled.acquire(timeout=60)
     ready.run(3)
     _, early = ready.step.programs
-    assert early.waited - early.cost.trace_seconds < 0.1
+    assert early.waited - early.cost.trace_seconds < 0.3
 
 
 @pytest.mark.slow
