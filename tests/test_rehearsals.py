@@ -30,8 +30,8 @@ def rehearsed(seed, harm, chosen, share=0.1, case="case"):
     return Rehearsed(case, seed, share, 0.2 + seed / 10, sfj.Rehearsal(10, 2.0, 1.8, harms, chosen))
 
 
-def result(strategy, seed, loss, accuracy, compute=1.0, cached=1.0):
-    return Result("case", strategy, seed, accuracy, loss, compute, cached, 1.0, 1.0, [])
+def result(strategy, seed, loss, accuracy, compute=1.0, cached=1.0, seconds=2.0):
+    return Result("case", strategy, seed, accuracy, loss, compute, cached, seconds, 1.0, [])
 
 
 def test_the_report_by_hand():
@@ -49,8 +49,8 @@ def test_the_report_by_hand():
         result("static:half", 1, 0.5, 0.90),  # no run of never with that seed
         result("static:all", 0, 0.5, 0.90),  # not what was chosen
         result("progress:0.5", 0, 1.1, 0.79, compute=0.8, cached=0.7),
-        result("never", 2, 1.0, 0.80),
-        result("static:all", 2, 1.0, 0.81, compute=0.5, cached=0.3),
+        result("never", 2, 1.0, 0.80, seconds=4.0),
+        result("static:all", 2, 1.0, 0.81, compute=0.5, cached=0.3, seconds=1.0),
     ]
     assert report(rows, full, PLAN).split("\n") == [
         "### Rehearsals of 2.5% of the steps",
@@ -86,11 +86,11 @@ def test_the_report_by_hand():
         "",
         "### Full runs, less `never` with the same seed",
         "",
-        "| fine-tuning | strategy | seeds | compute | with kept activations | loss | points | median |",
-        "|---|---|--:|--:|--:|--:|--:|--:|",
-        "| case | progress:0.5 | 1 | 0.80 | 0.70 | +0.100 | -1.00 | -1.00 |",
-        "| case | static:all | 2 | 0.75 | 0.65 | -0.250 +- 0.250 | +5.50 +- 4.50 | +5.50 |",
-        "| case | static:half | 1 | 1.00 | 1.00 | +0.200 | -3.00 | -3.00 |",
+        "| fine-tuning | strategy | seeds | compute | with kept activations | time | loss | points | median |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
+        "| case | progress:0.5 | 1 | 0.80 | 0.70 | 1.00 | +0.100 | -1.00 | -1.00 |",
+        "| case | static:all | 2 | 0.75 | 0.65 | 0.62 | -0.250 +- 0.250 | +5.50 +- 4.50 | +5.50 |",
+        "| case | static:half | 1 | 1.00 | 1.00 | 1.00 | +0.200 | -3.00 | -3.00 |",
     ]
     assert "Full runs" not in report(rows, full[:1], PLAN)
 

@@ -76,7 +76,8 @@ def report(rehearsals: Sequence[Rehearsed], results: Sequence[Result], plan: Pla
     mean over those in which enough was learned to tell, and how many were left out as it was not (NaN in
     :class:`smartfrz_jax.Harm`); the price of a rehearsal. Then how many of these seeds were run in full, and the mean
     over them of held-out loss, and accuracy in points, less those of ``never`` with the same seed. Everywhere ``+-`` is
-    the standard error over seeds.
+    the standard error over seeds. The last table has all full runs; its *time* is the median of the quotients with
+    ``never``, of seconds in which other things may have run, too.
 
     In full runs harm is not given as a share of what was learned, as in rehearsals: their loss before the first step is
     not known on the same examples, and where ``never`` hardly learns it would be a share of next to nothing.
@@ -156,18 +157,19 @@ def _in_full(full: _Runs) -> str:
     if not pairs:
         return ""
     lines = [
-        "| fine-tuning | strategy | seeds | compute | with kept activations | loss | points | median |",
-        "|---|---|--:|--:|--:|--:|--:|--:|",
+        "| fine-tuning | strategy | seeds | compute | with kept activations | time | loss | points | median |",
+        "|---|---|--:|--:|--:|--:|--:|--:|--:|",
     ]
     order = {case: place for place, case in enumerate(dict.fromkeys(case for case, _ in pairs))}
     for (case, strategy), runs in sorted(pairs.items(), key=lambda item: (order[item[0][0]], item[0][1])):
         compute = f"{np.mean([run.compute for _, run in runs]):.2f}"
         cached = f"{np.mean([run.compute_cached for _, run in runs]):.2f}"
+        time = np.median([run.seconds / never.seconds for never, run in runs])
         losses = [run.loss - never.loss for never, run in runs]
         points = [100 * (run.accuracy - never.accuracy) for never, run in runs]
         lines.append(
-            f"| {case} | {strategy} | {len(runs)} | {compute} | {cached} | {_mean(losses, 3)} | {_mean(points, 2)} | "
-            f"{np.median(points):+.2f} |"
+            f"| {case} | {strategy} | {len(runs)} | {compute} | {cached} | {time:.2f} | {_mean(losses, 3)} | "
+            f"{_mean(points, 2)} | {np.median(points):+.2f} |"
         )
     return "\n".join(lines)
 
