@@ -26,37 +26,14 @@ from train.log import Log, Run
 from train.optimizers import directions
 from train.run import training
 from train.trials.cases import Case
+from train.trials.classification import loss_fn, losses_on, train_step
 from train.trials.result import Result
 from train.trials.strategies import Situation, Strategy
 
 _PROBE = 64  # examples on which layers' outputs are compared, and contributions measured
 _HELD_OUT_OF_REHEARSALS, _AT_MOST = 256, 0.2  # training examples, and at most this share of them
-_EVALUATION_BATCH = 128
 _MIN_SAVING = 0.05
 _REFERENCE_SEED = 1000
-
-
-def loss_fn(model: nnx.Module, inputs: tuple[jax.Array, ...], labels: jax.Array) -> jax.Array:
-    """Mean cross entropy."""
-    logits = model(*inputs)  # pyright: ignore[reportCallIssue]
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-
-@nnx.jit
-def train_step(
-    model: nnx.Module, optimizer: sfj.nnx.Optimizer, inputs: tuple[jax.Array, ...], labels: jax.Array
-) -> jax.Array:
-    """One step; specialised on what the optimizer has frozen."""
-    loss, grads = optimizer.value_and_grad(loss_fn)(model, inputs, labels)
-    optimizer.update(model, grads)
-    return loss
-
-
-@nnx.jit
-def _judge(model: nnx.Module, inputs: tuple[jax.Array, ...], labels: jax.Array) -> tuple[jax.Array, jax.Array]:
-    logits = model(*inputs)  # pyright: ignore[reportCallIssue]
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
-    return losses, logits.argmax(-1) == labels
 
 
 class _Counted:
@@ -149,7 +126,7 @@ class Bench:
         situation = Situation(total_steps, self.costs(), self.reference, predictor, probe, seed)
         policy = strategy.policy(situation)
         log, looked = self._train(name, strategy, policy, model, seed, self.data.train)
-        losses, right = _losses(model, self.data.held_out)
+        losses, right = losses_on(model, self.data.held_out)
         frozen = [(event.step, list(event.names)) for event in log.freezes]
         compute, cached = self.compute(frozen, total_steps)
         probing = (probe.calls + looked) * self.forward_share(_PROBE)
@@ -192,7 +169,7 @@ class Bench:
                 compute += looked * self.forward_share(_PROBE)
                 compute += self.compute([(event.step, list(event.names)) for event in log.freezes], steps)[0]
             compute += self.forward_share(len(held_out))
-            return _losses(model, held_out)[0]
+            return losses_on(model, held_out)[0]
 
         def policy(strategy: Strategy, steps: int) -> sfj.Policy:
             return strategy.policy(Situation(steps, self.costs(), self.reference, None, None, seed))
@@ -283,19 +260,6 @@ class Bench:
             values = jnp.asarray(learning_rates(setup.schedule, peak, steps))
             rate = optax.scale_by_learning_rate(lambda count: values[jnp.minimum(count, steps - 1)])
         return optax.chain(*directions(setup.optimizer, setup.weight_decay), rate)
-
-
-def _losses(model: nnx.Module, examples: Arrays) -> tuple[np.ndarray, np.ndarray]:
-    """Losses on the examples, float32 (examples,), and whether they are classified right."""
-    evaluated = nnx.merge(*nnx.split(model))  # shares the arrays, not the mode
-    evaluated.eval()
-    parts = []
-    for start in range(0, len(examples), _EVALUATION_BATCH):
-        part = examples[np.arange(start, min(start + _EVALUATION_BATCH, len(examples)))]
-        inputs, labels = jax.tree.map(jnp.asarray, (part.inputs, part.labels))
-        parts.append(jax.device_get(_judge(evaluated, inputs, labels)))
-    losses, right = (np.concatenate(column) for column in zip(*parts, strict=True))
-    return losses, right
 
 
 def _never(situation: Situation) -> sfj.Policy:
