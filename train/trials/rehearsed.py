@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 import smartfrz_jax as sfj
-from train.trials.result import Result
+from train.trials.result import Result, beside_never, mean_and_error
 
 
 class Rehearsed(NamedTuple):
@@ -97,7 +97,7 @@ def report(rehearsals: Sequence[Rehearsed], results: Sequence[Result], plan: Pla
         parts.append(f"### Rehearsals of {share:.1%} of the steps\n\n{_told(by_case, full, plan)}")
         if outcomes := _outcomes(by_case, full, plan):
             parts.append(f"The long run then has `{plan.ready}` or `{plan.otherwise}`:\n\n{outcomes}")
-    if in_full := _in_full(full):
+    if in_full := _in_full(results):
         parts.append(f"### Full runs, less `never` with the same seed\n\n{in_full}")
     return "\n\n".join(parts)
 
@@ -120,8 +120,8 @@ def _told(by_case: Mapping[str, Sequence[Rehearsed]], full: _Runs, plan: Plan) -
                 points.append(100 * (run.accuracy - never.accuracy))
         price = np.mean([row.compute for row in rows])
         lines.append(
-            f"| {case} | {len(rows)} | {harmless} | {_mean(told, 1, ' %')}{left_out} | {price:.2f} | {len(points)} | "
-            f"{_mean(losses, 3)} | {_mean(points, 2)} |"
+            f"| {case} | {len(rows)} | {harmless} | {mean_and_error(told, 1, ' %')}{left_out} | {price:.2f} | "
+            f"{len(points)} | {mean_and_error(losses, 3)} | {mean_and_error(points, 2)} |"
         )
     return "\n".join(lines)
 
@@ -140,7 +140,7 @@ def _outcomes(by_case: Mapping[str, Sequence[Rehearsed]], full: _Runs, plan: Pla
                 points.append(100 * (run.accuracy - never.accuracy))
                 ready += chosen == plan.ready
         if points:
-            means = f"{np.mean(compute):.2f} | {np.mean(cached):.2f} | {_mean(points, 2)}"
+            means = f"{np.mean(compute):.2f} | {np.mean(cached):.2f} | {mean_and_error(points, 2)}"
             lines.append(f"| {case} | {len(points)} | {ready} | {means} |")
     if not lines:
         return ""
@@ -148,12 +148,9 @@ def _outcomes(by_case: Mapping[str, Sequence[Rehearsed]], full: _Runs, plan: Pla
     return "\n".join([head, "|---|--:|--:|--:|--:|--:|", *lines])
 
 
-def _in_full(full: _Runs) -> str:
+def _in_full(results: Sequence[Result]) -> str:
     """Empty if nothing ran beside ``never``."""
-    pairs: dict[tuple[str, str], list[tuple[Result, Result]]] = {}
-    for (case, seed, strategy), run in full.items():
-        if strategy != "never" and (never := full.get((case, seed, "never"))):
-            pairs.setdefault((case, strategy), []).append((never, run))
+    pairs = beside_never(results)
     if not pairs:
         return ""
     lines = [
@@ -168,16 +165,7 @@ def _in_full(full: _Runs) -> str:
         losses = [run.loss - never.loss for never, run in runs]
         points = [100 * (run.accuracy - never.accuracy) for never, run in runs]
         lines.append(
-            f"| {case} | {strategy} | {len(runs)} | {compute} | {cached} | {time:.2f} | {_mean(losses, 3)} | "
-            f"{_mean(points, 2)} | {np.median(points):+.2f} |"
+            f"| {case} | {strategy} | {len(runs)} | {compute} | {cached} | {time:.2f} | {mean_and_error(losses, 3)} | "
+            f"{mean_and_error(points, 2)} | {np.median(points):+.2f} |"
         )
     return "\n".join(lines)
-
-
-def _mean(values: Sequence[float], digits: int, unit: str = "") -> str:
-    """The mean with its standard error."""
-    if not values:
-        return "-"
-    mean = f"{np.mean(values):+.{digits}f}"
-    error = f" +- {np.std(values, ddof=1) / np.sqrt(len(values)):.{digits}f}" if len(values) > 1 else ""
-    return f"{mean}{error}{unit}"

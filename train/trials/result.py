@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from train import json_lines
 
@@ -44,3 +47,22 @@ class Result(NamedTuple):
         frozen = [(step, names) for step, names in fields["frozen"]]
         parsed: dict[str, Any] = json_lines.with_nan(fields) | {"frozen": frozen}
         return cls(**parsed)
+
+
+def beside_never(results: Sequence[Result]) -> dict[tuple[str, str], list[tuple[Result, Result]]]:
+    """Runs of strategies, each behind that of ``never`` with the same seed, by case and strategy."""
+    never = {(result.case, result.seed): result for result in results if result.strategy == "never"}
+    pairs: dict[tuple[str, str], list[tuple[Result, Result]]] = {}
+    for result in results:
+        if result.strategy != "never" and (result.case, result.seed) in never:
+            pairs.setdefault((result.case, result.strategy), []).append((never[result.case, result.seed], result))
+    return pairs
+
+
+def mean_and_error(values: Sequence[float], digits: int, unit: str = "") -> str:
+    """The mean with its standard error if there are two values or more, as text; a dash for none."""
+    if not values:
+        return "-"
+    mean = f"{np.mean(values):+.{digits}f}"
+    error = f" +- {np.std(values, ddof=1) / np.sqrt(len(values)):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean}{error}{unit}"

@@ -107,6 +107,17 @@ class Bench:
         """Train steps of a strategy."""
         return round(self.setup.steps * strategy.length)
 
+    def optimizer(self, model: nnx.Module, strategy: Strategy) -> sfj.nnx.Optimizer:
+        """The optimizer of a strategy before the first step."""
+        return sfj.nnx.Optimizer(model, self._step(strategy)[0], wrt=nnx.Param, layers=self.layers)
+
+    def batches(self, examples: Arrays, seed: int, strategy: Strategy) -> Iterator[tuple[Any, ...]]:
+        """Inputs and labels of every step of a strategy."""
+        batches = Batches(examples, self.setup.batch_size, seed, self.setup.augment)
+        for step in range(self.steps(strategy)):
+            batch = batches(step)
+            yield batch.inputs, batch.labels
+
     def trial(self, name: str, strategy: Strategy, seed: int, *, predictor: Path | None) -> Result:
         """Runs a strategy.
 
@@ -221,8 +232,8 @@ class Bench:
     ) -> tuple[Run, int]:
         """The run, and how often the policy looked at layers' outputs on the probe batch."""
         features = _Counted(lambda model: self._features(model, *self._probe))
-        tx, step = self._step(strategy)
-        optimizer = sfj.nnx.Optimizer(model, tx, wrt=nnx.Param, layers=self.layers)
+        _, step = self._step(strategy)
+        optimizer = self.optimizer(model, strategy)
         freezer = sfj.nnx.Freezer(
             model,
             optimizer,
@@ -233,15 +244,9 @@ class Bench:
         )
         log_run = Run(name, self.layers.names, dataclasses.asdict(self.setup) | {"seed": seed})
         with tempfile.TemporaryDirectory() as folder, Log(Path(folder) / "log.jsonl", log_run) as log:
-            for _ in training(log, model, optimizer, freezer, step, self._batches(examples, seed, strategy)):
+            for _ in training(log, model, optimizer, freezer, step, self.batches(examples, seed, strategy)):
                 pass
         return log.run, features.calls
-
-    def _batches(self, examples: Arrays, seed: int, strategy: Strategy) -> Iterator[tuple[Any, ...]]:
-        batches = Batches(examples, self.setup.batch_size, seed, self.setup.augment)
-        for step in range(self.steps(strategy)):
-            batch = batches(step)
-            yield batch.inputs, batch.labels
 
     def _step(self, strategy: Strategy) -> tuple[optax.GradientTransformation, sfj.TrainStep]:
         # One optimizer for all runs of a kind: another object would be another program.

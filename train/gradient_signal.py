@@ -1,0 +1,107 @@
+"""Whether the gradients of the first steps tell if a network's front can be frozen from the start.
+
+The share of the signal in every layer's gradients, beside what freezing the front came to in full runs that
+``train.rehearsals`` made. Every measurement is a line of ``gradient_signal.jsonl`` in ``--out``; what is there is not
+made again.
+
+    python -m train.gradient_signal --data-dir data/tfds --weights data/weights
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import sys
+from pathlib import Path
+
+import smartfrz_jax as sfj
+from train import json_lines
+from train.interrupt import Interrupt, exit_code
+from train.rehearsals import cases
+from train.results import provenance, write_section
+from train.trials.gradient_signal import FRONT, Signal, measure, report
+from train.trials.result import Result, beside_never
+from train.trials.trial import Bench
+
+_FULL_RUNS = Path(__file__).resolve().parents[1] / "benchmarks" / "rehearsals" / "results.jsonl"
+
+
+def compare(args: argparse.Namespace, interrupt: Interrupt) -> None:
+    """Measures what is missing, and writes the table."""
+    sfj.keep_programs(args.out / "programs")
+    file = args.out / "gradient_signal.jsonl"
+    signals, results = json_lines.read(file, Signal.parse), json_lines.read(args.full_runs, Result.parse)
+    known = {(signal.case, signal.seed) for signal in signals}
+    for name in chosen(args.cases, results):
+        missing = [seed for seed in range(args.seeds) if (name, seed) not in known]
+        bench: Bench | None = None
+        for seed in interrupt.checked(missing):
+            if bench is None:
+                case = cases()[name]
+                bench = Bench(name, case, out=args.out, data_dir=args.data_dir, weights_dir=args.weights, say=print)
+            signals.append(measure(bench, args.share, seed))
+            json_lines.append(file, signals[-1]._asdict())
+            print(f"{name} seed {seed}: measured in {signals[-1].steps} steps", flush=True)
+    text = f"{provenance('train.gradient_signal')} {json_lines.commits(file)}\n\n{report(signals, results)}"
+    print(text)
+    (args.out / "gradient_signal.md").write_text(f"{text}\n")
+    if args.results is not None:
+        write_section(args.results, "gradient signal", text)
+
+
+def chosen(patterns: list[str], results: list[Result]) -> list[str]:
+    """Names of fine-tunings with full runs, in the order of these.
+
+    Raises:
+        ValueError: If a pattern matches none of them.
+    """
+    known = [case for case, strategy in beside_never(results) if strategy == FRONT]
+    for pattern in patterns:
+        if not fnmatch.filter(known, pattern):
+            raise ValueError(
+                f"cases: {pattern!r} matches none of {', '.join(known) or 'the full runs, which are none'}"
+            )
+    return [name for name in known if any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m train.gradient_signal", description=str(__doc__).split("\n\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/gradient_signal"), help="folder for everything written")
+    parser.add_argument("--results", type=Path, metavar="FILE", help="Markdown file in which to renew the table, too")
+    parser.add_argument("--data-dir", type=Path, required=True, help="folder of prepared TFDS data sets")
+    parser.add_argument("--weights", type=Path, help="folder of published weights")
+    parser.add_argument(
+        "--full-runs",
+        type=Path,
+        default=_FULL_RUNS,
+        metavar="FILE",
+        help=f"results.jsonl of train.rehearsals with {FRONT} and never (default: those of the repository)",
+    )
+    parser.add_argument(
+        "--cases", nargs="+", default=["*"], help="patterns of fine-tunings (default: all with full runs)"
+    )
+    parser.add_argument(
+        "--share", type=float, default=0.05, help="steps, as a share of the full run's (default: %(default)s)"
+    )
+    parser.add_argument("--seeds", type=int, default=2, help="seeds, from 0 (default: %(default)s)")
+    args = parser.parse_args(argv)
+    if not 0 < args.share <= 1:
+        parser.error(f"argument --share: got {args.share}, expected a share above 0 and at most 1")
+    if args.seeds < 1:
+        parser.error(f"argument --seeds: got {args.seeds}, expected at least 1")
+    return args
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the script; returns the exit code: 0, 2 if something asked for is wrong, 130 if interrupted."""
+    args = parse(argv)
+    return exit_code(
+        lambda interrupt: compare(args, interrupt),
+        args.out,
+        go_on=f"call it again to go on, results are in {args.out}",
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
