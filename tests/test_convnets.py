@@ -152,6 +152,7 @@ def test_relatives_have_the_published_parameters(make, count):
     assert parameters(abstract(make)) == count
 
 
+@pytest.mark.slow
 def test_names_are_those_of_the_original():
     for name in FULL:
         model = full(name)
@@ -432,6 +433,7 @@ def test_initialisation_has_the_statistics_of_the_original(make, expected):
             np.testing.assert_array_equal(leaf, 1 if name.endswith("scale") else 0, name)
 
 
+@pytest.mark.slow
 def test_batch_norms_have_the_originals_momentum_and_epsilon():
     for model in map(full, FULL):
         norms = [module for _, module in nnx.iter_modules(model) if isinstance(module, nnx.BatchNorm)]

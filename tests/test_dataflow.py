@@ -313,6 +313,7 @@ def test_tapped_outputs_in_bfloat16():
         chex.assert_trees_all_equal(got[name].astype(jnp.bfloat16), expected[name])
 
 
+@pytest.mark.slow
 def test_tapped_groups_end_after_their_last_member():
     forward, _, params, x, expected = linen_case(train=True)
     groups = {

@@ -205,6 +205,7 @@ def test_any_order_of_freezing_saving_and_restoring_is_the_straight_run(tmp_path
         np.testing.assert_array_equal(leaf, other, err_msg=jax.tree_util.keystr(path))
 
 
+@pytest.mark.slow
 def test_policies_that_look_at_gradients_need_a_state_that_keeps_them():
     with pytest.raises(ValueError, match="keep_grads=True"):
         sfj.linen.Freezer(make(), sfj.autofreeze(evaluate_every=2))

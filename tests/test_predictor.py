@@ -127,6 +127,7 @@ def test_mask_with_gaps():
     )
 
 
+@pytest.mark.slow
 def test_sharp_attention_stays_finite():
     predictor = predictor_with_biases(SMALL)
     records = 1e3 * records_of(6, 12)

@@ -143,6 +143,7 @@ def test_the_command_of_the_docstring_can_be_parsed():
     assert (args.target, args.variant) == ("branch_harm", "t/T, depth, given, loss")
 
 
+@pytest.mark.slow
 def test_a_held_out_file_that_cannot_be_written_is_an_error_before_the_fit(data_set, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(Variant, "fit", None)
     args = ["--recordings", str(data_set), "--out", str(tmp_path / "p"), "--target", "cka", "--variant", VARIANT]

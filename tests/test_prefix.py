@@ -700,6 +700,7 @@ def test_linen():
         PrefixCache(loss_fn, both, state.params, *inputs, state_inputs=[0])
 
 
+@pytest.mark.slow
 def test_the_model_must_stay_as_it_was():
     model = resnet()
     optimizer = optimizer_for(model, (IMAGES, LABELS), ("stages/1", "fc"))

@@ -93,6 +93,7 @@ def test_layers_of_deit_tiny():
     assert blocks.names == ("patch_embed/proj", "cls_token", "pos_embed", *(f"blocks/{i}" for i in range(12)), "head")
 
 
+@pytest.mark.slow
 def test_layers_of_minilm():
     model = nnx.eval_shape(lambda: minilm(rngs=nnx.Rngs(0)))
     layers = sfj.nnx.find_layers(model, TOKENS, TOKENS)
