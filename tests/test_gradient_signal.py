@@ -153,6 +153,14 @@ def test_a_measurement_end_to_end_is_not_made_twice(tmp_path, monkeypatch):
 
     text = (tmp_path / "RESULTS.md").read_text()
     assert "| small | 1 | " in text
+
+    # In another number of steps it is another measurement, beside which the first is not shown.
+    assert gradient_signal.main([*options.split(), "--share", "0.25"]) == 0
+    assert [row.steps for row in json_lines.read(tmp_path / "out" / "gradient_signal.jsonl", Signal.parse)] == [6, 3]
+    other = (tmp_path / "RESULTS.md").read_text()
+    assert other != text
+    assert "| small | 1 | " in other
+
     monkeypatch.setattr(gradient_signal, "Bench", None)
-    assert gradient_signal.main(options.split()) == 0
-    assert (tmp_path / "RESULTS.md").read_text() == text
+    assert gradient_signal.main([*options.split(), "--share", "0.25"]) == 0
+    assert (tmp_path / "RESULTS.md").read_text() == other

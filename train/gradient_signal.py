@@ -31,17 +31,18 @@ def compare(args: argparse.Namespace, interrupt: Interrupt) -> None:
     sfj.keep_programs(args.out / "programs")
     file = args.out / "gradient_signal.jsonl"
     signals, results = json_lines.read(file, Signal.parse), json_lines.read(args.full_runs, Result.parse)
-    known = {(signal.case, signal.seed) for signal in signals}
-    for name in chosen(args.cases, results):
-        missing = [seed for seed in range(args.seeds) if (name, seed) not in known]
+    known = {(signal.case, signal.seed, signal.steps) for signal in signals}
+    wanted = {name: max(2, round(args.share * cases()[name].setup.steps)) for name in chosen(args.cases, results)}
+    for name, steps in wanted.items():
         bench: Bench | None = None
-        for seed in interrupt.checked(missing):
+        for seed in interrupt.checked(seed for seed in range(args.seeds) if (name, seed, steps) not in known):
             if bench is None:
                 case = cases()[name]
                 bench = Bench(name, case, out=args.out, data_dir=args.data_dir, weights_dir=args.weights, say=print)
-            signals.append(measure(bench, args.share, seed))
+            signals.append(measure(bench, steps, seed))
             json_lines.append(file, signals[-1]._asdict())
-            print(f"{name} seed {seed}: measured in {signals[-1].steps} steps", flush=True)
+            print(f"{name} seed {seed}: measured in {steps} steps", flush=True)
+    signals = [signal for signal in signals if signal.steps == wanted.get(signal.case)]
     text = f"{provenance('train.gradient_signal')} {json_lines.commits(file)}\n\n{report(signals, results)}"
     print(text)
     (args.out / "gradient_signal.md").write_text(f"{text}\n")
@@ -82,7 +83,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--cases", nargs="+", default=["*"], help="patterns of fine-tunings (default: all with full runs)"
     )
     parser.add_argument(
-        "--share", type=float, default=0.05, help="steps, as a share of the full run's (default: %(default)s)"
+        "--share",
+        type=float,
+        default=0.05,
+        help="steps, two at least, as a share of the full run's (default: %(default)s)",
     )
     parser.add_argument("--seeds", type=int, default=2, help="seeds, from 0 (default: %(default)s)")
     args = parser.parse_args(argv)

@@ -73,17 +73,16 @@ def signal_share(square_of_sum: float, sum_of_squares: float, steps: int) -> flo
     return (square_of_sum / sum_of_squares - 1) / (steps - 1)
 
 
-def measure(bench: Bench, share: float, seed: int) -> Signal:
+def measure(bench: Bench, steps: int, seed: int) -> Signal:
     """Measures a run that freezes nothing in its first steps.
 
     Args:
         bench: The fine-tuning.
-        share: Steps, as a share of those of the full run, of whose schedule they are the first; at least two are made.
+        steps: How many, at least 2; they are the first of the full run's schedule.
         seed: Seed of the head and the order of examples.
     """
     model, strategy = bench.model(seed), strategies()["never"]
     optimizer = bench.optimizer(model, strategy)
-    steps = max(2, round(share * bench.steps(strategy)))
     sums: dict[str, jax.Array] = {}
     squares: dict[str, jax.Array] = {}
     for inputs, labels in itertools.islice(bench.batches(bench.data.train, seed, strategy), steps):
