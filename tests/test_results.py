@@ -32,6 +32,16 @@ def test_a_section_without_an_end_is_not_guessed_at(tmp_path):
     assert file.read_text() == "<!-- a -->\ntext by hand\n"
 
 
+@pytest.mark.parametrize("asked", [False, True])
+def test_what_is_published_is_printed_written_and_put_into_its_section(tmp_path, capsys, asked):
+    whole = tmp_path / "RESULTS.md"
+    results.publish("| a |", tmp_path / "own.md", section="table", results=whole if asked else None)
+    assert capsys.readouterr().out == (tmp_path / "own.md").read_text() == "| a |\n"
+    assert whole.exists() == asked
+    if asked:
+        assert whole.read_text() == "<!-- table -->\n| a |\n<!-- end of table -->\n"
+
+
 def test_provenance_names_command_and_versions(monkeypatch):
     monkeypatch.setattr(sys, "argv", ["x.py", "--seeds", "3", "--only", "a b"])
     text = results.provenance("train.closed_loop")

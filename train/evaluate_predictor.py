@@ -30,7 +30,7 @@ from train.predictors import learning_runs
 from train.predictors.figures import Figures, table
 from train.predictors.folds import Split, folds
 from train.predictors.variants import TARGETS, VARIANTS
-from train.results import provenance, write_section
+from train.results import provenance, publish
 
 
 def jobs(
@@ -157,10 +157,7 @@ def write_tables(args: argparse.Namespace, recordings: int, found: list[Figures]
                     f"### {target}, held out by {split} ({positives} of {n} examples to freeze)\n\n{table(rows)}"
                 )
     text = "\n\n".join(parts)
-    print(text)
-    (args.out / "figures.md").write_text(f"{text}\n")
-    if args.results is not None:
-        write_section(args.results, "predictors", text)
+    publish(text, args.out / "figures.md", section="predictors", results=args.results)
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -18,7 +18,7 @@ import smartfrz_jax as sfj
 from train import json_lines
 from train.interrupt import Interrupt, exit_code
 from train.rehearsals import cases
-from train.results import provenance, write_section
+from train.results import provenance, publish
 from train.trials.gradient_signal import FRONT, Signal, measure, report
 from train.trials.result import Result, beside_never
 from train.trials.trial import Bench
@@ -44,10 +44,7 @@ def compare(args: argparse.Namespace, interrupt: Interrupt) -> None:
             print(f"{name} seed {seed}: measured in {steps} steps", flush=True)
     signals = [signal for signal in signals if signal.steps == wanted.get(signal.case)]
     text = f"{provenance('train.gradient_signal')} {json_lines.commits(file)}\n\n{report(signals, results)}"
-    print(text)
-    (args.out / "gradient_signal.md").write_text(f"{text}\n")
-    if args.results is not None:
-        write_section(args.results, "gradient signal", text)
+    publish(text, args.out / "gradient_signal.md", section="gradient signal", results=args.results)
 
 
 def chosen(patterns: list[str], results: list[Result]) -> list[str]:

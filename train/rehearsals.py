@@ -19,7 +19,7 @@ import smartfrz_jax as sfj
 from train import json_lines
 from train.collection.plan import runs
 from train.interrupt import Interrupt, exit_code
-from train.results import provenance, write_section
+from train.results import provenance, publish
 from train.trials.cases import CASES, Case
 from train.trials.rehearsed import Plan, Rehearsed, report
 from train.trials.result import Result
@@ -52,10 +52,7 @@ def compare(args: argparse.Namespace, interrupt: Interrupt) -> None:
     for name in interrupt.checked(name for name in cases() if _matches(name, args.cases)):
         measure(name, args, rehearsals, results, interrupt)
     text = f"{provenance('train.rehearsals')} {json_lines.commits(*files)}\n\n{report(rehearsals, results, PLAN)}"
-    print(text)
-    (args.out / "rehearsals.md").write_text(f"{text}\n")
-    if args.results is not None:
-        write_section(args.results, "rehearsals", text)
+    publish(text, args.out / "rehearsals.md", section="rehearsals", results=args.results)
 
 
 def measure(

@@ -35,7 +35,7 @@ from train.collection.record import branch_moments, branches, prepare
 from train.interrupt import Interrupt, exit_code
 from train.predictors import learning_runs
 from train.predictors.variants import TARGETS, VARIANTS
-from train.results import provenance, write_section
+from train.results import provenance, publish
 
 _TARGET = "branch_harm"
 _OTHER_BATCHES = 1000  # added to the seed of a run
@@ -105,10 +105,7 @@ def repeat(args: argparse.Namespace, interrupt: Interrupt) -> None:
             print(f"{name}: measured again", flush=True)
     second = {index: again[recordings[index].metadata["name"]] for index in indices}
     text = f"{provenance('train.repeat_harm')} {json_lines.commits(file)}\n\n{table(recordings, second, args.stride)}"
-    print(text)
-    (args.out / "repeat.md").write_text(f"{text}\n")
-    if args.results is not None:
-        write_section(args.results, "repeated", text)
+    publish(text, args.out / "repeat.md", section="repeated", results=args.results)
 
 
 def table(recordings: list[Recording], second: dict[int, np.ndarray], stride: int) -> str:

@@ -45,6 +45,24 @@ def write_section(file: Path, name: str, text: str) -> None:
     write_whole(file, before + section + after if found else f"{old}\n{section}" if old else section)
 
 
+def publish(text: str, file: Path, *, section: str, results: Path | None) -> None:
+    """Prints what a script has found, and writes it to a file of its own and, if there is one, to RESULTS.md.
+
+    Args:
+        text: Markdown.
+        file: A file that has nothing else.
+        section: Name of the section in ``results``.
+        results: Markdown file in which to renew the section.
+
+    Raises:
+        ValueError: As for :func:`write_section`.
+    """
+    print(text)
+    file.write_text(f"{text}\n")
+    if results is not None:
+        write_section(results, section, text)
+
+
 def provenance(script: str) -> str:
     """What a table was made with, in one paragraph: command, commit, versions and hardware.
 
