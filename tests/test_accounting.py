@@ -252,6 +252,7 @@ def test_batch_norm_of_frozen_layers_is_cheaper():
     assert held < 0.5 * active
 
 
+@pytest.mark.slow
 def test_dropout_of_frozen_layers_is_off():
     _, _, layers, account = network(small_vit)
     active, held = (account.flops(some).by_kind["random"].forward for some in (None, frozen(layers, *layers.names)))
@@ -259,6 +260,7 @@ def test_dropout_of_frozen_layers_is_off():
     assert held < 100  # of keys that belong to no layer
 
 
+@pytest.mark.slow
 def test_scanned_blocks_count_as_often_as_they_run():
     _, _, layers, plain = network(small_vit)
     _, _, scanned_layers, scanned = network(functools.partial(small_vit, scan=True))

@@ -128,6 +128,7 @@ class TestProbeOfAModel:
             np.testing.assert_array_equal(a, b)
         assert first == pytest.approx(float(loss_fn(nnx.clone(model), self.X, self.LABELS)), rel=1e-6)
 
+    @pytest.mark.slow
     def test_takes_the_parameters_it_is_given(self):
         model, other = Net(), Net()
         other.a.kernel[...] = other.a.kernel[...] * 3

@@ -261,6 +261,7 @@ class TestStandardizing:
         assert np.asarray(got.context_mean).tolist() == pytest.approx([4 / 7, 0])
         assert got.context_std[...].tolist() == pytest.approx([examples.progress.std(), 1])
 
+    @pytest.mark.slow
     def test_deltas_have_rms_one(self):
         examples, deltas = random_examples(), []
         for recording in examples.recordings:
@@ -343,6 +344,7 @@ def test_same_seed_same_bits():
     assert any((a != b).any() for a, b in zip(arrays(first.predictor), arrays(other.predictor), strict=True))
 
 
+@pytest.mark.slow
 def test_the_predictor_passed_in_is_not_changed():
     predictor = small_predictor(3)
     before = [leaf.copy() for leaf in arrays(predictor)]

@@ -81,12 +81,10 @@ OPTIMIZERS = {
         lambda params: paths.tree_map(lambda name, _: name.rpartition("/")[2], params),
     ),
 }
+SLOW = {"MultiSteps", "apply_if_finite", "adafactor"}
 parametrize_optimizers = pytest.mark.parametrize(
     "tx",
-    [
-        pytest.param(tx, id=name, marks=[pytest.mark.slow] if name == "MultiSteps" else [])
-        for name, tx in OPTIMIZERS.items()
-    ],
+    [pytest.param(tx, id=name, marks=[pytest.mark.slow] if name in SLOW else []) for name, tx in OPTIMIZERS.items()],
 )
 
 

@@ -171,6 +171,7 @@ def transformer_layers(granularity) -> Layers:
     return find_layers(params, lambda params, x: net.apply({"params": params}, x), tokens, granularity=granularity)
 
 
+@pytest.mark.slow
 def test_pre_norm_transformer():
     layers = transformer_layers("layer")
     inner = [f"encoderblock_{i}/{name}" for i in range(12) for name in ("query", "key", "value", "out", "fc1", "fc2")]

@@ -249,6 +249,7 @@ def test_attention_dropout_is_off_when_all_of_it_is_frozen():
     assert len(losses()) == 1
 
 
+@pytest.mark.slow
 def test_features_are_the_outputs_of_the_layers_in_evaluation_mode():
     model, optimizer = make()
     train_step(model, optimizer, X, Y)

@@ -153,6 +153,7 @@ def test_a_held_out_file_that_cannot_be_written_is_an_error_before_the_fit(data_
     assert not (tmp_path / "p").exists()
 
 
+@pytest.mark.slow
 def test_figures_of_another_stride_or_other_recordings_are_computed_anew(data_set, tmp_path, monkeypatch, capsys):
     def controls(args, recordings):
         for fold, indices in folds(recordings, "architecture"):

@@ -741,6 +741,7 @@ def test_when_the_prefix_grows_only_the_new_layers_are_run():
     np.testing.assert_allclose(new.store.take(np.arange(N))[0], from_inputs[0], rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_growth_of_a_network():
     model = resnet()
     optimizer = optimizer_for(model, (IMAGES, LABELS), ("stages", "fc"))

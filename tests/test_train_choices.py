@@ -123,7 +123,9 @@ def test_every_policy_can_be_chosen(layers, name):
         assert frozen == (set() if name == "never" else {"a"})
 
 
-@pytest.mark.parametrize("name", ["default", "paper", pytest.param("a path", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", ["default", *(pytest.param(name, marks=pytest.mark.slow) for name in ("paper", "a path"))]
+)
 def test_predictors_that_can_be_chosen(layers, tmp_path, name):
     if name == "a path":
         name = str(tmp_path / "predictor")

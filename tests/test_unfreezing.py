@@ -48,7 +48,11 @@ OPTIMIZERS = {
     "inject_hyperparams": optax.inject_hyperparams(optax.adamw)(learning_rate=0.1, weight_decay=0.1),
     "schedule": optax.chain(optax.trace(0.9), optax.scale_by_learning_rate(optax.cosine_decay_schedule(0.1, 10))),
 }
-parametrize_optimizers = pytest.mark.parametrize("tx", OPTIMIZERS.values(), ids=OPTIMIZERS.keys())
+SLOW = {"adafactor", "MultiSteps"}
+parametrize_optimizers = pytest.mark.parametrize(
+    "tx",
+    [pytest.param(tx, id=name, marks=[pytest.mark.slow] if name in SLOW else []) for name, tx in OPTIMIZERS.items()],
+)
 
 
 def make(tx, returning="kept"):
