@@ -142,9 +142,9 @@ def test_a_measurement_end_to_end_is_not_made_twice(tmp_path, monkeypatch):
     never = strategies()["never"]
     model = bench.model(0)
     optimizer = nnx.Optimizer(model, bench.optimizer(model, never).tx, wrt=nnx.Param)
-    gradients = []
+    grad, gradients = nnx.jit(nnx.grad(loss_fn)), []
     for inputs, labels in itertools.islice(bench.batches(bench.data.train, 0, never), 6):
-        grads = nnx.grad(loss_fn)(model, inputs, labels)
+        grads = grad(model, inputs, labels)
         optimizer.update(model, grads)
         gradients.append({name: np.float64(leaf).ravel() for name, leaf in paths.flatten(nnx.as_pure(grads)).items()})
     for layer in bench.layers:
