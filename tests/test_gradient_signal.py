@@ -1,6 +1,7 @@
 """The signal in gradients: against closed forms, the report by hand, and a measurement end to end."""
 
 import dataclasses
+import doctest
 import itertools
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from smartfrz_jax import paths
 from train import gradient_signal, json_lines
 from train.collection.plan import runs
 from train.collection.sets import FASHION
+from train.trials import gradient_signal as trials_of_signal
 from train.trials.cases import Case
 from train.trials.classification import loss_fn
 from train.trials.gradient_signal import Signal, report, signal_share
@@ -20,6 +22,10 @@ from train.trials.strategies import strategies
 from train.trials.trial import Bench
 
 ROOT = Path(__file__).parents[1]
+
+
+def test_examples_in_docstrings():
+    assert doctest.testmod(trials_of_signal).failed == 0
 
 
 def share_of(gradients):
