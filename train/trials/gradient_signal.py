@@ -50,9 +50,9 @@ class Signal(NamedTuple):
 def signal_share(square_of_sum: float, sum_of_squares: float, steps: int) -> float:
     """Share of the signal in gradients: their mean inner product with each other, relative to their mean square.
 
-    Of gradients ``signal + noise``, each with another noise, it is about ``|signal|^2 / (|signal|^2 + |noise|^2)``: 0 if
-    there is no signal, 1 if there is no noise. The gradient noise scale of arXiv 1812.06162 is ``1 / share - 1`` times
-    the batch size.
+    Of gradients ``signal + noise``, each with another noise, it is about ``|signal|^2 / (|signal|^2 + |noise|^2)``: 0
+    if there is no signal, 1 if there is no noise. The gradient noise scale of arXiv 1812.06162 is ``1 / share - 1``
+    times the batch size.
 
     Args:
         square_of_sum: ``|g_1 + ... + g_n|^2``.
