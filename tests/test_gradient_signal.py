@@ -5,6 +5,7 @@ import doctest
 import itertools
 from pathlib import Path
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -16,7 +17,7 @@ from train.collection.sets import FASHION
 from train.trials import gradient_signal as trials_of_signal
 from train.trials.cases import Case
 from train.trials.classification import loss_fn
-from train.trials.gradient_signal import Signal, report, signal_share
+from train.trials.gradient_signal import Signal, measure, report, signal_share
 from train.trials.result import Result
 from train.trials.strategies import strategies
 from train.trials.trial import Bench
@@ -159,6 +160,12 @@ def test_a_measurement_end_to_end_is_not_made_twice(tmp_path, monkeypatch):
 
     text = (tmp_path / "RESULTS.md").read_text()
     assert "| small | 1 | " in text
+
+    spoilt = [(tuple(jnp.full_like(of, jnp.nan) for of in inputs), labels)] * 6
+    with monkeypatch.context() as patched:
+        patched.setattr(bench, "batches", lambda *_: iter(spoilt))
+        with pytest.raises(FloatingPointError, match=r"small, seed 0: a gradient .* is not finite; lower the learning"):
+            measure(bench, 6, 0)
 
     # In another number of steps it is another measurement, beside which the first is not shown.
     assert gradient_signal.main([*options.split(), "--share", "0.25"]) == 0

@@ -1,10 +1,11 @@
 """Ctrl-C between steps and in the midst of one, and how a script says what ended it."""
 
+import argparse
 import signal
 
 import pytest
 
-from train.interrupt import Interrupt, exit_code
+from train.interrupt import Interrupt, exit_code, resumable
 
 
 @pytest.mark.parametrize("presses", [1, 2])
@@ -46,3 +47,15 @@ def test_a_folder_that_cannot_be_made_names_the_option(tmp_path, capsys):
     for out in (tmp_path / "file", tmp_path / "file/out"):
         assert exit_code(pytest.fail, out, go_on="") == 2
         assert f"--out: cannot make the folder {out}" in capsys.readouterr().err
+
+
+def test_work_that_goes_on_says_where_its_results_are(tmp_path, capsys):
+    args = argparse.Namespace(out=tmp_path / "out")
+
+    def work(given, interrupt):
+        assert given is args
+        signal.raise_signal(signal.SIGINT)
+        interrupt.check()
+
+    assert resumable(work, args) == 130
+    assert capsys.readouterr().err == f"\ninterrupted; call it again to go on, results are in {args.out}\n"

@@ -18,10 +18,11 @@ from pathlib import Path
 
 import smartfrz_jax as sfj
 from train import json_lines
-from train.interrupt import Interrupt, exit_code
+from train.interrupt import Interrupt, resumable
 from train.results import provenance, write_section
 from train.trials import report
 from train.trials.cases import CASES
+from train.trials.command_line import make_parser
 from train.trials.result import Result
 from train.trials.strategies import Strategy, strategies
 from train.trials.trial import Bench
@@ -136,12 +137,8 @@ def _text(args: argparse.Namespace, results: list[Result], base: Path) -> str:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m train.closed_loop", description=str(__doc__).split("\n\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/closed_loop"), help="folder for everything written")
-    parser.add_argument("--results", type=Path, metavar="FILE", help="Markdown file in which to renew the tables, too")
+    parser = make_parser("closed_loop", __doc__)
     parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="folder for the pictures (default: --out)")
-    parser.add_argument("--data-dir", type=Path, required=True, help="folder of prepared TFDS data sets")
-    parser.add_argument("--weights", type=Path, help="folder of published weights")
     parser.add_argument(
         "--predictors",
         type=Path,
@@ -167,12 +164,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the script; returns the exit code: 0, 2 if something asked for is wrong, 130 if interrupted."""
-    args = parse(argv)
-    return exit_code(
-        lambda interrupt: compare(args, interrupt),
-        args.out,
-        go_on=f"call it again to go on, results are in {args.out / 'results.jsonl'}",
-    )
+    return resumable(compare, parse(argv))
 
 
 if __name__ == "__main__":

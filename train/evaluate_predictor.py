@@ -25,7 +25,7 @@ from smartfrz_jax.examples import Examples, make_examples
 from smartfrz_jax.recording import Recording
 from smartfrz_jax.splits import by_run, moments
 from train import json_lines
-from train.interrupt import Interrupt, exit_code
+from train.interrupt import Interrupt, resumable
 from train.predictors import learning_runs
 from train.predictors.figures import Figures, table
 from train.predictors.folds import Split, folds
@@ -184,12 +184,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the script; returns the exit code: 0, 2 if something asked for is wrong, 130 if interrupted."""
-    args = parse(argv)
-    return exit_code(
-        lambda interrupt: evaluate(args, interrupt),
-        args.out,
-        go_on=f"call it again to go on, figures are in {args.out / 'figures.jsonl'}",
-    )
+    return resumable(evaluate, parse(argv))
 
 
 if __name__ == "__main__":

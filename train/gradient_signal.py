@@ -16,9 +16,10 @@ from pathlib import Path
 
 import smartfrz_jax as sfj
 from train import json_lines
-from train.interrupt import Interrupt, exit_code
+from train.interrupt import Interrupt, resumable
 from train.rehearsals import cases
 from train.results import provenance, publish
+from train.trials.command_line import make_parser
 from train.trials.gradient_signal import FRONT, Signal, measure, report
 from train.trials.result import Result, beside_never
 from train.trials.trial import Bench
@@ -64,11 +65,7 @@ def chosen(patterns: list[str], results: list[Result]) -> list[str]:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m train.gradient_signal", description=str(__doc__).split("\n\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/gradient_signal"), help="folder for everything written")
-    parser.add_argument("--results", type=Path, metavar="FILE", help="Markdown file in which to renew the table, too")
-    parser.add_argument("--data-dir", type=Path, required=True, help="folder of prepared TFDS data sets")
-    parser.add_argument("--weights", type=Path, help="folder of published weights")
+    parser = make_parser("gradient_signal", __doc__)
     parser.add_argument(
         "--full-runs",
         type=Path,
@@ -96,12 +93,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the script; returns the exit code: 0, 2 if something asked for is wrong, 130 if interrupted."""
-    args = parse(argv)
-    return exit_code(
-        lambda interrupt: compare(args, interrupt),
-        args.out,
-        go_on=f"call it again to go on, results are in {args.out}",
-    )
+    return resumable(compare, parse(argv))
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
@@ -76,3 +77,14 @@ def exit_code(work: Callable[[Interrupt], object], out: Path, *, go_on: str) -> 
         print(error, file=sys.stderr)
         return 2
     return 0
+
+
+def resumable(work: Callable[[argparse.Namespace, Interrupt], object], args: argparse.Namespace) -> int:
+    """:func:`exit_code` of work that goes on from what is in ``--out`` when the script is called again.
+
+    Args:
+        work: The work.
+        args: The command line, with the folder ``out``.
+    """
+    go_on = f"call it again to go on, results are in {args.out}"
+    return exit_code(lambda interrupt: work(args, interrupt), args.out, go_on=go_on)

@@ -13,14 +13,14 @@ import dataclasses
 import fnmatch
 import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import smartfrz_jax as sfj
 from train import json_lines
 from train.collection.plan import runs
-from train.interrupt import Interrupt, exit_code
+from train.interrupt import Interrupt, resumable
 from train.results import provenance, publish
 from train.trials.cases import CASES, Case
+from train.trials.command_line import make_parser
 from train.trials.rehearsed import Plan, Rehearsed, report
 from train.trials.result import Result
 from train.trials.strategies import strategies
@@ -92,11 +92,7 @@ def _matches(name: str, patterns: list[str]) -> bool:
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m train.rehearsals", description=str(__doc__).split("\n\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/rehearsals"), help="folder for everything written")
-    parser.add_argument("--results", type=Path, metavar="FILE", help="Markdown file in which to renew the tables, too")
-    parser.add_argument("--data-dir", type=Path, required=True, help="folder of prepared TFDS data sets")
-    parser.add_argument("--weights", type=Path, help="folder of published weights")
+    parser = make_parser("rehearsals", __doc__)
     parser.add_argument(
         "--cases",
         nargs="+",
@@ -139,12 +135,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the script; returns the exit code: 0, 2 if something asked for is wrong, 130 if interrupted."""
-    args = parse(argv)
-    return exit_code(
-        lambda interrupt: compare(args, interrupt),
-        args.out,
-        go_on=f"call it again to go on, results are in {args.out}",
-    )
+    return resumable(compare, parse(argv))
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ from train import json_lines
 from train.collection.architectures import ARCHITECTURES
 from train.collection.plan import runs
 from train.collection.record import branch_moments, branches, prepare
-from train.interrupt import Interrupt, exit_code
+from train.interrupt import Interrupt, resumable
 from train.predictors import learning_runs
 from train.predictors.variants import TARGETS, VARIANTS
 from train.results import provenance, publish
@@ -176,12 +176,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the script; returns the exit code: 0, 2 if something asked for is wrong, 130 if interrupted."""
-    args = parse(argv)
-    return exit_code(
-        lambda interrupt: repeat(args, interrupt),
-        args.out,
-        go_on=f"call it again to go on, what was measured is in {args.out / 'harm.jsonl'}",
-    )
+    return resumable(repeat, parse(argv))
 
 
 if __name__ == "__main__":

@@ -80,6 +80,9 @@ def measure(bench: Bench, steps: int, seed: int) -> Signal:
         bench: The fine-tuning.
         steps: How many, at least 2; they are the first of the full run's schedule.
         seed: Seed of the head and the order of examples.
+
+    Raises:
+        FloatingPointError: If a gradient is not finite.
     """
     model, strategy = bench.model(seed), strategies()["never"]
     optimizer = bench.optimizer(model, strategy)
@@ -90,6 +93,10 @@ def measure(bench: Bench, steps: int, seed: int) -> Signal:
         sums = {name: sums[name] + grad if sums else grad for name, grad in grads.items()}
         squares = {name: squares.get(name, 0.0) + jnp.sum(grad**2) for name, grad in grads.items()}
     squares_of_sums, sums_of_squares = jax.device_get(({name: jnp.sum(of**2) for name, of in sums.items()}, squares))
+    if not np.isfinite(list(sums_of_squares.values())).all():
+        raise FloatingPointError(
+            f"{bench.name}, seed {seed}: a gradient of the first {steps} steps is not finite; lower the learning rate"
+        )
     by_layer = {}
     for layer in bench.layers:
         square, total = (float(sum(of[name] for name in layer.params)) for of in (squares_of_sums, sums_of_squares))
