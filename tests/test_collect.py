@@ -14,7 +14,7 @@ import pytest
 
 import smartfrz_jax as sfj
 from smartfrz_jax import recording
-from train import collect, repeat_harm
+from train import collect, fashion_mnist, repeat_harm
 from train.collection import __main__ as worker
 from train.collection import pretraining, sets
 from train.collection import record as recording_of_a_run
@@ -164,10 +164,12 @@ def test_every_other_sentence_is_changed_inside(how):
 @pytest.mark.slow
 def test_fashion_mnist_is_split_so_that_pretraining_sees_other_images():
     architecture = ARCHITECTURES["resnet8"]
-    own = sets.open_set("fashion_mnist", architecture, Path(), 2000, held_out=100)
+    own = sets.open_set("fashion_mnist", architecture, Path(), 2000, held_out=slice(100))
     other, classes = sets.open_pretraining_set("fashion_mnist", architecture, Path())
     assert (len(own.train), len(own.held_out), own.num_classes, classes) == (2000, 100, 10, 10)
     assert own.train.inputs[0].shape == (2000, 16, 16, 3)
+    last = sets.open_set("fashion_mnist", architecture, Path(), 10, held_out=slice(-50, None)).held_out
+    np.testing.assert_array_equal(last.labels, fashion_mnist.load()[1].labels[-50:])
     seen = {image.tobytes() for image in own.train.inputs[0]}
     assert sum(image.tobytes() in seen for image in other.inputs[0]) <= 5  # the set itself has a few twice
 
@@ -256,6 +258,12 @@ def test_a_run_is_repeated_and_only_the_batches_of_its_branches_are_others(recor
     assert not np.array_equal(second, first.branch_harm, equal_nan=True)
     monkeypatch.setattr(repeat_harm, "_OTHER_BATCHES", 0)
     np.testing.assert_array_equal(repeat_harm.measure_again(first, args), first.branch_harm)
+    of_order = []
+    for order in recording_of_a_run._BRANCH_ORDERS:
+        monkeypatch.setattr(recording_of_a_run, "_BRANCH_ORDERS", (order,))
+        of_order.append(repeat_harm.measure_again(first, args))
+    assert not np.array_equal(*of_order, equal_nan=True)
+    np.testing.assert_allclose(np.mean(of_order, axis=0), first.branch_harm, rtol=1e-5, atol=1e-6)
     with pytest.raises(ValueError, match="recordings: other is not in the list"):
         repeat_harm.measure_again(dataclasses.replace(first, metadata={"name": "other"}), args)
 

@@ -23,7 +23,8 @@ from train.collection.schedules import learning_rates
 from train.collection.sets import Batches, DataSet, open_set
 
 _PROBE = 64  # examples on which layers' outputs are compared
-_HELD_OUT = 512
+# The last ones of a split, as strategies are compared on its first; many, as harm is a small difference.
+_HELD_OUT, _HELD_OUT_SLOW = 2048, 512
 _RECORDS = 120
 _PROBES, _PROBED = 2, 128  # batches of training examples on which contributions are measured, and their size
 # Shares of the run; often early, where decisions are hard.
@@ -35,6 +36,8 @@ _TRUE_MOMENTS = (0.0, 0.25, 0.5)
 # How long a branch lasts: a share of what is left of the run, and at least one of the whole. Branches much shorter than
 # that find that a front of random weights does no harm, as in their time it would not have learned anything either.
 _BRANCH_OF_REST, _BRANCH_OF_RUN = 1 / 3, 0.1
+_BRANCH_ORDERS = (0, 500)  # added to the seed of the batches; harm is the mean over them
+_SWAP_PART = 4  # the quotient of all held-out examples and those of a swap, which is measured often
 _SWAP_DEPTHS, _BRANCH_DEPTHS = 8, 4  # evenly from front to back; the last is all but the head
 _COMPILING = ("/jax/core/compile/backend_compile_duration", "/jax/core/compile/jaxpr_to_mlir_module_duration")
 
@@ -194,7 +197,7 @@ def prepare(run: Run, out: Path, data_dir: Path, weights_dir: Path | None, say: 
         FileNotFoundError: If data or weights are not there.
     """
     architecture = ARCHITECTURES[run.architecture]
-    held_out = _HELD_OUT // 2 if architecture.published else _HELD_OUT  # those are slow
+    held_out = slice(-(_HELD_OUT_SLOW if architecture.published else _HELD_OUT), None)
     data = open_set(run.data, architecture, data_dir, run.examples, held_out=held_out)
     fixed, probe = run.batch_norm == "fixed", data.held_out[:_PROBE]
     network = Network(architecture, data.num_classes, run.optimizer, fixed_statistics=fixed, example=probe)
@@ -239,12 +242,13 @@ def _cka(grams: np.ndarray, other: np.ndarray) -> np.ndarray:
 
 def _swap_harm(setting: Setting, trained: Trained) -> np.ndarray:
     coarser = 2 if ARCHITECTURES[setting.run.architecture].published else 1
+    held_out = setting.data.held_out[: max(1, len(setting.data.held_out) // _SWAP_PART)]
     return swap_harm(
         setting.network.layers,
         setting.steps,
         {step: trained.snapshots[step].weights for step in setting.moments(_SWAP_MOMENTS[::coarser])},
         trained.end.weights,
-        lambda weights: setting.held_out(trained.end.with_weights(weights)).loss,
+        lambda weights: setting.network.figures(trained.end.with_weights(weights), held_out).loss,
         depths=setting.depths(_SWAP_DEPTHS // coarser),
     )
 
@@ -252,25 +256,29 @@ def _swap_harm(setting: Setting, trained: Trained) -> np.ndarray:
 def branches(setting: Setting, snapshots: Mapping[int, State], seed: int) -> np.ndarray:
     """Harm of freezing, measured in branches; in these the learning rate falls from where it is to zero.
 
+    It is the mean over two orders of the batches: what a branch comes to depends on them.
+
     Args:
         setting: The run.
         snapshots: Its states, by steps done; of these, those at :func:`branch_moments` are used.
-        seed: Of the batches; with that of the run, a branch goes on with those that the run would have had next.
+        seed: Of the batches; with that of the run, half of the branches go on with those that the run would have had
+            next.
 
     Returns:
         As :func:`smartfrz_jax.harm.branch_harm` gives it.
     """
 
-    def branch(step: int, frozen: sfj.Frozen) -> float:
+    def branch(step: int, frozen: sfj.Frozen, order: int) -> float:
         total = setting.run.steps
         length = max(1, round(_BRANCH_OF_RUN * total), round(_BRANCH_OF_REST * (total - step)))
         highest = setting.rates[step : step + length].max()  # in the warm-up: that which it comes to
         rates = learning_rates("linear", highest, length)
-        state = setting.train(snapshots[step], rates, seed=seed, first_step=step, frozen=frozen)
+        state = setting.train(snapshots[step], rates, seed=seed + order, first_step=step, frozen=frozen)
         return setting.held_out(state).loss
 
     return branch_harm(
-        setting.network.layers, setting.steps, {step: step for step in branch_moments(setting)}, branch,
+        setting.network.layers, setting.steps, {step: step for step in branch_moments(setting)},
+        lambda step, frozen: float(np.mean([branch(step, frozen, order) for order in _BRANCH_ORDERS])),
         depths=setting.depths(_BRANCH_DEPTHS),
     )  # fmt: skip
 

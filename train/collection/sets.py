@@ -17,7 +17,6 @@ from train.data import WordPiece, augment, evaluation_split, open_split
 
 FASHION = "fashion_mnist"
 WORD_ORDER, BIGRAM_SHIFT = "word-order", "bigram-shift"
-_HELD_OUT = 512
 _OWN, _OTHER = 4000, 20000  # training examples to fine-tune on, and behind them those to pre-train on
 _FASHION_OWN = 2000
 _SHIFT = 2  # pixels
@@ -99,9 +98,7 @@ def _augmented(rng: np.random.Generator, images: np.ndarray) -> np.ndarray:
     return padded[np.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
-def open_set(
-    name: str, architecture: Architecture, data_dir: Path, examples: int, *, held_out: int = _HELD_OUT
-) -> DataSet:
+def open_set(name: str, architecture: Architecture, data_dir: Path, examples: int, *, held_out: slice) -> DataSet:
     """Reads the examples that a run trains on, and those that it is measured on.
 
     Args:
@@ -112,7 +109,8 @@ def open_set(
         architecture: What it is for.
         data_dir: Data directory of TFDS.
         examples: Most training examples to take.
-        held_out: Most held-out examples to take.
+        held_out: Which to take of the examples that nothing trains on: ``slice(1000)`` is the first 1,000,
+            ``slice(-1000, None)`` the last; fewer if there are no more.
 
     Raises:
         FileNotFoundError: If the set is not there.
@@ -120,14 +118,17 @@ def open_set(
     """
     if name == FASHION:
         train, test = fashion_mnist.load()
-        parts = _fashion(train, range(examples), architecture), _fashion(test, range(held_out), architecture)
-        return DataSet(*parts, 10)
+        others = range(len(test.labels))[held_out]
+        return DataSet(_fashion(train, range(examples), architecture), _fashion(test, others, architecture), 10)
     if name in _CHANGES:
-        own, others = range(min(examples, _OWN_TEXTS)), range(_OWN_TEXTS, _OWN_TEXTS + held_out)
+        sentences = range(len(open_split(_SENTENCES, "train", data_dir)))
+        own, others = sentences[: min(examples, _OWN_TEXTS)], sentences[_OWN_TEXTS:][held_out]
         train, test = (_texts(_SENTENCES, "train", part, architecture, data_dir) for part in (own, others))
         return DataSet(_changed(name, train.inputs), _changed(name, test.inputs), 2)
     read = _texts if architecture.text else _images
-    test = read(name, evaluation_split(name, data_dir), range(held_out), architecture, data_dir)
+    evaluation = evaluation_split(name, data_dir)
+    others = range(len(open_split(name, evaluation, data_dir)))[held_out]
+    test = read(name, evaluation, others, architecture, data_dir)
     train = read(name, "train", range(examples), architecture, data_dir)
     return DataSet(train, test, open_split(name, "train", data_dir).num_classes)
 

@@ -72,7 +72,7 @@ class Bench:
         setup = case.setup
         self.name, self.setup = name, setup
         architecture = ARCHITECTURES[setup.architecture]
-        self.data = open_set(setup.data, architecture, data_dir, setup.examples, held_out=case.held_out)
+        self.data = open_set(setup.data, architecture, data_dir, setup.examples, held_out=slice(case.held_out))
         self._make = architecture.make
         network = Network(architecture, self.data.num_classes, setup.optimizer, example=self.data.train[np.arange(2)])
         self._weights = starting_weights(setup, network, out, data_dir, weights_dir, say) or {}
