@@ -16,7 +16,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Int
+    from jaxtyping import Array, Bool, Int
 
 Place = Literal["device", "host"] | Path
 
@@ -126,7 +126,19 @@ class ActivationCache:
 
     def has(self, indices: Int[np.ndarray, " n"], view: int = 0) -> bool:
         """Whether the activations of all these examples are stored."""
-        return bool(self.filled[self._checked(indices, view), view].all())
+        return bool(self.stored(indices, view).all())
+
+    def stored(self, indices: Int[np.ndarray, " n"], view: int = 0) -> Bool[np.ndarray, " n"]:
+        """Of which of these examples activations are stored.
+
+        Args:
+            indices: Which examples.
+            view: Which view of them.
+
+        Raises:
+            ValueError: If an index is wrong.
+        """
+        return self.filled[self._checked(indices, view), view]
 
     def put(self, indices: Int[np.ndarray, " n"], activations: Sequence[Array], view: int = 0) -> None:
         """Stores activations.

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.typing import DTypeLike
 
+from smartfrz_jax import paths
 from smartfrz_jax.activation_cache import ActivationCache, Place
 from smartfrz_jax.freezing import Frozen
 from smartfrz_jax.split_loss import SplitLoss
@@ -97,7 +98,7 @@ class PrefixCache(SplitLoss):
         super().__init__(loss_fn, frozen, params, *inputs, hold=hold, state_inputs=state_inputs)
         self.views = views
         self.store: ActivationCache | None = None
-        self._source: tuple[ActivationCache, Callable[..., Any]] | None = None
+        self._source: _Source | None = None
         self._kept: dict[str, Any] = {}
 
     def keep(
@@ -129,7 +130,9 @@ class PrefixCache(SplitLoss):
     def fetch(
         self, params: PyTree, indices: Int[np.ndarray, " n"], *inputs: Any, view: int = 0
     ) -> tuple[jax.Array, ...]:
-        """The activations of a batch, looked up if they are all there, else computed and kept.
+        """The activations of a batch: looked up where they are there, else computed and kept.
+
+        What is missing of a batch is computed a quarter of a batch at a time, or all at once.
 
         Args:
             params: Parameters.
@@ -143,18 +146,31 @@ class PrefixCache(SplitLoss):
         Raises:
             ValueError: If :meth:`keep` was not called, or an index is wrong.
         """
-        if self.store is None:
-            raise ValueError("store: there is none; call keep with the number of examples in the data set first")
-        if not self.store.has(indices, view):
-            if self._source is not None and self._source[0].has(indices, view):
-                source, run = self._source
-                activations = run(params, source.take(indices, view), *inputs)
+        store, indices = self._checked_store(), np.asarray(indices)
+        for part in self._parts(indices, view):
+            some = self._rows_of(inputs, part.rows, len(indices))
+            if part.source is None:
+                activations = self.activations(params, *some)
             else:
-                activations = self.activations(params, *inputs)
-            self.store.put(indices, activations, view)
-            if self.store.is_complete:
-                self._source = None
-        return self.store.take(indices, view)
+                activations = part.source.grown(params, part.source.store.take(indices[part.rows], view), *some)
+            store.put(indices[part.rows], activations, view)
+        if store.is_complete:
+            self._source = None
+        return store.take(indices, view)
+
+    def fetch_flops(self, indices: Int[np.ndarray, " n"], view: int = 0) -> float:
+        """FLOPs that :meth:`fetch` would take for a batch: none for what is stored.
+
+        Args:
+            indices: Which examples of the data set they are; on the host.
+            view: Which view of the examples the batch is.
+
+        Raises:
+            ValueError: As for :meth:`fetch`.
+        """
+        per_example = self.build_flops
+        parts = self._parts(np.asarray(indices), view)
+        return sum(len(rows) * (per_example - (source.build_flops if source else 0.0)) for rows, source in parts)
 
     def follow(self, params: PyTree, frozen: Frozen, *, place: Place | str | None = None) -> PrefixCache:
         """The cache for another frozen set.
@@ -178,17 +194,90 @@ class PrefixCache(SplitLoss):
         if frozen == self.frozen:
             return self
         new = self._like(params, frozen)
-        if self.store is None:
-            return new
-        grown = new.grown_from(self)
-        if grown is not None:
-            new._source = self.store, grown
-        new.keep(**{**self._kept, **({} if place is None else {"place": place})})
-        self.store, self._source = None, None  # not before: if there is no room, this cache goes on
+        new.take_over(self, place=place)
         return new
+
+    def take_over(self, old: PrefixCache, *, place: Place | str | None = None) -> None:
+        """Makes room as another cache has it, and takes over what is stored there; see :meth:`follow`.
+
+        Args:
+            old: The cache for another frozen set, of the same loss; without its store afterwards.
+            place: As in :meth:`follow`.
+
+        Raises:
+            ValueError: As for :meth:`keep`. Both caches stay as they were then.
+            FileExistsError: If the directory is not empty. So they do then.
+        """
+        if old.store is None:
+            return
+        grown = self.grown_from(old)
+        self.keep(**{**old._kept, **({} if place is None else {"place": place})})
+        if grown is not None:
+            self._source = _Source(old.store, grown, old.build_flops)
+        old.store, old._source = None, None  # not before: if there is no room, that cache goes on
+
+    def _parts(self, indices: np.ndarray, view: int) -> list[_Part]:
+        """What of a batch is to be computed, in parts of two sizes, as every size is a program."""
+        missing, source = ~self._checked_store().stored(indices, view), self._source
+        from_source = np.zeros_like(missing) if source is None else missing & source.store.stored(indices, view)
+        parts = [_Part(rows, source) for rows in _in_parts(np.flatnonzero(from_source), len(indices))]
+        return parts + [_Part(rows, None) for rows in _in_parts(np.flatnonzero(missing & ~from_source), len(indices))]
+
+    def _rows_of(self, inputs: tuple[Any, ...], rows: np.ndarray, n: int) -> tuple[Any, ...]:
+        """Some examples of a batch of ``n``."""
+        if np.array_equal(rows, np.arange(n)):
+            return inputs
+
+        def some(name: str, leaf: Any) -> Any:
+            if leaf is None or shapes[name].shape[:1] != (self._examples,):
+                return leaf
+            return leaf[rows]
+
+        shapes = paths.flatten(self._inputs)
+        return paths.tree_map(some, inputs)
+
+    def _checked_store(self) -> ActivationCache:
+        if self.store is None:
+            raise ValueError("store: there is none; call keep with the number of examples in the data set first")
+        return self.store
 
     def _like(self, params: PyTree, frozen: Frozen) -> PrefixCache:
         hold, state = self._hold, self._state_inputs
         return PrefixCache(
             self._loss_fn, frozen, params, *self._inputs, hold=hold, state_inputs=state, views=self.views
         )
+
+
+class _Part(NamedTuple):
+    """Examples of a batch whose activations are computed together.
+
+    Attributes:
+        rows: Their places in the batch; some may be in it twice.
+        source: What they are computed from; ``None`` for the inputs.
+    """
+
+    rows: np.ndarray
+    source: _Source | None
+
+
+def _in_parts(rows: np.ndarray, n: int) -> list[np.ndarray]:
+    """Rows, in quarters of a batch, or all at once if they take all four, filled up with rows that are there."""
+    quarter = max(2, -(-n // 4))
+    parts = -(-len(rows) // quarter)
+    if parts * quarter >= n:
+        return [rows if len(rows) == n else np.resize(rows, n)]
+    return np.split(np.resize(rows, parts * quarter), parts) if parts else []
+
+
+class _Source(NamedTuple):
+    """What activations are computed from where the frozen set has grown.
+
+    Attributes:
+        store: Those of the set before.
+        grown: From these to the new ones.
+        build_flops: FLOPs that one example of them took.
+    """
+
+    store: ActivationCache
+    grown: Callable[..., tuple[jax.Array, ...]]
+    build_flops: float

@@ -142,7 +142,17 @@ class TrainStep:
             )
         usual = Counter(shapes.batch for shapes in reversed(self._recent)).most_common(1)[0][0]  # the latest of equals
         last = next(shapes.args for shapes in reversed(self._recent) if shapes.batch == usual)
-        args = tuple(owner if has_frozen(arg) else arg for arg in last)
+        self.compile_ahead(*(owner if has_frozen(arg) else arg for arg in last))
+
+    def compile_ahead(self, *args: Any) -> None:
+        """Begins to compile the program for some arguments, as :meth:`prepare` does.
+
+        Args:
+            *args: As of :meth:`program`.
+
+        Raises:
+            TypeError: If no argument has a frozen set.
+        """
         parts = self._take_apart(args)
         if parts.key not in self._compiled and parts.key not in self._coming:
             self._begin(parts)

@@ -192,3 +192,71 @@ def test_training_from_half_precision_is_close(place):
     params, uncached, _ = loop(place, dtype="bfloat16")
     np.testing.assert_allclose(params["b"], uncached["b"], rtol=2e-2, atol=2e-2)
     assert np.abs(params["b"] - uncached["b"]).max() > 0
+
+
+# Batches of which some examples are there
+
+DATA = np.random.default_rng(0).standard_normal((32, 6)).astype(np.float32)
+TARGETS = np.random.default_rng(1).standard_normal((32, 2)).astype(np.float32)
+WEIGHTS = {
+    name: jnp.asarray(np.random.default_rng(i).standard_normal(shape), jnp.float32)
+    for i, (name, shape) in enumerate({"a": (6, 5), "b": (5, 4), "c": (4, 2)}.items())
+}
+
+
+def deeper(params, x, y):
+    hidden = jnp.tanh(jnp.tanh(x @ params["a"]) @ params["b"])
+    return jnp.square(hidden @ params["c"] - y).mean()
+
+
+def caches(rows=16):
+    """One of the first layer, with room for the data, and how to go on with the second, which has none."""
+    frozen = Frozen(find_layers(WEIGHTS, deeper, DATA[:rows], TARGETS[:rows]), frozenset({"a"}))
+    cache = PrefixCache(deeper, frozen, WEIGHTS, DATA[:rows], TARGETS[:rows])
+    cache.keep(len(DATA))
+    return cache
+
+
+def fetched(cache, indices):
+    """FLOPs that it takes, in products per example, after comparing what comes with the closed form."""
+    flops = cache.fetch_flops(indices)
+    (got,) = cache.fetch(WEIGHTS, indices, DATA[indices], TARGETS[indices])
+    expected = np.tanh(DATA[indices] @ WEIGHTS["a"])
+    if "b" in cache.frozen.names:
+        expected = np.tanh(expected @ WEIGHTS["b"])
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+    assert cache.fetch_flops(indices) == 0
+    return flops
+
+
+def test_of_a_batch_only_what_is_missing_is_computed_in_quarters():
+    cache, example = caches(), 2 * 6 * 5
+    assert fetched(cache, np.arange(0, 16)) == 16 * example
+    assert fetched(cache, np.arange(1, 17)) == 4 * example  # one is missing
+    assert fetched(cache, np.arange(13, 29)[::-1]) == 12 * example  # twelve
+    assert fetched(cache, np.array([31, 30, 29, 28])) == 4 * example
+    assert cache.store.is_complete
+
+
+def test_what_the_cache_before_had_is_computed_from_that_and_the_rest_from_inputs():
+    cache, first, second = caches(), 2 * 6 * 5, 2 * 5 * 4
+    fetched(cache, np.arange(16))
+    grown = cache.follow(WEIGHTS, cache.frozen.add(["b"]))
+    assert fetched(grown, np.arange(0, 16)) == 16 * second
+    assert fetched(grown, np.arange(8, 24)) == 8 * (first + second)
+    again = caches()
+    fetched(again, np.arange(16))
+    mixed = again.follow(WEIGHTS, again.frozen.add(["b"]))
+    assert fetched(mixed, np.arange(12, 28)) == 4 * second + 12 * (first + second)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_any_order_of_batches_gives_the_activations(seed):
+    rng, cache = np.random.default_rng(seed), caches()
+    grows = rng.integers(3, 8)
+    for step in range(12):
+        if step == grows:
+            cache = cache.follow(WEIGHTS, cache.frozen.add(["b"]))
+        fetched(cache, rng.permutation(32)[: rng.integers(2, 17)])
+        if "b" in cache.frozen.names and rng.random() < 0.3:
+            cache = cache.follow(WEIGHTS, Frozen(cache.frozen.layers, frozenset({"a"})))

@@ -760,7 +760,7 @@ def test_a_cache_stays_as_it_was_if_the_next_cannot_be(tmp_path):
     assert cache.store is store
     new = cache.follow(PARAMS, cache.frozen.add(["w1"]), place=tmp_path / "second")
     assert cache.store is None
-    assert new._source[0] is store
+    assert new._source.store is store
 
 
 def test_when_the_prefix_shrinks_what_was_kept_is_dropped():

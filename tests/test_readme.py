@@ -9,7 +9,7 @@ TEXT = (Path(__file__).parents[1] / "README.md").read_text()
 SNIPPETS = re.findall(r"^```python\n(.*?)^```", TEXT, flags=re.S | re.M)
 TITLES = [re.findall(r"^## (.*)$", TEXT[: TEXT.index(snippet)], flags=re.M)[-1] for snippet in SNIPPETS]
 
-SLOW = "mobilenetv2|TrainStep|PrefixCache"
+SLOW = "mobilenetv2|TrainStep|CachedStep"
 
 
 def test_there_are_snippets():

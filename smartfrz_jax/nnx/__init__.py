@@ -5,6 +5,7 @@ loop and one in it. See :class:`Optimizer`.
 """
 
 from smartfrz_jax.nnx.accounting import account as account
+from smartfrz_jax.nnx.cached_step import CachedStep as CachedStep
 from smartfrz_jax.nnx.freezer import Freezer as Freezer
 from smartfrz_jax.nnx.layers import features as features
 from smartfrz_jax.nnx.layers import find_layers as find_layers

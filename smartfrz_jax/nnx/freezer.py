@@ -12,6 +12,7 @@ from flax import nnx
 
 from smartfrz_jax import abstract, freezer
 from smartfrz_jax.freezing import Frozen
+from smartfrz_jax.nnx.cached_step import CachedStep
 from smartfrz_jax.nnx.optimizer import Optimizer
 from smartfrz_jax.policies.base import Policy
 from smartfrz_jax.step import TrainStep
@@ -43,7 +44,7 @@ class Freezer(freezer.Freezer):
         policy: Policy,
         *,
         features: Callable[[nnx.Module], dict[str, jax.Array]] | None = None,
-        train_step: TrainStep | None = None,
+        train_step: TrainStep | CachedStep | None = None,
         lead: int = 0,
         min_saving: float = 0.0,
     ):

@@ -1,0 +1,264 @@
+"""A train step whose frozen front runs once for every example, whatever a policy freezes in the course of the run."""
+
+from __future__ import annotations
+
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
+from flax import nnx
+from jax.typing import DTypeLike
+
+from smartfrz_jax import abstract, example_axis, paths
+from smartfrz_jax.accounting import Account
+from smartfrz_jax.activation_cache import stored_shapes
+from smartfrz_jax.break_even import break_even
+from smartfrz_jax.checking import SavingWarning
+from smartfrz_jax.freezing import Frozen
+from smartfrz_jax.nnx.optimizer import Optimizer
+from smartfrz_jax.nnx.prefix_cache import PrefixCache
+from smartfrz_jax.prefix import INPUTS
+from smartfrz_jax.step import Program, TrainStep
+
+if TYPE_CHECKING:
+    import numpy as np
+    from jaxtyping import Int
+
+Place = Literal["device", "host"]
+
+
+class CachedStep:
+    """A :class:`smartfrz_jax.TrainStep` that keeps the activations at the end of the frozen front.
+
+    While nothing is frozen it is a plain step. For every frozen set there is then a :class:`PrefixCache`, made from the
+    one before it, and a step from its activations on. Where activations cannot be kept, the plain step goes on, and a
+    ``SavingWarning`` says why, once for each cause; where it would not pay, it goes on without a word.
+
+    Results are those of the plain step, up to the rounding of programs that XLA compiles apart. Activations are not
+    part of checkpoints: a restored run computes them anew.
+
+    Args:
+        make_step: From a loss function to a step made by ``nnx.jit``, of ``(model, optimizer, *inputs)``, that calls it
+            with the model and the inputs, such as through ``optimizer.value_and_grad``. It is called with ``loss_fn``
+            and with losses that begin at activations, the first of their inputs.
+        loss_fn: A function of ``(model, *inputs)``, as that of :class:`PrefixCache`.
+        examples: Number of examples in the data set.
+        place: Where activations are kept: ``"device"`` or ``"host"``. For files, see :class:`PrefixCache`.
+        dtype: Type to store them in, ``"bfloat16"`` for instance; their own by default.
+        budget: Most bytes to use; what is free by default.
+        views: Number of augmented views of each example that there are; 1 if there is no augmentation.
+        account: The account of the step, from :func:`account`; see :class:`smartfrz_jax.TrainStep`. With
+            ``total_steps`` it tells whether keeping activations still pays.
+        total_steps: Train steps of the whole run. Without it, or the account, activations are kept wherever they can.
+
+    Attributes:
+        cache: What is kept for the present frozen set; ``None`` if nothing is.
+        programs: What was compiled so far, in the order of first use; without the passes that compute activations.
+        flops: FLOPs of the last call, the computation of activations that were not there included.
+
+    Raises:
+        TypeError: If what ``make_step`` makes is not jitted.
+        ValueError: If a number is below 1, or there is no such place.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> import numpy as np
+        >>> import optax
+        >>> import smartfrz_jax as sfj
+        >>> model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Linear(3, 4, rngs=nnx.Rngs(0)))
+        >>> images, batch = np.ones((8, 2), np.float32), np.arange(4)
+        >>> layers = sfj.nnx.find_layers(model, images[batch])
+        >>> optimizer = sfj.nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param, layers=layers)
+        >>> def make_step(loss_fn):
+        ...     @nnx.jit
+        ...     def train_step(model, optimizer, *inputs):
+        ...         loss, grads = optimizer.value_and_grad(loss_fn)(model, *inputs)
+        ...         optimizer.update(model, grads)
+        ...         return loss
+        ...     return train_step
+        >>> step = CachedStep(make_step, lambda model, x: (model(x) ** 2).mean(), examples=len(images))
+        >>> loss = step(model, optimizer, batch, images[batch])
+        >>> optimizer.freeze(model, ["layers/0"])
+        >>> loss = step(model, optimizer, batch, images[batch])
+        >>> step.cache.bytes_per_example, int(step.cache.store.filled.sum())
+        (12, 4)
+    """
+
+    def __init__(
+        self,
+        make_step: Callable[[Callable[..., Any]], Any],
+        loss_fn: Callable[..., Any],
+        *,
+        examples: int,
+        place: Place = "device",
+        dtype: DTypeLike | None = None,
+        budget: int | None = None,
+        views: int = 1,
+        account: Account | None = None,
+        total_steps: int | None = None,
+    ):
+        for argument, number in (("examples", examples), ("views", views), ("total_steps", total_steps)):
+            if number is not None and number < 1:
+                raise ValueError(f"{argument}: got {number}, expected at least 1")
+        if place not in ("device", "host"):
+            raise ValueError(f"place: got {place!r}, expected 'device' or 'host'; to keep files, use a PrefixCache")
+        self.account = account
+        self.cache: PrefixCache | None = None
+        self.programs: list[Program] = []
+        self.flops = 0.0
+        self._make_step, self._loss_fn = make_step, loss_fn
+        self._examples, self._total_steps, self._views = examples, total_steps, views
+        self._keep: dict[str, Any] = {"place": place, "dtype": dtype, "budget": budget}
+        self._plain = TrainStep(make_step(loss_fn), account=account)
+        self._cached: TrainStep | None = None
+        self._frozen: Frozen | None = None
+        self._coming: _Coming | None = None
+        self._usual: tuple[Any, ...] | None = None
+        self._done = 0
+        self._waited = 0.0
+        self._said: set[str] = set()
+
+    @property
+    def wait_seconds(self) -> float:
+        """Time that the loop stood still for tracing and compiling, and for making caches."""
+        return self._waited + self._plain.wait_seconds + (self._cached.wait_seconds if self._cached else 0.0)
+
+    def program(self, model: nnx.Module, optimizer: Optimizer, indices: Any, *inputs: Any) -> Program:
+        """The program for these arguments, compiled now if it is new; see :meth:`smartfrz_jax.TrainStep.program`.
+
+        Args:
+            model: The model.
+            optimizer: Its optimizer.
+            indices: As of a call; not looked at.
+            *inputs: As of a call.
+        """
+        self._follow(model, optimizer, inputs)
+        if self.cache is None or self._cached is None:
+            return self._listed(self._plain.program(model, optimizer, *inputs))
+        args = _from_activations(self.cache, inputs, self._keep["dtype"])
+        return self._listed(self._cached.program(model, optimizer, *args))
+
+    def prepare(self, owner: Optimizer) -> None:
+        """Begins to compile the program for another frozen set; see :meth:`smartfrz_jax.TrainStep.prepare`.
+
+        Args:
+            owner: The optimizer with that frozen set, with shapes in place of arrays.
+
+        Raises:
+            ValueError: If the step was not called before.
+        """
+        if self._usual is None:
+            raise ValueError(
+                "owner: the step was not called yet, so the shapes of its batch are unknown; call it first"
+            )
+        model, *inputs = self._usual
+        start = time.perf_counter()
+        cache = self._make(model, owner.frozen, inputs)
+        self._waited += time.perf_counter() - start
+        if cache is None:
+            self._plain.compile_ahead(model, owner, *inputs)
+            return
+        step = TrainStep(self._make_step(cache.loss))
+        step.compile_ahead(model, owner, *_from_activations(cache, inputs, self._keep["dtype"]))
+        self._coming = _Coming(owner.frozen, step)
+
+    def __call__(
+        self, model: nnx.Module, optimizer: Optimizer, indices: Int[np.ndarray, " n"], *inputs: Any, view: int = 0
+    ) -> Any:
+        """Runs the step.
+
+        Args:
+            model: The model.
+            optimizer: Its optimizer.
+            indices: Which examples of the data set the batch has; on the host.
+            *inputs: The batch; at least two examples.
+            view: Which view of the examples it is.
+
+        Raises:
+            ValueError: If an index is wrong.
+        """
+        program = self.program(model, optimizer, indices, *inputs)
+        self.flops = program.cost.flops
+        self._done += 1
+        if self.cache is None or self._cached is None:
+            return self._plain(model, optimizer, *inputs)
+        self.flops += self.cache.fetch_flops(indices, view)
+        activations = self.cache.fetch(model, indices, *inputs, view=view)
+        return self._cached(model, optimizer, activations, *_needed(self.cache, inputs))
+
+    def _follow(self, model: nnx.Module, optimizer: Optimizer, inputs: tuple[Any, ...]) -> None:
+        """Makes the cache and the step for the frozen set of the optimizer, if that has changed."""
+        if self._usual is None:
+            self._usual, self._done = abstract.of((model, *inputs)), int(optimizer.step[...])
+        if optimizer.frozen == self._frozen:
+            return
+        start = time.perf_counter()
+        if self._cached is not None:
+            self._waited += self._cached.wait_seconds
+        coming, old = self._coming, self.cache
+        self._frozen, self._coming, self._cached, self.cache = optimizer.frozen, None, None, None
+        cache = self._make(model, optimizer.frozen, inputs)
+        if cache is not None and self._has_room(cache, old):
+            prepared = coming is not None and coming.frozen == optimizer.frozen
+            self._cached = coming.step if coming and prepared else TrainStep(self._make_step(cache.loss))
+            self.cache = cache
+        self._waited += time.perf_counter() - start
+
+    def _make(self, model: nnx.Module, frozen: Frozen, inputs: Sequence[Any]) -> PrefixCache | None:
+        """A cache without a store; ``None`` if there can be none, or it would not pay."""
+        if not frozen.names:
+            return None
+        try:
+            cache = PrefixCache(model, frozen, self._loss_fn, *inputs, views=self._views)
+        except ValueError as error:
+            self._warn(error)
+            return None
+        if self.account is None or self._total_steps is None:
+            return cache
+        left = max(0, self._total_steps - self._done)
+        return cache if break_even(self.account, cache, examples=self._examples, steps=left).pays else None
+
+    def _has_room(self, cache: PrefixCache, old: PrefixCache | None) -> bool:
+        """Makes room for the activations, where they can from those of the cache before."""
+        try:
+            if old is None:
+                cache.keep(self._examples, **self._keep)
+            else:
+                cache.take_over(old)
+        except ValueError as error:
+            self._warn(error)
+            return False
+        return True
+
+    def _warn(self, error: ValueError) -> None:
+        if str(error) not in self._said:
+            self._said.add(str(error))
+            warnings.warn(f"activations are not kept: {error}", SavingWarning, stacklevel=4)
+
+    def _listed(self, program: Program) -> Program:
+        if program not in self.programs:
+            self.programs.append(program)
+        return program
+
+
+class _Coming(NamedTuple):
+    """A step that is being compiled.
+
+    Attributes:
+        frozen: For this frozen set.
+        step: The step.
+    """
+
+    frozen: Frozen
+    step: TrainStep
+
+
+def _from_activations(cache: PrefixCache, inputs: Sequence[Any], dtype: DTypeLike | None) -> tuple[Any, ...]:
+    """Inputs of the loss of a cache, with shapes in place of activations."""
+    return stored_shapes(cache.frontier, example_axis.count(inputs), dtype), *_needed(cache, inputs)
+
+
+def _needed(cache: PrefixCache, inputs: Sequence[Any]) -> tuple[Any, ...]:
+    """Inputs, with ``None`` for those that the loss of a cache does not read."""
+    return paths.tree_map(lambda name, leaf: leaf if INPUTS + name in cache.needed else None, tuple(inputs))
