@@ -61,6 +61,7 @@ class TrainStep:
     Attributes:
         programs: What was compiled so far, in the order of first use.
         wait_seconds: Time that the loop stood still for tracing and compiling.
+        last: The program of the last call, or the last that was asked for; ``None`` before.
 
     Raises:
         TypeError: If ``step`` is not jitted.
@@ -92,6 +93,7 @@ class TrainStep:
         self.account = account
         self.programs: list[Program] = []
         self.wait_seconds = 0.0
+        self.last: Program | None = None
         self._step = step
         self._check = None if account is None else SavingCheck(account)
         self._checked_batch: Any = None
@@ -210,7 +212,7 @@ class TrainStep:
 
     def _use(self, compiled: _Compiled) -> None:
         self._calls += 1
-        compiled.last_use = self._calls
+        compiled.last_use, self.last = self._calls, compiled.program
         self._recent.append(compiled.shapes)
 
     def _begin(self, parts: Arguments) -> None:

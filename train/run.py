@@ -29,7 +29,7 @@ def training(
     model: nnx.Module,
     optimizer: sfj.nnx.Optimizer,
     freezer: sfj.nnx.Freezer,
-    train_step: TrainStep,
+    train_step: TrainStep | sfj.nnx.CachedStep,
     data: Iterable[tuple[Any, ...]],
     *,
     flops: Callable[[sfj.Frozen], float] | None = None,
@@ -43,9 +43,8 @@ def training(
         freezer: Decides what freezes.
         train_step: A step of ``(model, optimizer, *batch)`` that returns the loss.
         data: Batches.
-        flops: From a frozen set to the FLOPs of a step, for networks with scanned blocks: an account's
-            ``compiled_flops``. By default they are those of the compiled program, in which XLA counts a scan's body
-            once.
+        flops: From a frozen set to the FLOPs of the step just done, where they are not those of the compiled program:
+            for networks with scanned blocks, of which XLA counts one, an account's ``compiled_flops``.
 
     Yields:
         The number of steps done. What is done with it is not part of what is timed.

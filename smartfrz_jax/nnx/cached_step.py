@@ -178,14 +178,17 @@ class CachedStep:
         Raises:
             ValueError: If an index is wrong.
         """
-        program = self.program(model, optimizer, indices, *inputs)
-        self.flops = program.cost.flops
+        self._follow(model, optimizer, inputs)
         self._done += 1
         if self.cache is None or self._cached is None:
-            return self._plain(model, optimizer, *inputs)
-        self.flops += self.cache.fetch_flops(indices, view)
+            out = self._plain(model, optimizer, *inputs)
+            self.flops = self._listed(self._plain.last).cost.flops
+            return out
+        fetching = self.cache.fetch_flops(indices, view)
         activations = self.cache.fetch(model, indices, *inputs, view=view)
-        return self._cached(model, optimizer, activations, *_needed(self.cache, inputs))
+        out = self._cached(model, optimizer, activations, *_needed(self.cache, inputs))
+        self.flops = self._listed(self._cached.last).cost.flops + fetching
+        return out
 
     def _follow(self, model: nnx.Module, optimizer: Optimizer, inputs: tuple[Any, ...]) -> None:
         """Makes the cache and the step for the frozen set of the optimizer, if that has changed."""
@@ -236,7 +239,8 @@ class CachedStep:
             self._said.add(str(error))
             warnings.warn(f"activations are not kept: {error}", SavingWarning, stacklevel=4)
 
-    def _listed(self, program: Program) -> Program:
+    def _listed(self, program: Program | None) -> Program:
+        assert program is not None
         if program not in self.programs:
             self.programs.append(program)
         return program

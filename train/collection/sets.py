@@ -76,12 +76,16 @@ class Batches:
 
     def __call__(self, step: int) -> Arrays:
         """The batch of a step, counted from 0."""
-        epoch, place = divmod(step, len(self.examples) // self.batch_size)
-        order = _order(self.seed, epoch, len(self.examples))
-        batch = self.examples[order[place * self.batch_size : (place + 1) * self.batch_size]]
+        batch = self.examples[self.indices(step)]
         if not self.augment:
             return batch
         return Arrays((_augmented(np.random.default_rng((self.seed, 1, step)), batch.inputs[0]),), batch.labels)
+
+    def indices(self, step: int) -> np.ndarray:
+        """Which examples are in the batch of a step."""
+        epoch, place = divmod(step, len(self.examples) // self.batch_size)
+        order = _order(self.seed, epoch, len(self.examples))
+        return order[place * self.batch_size : (place + 1) * self.batch_size]
 
 
 @functools.lru_cache(maxsize=2)

@@ -1,6 +1,9 @@
-"""The loss of every case, a train step and an evaluation."""
+"""The loss of every case, its train step and an evaluation."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,14 +23,16 @@ def loss_fn(model: nnx.Module, inputs: tuple[jax.Array, ...], labels: jax.Array)
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
-@nnx.jit
-def train_step(
-    model: nnx.Module, optimizer: sfj.nnx.Optimizer, inputs: tuple[jax.Array, ...], labels: jax.Array
-) -> jax.Array:
-    """One step; specialised on what the optimizer has frozen."""
-    loss, grads = optimizer.value_and_grad(loss_fn)(model, inputs, labels)
-    optimizer.update(model, grads)
-    return loss
+def make_step(loss_fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """A jitted step of ``(model, optimizer, *inputs)``; specialised on what the optimizer has frozen."""
+
+    @nnx.jit
+    def train_step(model: nnx.Module, optimizer: sfj.nnx.Optimizer, *inputs: Any) -> jax.Array:
+        loss, grads = optimizer.value_and_grad(loss_fn)(model, *inputs)
+        optimizer.update(model, grads)
+        return loss
+
+    return train_step
 
 
 @nnx.jit

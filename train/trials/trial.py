@@ -26,13 +26,13 @@ from train.log import Log, Run
 from train.optimizers import directions
 from train.run import training
 from train.trials.cases import Case
-from train.trials.classification import loss_fn, losses_on, train_step
+from train.trials.classification import loss_fn, losses_on, make_step
 from train.trials.result import Result
 from train.trials.strategies import Situation, Strategy
 
 _PROBE = 64  # examples on which layers' outputs are compared, and contributions measured
 _HELD_OUT_OF_REHEARSALS, _AT_MOST = 256, 0.2  # training examples, and at most this share of them
-_MIN_SAVING = 0.05
+MIN_SAVING = 0.05
 _REFERENCE_SEED = 1000
 
 
@@ -240,7 +240,7 @@ class Bench:
             policy,
             features=features,
             train_step=step,
-            min_saving=_MIN_SAVING,
+            min_saving=MIN_SAVING,
         )
         log_run = Run(name, self.layers.names, dataclasses.asdict(self.setup) | {"seed": seed})
         with tempfile.TemporaryDirectory() as folder, Log(Path(folder) / "log.jsonl", log_run) as log:
@@ -252,7 +252,7 @@ class Bench:
         # One optimizer for all runs of a kind: another object would be another program.
         kind = strategy.freezeout, strategy.length, strategy.rate
         if kind not in self._steps:
-            self._steps[kind] = self._optimizer(strategy), sfj.TrainStep(train_step, account=self.account)
+            self._steps[kind] = self._optimizer(strategy), sfj.TrainStep(make_step(loss_fn), account=self.account)
         return self._steps[kind]
 
     def _optimizer(self, strategy: Strategy) -> optax.GradientTransformation:
