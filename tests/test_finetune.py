@@ -87,6 +87,25 @@ def test_efficientnet_lite0_learns_500_real_images_with_half_of_it_frozen(images
 
 
 @pytest.mark.slow
+def test_kept_activations_change_what_a_step_costs_and_nothing_else(few_blocks, tmp_path, capsys):
+    arguments = [*few_blocks[:-1], str(tmp_path / "plain"), "--train-split", "train[:32]", "--batch-size", "8",
+                 "--epochs", "5", "--policy", "static_prefix", "--stages", "0:0.5,0.6:1", "--augment", "none",
+                 "--learning-rate", "0.001", "--lead", "0"]  # fmt: skip
+    assert finetune.main(arguments) == 0, capsys.readouterr().err
+    changed = ["--keep-activations", "host", "--out", str(tmp_path / "kept")]
+    assert finetune.main([*arguments, *changed]) == 0, capsys.readouterr().err
+    plain, kept = (log.read(tmp_path / name / "log.jsonl") for name in ("plain", "kept"))
+    assert kept.freezes == plain.freezes
+    np.testing.assert_allclose([s.loss for s in kept.steps], [s.loss for s in plain.steps], rtol=1e-3)
+    assert kept.steps[0].flops == plain.steps[0].flops
+    assert kept.steps[10].flops < 0.9 * plain.steps[10].flops
+    assert kept.steps[-1].flops < 0.2 * plain.steps[-1].flops
+    assert kept.programs[1].held_bytes > plain.programs[1].held_bytes
+    phases = [phase.frozen for phase in kept.phases]
+    assert phases == sorted(set(phases))  # however many steps of a phase computed activations
+
+
+@pytest.mark.slow
 def test_minilm_learns_200_real_sentences_while_autofreeze_freezes(sentences, tmp_path, capsys):
     arguments = ["--train-split", "train[:200]", "--epochs", "4", "--batch-size", "40", "--policy", "autofreeze",
                  "--evaluations-per-epoch", "2", "--clip", "1", "--lead", "3",
@@ -203,6 +222,8 @@ def test_what_cannot_run_says_why(images, changed, message, capsys):
         (["--image-size", "0"], "argument --image-size: got 0, expected at least 1"),
         (["--image-size", "-8"], "argument --image-size: got -8"),
         (["--max-tokens", "3"], "argument --max-tokens: got 3, expected at least 4"),
+        (["--keep-activations", "host"], "argument --keep-activations: an augmented example is never the same; pass"),
+        (["--keep-activations", "host", "--augment", "none", "--scan"], "argument --keep-activations: of scanned"),
         (["--batch-norm", "fixed"], "argument --batch-norm: fixed keeps the statistics of --weights"),
         (["--help"], "--evaluations-per-epoch"),
     ],

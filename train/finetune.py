@@ -24,9 +24,9 @@ from train.interrupt import Interrupt, exit_code
 from train.log import Evaluation, Log, Run, read
 from train.networks import make_network
 from train.optimizers import make_optimizer
-from train.options import Options, parse
+from train.options import KeepActivations, Options, parse
 from train.policies import make_policy
-from train.run import training
+from train.run import make_step, training
 from train.splits import open_data
 
 
@@ -45,19 +45,34 @@ def fix_statistics(model: nnx.Module) -> None:
             module.use_running_average = True
 
 
-def make_train_step(data: Data, account: sfj.Account) -> sfj.TrainStep:
-    """The compiled step of ``(model, optimizer, key, inputs, labels)``; augmentation is part of it."""
+def make_train_step(
+    data: Data, account: sfj.Account, total_steps: int, keep_activations: KeepActivations
+) -> sfj.TrainStep | sfj.nnx.CachedStep:
+    """The compiled step; augmentation is part of it.
 
-    @nnx.jit
-    def train_step(
-        model: nnx.Module, optimizer: sfj.nnx.Optimizer, key: jax.Array, inputs: tuple[Any, ...], labels: jax.Array
-    ) -> jax.Array:
-        inputs, labels = data.augment(key, inputs, labels)
-        loss, grads = optimizer.value_and_grad(loss_fn)(model, inputs, labels)
-        optimizer.update(model, grads)
-        return loss
+    Args:
+        data: The training set.
+        account: The account of the step.
+        total_steps: Length of the run.
+        keep_activations: Where those of frozen layers are kept; ``no`` to compute them in every step.
 
-    return sfj.TrainStep(train_step, account=account)
+    Returns:
+        A step of ``(model, optimizer, key, inputs, labels)``; before the key, numbers of examples if it keeps anything.
+    """
+
+    def loss_of_batch(model: nnx.Module, key: jax.Array, inputs: tuple[Any, ...], labels: jax.Array) -> jax.Array:
+        return loss_fn(model, *data.augment(key, inputs, labels))
+
+    if keep_activations == "no":
+        return sfj.TrainStep(make_step(loss_of_batch), account=account)
+    return sfj.nnx.CachedStep(
+        make_step,
+        loss_of_batch,
+        examples=data.examples,
+        place=keep_activations,
+        account=account,
+        total_steps=total_steps,
+    )
 
 
 def make_evaluation(data: Data, figures: dict[str, metrics.Metric]) -> Callable[[nnx.Module], dict[str, float]]:
@@ -127,7 +142,7 @@ def finetune(options: Options, say: Callable[[str], None], interrupt: Interrupt)
         probe=sfj.nnx.probe(model, loss_fn, example, first.labels),
     )
     optimizer = sfj.nnx.Optimizer(model, tx, layers=layers)
-    train_step = make_train_step(train_data, account)
+    train_step = make_train_step(train_data, account, total_steps, options.keep_activations)
     freezer = sfj.nnx.Freezer(
         model,
         optimizer,
@@ -157,7 +172,8 @@ def finetune(options: Options, say: Callable[[str], None], interrupt: Interrupt)
     def batches() -> Iterator[tuple[Any, ...]]:
         steps = range(freezer.steps, total_steps)
         for step, batch in zip(steps, train_data.batches(freezer.steps, total_steps), strict=True):
-            yield train_data.key(step), batch.inputs, batch.labels
+            indices = () if options.keep_activations == "no" else (train_data.indices(step),)
+            yield *indices, train_data.key(step), batch.inputs, batch.labels
 
     with bar, Log(options.out / "log.jsonl", history) as log:
         data = interrupt.checked(batches(), on_interrupt=lambda: save_checkpoint(freezer, options.out))

@@ -24,7 +24,8 @@ class Step(NamedTuple):
         seconds: Seconds it took, compilation apart.
         policy_seconds: Seconds of the policy after it: records, predictor, moving the optimizer state.
         frozen: Number of layers frozen in it.
-        flops: FLOPs of its compiled program; predicted where blocks are scanned, of which XLA counts one.
+        flops: FLOPs of its compiled program, and of activations that it computed to be kept; predicted where blocks are
+            scanned, of which XLA counts one.
         peak_bytes: Bytes that program needs: parameters, optimizer state, batch, temporary buffers.
     """
 
@@ -46,7 +47,8 @@ class Compiled(NamedTuple):
         seconds: Seconds it took to trace and compile, in whichever run it was first needed.
         ahead: Whether it was compiled while training went on.
         waited: Seconds that this run stood still for it.
-        held_bytes: Bytes of the arrays that the run holds after its first step: model, optimizer, policy, batch.
+        held_bytes: Bytes of the arrays that the run holds after its first step: model, optimizer, policy, batch, and
+            activations that are kept.
     """
 
     step: int
@@ -65,7 +67,7 @@ class Phase(NamedTuple):
         steps: Their number.
         frozen: Number of layers frozen.
         seconds: Median of the seconds of a step.
-        flops: FLOPs of a step.
+        flops: Median of the FLOPs of a step.
         peak_bytes: Bytes that the program needs.
         held_bytes: Bytes of the arrays that the run holds between the steps, from the first time of its program.
     """
@@ -148,17 +150,17 @@ class Run:
         """The phases, in order: step time and memory over time."""
         held_bytes = {program.frozen: program.held_bytes for program in self.programs}
         phases = []
-        for _, group in itertools.groupby(self.steps, key=lambda step: (step.frozen, step.flops, step.peak_bytes)):
+        for _, group in itertools.groupby(self.steps, key=lambda step: (step.frozen, step.peak_bytes)):
             steps = list(group)
             first = steps[0]
-            seconds = float(np.median([step.seconds for step in steps]))
+            seconds, flops = (float(np.median([getattr(step, of) for step in steps])) for of in ("seconds", "flops"))
             phases.append(
                 Phase(
                     first.step,
                     len(steps),
                     first.frozen,
                     seconds,
-                    first.flops,
+                    flops,
                     first.peak_bytes,
                     held_bytes.get(first.frozen, 0),
                 )

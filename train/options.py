@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 from pathlib import Path
-from typing import get_args
+from typing import Literal, get_args
 
 from train.data.wordpiece import MIN_LENGTH
 from train.networks import Name
 from train.optimizers import OptimizerName
 from train.policies import PolicyName
+
+KeepActivations = Literal["no", "device", "host"]
 
 _DESCRIPTION = """\
 Fine-tunes (or trains) a network on a TFDS data set while a policy freezes its layers.
@@ -68,6 +70,7 @@ class Options:
     reference: Path | None
     lead: int
     min_saving: float
+    keep_activations: KeepActivations
     seed: int
     resume: bool
     baseline: Path | None
@@ -179,6 +182,14 @@ def parse(argv: list[str] | None) -> Options:
     add("--lead", type=int, default=20, help="steps from a decision to its effect, in which its program is compiled")
     add("--min-saving", type=float, default=0.01, help="share of a step's FLOPs that a new program must save")
 
+    add(
+        "--keep-activations",
+        choices=get_args(KeepActivations),
+        default="no",
+        help="where the activations of frozen front layers are kept, so that they run once for every example; only "
+        "with --augment none, and where it pays",
+    )
+
     add = parser.add_argument_group("run").add_argument
     add("--out", type=Path, required=True, help="folder for everything that is written")
     add("--resume", action="store_true", help="go on from the last checkpoint in --out")
@@ -197,6 +208,10 @@ def parse(argv: list[str] | None) -> Options:
             parser.error(f"argument --{name.replace('_', '-')}: got {getattr(options, name)}, expected 0 or more")
     if options.clip is not None and not 0 < options.clip < float("inf"):
         parser.error(f"argument --clip: got {options.clip}, expected a norm above 0; leave it out for none")
+    if options.keep_activations != "no" and options.augment != "none":
+        parser.error("argument --keep-activations: an augmented example is never the same; pass --augment none, too")
+    if options.keep_activations != "no" and options.scan:
+        parser.error("argument --keep-activations: of scanned blocks the FLOPs would not be known; leave out --scan")
     if options.batch_norm == "fixed" and options.weights is None:
         parser.error("argument --batch-norm: fixed keeps the statistics of --weights; name them, or leave it out")
     if options.policy == "similarity_guided" and options.reference is None:

@@ -24,6 +24,18 @@ def batches(n: int, batch_size: int, epochs: int, seed: int) -> Iterator[np.ndar
             yield order[start : start + batch_size]
 
 
+def make_step(loss_fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """A jitted step of ``(model, optimizer, *inputs)`` for a loss of ``(model, *inputs)``."""
+
+    @nnx.jit
+    def train_step(model: nnx.Module, optimizer: sfj.nnx.Optimizer, *inputs: Any) -> jax.Array:
+        loss, grads = optimizer.value_and_grad(loss_fn)(model, *inputs)
+        optimizer.update(model, grads)
+        return loss
+
+    return train_step
+
+
 def training(
     log: Log,
     model: nnx.Module,
@@ -63,13 +75,16 @@ def training(
             used.add(program.frozen)
             compile_seconds = program.cost.trace_seconds + program.cost.compile_seconds
             stood_still = program.waited if len(train_step.programs) > programs else 0.0
-            held = nnx.state(model), nnx.state(optimizer), freezer.policy_state, batch
+            cache = train_step.cache if isinstance(train_step, sfj.nnx.CachedStep) else None
+            stored = () if cache is None or cache.store is None else cache.store.values
+            held = nnx.state(model), nnx.state(optimizer), freezer.policy_state, batch, stored
             held_bytes = sum({id(array): array.nbytes for array in jax.tree.leaves(held)}.values())
             log.add(Compiled(step, len(program.frozen.names), compile_seconds, program.ahead, stood_still, held_bytes))
         before_policy, waited = time.perf_counter(), train_step.wait_seconds
         freezer.step(loss=loss)
         jax.block_until_ready(freezer.policy_state)
         decided = time.perf_counter()
+        cached = train_step.flops if isinstance(train_step, sfj.nnx.CachedStep) else None
         log.add(
             Step(
                 step,
@@ -77,7 +92,7 @@ def training(
                 trained - start,
                 decided - before_policy - (train_step.wait_seconds - waited),
                 len(program.frozen.names),
-                program.cost.flops if flops is None else flops(program.frozen),
+                cached or (program.cost.flops if flops is None else flops(program.frozen)),
                 program.cost.peak_bytes,
             )
         )

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
+import numpy as np
 
 from train.data.order import Order, steps_in_order
 
@@ -52,6 +53,11 @@ class Data(abc.ABC):
         return self._order.steps_per_epoch
 
     @property
+    def examples(self) -> int:
+        """Examples in the split."""
+        return self._order.examples
+
+    @property
     def evaluation_steps(self) -> int:
         """Batches of an evaluation."""
         return steps_in_order(self._order.examples, self._order.batch_size)
@@ -59,6 +65,10 @@ class Data(abc.ABC):
     @abc.abstractmethod
     def batch(self, step: int) -> Batch:
         """The training batch of a step, counted from 0 over all epochs; not yet augmented."""
+
+    def indices(self, step: int) -> Int[np.ndarray, " batch"]:
+        """Which examples of the split are in the training batch of a step."""
+        return self._order(step)[0]
 
     @abc.abstractmethod
     def evaluation_batch(self, step: int) -> Batch:

@@ -1,9 +1,6 @@
-"""The loss of every case, its train step and an evaluation."""
+"""The loss of every case, and an evaluation."""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +8,6 @@ import numpy as np
 import optax
 from flax import nnx
 
-import smartfrz_jax as sfj
 from train.collection.sets import Arrays
 
 _EVALUATION_BATCH = 128
@@ -21,18 +17,6 @@ def loss_fn(model: nnx.Module, inputs: tuple[jax.Array, ...], labels: jax.Array)
     """Mean cross entropy."""
     logits = model(*inputs)  # pyright: ignore[reportCallIssue]
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
-
-
-def make_step(loss_fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """A jitted step of ``(model, optimizer, *inputs)``; specialised on what the optimizer has frozen."""
-
-    @nnx.jit
-    def train_step(model: nnx.Module, optimizer: sfj.nnx.Optimizer, *inputs: Any) -> jax.Array:
-        loss, grads = optimizer.value_and_grad(loss_fn)(model, *inputs)
-        optimizer.update(model, grads)
-        return loss
-
-    return train_step
 
 
 @nnx.jit

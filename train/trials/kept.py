@@ -13,8 +13,8 @@ import smartfrz_jax as sfj
 from train import json_lines
 from train.collection.sets import Batches
 from train.log import Log, Run
-from train.run import training
-from train.trials.classification import loss_fn, losses_on, make_step
+from train.run import make_step, training
+from train.trials.classification import loss_fn, losses_on
 from train.trials.result import mean_and_error
 from train.trials.strategies import Situation, Strategy
 from train.trials.trial import MIN_SAVING, Bench
@@ -82,9 +82,8 @@ def measure(bench: Bench, name: str, strategy: Strategy, seed: int, *, kept: boo
             batch = batches(number)
             yield *((batches.indices(number),) if kept else ()), batch.inputs, batch.labels
 
-    flops = (lambda _: step.flops) if isinstance(step, sfj.nnx.CachedStep) else None
     with tempfile.TemporaryDirectory() as folder, Log(Path(folder) / "log.jsonl", Run(name, bench.layers.names)) as log:
-        for _ in training(log, model, optimizer, freezer, step, data(), flops=flops):
+        for _ in training(log, model, optimizer, freezer, step, data()):
             pass
     losses, right = losses_on(model, bench.data.held_out)
     frozen = [(event.step, list(event.names)) for event in log.run.freezes]

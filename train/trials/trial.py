@@ -24,9 +24,9 @@ from train.collection.schedules import learning_rates
 from train.collection.sets import Arrays, Batches, open_set
 from train.log import Log, Run
 from train.optimizers import directions
-from train.run import training
+from train.run import make_step, training
 from train.trials.cases import Case
-from train.trials.classification import loss_fn, losses_on, make_step
+from train.trials.classification import loss_fn, losses_on
 from train.trials.result import Result
 from train.trials.strategies import Situation, Strategy
 
