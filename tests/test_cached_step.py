@@ -232,11 +232,35 @@ def test_a_smaller_last_batch_and_stored_bfloat16():
     assert step.cache.store.values[0].dtype == jnp.bfloat16
 
 
+def test_a_restored_run_goes_on_with_activations_computed_anew(tmp_path):
+    def go_on(training, freezer, step, part):
+        losses = []
+        for indices in part:
+            losses.append(float(step(*training.args, indices, IMAGES[indices], LABELS[indices])))
+            freezer.step()
+        return losses
+
+    first, second = Training(), Training()
+    step = cached()
+    freezer = sfj.nnx.Freezer(*first.args, stages(), train_step=step)
+    go_on(first, freezer, step, batches(0, 14))
+    freezer.save(tmp_path / "checkpoint")
+    straight = go_on(first, freezer, step, batches(14, 26))
+    again = cached()
+    freezer = sfj.nnx.Freezer(*second.args, stages(), train_step=again)
+    freezer.restore(tmp_path / "checkpoint")
+    np.testing.assert_allclose(go_on(second, freezer, again, batches(14, 26)), straight, rtol=1e-6)
+    assert again.cache.frozen == step.cache.frozen
+    assert len(again.cache.frozen.names) == 4
+
+
 def test_wrong_arguments():
     with pytest.raises(ValueError, match="examples: got 0, expected at least 1"):
         sfj.nnx.CachedStep(make_step, loss_fn, examples=0)
     with pytest.raises(ValueError, match="place: got 'somewhere', expected 'device' or 'host'; to keep files, use"):
         cached(place="somewhere")
+    with pytest.raises(ValueError, match="dtype: got int8, expected float32, bfloat16, float16"):
+        cached(dtype="int8")
     with pytest.raises(TypeError, match=r"step: got function, expected a function made by jax.jit or nnx.jit"):
         sfj.nnx.CachedStep(lambda loss: lambda model, optimizer: loss(model), loss_fn, examples=4)
     training, step = Training(), cached()

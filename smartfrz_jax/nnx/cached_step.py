@@ -36,7 +36,7 @@ class CachedStep:
     ``SavingWarning`` says why, once for each cause; where it would not pay, it goes on without a word.
 
     Results are those of the plain step, up to the rounding of programs that XLA compiles apart. Activations are not
-    part of checkpoints: a restored run computes them anew.
+    part of checkpoints: after restoring one, make another ``CachedStep``, which computes them anew.
 
     Args:
         make_step: From a loss function to a step made by ``nnx.jit``, of ``(model, optimizer, *inputs)``, that calls it
@@ -59,7 +59,7 @@ class CachedStep:
 
     Raises:
         TypeError: If what ``make_step`` makes is not jitted.
-        ValueError: If a number is below 1, or there is no such place.
+        ValueError: If a number is below 1, or there is no such place or type.
 
     Example:
         >>> import jax.numpy as jnp
@@ -103,6 +103,7 @@ class CachedStep:
                 raise ValueError(f"{argument}: got {number}, expected at least 1")
         if place not in ("device", "host"):
             raise ValueError(f"place: got {place!r}, expected 'device' or 'host'; to keep files, use a PrefixCache")
+        stored_shapes((), 0, dtype)  # raises, if there is no such type
         self.account = account
         self.cache: PrefixCache | None = None
         self.programs: list[Program] = []
