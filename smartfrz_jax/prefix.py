@@ -89,14 +89,14 @@ class Split:
         outs = self._run(outvars, self._cut, values, (variables, inputs))
         return jax.tree.unflatten(self._traced.structure, outs)
 
-    def grown(self, old: Split) -> Callable[..., tuple[jax.Array, ...]] | None:
+    def grown(self, old: Split) -> Growth | None:
         """The first part from the values at the frontier of another split, with fewer frozen layers.
 
         Args:
             old: The other split, for the same batch size.
 
         Returns:
-            A function of ``(variables, activations, inputs)``; None if it would do work again that ``old`` has done.
+            How; None if it would do work again that ``old`` has done.
         """
         known = {digest: var for var, digest in self._digest_of.items()}
         given = [known.get(digest) for digest in old.digests]
@@ -111,25 +111,41 @@ class Split:
             values = [_from_rows(rows, v, a) for rows, v, a in zip(activations, given, old._axes, strict=True)]
             return self._run_to_cut(given, values, (variables, inputs))
 
-        return run
+        return Growth(run, frozenset(name for name in self._reads(self._cut, given) if name.startswith(INPUTS)))
 
     def _run_to_cut(self, given: Sequence[Any], values: Sequence[Any], arguments: Any) -> tuple[jax.Array, ...]:
         outs = self._run(self._cut, given, values, arguments)
         return tuple(_to_rows(out, axis, self.examples) for out, axis in zip(outs, self._axes, strict=True))
 
     def _run(self, outvars: Sequence[Any], given: Sequence[Any], values: Sequence[Any], arguments: Any) -> list[Any]:
-        jaxpr = self._jaxpr.jaxpr
-        eqns = _needed(jaxpr.eqns, outvars, given)
-        read = {*(var for eqn in eqns for var in variables(eqn.invars)), *variables(outvars)}
-        leaves = _by_name(*arguments)
-        invars = {var: name for var, name in zip(jaxpr.invars, self._traced.names, strict=True) if var in read}
-        for name in invars.values():
+        eqns, leaves = _needed(self._jaxpr.jaxpr.eqns, outvars, given), _by_name(*arguments)
+        invars = self._reads(outvars, given)
+        for name in invars:
             if name not in leaves:
                 raise ValueError(
                     f"{name}: got None, or nothing, but the part of the loss that trains reads it; pass it too"
                 )
-        run = opening.as_function(self._jaxpr, eqns, [*given, *invars], outvars)
-        return run(*values, *(leaves[name] for name in invars.values()))
+        run = opening.as_function(self._jaxpr, eqns, [*given, *invars.values()], outvars)
+        return run(*values, *(leaves[name] for name in invars))
+
+    def _reads(self, outvars: Sequence[Any], given: Sequence[Any]) -> dict[str, Any]:
+        """Variables and inputs that are read on the way from some values to others, by name."""
+        jaxpr = self._jaxpr.jaxpr
+        eqns = _needed(jaxpr.eqns, outvars, given)
+        read = {*(var for eqn in eqns for var in variables(eqn.invars)), *variables(outvars)} - set(given)
+        return {name: var for var, name in zip(jaxpr.invars, self._traced.names, strict=True) if var in read}
+
+
+class Growth(NamedTuple):
+    """How to get from the frontier of a split to that of one with more frozen layers.
+
+    Attributes:
+        run: A function of ``(variables, activations, inputs)``.
+        needed: Names of the inputs that it reads.
+    """
+
+    run: Callable[..., tuple[jax.Array, ...]]
+    needed: frozenset[str]
 
 
 def trace(loss_fn: Callable[..., Any], variables: PyTree, inputs: tuple[Any, ...]) -> Traced:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Collection, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
 
 import jax
 import numpy as np
@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 from smartfrz_jax import paths
 from smartfrz_jax.activation_cache import ActivationCache, Place
 from smartfrz_jax.freezing import Frozen
-from smartfrz_jax.split_loss import SplitLoss
+from smartfrz_jax.split_loss import Grown, SplitLoss
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -132,7 +132,8 @@ class PrefixCache(SplitLoss):
     ) -> tuple[jax.Array, ...]:
         """The activations of a batch: looked up where they are there, else computed and kept.
 
-        What is missing of a batch is computed a quarter of a batch at a time, or all at once.
+        What is missing of a batch is computed a quarter of a batch at a time, or all at once. Where the frozen set has
+        grown, what is stored of the set before comes first, all of it, if nothing else is needed for that.
 
         Args:
             params: Parameters.
@@ -147,6 +148,8 @@ class PrefixCache(SplitLoss):
             ValueError: If :meth:`keep` was not called, or an index is wrong.
         """
         store, indices = self._checked_store(), np.asarray(indices)
+        if _sweeps(self._source):
+            self._grow(params, self._source)
         for part in self._parts(indices, view):
             some = self._rows_of(inputs, part.rows, len(indices))
             if part.source is None:
@@ -168,9 +171,11 @@ class PrefixCache(SplitLoss):
         Raises:
             ValueError: As for :meth:`fetch`.
         """
-        per_example = self.build_flops
+        source = self._source
+        grown = 0.0 if source is None else self.build_flops - source.build_flops
+        swept = sum(len(rows) for _, parts in self._stored_in(source) for rows in parts) if _sweeps(source) else 0
         parts = self._parts(np.asarray(indices), view)
-        return sum(len(rows) * (per_example - (source.build_flops if source else 0.0)) for rows, source in parts)
+        return swept * grown + sum(len(rows) * (grown if part else self.build_flops) for rows, part in parts)
 
     def follow(self, params: PyTree, frozen: Frozen, *, place: Place | str | None = None) -> PrefixCache:
         """The cache for another frozen set.
@@ -216,12 +221,29 @@ class PrefixCache(SplitLoss):
             self._source = _Source(old.store, grown, old.build_flops)
         old.store, old._source = None, None  # not before: if there is no room, that cache goes on
 
+    def _grow(self, params: PyTree, source: _Source) -> None:
+        """Computes all that can be from what the cache before has stored."""
+        store = self._checked_store()
+        for view, parts in self._stored_in(source):
+            for rows in parts:
+                store.put(rows, source.grown(params, source.store.take(rows, view)), view)
+        self._source = None
+
+    def _stored_in(self, source: _Source) -> Iterator[tuple[int, list[np.ndarray]]]:
+        """Views, and which of their examples are stored, in batches; of the last one some may be in it twice."""
+        for view in range(self.views):
+            rows = np.flatnonzero(source.store.filled[:, view])
+            batches = -(-len(rows) // self._examples)
+            yield view, np.split(np.resize(rows, batches * self._examples), batches) if batches else []
+
     def _parts(self, indices: np.ndarray, view: int) -> list[_Part]:
         """What of a batch is to be computed, in parts of two sizes, as every size is a program."""
         missing, source = ~self._checked_store().stored(indices, view), self._source
-        from_source = np.zeros_like(missing) if source is None else missing & source.store.stored(indices, view)
-        parts = [_Part(rows, source) for rows in _in_parts(np.flatnonzero(from_source), len(indices))]
-        return parts + [_Part(rows, None) for rows in _in_parts(np.flatnonzero(missing & ~from_source), len(indices))]
+        there = np.zeros_like(missing) if source is None else missing & source.store.stored(indices, view)
+        parts = [_Part(rows, None) for rows in _in_parts(np.flatnonzero(missing & ~there), len(indices))]
+        if _sweeps(source):
+            return parts
+        return parts + [_Part(rows, source) for rows in _in_parts(np.flatnonzero(there), len(indices))]
 
     def _rows_of(self, inputs: tuple[Any, ...], rows: np.ndarray, n: int) -> tuple[Any, ...]:
         """Some examples of a batch of ``n``."""
@@ -279,5 +301,10 @@ class _Source(NamedTuple):
     """
 
     store: ActivationCache
-    grown: Callable[..., tuple[jax.Array, ...]]
+    grown: Grown
     build_flops: float
+
+
+def _sweeps(source: _Source | None) -> TypeGuard[_Source]:
+    """Whether all that is stored can be gone through at once: no inputs are needed."""
+    return source is not None and not source.grown.needed

@@ -106,7 +106,7 @@ class SplitLoss:
         """
         return self._live(*self._open(params), activations, inputs)[0]
 
-    def grown_from(self, old: SplitLoss) -> Callable[..., tuple[jax.Array, ...]] | None:
+    def grown_from(self, old: SplitLoss) -> Grown | None:
         """How to get the activations from those of another split, of a frozen set with fewer layers.
 
         Args:
@@ -116,17 +116,21 @@ class SplitLoss:
             A jitted function of ``(params, activations, *inputs)`` that runs only the layers between the two frontiers,
             or None if there is no such: then the activations must be computed from the inputs.
         """
-        if self._split.grown(old._split) is None:
+        growth = self._split.grown(old._split)
+        if growth is None:
             return None
 
         @functools.partial(jax.jit, static_argnums=0)
         def grown(key: Any, variables: PyTree, activations: Any, inputs: tuple[Any, ...]) -> tuple[jax.Array, ...]:
             inputs = self._completed(inputs, activations[0].shape[0])
-            run = self._split_for(key, variables, inputs[0]).grown(old._split_for(key, variables, inputs[0]))
-            assert run is not None
-            return run(variables, activations, inputs[1])
+            growth = self._split_for(key, variables, inputs[0]).grown(old._split_for(key, variables, inputs[0]))
+            assert growth is not None
+            return growth.run(variables, activations, inputs[1])
 
-        return lambda params, activations, *inputs: grown(*self._open(params), activations, inputs)
+        def run(params: PyTree, activations: Any, *inputs: Any) -> tuple[jax.Array, ...]:
+            return grown(*self._open(params), activations, inputs)
+
+        return Grown(run, growth.needed)
 
     def _open(self, params: PyTree) -> tuple[Any, PyTree]:
         """What is static of the parameters, or of the model, and their arrays."""
@@ -195,6 +199,21 @@ class SplitLoss:
             return jax.ShapeDtypeStruct((examples, *shape.shape[1:]) if counts else shape.shape, shape.dtype)
 
         return paths.tree_map(complete, self._inputs), inputs
+
+
+class Grown:
+    """From the activations of fewer frozen layers to those of more: a function of ``(params, activations, *inputs)``.
+
+    Attributes:
+        needed: Names of the inputs that it reads, as :attr:`SplitLoss.needed`; the others may be ``None`` or left out.
+    """
+
+    def __init__(self, run: Callable[..., tuple[jax.Array, ...]], needed: frozenset[str]):
+        self._run, self.needed = run, needed
+
+    def __call__(self, params: PyTree, activations: Any, *inputs: Any) -> tuple[jax.Array, ...]:
+        """The activations, of shape ``(examples, ...)``."""
+        return self._run(params, activations, *inputs)
 
 
 def _shape(leaf: Any) -> jax.ShapeDtypeStruct:

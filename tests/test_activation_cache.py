@@ -245,9 +245,33 @@ def test_what_the_cache_before_had_is_computed_from_that_and_the_rest_from_input
     assert fetched(grown, np.arange(0, 16)) == 16 * second
     assert fetched(grown, np.arange(8, 24)) == 8 * (first + second)
     again = caches()
-    fetched(again, np.arange(16))
+    fetched(again, np.arange(20)[::-1][:16])  # 4 to 19
+    fetched(again, np.arange(24))
     mixed = again.follow(WEIGHTS, again.frozen.add(["b"]))
-    assert fetched(mixed, np.arange(12, 28)) == 4 * second + 12 * (first + second)
+    # 24 in two batches of 16, the second with some of them twice; four of the batch are from the inputs.
+    assert fetched(mixed, np.arange(12, 28)) == 32 * second + 4 * (first + second)
+    assert mixed.store.filled.sum() == 28
+
+
+def test_where_inputs_are_needed_too_activations_grow_batch_by_batch():
+    def masked(params, x, mask, y):
+        hidden = jnp.tanh(jnp.tanh(x @ params["a"]) @ params["b"] * mask)
+        return jnp.square(hidden @ params["c"] - y).mean()
+
+    masks = (np.arange(32)[:, None] % 3 > np.arange(4)[None] % 2).astype(np.float32)
+    inputs = DATA, masks, TARGETS
+    frozen = Frozen(find_layers(WEIGHTS, masked, *inputs), frozenset({"a"}))
+    cache = PrefixCache(masked, frozen, WEIGHTS, *(of[:16] for of in inputs))
+    cache.keep(32)
+    cache.fetch(WEIGHTS, np.arange(16), *(of[:16] for of in inputs))
+    new = cache.follow(WEIGHTS, frozen.add(["b"]))
+    indices, second = np.arange(4, 20), 2 * 5 * 4
+    assert new.grown_from(cache).needed == {"inputs:1"}
+    assert new.fetch_flops(indices) == pytest.approx(12 * (second + 4) + 4 * (2 * 6 * 5 + second + 4))  # 4 by the mask
+    (got,) = new.fetch(WEIGHTS, indices, *(of[indices] for of in inputs))
+    expected = np.tanh(np.tanh(DATA @ WEIGHTS["a"]) @ WEIGHTS["b"] * masks)[indices]
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+    assert new.store.filled.sum() == 16
 
 
 @pytest.mark.parametrize("seed", range(6))
