@@ -180,9 +180,10 @@ class PrefixCache(SplitLoss):
     def follow(self, params: PyTree, frozen: Frozen, *, place: Place | str | None = None) -> PrefixCache:
         """The cache for another frozen set.
 
-        If that has more layers, what is stored is the input for what will be, as it is fetched, and is released when
-        all has been; if that cannot be, or the set has fewer layers, it is dropped as soon as there is room for the new
-        one beside it. To have it dropped first, set :attr:`store` to None, and call :meth:`keep` of the new cache.
+        If that has more layers, what is stored is the input for what will be. The first :meth:`fetch` goes through all
+        of it and releases it; where inputs are needed too, it is released when every example has been fetched. If that
+        cannot be, or the set has fewer layers, it is dropped as soon as there is room for the new one beside it.
+        To have it dropped first, set :attr:`store` to None, and call :meth:`keep` of the new cache.
 
         Args:
             params: Parameters.
