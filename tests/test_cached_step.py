@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import smartfrz_jax as sfj
 
@@ -233,6 +234,26 @@ def test_a_smaller_last_batch_and_stored_bfloat16():
         assert np.isfinite(loss)
     assert step.cache.store.filled.sum() == 24
     assert step.cache.store.values[0].dtype == jnp.bfloat16
+
+
+@pytest.mark.slow
+def test_batches_over_several_devices_give_the_same():
+    mesh = Mesh(np.array(jax.devices()), ("data",))
+    everywhere, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
+    losses = []
+    for step, keeps in ((sfj.TrainStep(make_step(loss_fn)), False), (cached(), True)):
+        training = Training()
+        for module in training.args:
+            nnx.update(module, jax.device_put(nnx.state(module), everywhere))
+        freezer = sfj.nnx.Freezer(*training.args, stages(), train_step=step)
+        losses.append([])
+        for indices in batches():
+            batch = jax.device_put((IMAGES[indices], LABELS[indices]), split)
+            losses[-1].append(float(step(*training.args, *([indices] if keeps else []), *batch)))
+            freezer.step()
+    np.testing.assert_allclose(*losses, rtol=1e-5)
+    assert step.cache.store.is_complete
+    assert len(step.programs) == 3
 
 
 def test_a_restored_run_goes_on_with_activations_computed_anew(tmp_path):

@@ -36,7 +36,8 @@ class CachedStep:
     ``SavingWarning`` says why, once for each cause; where it would not pay, it goes on without a word.
 
     Results are those of the plain step, up to the rounding of programs that XLA compiles apart. Activations are not
-    part of checkpoints: after restoring one, make another ``CachedStep``, which computes them anew.
+    part of checkpoints: after restoring one, make another ``CachedStep``, which computes them anew. Of several devices,
+    each holds all that is stored.
 
     Args:
         make_step: From a loss function to a step made by ``nnx.jit``, of ``(model, optimizer, *inputs)``, that calls it
