@@ -1,6 +1,7 @@
 """Whole runs with and without kept activations: the report by hand, and runs end to end."""
 
 import dataclasses
+from pathlib import Path
 
 import pytest
 
@@ -36,6 +37,12 @@ def test_the_report_by_hand():
         "| static:half | - | 1 | 0.70 | 0.70 | 0.60 | 4 | 0.0 | -1.00 | +0.010 |",
         "| static:half | kept | 2 | 0.42 | 0.70 | 0.40 | 4 | 8.0 | +1.00 +- 1.00 | -0.010 +- 0.010 |",
     ]
+
+
+def test_the_table_of_results_md_is_that_of_the_measurements_in_the_repository():
+    root = Path(__file__).parents[1]
+    measured = json_lines.read(root / "benchmarks" / "kept_runs" / "runs.jsonl", KeptRun.parse)
+    assert report(measured) in (root / "RESULTS.md").read_text()
 
 
 @pytest.mark.parametrize(
