@@ -252,7 +252,8 @@ class PrefixCache(SplitLoss):
             return inputs
 
         def some(name: str, leaf: Any) -> Any:
-            if leaf is None or shapes[name].shape[:1] != (self._examples,):
+            is_state = int(name.split(paths.SEPARATOR)[0]) in self._state_inputs
+            if leaf is None or is_state or shapes[name].shape[:1] != (self._examples,):
                 return leaf
             return leaf[rows]
 

@@ -274,6 +274,24 @@ def test_where_inputs_are_needed_too_activations_grow_batch_by_batch():
     assert new.store.filled.sum() == 16
 
 
+def test_variables_among_the_inputs_are_not_taken_for_examples():
+    def scaled(params, variables, x, y):
+        hidden = jnp.tanh((x @ params["a"]["kernel"]) * variables["a"]["scale"].mean())
+        return jnp.square(hidden @ params["b"]["kernel"] - y).mean()
+
+    params = {"a": {"kernel": WEIGHTS["a"]}, "b": {"kernel": WEIGHTS["b"] @ WEIGHTS["c"]}}
+    scale = np.linspace(0, 2, 16, dtype=np.float32) ** 2  # as many as examples in a batch
+    inputs = {"a": {"scale": scale}}, DATA[:16], TARGETS[:16]
+    frozen = Frozen(find_layers(params, scaled, *inputs), frozenset({"a"}))
+    cache = PrefixCache(scaled, frozen, params, *inputs, state_inputs=[0])
+    cache.keep(32)
+    for indices in (np.arange(16), np.arange(2, 18)):
+        (got,) = cache.fetch(params, indices, inputs[0], DATA[indices], TARGETS[indices])
+        expected = np.tanh(DATA[indices] @ WEIGHTS["a"] * scale.mean())
+        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+    assert cache.store.filled.sum() == 18
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_any_order_of_batches_gives_the_activations(seed):
     rng, cache = np.random.default_rng(seed), caches()
