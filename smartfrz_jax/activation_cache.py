@@ -15,6 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
+from smartfrz_jax import hosts
+
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Int
 
@@ -233,7 +235,7 @@ class _Host:
 
     def put(self, rows: np.ndarray, values: Sequence[jax.Array]) -> None:
         for stored, new in zip(self.values, values, strict=True):
-            stored[rows] = np.asarray(new)
+            stored[rows] = hosts.fetch(new)
 
     def take(self, rows: np.ndarray) -> list[jax.Array]:
         return [jax.device_put(np.ascontiguousarray(stored[rows])) for stored in self.values]
@@ -296,7 +298,7 @@ def _free(directory: Path | None, *, on_device: bool) -> int | None:
     """Bytes that are free; None where nobody knows."""
     if directory is not None:
         return shutil.disk_usage(directory).free
-    stats = jax.devices()[0].memory_stats() if on_device else None
+    stats = jax.local_devices()[0].memory_stats() if on_device else None
     if stats and "bytes_limit" in stats:
         return int(stats["bytes_limit"] - stats.get("bytes_in_use", 0))
     if on_device and jax.default_backend() != "cpu":

@@ -35,7 +35,7 @@ def write(path: str | Path, tree: PyTree, kind: str, metadata: dict[str, Any], *
     if target.exists() and not overwrite:
         raise FileExistsError(f"path: {target} exists; choose another directory or pass overwrite=True")
     leaves = _by_name(tree, "tree")
-    arrays = {name: _storable(leaf) for name, leaf in leaves.items() if _is_stored(leaf)}
+    arrays = {name: _given(_storable(leaf)) for name, leaf in leaves.items() if _is_stored(leaf)}
     if not arrays:
         raise ValueError(f"tree: the {kind} has no array with elements, expected at least one; add what it is for")
     special = {name: _note(leaf) for name, leaf in leaves.items() if not _is_stored(leaf) or _is_key(leaf)}
@@ -64,8 +64,9 @@ def read(path: str | Path, like: PyTree, kind: str) -> PyTree:
     Args:
         path: Directory of the checkpoint.
         like: Pytree of the expected structure; its leaves have a shape, a dtype and perhaps a sharding. Leaves come
-            onto those devices, or onto the first one; in place of NumPy arrays come NumPy arrays, in place of a number
-            of Python the one that was saved.
+            onto those devices; without a sharding, or in place of an array that is not committed to one, onto the
+            default device, not committed either; in place of NumPy arrays come NumPy arrays, in place of a number of
+            Python the one that was saved.
         kind: What it should be a checkpoint of, for the error.
 
     Returns:
@@ -108,12 +109,23 @@ def read(path: str | Path, like: PyTree, kind: str) -> PyTree:
     return jax.tree_util.tree_map_with_path(restored, like)
 
 
+def outline(tree: PyTree) -> PyTree:
+    """The same with shapes in place of device arrays: what :func:`read` needs of it, without their memory."""
+
+    def shape(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array):
+            return leaf
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding if leaf.committed else None)
+
+    return jax.tree.map(shape, tree)
+
+
 def with_dropped(path: str | Path, like: PyTree, kind: str, *, prefix: str) -> PyTree:
     """``like``, with shape ``()`` for the leaves that were saved as a scalar because they were no longer needed.
 
     Args:
         path: Directory of the checkpoint.
-        like: Pytree of arrays.
+        like: Pytree of arrays or ``jax.ShapeDtypeStruct``.
         kind: What it should be a checkpoint of.
         prefix: Where ``like`` is in the saved pytree, as ``jax.tree_util.keystr`` writes it.
     """
@@ -201,13 +213,31 @@ def _storable(leaf: Any) -> Any:
     )
 
 
+def _given(leaf: Any) -> Any:
+    """What is given to Orbax to write."""
+    return np.asarray(leaf) if isinstance(leaf, jax.Array) and _is_own(leaf) else leaf
+
+
 def _abstract(like: Any) -> Any:
     """What tells Orbax how to load an array."""
     leaf = _storable(like)
-    if isinstance(leaf, np.ndarray):  # by way of a device, numbers of 64 bits would lose half of them
+    # NumPy's by way of a device would lose half of 64 bits.
+    if isinstance(leaf, np.ndarray) or _is_own(leaf):
         return np.empty(leaf.shape, leaf.dtype)
-    sharding = getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_sharding(leaf))
+
+
+def _is_committed(leaf: Any) -> bool:
+    return leaf.committed if isinstance(leaf, jax.Array) else getattr(leaf, "sharding", None) is not None
+
+
+def _sharding(leaf: Any) -> jax.sharding.Sharding:
+    return getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+
+
+def _is_own(leaf: Any) -> bool:
+    """Of several processes each has its own copy, of which Orbax takes and gives only arrays of NumPy."""
+    return jax.process_count() > 1 and _sharding(leaf).is_fully_addressable
 
 
 def _empty(like: Any) -> Any:
@@ -219,8 +249,10 @@ def _empty(like: Any) -> Any:
 def _as_saved(leaf: Any, like: Any) -> Any:
     if isinstance(like, np.ndarray | np.generic):
         return np.asarray(leaf) if isinstance(like, np.ndarray) else np.asarray(leaf)[()]
-    if isinstance(like, jax.Array) and not like.committed:  # it may go to any device; what was read would insist on one
+    if not _is_committed(like):  # it may go to any device; what was read would insist on one
         leaf = jax.device_put(jax.device_get(leaf))
+    elif isinstance(leaf, np.ndarray):
+        leaf = jax.device_put(leaf, _sharding(like))
     return (
         jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(jax.numpy.zeros((), like.dtype)))
         if _is_key(like)

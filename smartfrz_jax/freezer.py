@@ -111,6 +111,8 @@ class Freezer:
         self._from_start = self.frozen.names
         self.events: list[FreezeEvent] = []
         self.policy_state = policy.init(layers, params)
+        # What a checkpoint may hold: by then the state may have dropped what an earlier one had.
+        self._initial_state = checkpoint.outline(self.policy_state)
 
     def observe(
         self, params: Callable[[], PyTree], *, prepare: Callable[[Frozen], None] | None = None, **signals: Any
@@ -244,7 +246,7 @@ class Freezer:
             ValueError: If the checkpoint is damaged or does not fit; nothing has changed then.
         """
         frozen = self.saved_frozen(path)
-        policy = checkpoint.with_dropped(path, self.policy_state, _KIND, prefix="['policy']")
+        policy = checkpoint.with_dropped(path, self._initial_state, _KIND, prefix="['policy']")
         saved = checkpoint.read(path, {"run": run, "policy": policy}, _KIND)
         metadata = checkpoint.read_metadata(path, _KIND)
         self.frozen, self.policy_state, self.steps = frozen, saved["policy"], metadata["steps"]

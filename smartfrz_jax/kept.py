@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from smartfrz_jax import freezing
+from smartfrz_jax import freezing, hosts
 from smartfrz_jax.freezing import Frozen
 
 PyTree = Any
@@ -40,7 +40,7 @@ class Kept:
     correction. Adafactor's decay grows with the count of the run, ``1 - count**-0.8``, to which fresh factors are far
     too small; only its clipping of each update's RMS, which is on by default, bounds the steps then.
 
-    Arrays that are sharded over several processes cannot be put aside.
+    Of several processes each puts aside all of it.
 
     Attributes:
         version: Number of times that the contents changed.
@@ -96,7 +96,7 @@ class Kept:
         dropped = freezing.dropped(opt_state, tx, params, frozen)
         migrated = freezing.migrate(opt_state, tx, params, frozen, kept=self.arrays)
         # Copies: on a CPU, NumPy would otherwise hold on to the optimizer's own memory.
-        now = self.arrays | {path: np.array(leaf) for path, leaf in dropped.items()}
+        now = self.arrays | {path: np.array(leaf) for path, leaf in hosts.fetch(dropped).items()}
         back = freezing.by_path(migrated).keys()
         self.arrays = {path: array for path, array in now.items() if path not in back}
         self.version += 1

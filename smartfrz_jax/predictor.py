@@ -220,8 +220,7 @@ class Predictor(nnx.Module):
                 )
         graphdef, state = nnx.split(nnx.eval_shape(lambda: cls(config or saved, rngs=nnx.Rngs(0))))
         arrays = checkpoint.read(path, nnx.to_pure_dict(state), _KIND)
-        # By way of the host: what was read would insist on its device, and the run may be on others.
-        nnx.replace_by_pure_dict(state, jax.device_put(jax.device_get(arrays)))
+        nnx.replace_by_pure_dict(state, arrays)
         return nnx.merge(graphdef, state)
 
     @classmethod

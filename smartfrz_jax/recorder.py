@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from smartfrz_jax import hosts
 from smartfrz_jax.cka import layer_cka, layer_gram
 from smartfrz_jax.layers import Layers
 from smartfrz_jax.recording import Recording, check_finite, check_steps
@@ -75,7 +76,7 @@ class Recorder:
         self.reference_features = (
             None if reference_features is None else _of_layers(layers, reference_features, "reference_features")
         )
-        self._start = np.asarray(tailoring(params))
+        self._start = hosts.fetch(tailoring(params))
         check_finite(layers.names, [0], params=self._start[None])
         self._steps: list[int] = []
         self._weights: list[np.ndarray] = []
@@ -109,7 +110,7 @@ class Recorder:
                 f"loss: got {float(loss)} at step {step}, expected a finite number, or None if it is not known; if the "
                 "training diverged, lower its learning rate"
             )
-        weights = np.asarray(self.tailoring(params))
+        weights = hosts.fetch(self.tailoring(params))
         cka, gram = self._measured(features)
         check_finite(
             self.layers.names,
@@ -136,8 +137,8 @@ class Recorder:
                 "without reference_features and track_own"
             )
         outputs = _of_layers(self.layers, features, "features")
-        cka = None if self.reference_features is None else np.asarray(layer_cka(outputs, self.reference_features))
-        gram = np.asarray(layer_gram(outputs)) if self.track_own else None
+        cka = None if self.reference_features is None else hosts.fetch(layer_cka(outputs, self.reference_features))
+        gram = hosts.fetch(layer_gram(outputs)) if self.track_own else None
         if gram is not None and self._grams and gram.shape != self._grams[0].shape:
             raise ValueError("features: got another number of examples than before, expected the same probe batch")
         return cka, gram

@@ -350,16 +350,18 @@ def test_a_restored_run_goes_on_bit_identically_across_a_freeze(tmp_path, name, 
     first = start()
     run_for(at, *first)
     first[2].save(tmp_path / "run")
-    second = start()
-    second[2].restore(tmp_path / "run")
-    run_for(14 - at, *second)
-    assert second[2].events == straight[2].events
-    assert second[2].steps == straight[2].steps == int(second[1].step[...])
-    for now, expected in ((second[0], straight[0]), (second[1], straight[1])):
-        now, expected = arrays(now), arrays(expected)
-        assert now.keys() == expected.keys()
-        for key, leaf in expected.items():
-            np.testing.assert_array_equal(now[key], leaf, err_msg=key)
+    expected = [arrays(module) for module in straight[:2]]
+    events = straight[2].events
+    for model, optimizer, freezer in (start(), straight):  # the latter goes back to what it had dropped since
+        freezer.restore(tmp_path / "run")
+        run_for(14 - at, model, optimizer, freezer)
+        assert freezer.events == events
+        assert freezer.steps == 14 == int(optimizer.step[...])
+        for module, leaves in zip((model, optimizer), expected, strict=True):
+            now = arrays(module)
+            assert now.keys() == leaves.keys()
+            for key, leaf in leaves.items():
+                np.testing.assert_array_equal(now[key], leaf, err_msg=key)
 
 
 @pytest.mark.slow

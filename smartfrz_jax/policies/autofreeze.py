@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from smartfrz_jax import hosts
 from smartfrz_jax.layers import Layers, check_params
 from smartfrz_jax.policies.base import Policy, check_count, check_finite, freezable, kept, names_of, require
 
@@ -109,7 +110,7 @@ def autofreeze(evaluate_every: int, *, percentile: float = 50, keep: Iterable[st
 def _evaluate(
     state: AutoFreezeState, layers: Layers, may_freeze: np.ndarray, percentile: float, step: int
 ) -> AutoFreezeState:
-    sums = jax.device_get(_l1_norms({p: state.accumulated[p] for p in _active_params(layers, state.frozen)}))
+    sums = hosts.fetch(_l1_norms({p: state.accumulated[p] for p in _active_params(layers, state.frozen)}))
     norms = np.array([sum(float(sums.get(param, 0.0)) for param in layer.params) for layer in layers], np.float32)
     check_finite(layers, ~np.isfinite(norms), what="grads", policy=_NAME, step=step)
     frozen = state.frozen

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
 import numpy as np
 
+from smartfrz_jax import hosts
 from smartfrz_jax.cka import layer_cka
 from smartfrz_jax.layers import Layers
 from smartfrz_jax.policies.base import Policy, check_count, check_finite, freezable, kept, names_of, require
@@ -120,7 +120,7 @@ def similarity_guided(
 
 def _cka(features: Mapping[str, Array], reference: Mapping[str, Array], names: list[str]) -> np.ndarray:
     both = _of_layers(features, names, "features"), _of_layers(reference, names, "reference")
-    return np.asarray(jax.device_get(layer_cka(*both)))
+    return hosts.fetch(layer_cka(*both))
 
 
 def _of_layers(outputs: Mapping[str, Array], names: Iterable[str], argument: str) -> dict[str, Array]:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from smartfrz_jax import hosts
 from smartfrz_jax.contribution import Probe, contributions, depths_of, spread
 from smartfrz_jax.history import History
 from smartfrz_jax.layers import Layers
@@ -76,13 +77,13 @@ class SmartFrzState(struct.PyTreeNode):
             tailoring=tailoring,
             history=History.create(len(layers), window, size or 1),
             # By way of the host: a state must not insist on the devices on which the parameters lie now.
-            start=jax.device_put(jax.device_get(_sampled(tailoring, layers, params))),
+            start=jax.device_put(hosts.fetch(_sampled(tailoring, layers, params))),
             records=np.zeros((), np.int32),
             losses=np.full(window, np.nan, np.float32),
             first_loss=np.full((), np.nan, np.float32),
             loss_sum=_zero(),
             loss_count=np.zeros((), np.int32),
-            start_params=jax.tree.map(np.array, jax.device_get(params)) if keep_start else None,
+            start_params=jax.tree.map(np.array, hosts.fetch(params)) if keep_start else None,
             contribution=np.full(len(layers), np.nan, np.float32),
             streak=np.zeros(len(layers), np.int32),
             frozen=np.zeros(len(layers), bool),
@@ -173,7 +174,10 @@ class SmartFrzState(struct.PyTreeNode):
 
 def _sampled(tailoring: Tailoring | None, layers: Layers, params: PyTree) -> jax.Array:
     """Shape ``(layers, size)``; one zero for each layer without tailoring, as of no numbers there is no largest."""
-    return jax.device_put(np.zeros((len(layers), 1), np.float32)) if tailoring is None else tailoring(params)
+    if tailoring is None:
+        return jax.device_put(np.zeros((len(layers), 1), np.float32))
+    sampled = tailoring(params)
+    return sampled if sampled.is_fully_addressable else jax.device_put(hosts.fetch(sampled))
 
 
 def _zero() -> jax.Array:
