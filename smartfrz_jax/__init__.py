@@ -34,13 +34,13 @@ from smartfrz_jax.freezing import apply_updates as apply_updates
 from smartfrz_jax.freezing import freeze as freeze
 from smartfrz_jax.freezing import migrate as migrate
 from smartfrz_jax.freezing import value_and_grad as value_and_grad
+from smartfrz_jax.grouping import find_layers as find_layers
 from smartfrz_jax.harm import branch_harm as branch_harm
 from smartfrz_jax.harm import swap_harm as swap_harm
 from smartfrz_jax.hiding import Hiding as Hiding
 from smartfrz_jax.history import History as History
 from smartfrz_jax.layers import Layer as Layer
 from smartfrz_jax.layers import Layers as Layers
-from smartfrz_jax.layers import find_layers as find_layers
 from smartfrz_jax.observation import Observation as Observation
 from smartfrz_jax.policies import Policy as Policy
 from smartfrz_jax.policies import autofreeze as autofreeze

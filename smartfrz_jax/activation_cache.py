@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import functools
 import math
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from smartfrz_jax import hosts
+from smartfrz_jax.activation_store import OnDevice, OnDisk, OnHost, Store, empty_directory, free_bytes
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Int
@@ -101,9 +99,9 @@ class ActivationCache:
         self.frontier = tuple(frontier)
         self._shapes = stored_shapes(frontier, examples * views, dtype)
         self.nbytes = sum(math.prod(shape.shape) * shape.dtype.itemsize for shape in self._shapes)
-        make = {"device": _Device, "host": _Host}.get(str(place))
-        directory = None if make else _directory(Path(place))
-        free = _free(directory, on_device=make is _Device) if budget is None else budget
+        make = {"device": OnDevice, "host": OnHost}.get(str(place))
+        directory = None if make else empty_directory(Path(place))
+        free = free_bytes(directory, on_device=make is OnDevice) if budget is None else budget
         if free is not None and self.nbytes > free:
             raise ValueError(
                 f"examples: {examples:,} of {views} view(s) with {self.nbytes // (examples * views):,} bytes each take "
@@ -111,7 +109,7 @@ class ActivationCache:
                 "them as bfloat16 (dtype), at another place, or freeze more layers first, where the frontier is smaller"
             )
         self.filled = np.zeros((examples, views), bool)
-        self._store: _Store = _Disk(self._shapes, directory) if directory else (make or _Host)(self._shapes)
+        self._store: Store = OnDisk(self._shapes, directory) if directory else (make or OnHost)(self._shapes)
 
     @property
     def values(self) -> tuple[Any, ...]:
@@ -207,66 +205,6 @@ class ActivationCache:
         return array.astype(np.int64)
 
 
-class _Store(Protocol):
-    values: list[Any]
-
-    def put(self, rows: np.ndarray, values: Sequence[jax.Array]) -> None: ...
-    def take(self, rows: np.ndarray) -> list[jax.Array]: ...
-
-
-class _Device:
-    """Arrays of JAX."""
-
-    def __init__(self, shapes: Sequence[jax.ShapeDtypeStruct]):
-        self.values: list[Any] = [jnp.zeros(shape.shape, shape.dtype) for shape in shapes]
-
-    def put(self, rows: np.ndarray, values: Sequence[jax.Array]) -> None:
-        self.values = _scattered(self.values, rows, list(values))
-
-    def take(self, rows: np.ndarray) -> list[jax.Array]:
-        return _gathered(self.values, rows)
-
-
-class _Host:
-    """Arrays of NumPy."""
-
-    def __init__(self, shapes: Sequence[jax.ShapeDtypeStruct]):
-        self.values: list[Any] = [np.zeros(shape.shape, shape.dtype) for shape in shapes]
-
-    def put(self, rows: np.ndarray, values: Sequence[jax.Array]) -> None:
-        for stored, new in zip(self.values, values, strict=True):
-            stored[rows] = hosts.fetch(new)
-
-    def take(self, rows: np.ndarray) -> list[jax.Array]:
-        return [jax.device_put(np.ascontiguousarray(stored[rows])) for stored in self.values]
-
-
-class _Disk(_Host):
-    """Files mapped into memory, as arrays of NumPy."""
-
-    def __init__(self, shapes: Sequence[jax.ShapeDtypeStruct], directory: Path):
-        self.values = []
-        for i, shape in enumerate(shapes):
-            file = directory / f"activations-{i}.bin"
-            with file.open("wb") as opened:
-                size = math.prod(shape.shape) * shape.dtype.itemsize
-                if hasattr(os, "posix_fallocate"):  # so that a full disk is an error here, not a signal later
-                    os.posix_fallocate(opened.fileno(), 0, size)
-                else:
-                    opened.truncate(size)
-            self.values.append(np.memmap(file, dtype=shape.dtype, mode="r+", shape=shape.shape))
-
-
-@functools.partial(jax.jit, donate_argnums=0)
-def _scattered(stored: list[jax.Array], rows: jax.Array, new: list[jax.Array]) -> list[jax.Array]:
-    return [old.at[rows].set(values) for old, values in zip(stored, new, strict=True)]
-
-
-@jax.jit
-def _gathered(stored: list[jax.Array], rows: jax.Array) -> list[jax.Array]:
-    return [jnp.take(values, rows, axis=0, mode="clip") for values in stored]
-
-
 @functools.partial(jax.jit, static_argnums=1)
 def _narrowed(values: list[jax.Array], dtypes: tuple[Any, ...]) -> tuple[list[jax.Array], jax.Array | None]:
     """The values in other types, and whether some became infinite by it, where that can happen."""
@@ -277,33 +215,3 @@ def _narrowed(values: list[jax.Array], dtypes: tuple[Any, ...]) -> tuple[list[ja
         if new.dtype == jnp.float16 != old.dtype
     ]
     return narrow, functools.reduce(jnp.logical_or, became) if became else None
-
-
-def _directory(path: Path) -> Path:
-    """A directory that is there, empty and writable."""
-    if path.exists() and not path.is_dir():
-        raise NotADirectoryError(f"place: {path} is a file, expected 'device', 'host' or a directory")
-    if path.is_dir() and any(path.iterdir()):
-        raise FileExistsError(f"place: the directory {path} is not empty; pass a new one, or delete what is in it")
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        (path / "writable").touch()
-        (path / "writable").unlink()
-    except OSError as error:
-        raise PermissionError(f"place: cannot write to the directory {path} ({error}); pass another") from error
-    return path
-
-
-def _free(directory: Path | None, *, on_device: bool) -> int | None:
-    """Bytes that are free; None where nobody knows."""
-    if directory is not None:
-        return shutil.disk_usage(directory).free
-    stats = jax.local_devices()[0].memory_stats() if on_device else None
-    if stats and "bytes_limit" in stats:
-        return int(stats["bytes_limit"] - stats.get("bytes_in_use", 0))
-    if on_device and jax.default_backend() != "cpu":
-        return None
-    try:
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    except (AttributeError, ValueError, OSError):  # not on every system
-        return None

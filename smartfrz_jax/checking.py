@@ -18,6 +18,7 @@ from smartfrz_jax.accounting import Account
 from smartfrz_jax.cost import ProgramCost
 from smartfrz_jax.diagnosis import Cause, Diagnosis
 from smartfrz_jax.freezing import Frozen
+from smartfrz_jax.step_program import StepProgram
 
 # The account is within 5 % of what XLA counts; so nine tenths of what was predicted count as all of it, and what is
 # below 1 % of the step is not looked for.
@@ -187,7 +188,7 @@ def _flops(account: Account, before: Measured, after: Measured) -> _Comparison:
 
 
 def _traced(account: Account, jaxprs: list[Any]) -> list[float]:
-    return [diagnosis.Program(jaxpr, account.backend).cost() for jaxpr in jaxprs]
+    return [StepProgram(jaxpr, account.backend).cost() for jaxpr in jaxprs]
 
 
 def _fall(predicted: list[float], measured: list[float]) -> _Comparison:

@@ -1,7 +1,6 @@
-"""From a parameter pytree to its ordered layers, the unit in which training is frozen.
+"""The layers of a network, the unit in which training is frozen.
 
-A layer is a kernel (of a convolution, a linear map, an embedding) with its bias and the normalisation that belongs to
-it, as in the paper (section 4.1). Every parameter is in exactly one layer, and layers are in forward order.
+Every parameter is in exactly one layer, and layers are in forward order.
 """
 
 from __future__ import annotations
@@ -9,23 +8,15 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from typing import Any, Literal, overload
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
 
-from smartfrz_jax import dataflow, paths
-from smartfrz_jax.blocks import blocks
+from smartfrz_jax import paths
 
 PyTree = Any
-Granularity = Literal["layer", "block"] | Callable[[str], str]
-
-# Leaves with these names are never kernels, whatever their rank (stacked blocks have biases of rank 2).
-_VECTOR_NAMES = frozenset({"bias", "scale", "gamma", "beta"})
-
-# Rank of a parameter that the forward pass does not use: before all others, for it never trains.
-_UNUSED = (-1,)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -131,43 +122,6 @@ class Layers(Sequence[Layer]):
         return self is other or (isinstance(other, Layers) and self.entries == other.entries)
 
 
-def find_layers(
-    params: PyTree, forward: Callable[..., Any], *inputs: Any, granularity: Granularity = "layer"
-) -> Layers:
-    """Layers of a parameter pytree, in the order in which a forward pass uses them.
-
-    A normalisation (or any other group of vectors) joins the kernel whose output it works on; where several kernels
-    feed it, as behind a residual connection, it joins the kernel just before or just after it in forward order,
-    whichever is closer by name, the one before if both are. Layers of which ``forward`` uses no parameter come first:
-    they never train. One that is used again behind others, as an embedding that is the classifier too, comes where it
-    is used last.
-
-    Args:
-        params: Parameter pytree; arrays or ``jax.ShapeDtypeStruct``.
-        forward: A JAX-traceable function of ``(params, *inputs)``. It is only traced.
-        *inputs: An example batch, or ``jax.ShapeDtypeStruct`` of its shape.
-        granularity: ``"layer"``, or ``"block"`` for one layer per residual or transformer block (the modules of a list,
-            ``blocks/3``, or numbered by name beside others, ``encoderblock_3``), or a function from a parameter's name
-            to the name of its layer.
-
-    Returns:
-        The layers, front to back.
-
-    Raises:
-        ValueError: If ``params`` has no leaves, or ``granularity`` is not one of the above.
-        TypeError: If a leaf of ``params`` is not an array of floating-point numbers.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> params = {"z": {"kernel": jnp.ones((4, 8)), "bias": jnp.ones(8)}, "a": {"kernel": jnp.ones((8, 2))}}
-        >>> def forward(p, x):
-        ...     return (x @ p["z"]["kernel"] + p["z"]["bias"]) @ p["a"]["kernel"]
-        >>> find_layers(params, forward, jnp.ones((1, 4))).names
-        ('z', 'a')
-    """
-    return group(check_params(params), dataflow.consumption(forward, params, *inputs), granularity)
-
-
 def check_params(params: PyTree) -> dict[str, Any]:
     """Leaves of a parameter pytree by name.
 
@@ -193,124 +147,3 @@ def check_params(params: PyTree) -> dict[str, Any]:
                 "NNX, an nnx.Variable that is no nnx.Param)"
             )
     return leaves
-
-
-def group(
-    leaves: Mapping[str, Any],
-    used: dataflow.Consumption,
-    granularity: Granularity,
-    state: Collection[str] = (),
-) -> Layers:
-    """Layers from the order in which parameters are used.
-
-    Args:
-        leaves: Parameters by name.
-        used: Where they, and the variables of ``state``, are consumed.
-        granularity: As in :func:`find_layers`.
-        state: Names of variables that do not train but belong to layers.
-
-    Returns:
-        The layers, front to back.
-
-    Raises:
-        ValueError: If ``granularity`` is unknown.
-    """
-    if not callable(granularity) and granularity not in ("layer", "block"):
-        raise ValueError(
-            f"granularity: got {granularity!r}, expected 'layer', 'block' or a function of a parameter's name"
-        )
-    rank = {name: used.first.get(name, _UNUSED) for name in (*leaves, *state)}
-    attached = _attach(_modules(leaves, state), leaves, rank, used.sources)
-    block_of = blocks(attached) if granularity == "block" else {}
-    members: dict[str, list[str]] = {}
-    for host, names in attached.items():
-        kernel = next((name for name in names if name in leaves), host)
-        for name in names:
-            if callable(granularity):
-                layer = granularity(name if name in leaves else kernel)
-            else:
-                layer = block_of.get(host, host)
-            members.setdefault(layer, []).append(name)
-    entries = []
-    for layer, names in members.items():
-        params = tuple(name for name in names if name in leaves)
-        kernels = tuple(name for name in params if _is_kernel(name, leaves[name]))
-        entries.append(Layer(layer, params, kernels or params, tuple(name for name in names if name not in leaves)))
-
-    def position(layer: Layer) -> tuple[int, ...]:
-        again = used.used_again((*layer.params, *layer.state)).keys() & set(layer.params)
-        return max((used.uses[name][-1] for name in again), default=_first_use(layer.params, rank))
-
-    return Layers(tuple(sorted(entries, key=position)))
-
-
-def _first_use(names: Iterable[str], rank: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:
-    return min((rank[name] for name in names if rank[name] != _UNUSED), default=_UNUSED)
-
-
-def _modules(leaves: Mapping[str, Any], state: Collection[str]) -> dict[str, list[str]]:
-    """Variables by the module that holds them; parameters beside submodules, or at the root, stand alone."""
-    parents = {name: name.rpartition(paths.SEPARATOR)[0] for name in leaves}
-    with_children = {""}
-    for parent in parents.values():
-        while parent:
-            parent = parent.rpartition(paths.SEPARATOR)[0]
-            with_children.add(parent)
-    modules: dict[str, list[str]] = {}
-    for name, parent in parents.items():
-        modules.setdefault(name if parent in with_children else parent, []).append(name)
-    for name in state:
-        modules.setdefault(name.rpartition(paths.SEPARATOR)[0] or name, []).append(name)
-    return modules
-
-
-def _is_kernel(name: str, leaf: Any) -> bool:
-    return len(leaf.shape) >= 2 and name.rpartition(paths.SEPARATOR)[2] not in _VECTOR_NAMES
-
-
-def _attach(
-    modules: dict[str, list[str]],
-    leaves: Mapping[str, Any],
-    rank: Mapping[str, tuple[int, ...]],
-    sources: Mapping[str, frozenset[str]],
-) -> dict[str, list[str]]:
-    """Joins modules without a kernel to one that has a kernel."""
-    order = sorted(modules, key=lambda module: _first_use(modules[module], rank))
-    with_params = [module for module in order if any(name in leaves for name in modules[module])]
-    with_kernel = [
-        m for m in with_params if any(name in leaves and _is_kernel(name, leaves[name]) for name in modules[m])
-    ]
-    hosts = with_kernel or with_params
-    module_of = {param: module for module in order for param in modules[module]}
-    host_of = {host: host for host in hosts}
-    before: str | None = None
-    for position, module in enumerate(order):
-        if module in host_of:
-            before = module
-            continue
-        source_hosts = {
-            host_of.get(module_of[s])
-            for name in modules[module]
-            for s in sources.get(name, ())
-            if module_of[s] != module
-        }
-        after = next((m for m in order[position:] if m in host_of), None)
-        if len(source_hosts) == 1 and None not in source_hosts:
-            (host,) = source_hosts
-        elif before is None or (after is not None and _shared(module, after) > _shared(module, before)):
-            host = after
-        else:
-            host = before
-        assert host is not None
-        host_of[module] = host
-    members: dict[str, list[str]] = {host: [] for host in hosts}
-    for module in [*hosts, *order]:
-        if not members[host_of[module]] or module not in hosts:
-            members[host_of[module]].extend(modules[module])
-    return members
-
-
-def _shared(first: str, second: str) -> int:
-    """Number of leading path components in common."""
-    pairs = zip(first.split(paths.SEPARATOR), second.split(paths.SEPARATOR), strict=False)
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), min(first.count("/"), second.count("/")) + 1)

@@ -10,39 +10,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
 
-from smartfrz_jax import digests, flops, inlining, opening, paths
+from smartfrz_jax import digests, flops, inlining, opening
 from smartfrz_jax.example_rules import Axis
 from smartfrz_jax.freezing import Frozen
 from smartfrz_jax.frozen_flow import Flow
 from smartfrz_jax.min_cut import min_cut
 from smartfrz_jax.opening import Roles, variables
+from smartfrz_jax.traced_loss import INPUTS, Traced, by_name, changed_variables, updates_of, with_unchanged
 
 PyTree = Any
-
-INPUTS = "inputs:"
-
-
-class Traced(NamedTuple):
-    """A loss, traced.
-
-    Attributes:
-        closed: ``ClosedJaxpr`` of ``(variables, *inputs)`` to ``(out, updates)``.
-        structure: Tree structure of ``(out, updates)``.
-        names: Name of each input of the jaxpr, a variable's or ``"inputs:0"``, ``"inputs:1/labels"``.
-        updated: Names of the variables that come back, as the last outputs.
-    """
-
-    closed: Any
-    structure: Any
-    names: tuple[str, ...]
-    updated: tuple[str, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +101,7 @@ class Split:
         return tuple(_to_rows(out, axis, self.examples) for out, axis in zip(outs, self._axes, strict=True))
 
     def _run(self, outvars: Sequence[Any], given: Sequence[Any], values: Sequence[Any], arguments: Any) -> list[Any]:
-        eqns, leaves = _needed(self._jaxpr.jaxpr.eqns, outvars, given), _by_name(*arguments)
+        eqns, leaves = _needed(self._jaxpr.jaxpr.eqns, outvars, given), by_name(*arguments)
         invars = self._reads(outvars, given)
         for name in invars:
             if name not in leaves:
@@ -148,12 +131,6 @@ class Growth(NamedTuple):
     needed: frozenset[str]
 
 
-def trace(loss_fn: Callable[..., Any], variables: PyTree, inputs: tuple[Any, ...]) -> Traced:
-    """Traces a function of ``(variables, *inputs)`` to ``(out, updates)``, the latter variables by name."""
-    closed, shapes = jax.make_jaxpr(loss_fn, return_shape=True)(variables, *inputs)
-    return Traced(closed, jax.tree.structure(shapes), tuple(_by_name(variables, inputs)), tuple(sorted(shapes[1])))
-
-
 def split(traced: Traced, frozen: Frozen, examples: int, state: Mapping[str, str | None]) -> Split:
     """Splits a loss.
 
@@ -175,7 +152,7 @@ def split(traced: Traced, frozen: Frozen, examples: int, state: Mapping[str, str
         )
     owner = {**frozen.layers.owner, **state}
     invars = dict(zip(traced.closed.jaxpr.invars, traced.names, strict=True))
-    changed = _changed(
+    changed = changed_variables(
         traced,
         [var for var, name in invars.items() if name in frozen.layers.owner],
         [var for var, name in invars.items() if name.startswith(INPUTS) and name not in owner],
@@ -198,12 +175,12 @@ def split(traced: Traced, frozen: Frozen, examples: int, state: Mapping[str, str
         else:
             roles.varying.add(var)
             why[var] = f"{name!r}, of shape {var.aval.shape}, in which no axis counts the {examples} examples"
-    flat = _returning(opening.opened(traced.closed, roles), traced, changed)
+    flat = with_unchanged(opening.opened(traced.closed, roles), traced, changed)
     eqns = inlining.needed(flat.jaxpr, flat.jaxpr.outvars)
     flow = Flow(roles, why, {var: owner.get(name) for var, name in invars.items()}, frozen)
     for eqn in eqns:
         flow.follow(eqn)
-    flow.check_updates(zip(traced.updated, _updates(traced, flat.jaxpr), strict=True), owner)
+    flow.check_updates(zip(traced.updated, updates_of(traced, flat.jaxpr), strict=True), owner)
     cut = _cut(eqns, flat.jaxpr.outvars, flow, examples)
     axes = tuple(flow.known[var].axis or Axis(0) for var in cut)
     computed, again = _needed(eqns, cut, ()), _needed(eqns, flat.jaxpr.outvars, cut)
@@ -224,47 +201,6 @@ def split(traced: Traced, frozen: Frozen, examples: int, state: Mapping[str, str
         _digest_of=digest_of,
         _expensive=frozenset(var for eqn in computed if flow.is_expensive(eqn) for var in eqn.outvars),
     )
-
-
-def _changed(traced: Traced, params: Iterable[Any], data: Iterable[Any]) -> set[str]:
-    """Names of the variables that come back as something else."""
-    invars = dict(zip(traced.names, traced.closed.jaxpr.invars, strict=True))
-    flat = inlining.inline(traced.closed, list(params), list(data)).jaxpr  # for what only passes through a call
-    maker = {var: eqn for eqn in flat.eqns for var in eqn.outvars}
-    updates = zip(traced.updated, _updates(traced, flat), strict=True)
-    return {name for name, var in updates if _unstacked(maker, var) is not invars[name]}
-
-
-def _unstacked(maker: Mapping[Any, Any], var: Any) -> Any:
-    """The value that was stacked to be sliced out as ``var``, as a loop over blocks does with what it does not use."""
-    squeeze = None if isinstance(var, jex.Literal) else maker.get(var)
-    cut = None if squeeze is None or squeeze.primitive.name != "squeeze" else maker.get(squeeze.invars[0])
-    stack = None if cut is None or cut.primitive.name != "slice" else maker.get(cut.invars[0])
-    if cut is None or stack is None or cut.outvars[0].aval.shape[:1] != (1,):
-        return var
-    row = cut.params["start_indices"][0]
-    if stack.primitive.name == "stack" and stack.params["axis"] == 0:
-        return _unstacked(maker, stack.invars[row])
-    if stack.primitive.name == "concatenate" and len(stack.invars) == stack.outvars[0].aval.shape[0]:
-        part = maker.get(stack.invars[row])
-        if part is not None and part.primitive.name in ("broadcast_in_dim", "reshape"):
-            return _unstacked(maker, part.invars[0])
-    return var
-
-
-def _returning(closed: Any, traced: Traced, changed: Collection[str]) -> Any:
-    """The same jaxpr, with the variables that do not change as they came."""
-    jaxpr = closed.jaxpr
-    invars = dict(zip(traced.names, jaxpr.invars, strict=True))
-    updates = _updates(traced, jaxpr)
-    kept = [var if name in changed else invars[name] for name, var in zip(traced.updated, updates, strict=True)]
-    outvars = [*jaxpr.outvars[: len(jaxpr.outvars) - len(kept)], *kept]
-    return jex.ClosedJaxpr(jaxpr.replace(outvars=outvars), closed.consts)
-
-
-def _updates(traced: Traced, jaxpr: Any) -> Sequence[Any]:
-    """The outputs of a jaxpr that are new values of variables."""
-    return jaxpr.outvars[len(jaxpr.outvars) - len(traced.updated) :]
 
 
 def _cut(eqns: Sequence[Any], outvars: Sequence[Any], flow: Flow, examples: int) -> list[Any]:
@@ -305,10 +241,6 @@ def _needed(eqns: Sequence[Any], outvars: Iterable[Any], given: Iterable[Any]) -
             kept.append(eqn)
             wanted.update(var for var in variables(eqn.invars) if var not in given)
     return kept[::-1]
-
-
-def _by_name(variables: PyTree, inputs: tuple[Any, ...]) -> dict[str, Any]:
-    return paths.flatten(variables) | {INPUTS + name: leaf for name, leaf in paths.flatten(inputs).items()}
 
 
 def _of_one(var: Any, axis: Axis, examples: int) -> jax.ShapeDtypeStruct:

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from smartfrz_jax import example_axis, paths, prefix
+from smartfrz_jax import example_axis, paths, prefix, traced_loss
 from smartfrz_jax.freezing import Frozen
 from smartfrz_jax.prefix import Split
 
@@ -153,12 +153,12 @@ class SplitLoss:
             at, *rest = name.split(paths.SEPARATOR)
             if int(at) in self._state_inputs:
                 ends = (_module(paths.SEPARATOR.join(rest[start:])) for start in range(len(rest)))
-                state[prefix.INPUTS + name] = next((modules[end] for end in ends if end in modules), None)
+                state[traced_loss.INPUTS + name] = next((modules[end] for end in ends if end in modules), None)
         return state
 
     def _split_for(self, key: Any, variables: PyTree, inputs: tuple[Any, ...]) -> Split:
         variables, inputs = jax.tree.map(_shape, (variables, inputs))
-        traced = prefix.trace(self._traceable(key), variables, inputs)
+        traced = traced_loss.trace(self._traceable(key), variables, inputs)
         examples = example_axis.count(inputs, self._state_inputs)
         return prefix.split(traced, self.frozen, examples, self._state(variables, inputs))
 

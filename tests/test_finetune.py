@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 
 from models.deit import deit_tiny
-from train import finetune, interrupt, log, networks, report
+from train import earlier_runs, finetune, interrupt, log, networks, report
 from train.options import parse
 
 pytestmark = pytest.mark.usefixtures("jax_defaults")
@@ -252,22 +252,22 @@ def test_a_run_is_resumed_as_it_was_started_and_its_log_read_until_the_checkpoin
     write_log(tmp_path / "run", options(*arguments).settings())
     checkpoint = tmp_path / "run/checkpoints/00000003"
     checkpoint.mkdir(parents=True)
-    found, run = finetune.read_started(options(*arguments))
+    found, run = earlier_runs.read_started(options(*arguments))
     assert (found, len(run.steps)) == (checkpoint, 3)
     assert finetune.main(["--model", "resnet50", "--data", "x", "--data-dir", "y", "--resume", *arguments,
                           "--optimizer", "adamw"]) == 2  # fmt: skip
     assert "optimizer (was sgd, is adamw)" in capsys.readouterr().err
     (tmp_path / "run/log.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match=r"resume: .*log.jsonl is not there"):
-        finetune.read_started(options(*arguments))
+        earlier_runs.read_started(options(*arguments))
 
 
 @pytest.mark.parametrize(("optimizer_steps", "log_steps"), [(7, 6), (6, 5)])
 def test_a_checkpoint_from_the_midst_of_a_step_or_a_log_that_lost_steps_is_refused(optimizer_steps, log_steps):
     checkpoint = Path("run/checkpoints/00000006")
-    finetune.check_agree(checkpoint, {"optimizer": 6, "policy": 6, "log.jsonl": 6})
+    earlier_runs.check_agree(checkpoint, {"optimizer": 6, "policy": 6, "log.jsonl": 6})
     with pytest.raises(ValueError, match=r"resume: steps done before .*00000006 are .*expected one number for all"):
-        finetune.check_agree(checkpoint, {"optimizer": optimizer_steps, "policy": 6, "log.jsonl": log_steps})
+        earlier_runs.check_agree(checkpoint, {"optimizer": optimizer_steps, "policy": 6, "log.jsonl": log_steps})
 
 
 @pytest.mark.parametrize(
@@ -287,12 +287,12 @@ def test_a_checkpoint_from_the_midst_of_a_step_or_a_log_that_lost_steps_is_refus
 def test_a_baseline_that_cannot_be_compared_with_is_refused(tmp_path, there, changed, message):
     write_log(tmp_path / "run", **({"settings": options().settings()} | there))
     with pytest.raises(ValueError, match=rf"baseline: the run in .* has .*{message}.*--baseline"):
-        finetune.read_baseline(options(*changed), tmp_path / "run", 4)
+        earlier_runs.read_baseline(options(*changed), tmp_path / "run", 4)
 
 
 def test_a_baseline_may_differ_in_how_it_was_trained(tmp_path):
     write_log(tmp_path / "run", options("--policy", "never", "--seed", "3").settings())
-    assert len(finetune.read_baseline(options("--policy", "linear"), tmp_path / "run", 4).steps) == 4
+    assert len(earlier_runs.read_baseline(options("--policy", "linear"), tmp_path / "run", 4).steps) == 4
 
 
 def test_every_option_is_in_the_settings():

@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import platform
-import shutil
 import sys
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,8 +18,9 @@ import smartfrz_jax as sfj
 from models import weights
 from train import report
 from train.data import Data, metrics
+from train.earlier_runs import check_agree, read_baseline, read_started, save_checkpoint
 from train.interrupt import Interrupt, exit_code
-from train.log import Evaluation, Log, Run, read
+from train.log import Evaluation, Log, Run
 from train.networks import make_network
 from train.optimizers import make_optimizer
 from train.options import KeepActivations, Options, parse
@@ -193,100 +192,6 @@ def finetune(options: Options, say: Callable[[str], None], interrupt: Interrupt)
     (options.out / "report.md").write_text(f"{' '.join(sys.argv)}\n\n{versions}\n\n{table}\n\n{phases}\n")
     report.picture(runs, options.out / "report.png", f"{options.model} on {options.data} ({versions})")
     say(f"\n{table}\n\neverything is in {options.out} ({time.perf_counter() - begin:.0f} s in all)")
-
-
-def save_checkpoint(freezer: sfj.nnx.Freezer, out: Path) -> None:
-    """Writes a checkpoint, and only then removes the earlier ones."""
-    target = out / "checkpoints" / f"{freezer.steps:08d}"
-    freezer.save(target, overwrite=True)
-    for earlier in target.parent.iterdir():
-        if earlier.name.isdigit() and earlier != target:
-            shutil.rmtree(earlier)
-
-
-def last_checkpoint(out: Path) -> Path:
-    """The newest checkpoint of a run.
-
-    Raises:
-        FileNotFoundError: If there is none.
-    """
-    found = sorted(path for path in (out / "checkpoints").glob("*") if path.name.isdigit())
-    if not found:
-        raise FileNotFoundError(
-            f"resume: {out / 'checkpoints'} holds no checkpoint; start anew without --resume, in another folder if "
-            "this one holds a log"
-        )
-    return found[-1]
-
-
-def read_started(options: Options) -> tuple[Path, Run]:
-    """The newest checkpoint of the run in ``--out``, and its log until there.
-
-    Raises:
-        FileNotFoundError: If one of them is not there.
-        ValueError: If the log is damaged, or the run was started with other options.
-    """
-    checkpoint = last_checkpoint(options.out)
-    started = read(options.out / "log.jsonl", until=int(checkpoint.name), argument="resume")
-    check_same(started.settings, options.settings())
-    return checkpoint, started
-
-
-def check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
-    """Checks that a run goes on as it was started.
-
-    Raises:
-        ValueError: If an option that changes what is computed differs.
-    """
-    free = {"resume", "baseline", "quiet", "workers", "out", "data_dir", "keep_programs"}
-    changed = [f"{name} (was {before.get(name)}, is {now[name]})" for name in now if before.get(name) != now[name]]
-    changed = [text for text in changed if text.split(" ")[0] not in free]
-    if changed:
-        raise ValueError(f"resume: the run was started with other options: {', '.join(changed)}; repeat those it had")
-
-
-def check_agree(checkpoint: Path, steps: dict[str, int]) -> None:
-    """Checks that all that a run goes on from is of one moment.
-
-    Args:
-        checkpoint: The checkpoint.
-        steps: Train steps done, as its parts and the log have them.
-
-    Raises:
-        ValueError: If it is not: the checkpoint was written in the midst of a step, or lines of the log were lost.
-    """
-    if len(set(steps.values())) > 1:
-        raise ValueError(
-            f"resume: steps done before {checkpoint} are {steps}, expected one number for all; train anew in another "
-            "folder"
-        )
-
-
-def read_baseline(options: Options, folder: Path, total_steps: int) -> Run:
-    """The run to compare with.
-
-    Args:
-        options: The command line.
-        folder: The folder of that run.
-        total_steps: Steps of the run that the command line asks for.
-
-    Raises:
-        FileNotFoundError: If its log is not there.
-        ValueError: If it cannot be compared with: it is of another model, of other data, or of another length.
-    """
-    run = read(folder / "log.jsonl", argument="baseline")
-    names = ("model", "data", "evaluation_split", "batch_size", "epochs")
-    there = {name: run.settings.get(name) for name in names}
-    there |= {"steps": len(run.steps), "metrics": sorted(run.metrics)}
-    here = {name: getattr(options, name) for name in names}
-    here |= {"steps": total_steps, "metrics": sorted(metrics.metrics_of(options.data))}
-    wrong = [f"{name} {there[name]!r}, not {here[name]!r}" for name in here if there[name] != here[name]]
-    if wrong:
-        raise ValueError(
-            f"baseline: the run in {folder} has {'; '.join(wrong)}; name a finished run on the same with --baseline, "
-            "or leave it out"
-        )
-    return run
 
 
 def main(argv: list[str] | None = None) -> int:

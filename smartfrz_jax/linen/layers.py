@@ -8,8 +8,9 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from smartfrz_jax.layers import Granularity, Layers
-from smartfrz_jax.layers import find_layers as find_layers_of_params
+from smartfrz_jax.grouping import Granularity
+from smartfrz_jax.grouping import find_layers as find_layers_of_params
+from smartfrz_jax.layers import Layers
 
 PyTree = Any
 

@@ -18,8 +18,8 @@ from smartfrz_jax.checking import SavingWarning
 from smartfrz_jax.freezing import Frozen
 from smartfrz_jax.nnx.optimizer import Optimizer
 from smartfrz_jax.nnx.prefix_cache import PrefixCache
-from smartfrz_jax.prefix import INPUTS
 from smartfrz_jax.step import Program, TrainStep
+from smartfrz_jax.traced_loss import INPUTS
 
 if TYPE_CHECKING:
     import numpy as np

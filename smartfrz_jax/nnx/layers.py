@@ -11,7 +11,8 @@ from flax import nnx
 from jax.extend import core as jex
 
 from smartfrz_jax import dataflow, inlining, paths, tapping
-from smartfrz_jax.layers import Granularity, Layers, check_params, group
+from smartfrz_jax.grouping import Granularity, group
+from smartfrz_jax.layers import Layers, check_params
 
 PyTree = Any
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +18,7 @@ from train.collection.network import Figures, Network, State
 from train.collection.plan import Run
 from train.collection.pretraining import starting_weights
 from train.collection.schedules import learning_rates
+from train.collection.seconds import Seconds
 from train.collection.sets import Batches, DataSet, open_set
 
 _PROBE = 64  # examples on which layers' outputs are compared
@@ -39,35 +38,6 @@ _BRANCH_OF_REST, _BRANCH_OF_RUN = 1 / 3, 0.1
 _BRANCH_ORDERS = (0, 500)  # added to the seed of the batches; harm is the mean over them
 _SWAP_PART = 4  # the quotient of all held-out examples and those of a swap, which is measured often
 _SWAP_DEPTHS, _BRANCH_DEPTHS = 8, 4  # evenly from front to back; the last is all but the head
-_COMPILING = ("/jax/core/compile/backend_compile_duration", "/jax/core/compile/jaxpr_to_mlir_module_duration")
-
-
-class Seconds(dict[str, float]):
-    """Seconds that the parts of a recording took; compiling is part of them, and also counted alone."""
-
-    @contextmanager
-    def of(self, part: str) -> Iterator[None]:
-        """Adds the time until the block ends."""
-        start = time.perf_counter()
-        yield
-        self._add(part, time.perf_counter() - start)
-
-    @contextmanager
-    def compiling(self) -> Iterator[None]:
-        """Adds what JAX compiles until the block ends."""
-
-        def listen(event: str, duration_secs: float, **kwargs: str | int) -> None:
-            if event in _COMPILING:
-                self._add("compiling", duration_secs)
-
-        jax.monitoring.register_event_duration_secs_listener(listen)
-        try:
-            yield
-        finally:
-            jax.monitoring.unregister_event_duration_listener(listen)
-
-    def _add(self, part: str, seconds: float) -> None:
-        self[part] = round(self.get(part, 0.0) + seconds, 3)
 
 
 class Setting:
