@@ -69,7 +69,7 @@ CASES = [
     (case, True)
     for case in ("progress", "smartfrz", "paper", "autofreeze", "similarity_guided", "returning", "device", "host")
 ]
-CASES.append(("smartfrz", False))
+CASES += [("smartfrz", False), ("pytree", True)]
 
 
 def mesh_of(devices):
@@ -148,6 +148,59 @@ def run(case, mesh, directory: Path, *, sharded: bool):
     events = [[event.step, event.names, event.returned] for event in freezer.events]
     freezer.restore(checkpoint)
     params_again = go_on(SAVED, again)
+    return packed(events, losses, again, params, params_again)
+
+
+def run_pytree(mesh, directory: Path):
+    """The same with a pytree of parameters and ``smartfrz_jax.linen``, under ``autofreeze``."""
+    everywhere, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
+    params = {f"layer{i}": np.random.default_rng(i).standard_normal((8, 8), np.float32) / 3 for i in range(4)}
+
+    def forward(params, images):
+        for name in sorted(params):
+            images = jnp.tanh(images @ params[name])
+        return images
+
+    layers = sfj.find_layers(params, forward, IMAGES[:1])
+
+    def start():
+        arrays = {name: put(array, split) for name, array in params.items()}
+        state = sfj.linen.TrainState.create(
+            apply_fn=forward, params=arrays, tx=optax.adamw(0.01), layers=layers, keep_grads=True
+        )
+        return jax.tree.map(lambda x: x if x.ndim else put(x, everywhere), state)
+
+    @jax.jit
+    def train_step(state, images, labels):
+        def loss_fn(params):
+            return optax.softmax_cross_entropy_with_integer_labels(forward(params, images), labels).mean()
+
+        loss, grads = state.value_and_grad(loss_fn)(state.params)
+        return state.apply_gradients(grads=grads), loss
+
+    state = start()
+    step = sfj.TrainStep(train_step)
+    freezer = sfj.linen.Freezer(state, sfj.autofreeze(evaluate_every=4), train_step=step, lead=1)
+
+    def go_on(state, first, losses):
+        for number, indices in enumerate(batches(first), start=first + 1):
+            state, loss = step(state, put(IMAGES[indices], split), put(LABELS[indices], split))
+            state = freezer.step(state)
+            losses.append(float(loss))
+            if number == SAVED and first == 0:
+                freezer.save(directory / "pytree", state)
+        whole = jax.jit(lambda params: params, out_shardings=everywhere)
+        return [np.asarray(leaf) for leaf in jax.tree.leaves(whole(state.params))]
+
+    losses, again = [], []
+    ends = go_on(state, 0, losses)
+    events = [[event.step, event.names, event.returned] for event in freezer.events]
+    ends_again = go_on(freezer.restore(directory / "pytree", start()), SAVED, again)
+    return packed(events, losses, again, ends, ends_again)
+
+
+def packed(events, losses, again, params, params_again):
+    """What came of a run, as arrays."""
     return {
         "events": np.array(json.dumps(events)),
         "losses": np.array(losses),
@@ -166,7 +219,9 @@ def runs(mesh, directory: Path):
     return {
         f"{case} {sharded} {name}": value
         for case, sharded in CASES
-        for name, value in run(case, mesh, directory, sharded=sharded).items()
+        for name, value in (
+            run_pytree(mesh, directory) if case == "pytree" else run(case, mesh, directory, sharded=sharded)
+        ).items()
     }
 
 
