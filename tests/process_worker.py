@@ -41,8 +41,6 @@ def returning_layers():
 
 def policy_of(name, layers, probe):
     match name:
-        case "progress":
-            return sfj.progress(total_steps=STEPS, caution=0.5)
         case "smartfrz":
             predictor = sfj.Predictor.pretrained()
             return sfj.smartfrz(
@@ -64,12 +62,8 @@ def policy_of(name, layers, probe):
             return returning_layers()
 
 
-# What is run, and whether the parameters are sharded: decisions read them, or gradients and outputs that are.
-CASES = [
-    (case, True)
-    for case in ("progress", "smartfrz", "paper", "autofreeze", "similarity_guided", "returning", "device", "host")
-]
-CASES += [("smartfrz", False), ("pytree", True)]
+# Parameters are sharded: decisions read them, or gradients and outputs that are sharded, too.
+CASES = ("smartfrz", "paper", "autofreeze", "similarity_guided", "returning", "device", "host", "pytree")
 
 
 def mesh_of(devices):
@@ -97,7 +91,7 @@ def make_step(loss_fn):
     return train_step
 
 
-def run(case, mesh, directory: Path, *, sharded: bool):
+def run(case, mesh, directory: Path):
     """Trains to the end, goes back to a checkpoint, and trains to the end again.
 
     Returns:
@@ -105,7 +99,7 @@ def run(case, mesh, directory: Path, *, sharded: bool):
     """
 
     def is_split(leaf):
-        return sharded and leaf.ndim == 2 and len(leaf) % DEVICES == 0
+        return leaf.ndim == 2 and len(leaf) % DEVICES == 0
 
     everywhere, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
     rngs = nnx.Rngs(0)
@@ -131,7 +125,7 @@ def run(case, mesh, directory: Path, *, sharded: bool):
         outputs = sfj.nnx.features(model, layers, probe_batch[0])
         features = functools.partial(_outputs, outputs, probe_batch[0])
     freezer = sfj.nnx.Freezer(model, optimizer, policy, features=features, train_step=step, lead=1)
-    checkpoint = directory / f"{case}-{'sharded' if sharded else 'replicated'}"
+    checkpoint = directory / case
 
     def go_on(first, losses):
         for number, indices in enumerate(batches(first), start=first + 1):
@@ -151,7 +145,7 @@ def run(case, mesh, directory: Path, *, sharded: bool):
     return packed(events, losses, again, params, params_again)
 
 
-def run_pytree(mesh, directory: Path):
+def run_pytree(case, mesh, directory: Path):
     """The same with a pytree of parameters and ``smartfrz_jax.linen``, under ``autofreeze``."""
     everywhere, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
     params = {f"layer{i}": np.random.default_rng(i).standard_normal((8, 8), np.float32) / 3 for i in range(4)}
@@ -188,14 +182,14 @@ def run_pytree(mesh, directory: Path):
             state = freezer.step(state)
             losses.append(float(loss))
             if number == SAVED and first == 0:
-                freezer.save(directory / "pytree", state)
+                freezer.save(directory / case, state)
         whole = jax.jit(lambda params: params, out_shardings=everywhere)
         return [np.asarray(leaf) for leaf in jax.tree.leaves(whole(state.params))]
 
     losses, again = [], []
     ends = go_on(state, 0, losses)
     events = [[event.step, event.names, event.returned] for event in freezer.events]
-    ends_again = go_on(freezer.restore(directory / "pytree", start()), SAVED, again)
+    ends_again = go_on(freezer.restore(directory / case, start()), SAVED, again)
     return packed(events, losses, again, ends, ends_again)
 
 
@@ -214,14 +208,12 @@ def _outputs(outputs, images, model):
     return outputs(model, images)
 
 
-def runs(mesh, directory: Path):
-    """All cases."""
+def runs(mesh, directory: Path, cases=CASES):
+    """Some cases."""
     return {
-        f"{case} {sharded} {name}": value
-        for case, sharded in CASES
-        for name, value in (
-            run_pytree(mesh, directory) if case == "pytree" else run(case, mesh, directory, sharded=sharded)
-        ).items()
+        f"{case} {name}": value
+        for case in cases
+        for name, value in (run_pytree if case == "pytree" else run)(case, mesh, directory).items()
     }
 
 
