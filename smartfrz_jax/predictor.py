@@ -201,7 +201,7 @@ class Predictor(nnx.Module):
 
     @classmethod
     def restore(cls, path: str | Path, *, config: PredictorConfig | None = None) -> Predictor:
-        """Reads a predictor that :meth:`save` wrote.
+        """Reads a predictor that :meth:`save` wrote. Of several processes all must call it.
 
         Args:
             path: Directory of the checkpoint.
@@ -226,6 +226,8 @@ class Predictor(nnx.Module):
     @classmethod
     def pretrained(cls, name: Pretrained = "default") -> Predictor:
         """A predictor that comes with the library; ``smartfrz_jax/pretrained/README.md`` is its model card.
+
+        Of several processes all must call it.
 
         Args:
             name: ``"default"``, the one to use, or ``"paper"``, on raw weights and trained as the paper says.
