@@ -18,7 +18,7 @@ from smartfrz_jax import hosts
 
 
 class Store(Protocol):
-    """Arrays whose first axis counts examples, times views.
+    """Arrays whose first axis counts examples, times views; made from the shapes and dtypes of the whole arrays.
 
     Attributes:
         values: The arrays.
@@ -67,7 +67,12 @@ class OnHost:
 
 
 class OnDisk(OnHost):
-    """Files mapped into memory, as arrays of NumPy."""
+    """Files mapped into memory, as arrays of NumPy.
+
+    Args:
+        shapes: Of the whole arrays.
+        directory: An empty one; of several processes each needs its own.
+    """
 
     def __init__(self, shapes: Sequence[jax.ShapeDtypeStruct], directory: Path):
         self.values = []
@@ -93,7 +98,19 @@ def _gathered(stored: list[jax.Array], rows: jax.Array) -> list[jax.Array]:
 
 
 def empty_directory(path: Path) -> Path:
-    """A directory that is there, empty and writable."""
+    """Makes a directory if it is not there.
+
+    Args:
+        path: The directory.
+
+    Returns:
+        The same; it is there, empty and writable.
+
+    Raises:
+        FileExistsError: If it is not empty.
+        NotADirectoryError: If it is a file.
+        PermissionError: If nothing can be written there.
+    """
     if path.exists() and not path.is_dir():
         raise NotADirectoryError(f"place: {path} is a file, expected 'device', 'host' or a directory")
     if path.is_dir() and any(path.iterdir()):
@@ -108,7 +125,12 @@ def empty_directory(path: Path) -> Path:
 
 
 def free_bytes(directory: Path | None, *, on_device: bool) -> int | None:
-    """Bytes that are free; None where nobody knows."""
+    """Bytes that are free; ``None`` where nobody knows.
+
+    Args:
+        directory: Where activations go on disk; ``None`` for memory.
+        on_device: Whether that is the device's memory.
+    """
     if directory is not None:
         return shutil.disk_usage(directory).free
     stats = jax.local_devices()[0].memory_stats() if on_device else None

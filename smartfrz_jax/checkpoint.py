@@ -221,8 +221,7 @@ def _given(leaf: Any) -> Any:
 def _abstract(like: Any) -> Any:
     """What tells Orbax how to load an array."""
     leaf = _storable(like)
-    # NumPy's by way of a device would lose half of 64 bits.
-    if isinstance(leaf, np.ndarray) or _is_own(leaf):
+    if isinstance(leaf, np.ndarray) or _is_own(leaf):  # NumPy's 64 bits would lose half of them on a device
         return np.empty(leaf.shape, leaf.dtype)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_sharding(leaf))
 

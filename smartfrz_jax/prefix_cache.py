@@ -113,7 +113,7 @@ class PrefixCache(SplitLoss):
 
         Args:
             examples: Number of examples in the data set.
-            place: ``"device"``, ``"host"``, or a directory.
+            place: ``"device"``, ``"host"``, or a directory; of several processes each needs its own.
             dtype: Type to store them in, ``"bfloat16"`` for instance; their own by default.
             budget: Most bytes to use; what is free by default.
 

@@ -37,7 +37,7 @@ class Way(NamedTuple):
 
 
 class StepProgram:
-    """The equations of a step, flat, with their prices.
+    """The equations of a step, flat, with their prices in FLOPs.
 
     Args:
         closed: A ``ClosedJaxpr``.

@@ -17,6 +17,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import smartfrz_jax as sfj
+from tests.train_steps import loss_fn, make_step
 
 PROCESSES, DEVICES = 2, 4
 STEPS, SAVED, EXAMPLES, BATCH = 24, 15, 32, 16
@@ -75,20 +76,6 @@ def put(array, sharding):
         return jax.random.wrap_key_data(put(jax.random.key_data(array), sharding))
     array = np.asarray(array)
     return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
-
-
-def loss_fn(model, images, labels):
-    return optax.softmax_cross_entropy_with_integer_labels(model(images), labels).mean()
-
-
-def make_step(loss_fn):
-    @nnx.jit
-    def train_step(model, optimizer, *inputs):
-        loss, grads = optimizer.value_and_grad(loss_fn)(model, *inputs)
-        optimizer.update(model, grads)
-        return loss
-
-    return train_step
 
 
 def run(case, mesh, directory: Path):

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import smartfrz_jax as sfj
+from tests.train_steps import loss_fn, make_step
 
 EXAMPLES, BATCH, EPOCHS = 64, 16, 8
 STEPS = EPOCHS * EXAMPLES // BATCH
@@ -37,23 +38,9 @@ class Net(nnx.Module):
         return self.head(x)
 
 
-def loss_fn(model, images, labels):
-    return optax.softmax_cross_entropy_with_integer_labels(model(images), labels).mean()
-
-
 def noisy_loss_fn(model, images, labels):
     noise = jax.random.normal(jax.random.key(labels.sum()), images.shape)
     return loss_fn(model, images + 0.1 * noise, labels)
-
-
-def make_step(loss_fn):
-    @nnx.jit
-    def train_step(model, optimizer, *inputs):
-        loss, grads = optimizer.value_and_grad(loss_fn)(model, *inputs)
-        optimizer.update(model, grads)
-        return loss
-
-    return train_step
 
 
 def batches(first=0, stop=STEPS):
