@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from smartfrz_jax.encoding import Encoding
+from smartfrz_jax.encoding import WITHOUT_WEIGHTS, Encoding
 from smartfrz_jax.examples import Examples
 from smartfrz_jax.fitting import ClassWeights, class_factors
 from smartfrz_jax.regime import context_names
@@ -24,7 +24,17 @@ if TYPE_CHECKING:
 Control = Callable[[Examples, Examples], np.ndarray]
 
 _ALL = Encoding(weights="none")
+_WITHOUT_WEIGHTS = Encoding(weights="none", regime=WITHOUT_WEIGHTS)
 _ROUNDS = 100
+
+
+def all_context(examples: Examples) -> Encoding:
+    """The encoding of all that controls may read of some examples: less if their recordings hold no weights.
+
+    Args:
+        examples: The examples.
+    """
+    return _ALL if examples.has_weights else _WITHOUT_WEIGHTS
 
 
 def majority(train: Examples, test: Examples) -> Float[np.ndarray, " n"]:
@@ -87,7 +97,11 @@ def update_norm(train: Examples, test: Examples) -> Float[np.ndarray, " n"]:
     Args:
         train: The training examples.
         test: The test examples.
+
+    Raises:
+        ValueError: If their recordings hold no weights.
     """
+    train.check_reads(_ALL)
     return _regression(train, test, ("step",))
 
 
@@ -97,13 +111,19 @@ def context(train: Examples, test: Examples) -> Float[np.ndarray, " n"]:
     Args:
         train: The training examples.
         test: The test examples.
+
+    Raises:
+        ValueError: If their recordings hold no weights.
     """
+    train.check_reads(_ALL)
     return _regression(train, test, context_names(_ALL))
 
 
 CONTROLS: dict[str, Control] = {
     control.__name__: control for control in (majority, progress, depth, progress_and_depth, update_norm, context)
 }
+READING_WEIGHTS = ("update_norm", "context")
+"""Those that need recordings with weights."""
 
 
 def logistic_regression(
@@ -168,8 +188,9 @@ class _Fitted(NamedTuple):
 
 
 def _fitted(train: Examples, names: tuple[str, ...]) -> _Fitted:
-    chosen = [context_names(_ALL).index(name) for name in names]
-    values, known = (array[:, chosen] for array in contexts(_ALL, train))
+    encoding = all_context(train)
+    chosen = [context_names(encoding).index(name) for name in names]
+    values, known = (array[:, chosen] for array in contexts(encoding, train))
     mean, std = mean_and_std(values, known)
     std[std == 0] = 1
     # Without class weights, so that probabilities can be read as such.
@@ -180,7 +201,7 @@ def _fitted(train: Examples, names: tuple[str, ...]) -> _Fitted:
 def _regression(train: Examples, test: Examples, names: tuple[str, ...]) -> np.ndarray:
     """Probabilities for ``test``; an unknown number is taken for the mean of the training examples."""
     fitted = _fitted(train, names)
-    values, known = (array[:, fitted.chosen] for array in contexts(_ALL, test))
+    values, known = (array[:, fitted.chosen] for array in contexts(all_context(test), test))
     inputs = np.where(known, (values - fitted.mean) / fitted.std, 0)
     return _sigmoid(inputs @ fitted.weights + fitted.bias)
 

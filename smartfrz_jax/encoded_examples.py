@@ -87,7 +87,8 @@ def encode_examples(
         The examples, all of the first copy first.
 
     Raises:
-        ValueError: If ``copies`` is below 1, or the examples are encoded already.
+        ValueError: If ``copies`` is below 1, the examples are encoded already, or the encoding reads weights that the
+            recordings do not hold.
 
     Example:
         >>> from smartfrz_jax import Recording, make_examples
@@ -101,6 +102,7 @@ def encode_examples(
     """
     if copies < 1:
         raise ValueError(f"copies: got {copies}, expected at least 1")
+    examples.check_reads(encoding)
     rng, parts = np.random.default_rng(seed), []
     for _ in range(copies):
         for start in range(0, len(examples), _BATCH):

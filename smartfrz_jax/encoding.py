@@ -24,7 +24,8 @@ REGIME = (
     "contribution",
 )  # fmt: skip
 """Numbers by which a layer's readiness is to be told; :mod:`smartfrz_jax.regime` has their definitions."""
-_WITHOUT_WEIGHTS = {"loss_level", "loss_slope", "loss_noise", "records", "contribution"}
+WITHOUT_WEIGHTS = ("loss_level", "loss_slope", "loss_noise", "records", "contribution")
+"""Those of :data:`REGIME` that can be told without weights."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,7 +90,7 @@ class Encoding:
     @property
     def reads_weights(self) -> bool:
         """Whether any of it depends on the weights of the records."""
-        return self.weights != "none" or not _WITHOUT_WEIGHTS.issuperset(self.regime_names)
+        return self.weights != "none" or not set(WITHOUT_WEIGHTS).issuperset(self.regime_names)
 
     def width(self, size: int) -> int:
         """Numbers that a record of ``size`` weights becomes.

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 
 from smartfrz_jax.contribution import by_policy, latest
+from smartfrz_jax.encoding import WITHOUT_WEIGHTS, Encoding
 from smartfrz_jax.observation import Observation
 from smartfrz_jax.recording import Recording
 from smartfrz_jax.targets import Criterion, Settled
@@ -66,9 +67,30 @@ class Examples:
         return {run: latest(by_policy(array)) for run, array in measured.items() if array is not None}
 
     @property
+    def has_weights(self) -> bool:
+        """Whether the recordings hold weights."""
+        return self.recordings[0].weights.shape[2] > 0
+
+    @property
     def size(self) -> int:
-        """Tailored weights per record."""
-        return self.recordings[0].weights.shape[2]
+        """Tailored weights per record; 1, always zero, if the recordings hold none."""
+        return max(1, self.recordings[0].weights.shape[2])
+
+    def check_reads(self, encoding: Encoding) -> None:
+        """Checks that the recordings hold what an encoding reads.
+
+        Args:
+            encoding: The encoding.
+
+        Raises:
+            ValueError: If it reads weights, and they hold none.
+        """
+        if encoding.reads_weights and not self.has_weights:
+            raise ValueError(
+                f"examples: come from recordings without weights, but weights are read by {encoding}; record the runs "
+                "with their weights, or choose Encoding('none') with a regime that needs none: "
+                f"{', '.join(WITHOUT_WEIGHTS)}"
+            )
 
     def batch(self, indices: Int[np.ndarray, " batch"]) -> tuple[Observation | Encoded, Bool[np.ndarray, " batch"]]:
         """Some of the examples, as a policy would see them while the network trains.
@@ -91,8 +113,9 @@ class Examples:
         for run in np.unique(self.run[indices]):
             recording = self.recordings[run]
             here = np.flatnonzero(self.run[indices] == run)
-            records[here] = recording.weights[np.maximum(place[here], 0), layer[here, None]]
-            start[here] = recording.start[layer[here]]
+            if self.has_weights:
+                records[here] = recording.weights[np.maximum(place[here], 0), layer[here, None]]
+                start[here] = recording.start[layer[here]]
             losses[here] = recording.losses[np.maximum(place[here], 0)]
             elapsed[here] = recording.steps[moment[here]] / recording.record_every
             first_loss[here] = recording.first_loss

@@ -89,8 +89,8 @@ def fit(
         The trained predictor, the losses and the evaluations.
 
     Raises:
-        ValueError: If the examples' size, or encoding, is not the predictor's, something is to be hidden from encoded
-            examples, all training examples have the same target,
+        ValueError: If the examples' size, or encoding, is not the predictor's, it reads weights that their recordings
+            do not hold, something is to be hidden from encoded examples, all training examples have the same target,
             ``held_out`` does not fit or divides the histories of one layer in one run, a number is out of range, or the
             loss becomes NaN or infinite.
 
@@ -162,7 +162,8 @@ def predict(predictor: Predictor, examples: Examples, *, batch_size: int = 256) 
         float32 of shape ``(n,)``.
 
     Raises:
-        ValueError: If the examples' size, or encoding, is not the predictor's, or ``batch_size`` is below 1.
+        ValueError: If the examples' size, or encoding, is not the predictor's, it reads weights that their recordings
+            do not hold, or ``batch_size`` is below 1.
     """
     _check_fits(predictor, examples)
     if batch_size < 1:
@@ -246,6 +247,7 @@ def class_factors(target: np.ndarray, class_weights: ClassWeights) -> np.ndarray
 def _check_fits(predictor: Predictor, examples: Examples) -> None:
     if isinstance(examples, EncodedExamples):
         examples.check(predictor.config.encoding)
+    examples.check_reads(predictor.config.encoding)
     if predictor.config.size != examples.size:
         raise ValueError(
             f"examples: have {examples.size} tailored weights per record, but the predictor takes "

@@ -9,7 +9,7 @@ A data set is a directory. Each recording, one training run, is a compressed Num
 ``steps``            int64, ``(records,)``                      train steps done at each record, ascending
 ``record_every``     int64, ``()``                              train steps between records
 ``total_steps``      int64, ``()``                              train steps of the whole run
-``weights``          float32, ``(records, layers, size)``       tailored weights
+``weights``          float32, ``(records, layers, size)``       tailored weights; ``size`` 0 in a recording without
 ``start``            float32, ``(layers, size)``                the same before the first step
 ``losses``           float32, ``(records,)``                    mean training loss over the interval that ended with
                                                                 each record; NaN where it is unknown
@@ -30,6 +30,9 @@ and what tells when a layer could have been frozen, at least one of these, each 
 
 A recording may also have ``contribution``, float32 of shape ``(records, layers)``: what the layers up to this one had
 contributed to the fall of the training loss (:mod:`smartfrz_jax.contribution`); NaN where it was not measured.
+
+Without its weights (:meth:`Recording.without_weights`) a recording takes kilobytes instead of megabytes; predictors
+that read no weights can learn from it.
 
 A data set grows by adding files; files that are there are never written to.
 """
@@ -67,7 +70,7 @@ class Recording:
         steps: Train steps done at each record, ``record_every`` apart, int64 of shape ``(records,)``.
         record_every: Train steps between records.
         total_steps: Train steps of the whole run.
-        weights: Tailored weights, float32 of shape ``(records, layers, size)``.
+        weights: Tailored weights, float32 of shape ``(records, layers, size)``; ``size`` is 0 if they were not kept.
         start: Tailored weights before the first step, float32 of shape ``(layers, size)``.
         losses: Mean training loss over the interval that ended with each record, float32 of shape ``(records,)``; NaN
             where it is unknown.
@@ -101,6 +104,10 @@ class Recording:
     contribution: Float[np.ndarray, "records layers"] | None = None
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
 
+    def without_weights(self) -> Recording:
+        """The same without its tailored weights: of size 0."""
+        return dataclasses.replace(self, weights=self.weights[..., :0], start=self.start[..., :0])
+
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
         for field, kind in _SCALARS.items():
@@ -128,10 +135,10 @@ class Recording:
                 f"steps, layers: got steps of shape {self.steps.shape} and {layers} layers, "
                 "expected a vector of at least one step and at least one layer"
             )
-        if self.weights.ndim != 3 or self.weights.shape[:2] != (records, layers) or not self.weights.shape[2]:
+        if self.weights.ndim != 3 or self.weights.shape[:2] != (records, layers):
             raise ValueError(
                 f"weights: got shape {self.weights.shape}, expected ({records}, {layers}, size): "
-                f"{records} records of {layers} layers, at least one weight each"
+                f"{records} records of {layers} layers; size 0 if they are not kept"
             )
         expected = {"start": self.weights.shape[1:], "losses": (records,)} | dict.fromkeys(_OPTIONAL, (records, layers))
         for field, shape in expected.items():
@@ -229,10 +236,22 @@ def load(directory: str | Path) -> list[Recording]:
     files = sorted(directory.glob("*.npz"))
     if not files:
         raise FileNotFoundError(f"directory: {directory} holds no recordings (*.npz); add some with save(...)")
-    return [_read(file) for file in files]
+    return [read(file) for file in files]
 
 
-def _read(path: Path) -> Recording:
+def read(path: str | Path) -> Recording:
+    """Reads one recording.
+
+    Args:
+        path: Its file.
+
+    Raises:
+        FileNotFoundError: If it is not there.
+        ValueError: If it is damaged, or of another version of the format.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise FileNotFoundError(f"path: there is no file {path}; expected a recording (*.npz)")
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = dict(archive)

@@ -14,6 +14,7 @@ import pytest
 
 import smartfrz_jax as sfj
 from smartfrz_jax import recording
+from tests.test_recording import example
 from train import collect, fashion_mnist, repeat_harm
 from train.collection import __main__ as worker
 from train.collection import pretraining, sets
@@ -317,6 +318,30 @@ def test_a_killed_collection_goes_on_where_it_was(tmp_path, capfd, monkeypatch):
     assert collect.main(arguments) == 0
     assert recordings == names[1:]
     assert "2 runs, 1 of them" in capfd.readouterr().out
+
+
+def test_kept_recordings_have_no_weights_and_are_not_made_again(tmp_path, capsys, monkeypatch):
+    made, started = [f"resnet8-{data}-scratch-0" for data in ("cifar10", "fashion_mnist")], []
+
+    def save(name):
+        recording.save(example(architecture=name), tmp_path / "out", name)
+
+    def run(command, **_):
+        started.append(command[3])
+        save(command[3])
+        return subprocess.CompletedProcess(command, returncode=0)
+
+    monkeypatch.setattr(collect.subprocess, "run", run)
+    save(made[0])  # before there was a folder to keep it in
+    kept = tmp_path / "kept"
+    arguments = ["--only", "resnet8-*-scratch-0", "--data-dir", str(tmp_path), "--keep", str(kept), "--out"]
+    assert collect.main([*arguments, str(tmp_path / "out")]) == 0
+    assert sorted(started) == ["resnet8-cifar100-scratch-0", made[1]]
+    assert [item.weights.shape for item in recording.load(kept)] == 3 * [(4, 2, 0)]
+    assert {item.metadata["architecture"] for item in recording.load(kept)} == {*started, made[0]}
+    assert collect.main([*arguments, str(tmp_path / "elsewhere")]) == 0
+    assert len(started) == 2
+    assert "3 runs, 3 of them are in" in capsys.readouterr().out
 
 
 def test_a_failed_run_is_told_and_the_others_go_on(tmp_path, capsys, monkeypatch):

@@ -1,3 +1,5 @@
+import dataclasses
+
 import numpy as np
 import pytest
 from sklearn.linear_model import LogisticRegression
@@ -59,6 +61,20 @@ def test_what_they_can_and_cannot_tell(examples):
     assert got["progress_and_depth"].moment_auc > 0.99
     assert got["update_norm"].auc > 0.7
     assert got["context"].auc > 0.95
+
+
+def test_without_weights_they_are_the_same_or_refuse(examples):
+    train, test = examples
+    small = [
+        dataclasses.replace(part, recordings=tuple(run.without_weights() for run in part.recordings))
+        for part in examples
+    ]
+    for name, control in CONTROLS.items():
+        if name in controls.READING_WEIGHTS:
+            with pytest.raises(ValueError, match="examples: come from recordings without weights"):
+                control(*small)
+        else:
+            np.testing.assert_array_equal(control(*small), control(train, test))
 
 
 def test_coefficients_of_the_two_scalar_rule_are_those_of_its_regression(examples):

@@ -89,6 +89,28 @@ def test_controls_take_encoded_examples(name):
 
 
 @pytest.mark.slow
+def test_what_reads_no_weights_needs_none():
+    whole = random_examples()
+    small = dataclasses.replace(whole, recordings=tuple(run.without_weights() for run in whole.recordings))
+    encoding = Encoding("none", regime=("loss_level", "loss_noise"))
+    a, b = (
+        fit(small_predictor(examples.size, encoding=encoding), examples, **OPTIONS).predictor
+        for examples in (whole, small)
+    )
+    np.testing.assert_array_equal(predict(a, whole), predict(b, small))
+    np.testing.assert_array_equal(predict(a, whole), predict(b, encode_examples(small, encoding)))
+    message = r"examples: come from recordings without weights, .*Encoding\('none'\) with a regime that needs none"
+    reading = Encoding("none", regime=("step",))
+    for refuse in (
+        lambda: encode_examples(small, reading),
+        lambda: fit(small_predictor(1, encoding=reading), small, **OPTIONS),
+        lambda: predict(small_predictor(1, encoding=PAPER), small),
+    ):
+        with pytest.raises(ValueError, match=message):
+            refuse()
+
+
+@pytest.mark.slow
 def test_errors_name_the_way_out():
     examples = random_examples()
     encoded = encode_examples(examples, Encoding("none"))

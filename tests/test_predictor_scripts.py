@@ -65,6 +65,24 @@ VARIANT = "t/T, depth, regime"
 
 
 @pytest.mark.slow
+def test_recordings_without_weights_are_judged_by_what_needs_none(data_set, tmp_path, capsys):
+    for path in data_set.glob("*.npz"):
+        recording.save(recording.read(path).without_weights(), tmp_path / "small", path.stem)
+    for name, folder in (("all", data_set), ("none", tmp_path / "small")):
+        args = ["--recordings", str(folder), "--out", str(tmp_path / name), "--targets", "cka", "--splits", "data"]
+        args += ["--variants", "t/T, depth, given, loss"] if name == "all" else []
+        assert evaluate_predictor.main([*args, "--seeds", "1", "--stride", "4"]) == 0
+    whole, small = (
+        {(row.fold, row.variant): row.auc for row in json_lines.read(tmp_path / name / "figures.jsonl", Figures.parse)}
+        for name in ("all", "none")
+    )
+    variants = {variant for _, variant in small}
+    assert variants.isdisjoint({"update_norm", "context", "raw (paper)", "t/T, depth, regime"})
+    assert variants >= {"majority", "progress_and_depth", "t/T, depth", "t/T, depth, given, loss"}
+    assert small.items() >= {key: auc for key, auc in whole.items() if key[1] in variants}.items()
+
+
+@pytest.mark.slow
 def test_evaluates_and_goes_on(data_set, tmp_path, capsys):
     out = tmp_path / "evaluation"
     args = ["--recordings", str(data_set), "--out", str(out), "--targets", "cka", "--variants", VARIANT]

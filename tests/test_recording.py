@@ -53,7 +53,6 @@ class TestRecording:
             ({"steps": np.int64(3)}, r"steps, layers: got steps of shape \(\)"),
             ({"layers": ()}, "and 0 layers"),
             ({"layers": ("first",)}, r"weights: got shape \(4, 2, 3\), expected \(4, 1, size\)"),
-            ({"weights": np.zeros((4, 2, 0), np.float32)}, "at least one weight each"),
             ({"weights": np.zeros((4, 2), np.float32)}, r"weights: got shape \(4, 2\)"),
             ({"start": np.zeros((2, 4), np.float32)}, r"start: got shape \(2, 4\), expected \(2, 3\)"),
             ({"losses": np.zeros(3, np.float32)}, r"losses: got shape \(3,\), expected \(4,\)"),
@@ -80,6 +79,12 @@ class TestRecording:
     def test_refuses_what_does_not_fit(self, change, message):
         with pytest.raises(ValueError, match=message):
             dataclasses.replace(example(), **change)
+
+    def test_without_weights_all_else_is_the_same(self, tmp_path):
+        whole = example(supervision=("cka", "branch_harm"), architecture="vgg")
+        got = recording.read(recording.save(whole.without_weights(), tmp_path, "small"))
+        assert (got.weights.shape, got.start.shape) == ((4, 2, 0), (2, 0))
+        assert_equal(dataclasses.replace(got, weights=whole.weights, start=whole.start), whole)
 
     def test_refuses_other_kinds_of_numbers(self):
         with pytest.raises(TypeError, match="steps: got dtype float64, expected int64"):
@@ -199,6 +204,8 @@ class TestFiles:
             recording.load(tmp_path / "missing")
         with pytest.raises(FileNotFoundError, match=r"directory: .* holds no recordings"):
             recording.load(tmp_path)
+        with pytest.raises(FileNotFoundError, match=r"path: there is no file .*run\.npz"):
+            recording.read(tmp_path / "run.npz")
 
     @pytest.mark.parametrize("damage", ["truncated", "empty", "text", "npy", "flipped"])
     def test_damaged_file_is_named(self, tmp_path, damage):

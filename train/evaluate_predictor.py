@@ -19,8 +19,7 @@ from typing import get_args
 import numpy as np
 
 import smartfrz_jax as sfj
-from smartfrz_jax.controls import CONTROLS
-from smartfrz_jax.encoding import Encoding
+from smartfrz_jax.controls import CONTROLS, READING_WEIGHTS, all_context
 from smartfrz_jax.examples import Examples, make_examples
 from smartfrz_jax.recording import Recording
 from smartfrz_jax.splits import by_run, moments
@@ -36,14 +35,23 @@ from train.results import provenance, publish
 def jobs(
     args: argparse.Namespace, recordings: list[Recording]
 ) -> Iterator[tuple[str, Split, str, list[int], str, int]]:
-    """Everything that is to be computed: all of one target and split first, there fold by fold."""
+    """Everything that is to be computed: all of one target and split first, there fold by fold.
+
+    Unless predictors are asked for by name, those that read weights are left out if the recordings hold none; controls
+    are in any case.
+    """
+    with_weights = recordings[0].weights.shape[2] > 0
+    controls = [name for name in CONTROLS if with_weights or name not in READING_WEIGHTS]
+    variants = args.variants or [
+        name for name, variant in VARIANTS.items() if with_weights or not variant.encoding.reads_weights
+    ]
     for target in args.targets:
         for split in args.splits:
             for fold, held_out in folds(recordings, split):
-                for control in CONTROLS:
+                for control in controls:
                     yield target, split, fold, held_out, control, 0
                 for seed in range(args.seeds):
-                    for variant in args.variants:
+                    for variant in variants:
                         yield target, split, fold, held_out, variant, seed
 
 
@@ -132,7 +140,7 @@ class Prepared:
 
     def _make(self, form: str, plain: Examples) -> tuple[Examples, Examples]:
         if form == "control":
-            encoded = sfj.encode_examples(plain, Encoding("none"))
+            encoded = sfj.encode_examples(plain, all_context(plain))
             return encoded, encoded
         encoding = VARIANTS[form].encoding
         test = plain if encoding.weights == "raw" else sfj.encode_examples(plain, encoding)
@@ -172,7 +180,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--splits", nargs="+", choices=get_args(Split), default=list(get_args(Split)), help="what is held out"
     )
-    parser.add_argument("--variants", nargs="+", choices=list(VARIANTS), default=list(VARIANTS), help="predictors")
+    parser.add_argument(
+        "--variants", nargs="+", choices=list(VARIANTS), help="predictors (default: all that the recordings allow)"
+    )
     parser.add_argument("--seeds", type=int, default=3, help="seeds of each predictor (default: %(default)s)")
     parser.add_argument("--stride", type=int, default=12, help="records between moments (default: %(default)s)")
     args = parser.parse_args(argv)

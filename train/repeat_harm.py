@@ -21,8 +21,7 @@ import jax
 import numpy as np
 
 import smartfrz_jax as sfj
-from smartfrz_jax.controls import CONTROLS
-from smartfrz_jax.encoding import Encoding
+from smartfrz_jax.controls import CONTROLS, all_context
 from smartfrz_jax.evaluation import Evaluation
 from smartfrz_jax.examples import Examples, make_examples
 from smartfrz_jax.harm import fill
@@ -124,7 +123,7 @@ def table(recordings: list[Recording], second: dict[int, np.ndarray], stride: in
     ]
     targets = make_examples(repeated, criterion=TARGETS[_TARGET], stride=stride).select(held_out).target
     rows = [("the harm, measured again", _score(-_harm(test, repeated), test))]
-    plain = sfj.encode_examples(examples, Encoding("none"))
+    plain = sfj.encode_examples(examples, all_context(examples))
     control = CONTROLS[_CONTROL](plain.select(~held_out), plain.select(held_out))
     rows.append((f"{_CONTROL} (logistic)", _score(control, test)))
     for name in _VARIANTS:
