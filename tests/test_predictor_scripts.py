@@ -46,11 +46,11 @@ def test_folds_hold_out_families():
 
 def test_table_takes_means_over_folds_and_spread_over_seeds():
     def row(fold, seed, auc):
-        return Figures("cka", "data", fold, "mine", seed, 10, 5, auc, float("nan"), 0.5, 0.1, 1.0, 12, "digest")
+        return Figures("cka", "data", fold, "mine", seed, 10, 5, auc, 0.9, float("nan"), 0.5, 0.1, 1.0, 12, "digest")
 
     text = table([row("x", 0, 0.5), row("y", 0, 0.7), row("x", 1, 0.7), row("y", 1, 0.9)])
     # 0.6 and 0.8 with the two seeds
-    assert text.splitlines()[-1].startswith("| mine | 2 | 2 | 0.700 +- 0.141 | nan")
+    assert text.splitlines()[-1].startswith("| mine | 2 | 2 | 0.700 +- 0.141 | 0.900 +- 0.000 | nan")
     assert "0.600 (x)" in text
 
 
@@ -95,6 +95,9 @@ def test_evaluates_and_goes_on(data_set, tmp_path, capsys):
     assert by_fold["context", "resnet"].auc > 0.95
     assert by_fold[VARIANT, "resnet"].n == 40
     assert by_fold["majority", "vgg"].auc == 0.5
+    # Two runs that are alike: what tells the target among both tells it within each.
+    assert by_fold["progress_and_depth", "resnet"].run_auc == pytest.approx(by_fold["progress_and_depth", "resnet"].auc)
+    assert by_fold["majority", "resnet"].run_auc == 0.5
     tables = (out / "figures.md").read_text()
     assert "held out by architecture" in tables
     assert "### cka" in capsys.readouterr().out

@@ -40,7 +40,7 @@ def jobs(
     Unless predictors are asked for by name, those that read weights are left out if the recordings hold none; controls
     are in any case.
     """
-    with_weights = recordings[0].weights.shape[2] > 0
+    with_weights = _have_weights(recordings)
     controls = [name for name in CONTROLS if with_weights or name not in READING_WEIGHTS]
     variants = args.variants or [
         name for name, variant in VARIANTS.items() if with_weights or not variant.encoding.reads_weights
@@ -79,6 +79,7 @@ def evaluate(args: argparse.Namespace, interrupt: Interrupt) -> None:
             probability = sfj.predict(VARIANTS[variant].fit(train, seed=seed), test)
         seconds = time.perf_counter() - start
         score = sfj.evaluate(probability, test.target, groups=moments(test))
+        within_runs = sfj.evaluate(probability, test.target, groups=test.run).moment_auc
         row = Figures(
             target,
             split,
@@ -88,6 +89,7 @@ def evaluate(args: argparse.Namespace, interrupt: Interrupt) -> None:
             score.n,
             score.positives,
             score.auc,
+            within_runs,
             score.moment_auc,
             score.balanced_accuracy,
             score.calibration_error,
@@ -102,7 +104,7 @@ def evaluate(args: argparse.Namespace, interrupt: Interrupt) -> None:
             f"{row.moment_auc:.3f} ({row.positives} of {row.n} to freeze, {row.seconds:.0f} s)",
             flush=True,
         )
-    write_tables(args, len(recordings), found)
+    write_tables(args, recordings, found)
 
 
 class Prepared:
@@ -147,10 +149,13 @@ class Prepared:
         return VARIANTS[form].prepared(plain), test
 
 
-def write_tables(args: argparse.Namespace, recordings: int, found: list[Figures]) -> None:
-    """Prints the tables, and writes them to ``figures.md`` and the section of ``--results``."""
+def write_tables(args: argparse.Namespace, recordings: list[Recording], found: list[Figures]) -> None:
+    """Prints the tables, and writes them to ``figures.md`` and a section of ``--results``.
+
+    That of recordings without weights, which more are likely to have, is a section of its own.
+    """
     parts = [
-        f"{provenance('train.evaluate_predictor')} {json_lines.commits(args.out / 'figures.jsonl')} {recordings} "
+        f"{provenance('train.evaluate_predictor')} {json_lines.commits(args.out / 'figures.jsonl')} {len(recordings)} "
         f"recordings, every {args.stride}th moment. Means over folds, +- the standard deviation of that mean over "
         "seeds."
     ]
@@ -165,7 +170,12 @@ def write_tables(args: argparse.Namespace, recordings: int, found: list[Figures]
                     f"### {target}, held out by {split} ({positives} of {n} examples to freeze)\n\n{table(rows)}"
                 )
     text = "\n\n".join(parts)
-    publish(text, args.out / "figures.md", section="predictors", results=args.results)
+    section = "predictors" if _have_weights(recordings) else "predictors without weights"
+    publish(text, args.out / "figures.md", section=section, results=args.results)
+
+
+def _have_weights(recordings: list[Recording]) -> bool:
+    return recordings[0].weights.shape[2] > 0
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

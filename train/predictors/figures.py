@@ -9,7 +9,7 @@ import numpy as np
 
 from train import json_lines
 
-_COLUMNS = ("auc", "moment_auc", "balanced_accuracy", "calibration_error")
+_COLUMNS = ("auc", "run_auc", "moment_auc", "balanced_accuracy", "calibration_error")
 
 
 class Figures(NamedTuple):
@@ -24,6 +24,8 @@ class Figures(NamedTuple):
         n: Held-out examples.
         positives: How many of them are to be frozen.
         auc: Area under the ROC curve.
+        run_auc: The same within each run, over its layers and moments: which runs can be frozen earlier than others
+            does not count.
         moment_auc: The same across the layers of a run at one moment.
         balanced_accuracy: Mean share decided rightly, of both classes.
         calibration_error: Expected calibration error.
@@ -40,6 +42,7 @@ class Figures(NamedTuple):
     n: int
     positives: int
     auc: float
+    run_auc: float
     moment_auc: float
     balanced_accuracy: float
     calibration_error: float
@@ -56,8 +59,9 @@ class Figures(NamedTuple):
 def table(figures: Iterable[Figures]) -> str:
     """A Markdown table: means over folds, with the standard deviation of that mean over seeds."""
     lines = [
-        "| predictor | seeds | folds | AUC | AUC, across layers | balanced accuracy | calibration error | worst fold |",
-        "|---|--:|--:|--:|--:|--:|--:|---|",
+        "| predictor | seeds | folds | AUC | AUC, within runs | AUC, across layers | balanced accuracy | "
+        "calibration error | worst fold |",
+        "|---|--:|--:|--:|--:|--:|--:|--:|---|",
     ]
     by_variant: dict[str, list[Figures]] = {}
     for row in figures:
