@@ -98,7 +98,7 @@ def encode_examples(
         ... )
         >>> encoded = encode_examples(make_examples([run], window=3), Encoding("none"), copies=2)
         >>> len(encoded), encoded.encoded.context.shape
-        (4, (4, 22))
+        (4, (4, 24))
     """
     if copies < 1:
         raise ValueError(f"copies: got {copies}, expected at least 1")

@@ -21,10 +21,12 @@ ContextIn = Literal["records", "classifier", "both"]
 REGIME = (
     "displacement", "growth", "step", "drift", "wander", "persistence", "slowing", "outward", "spreading", "recent",
     "radial", "tails_start", "tails", "shape_start", "shape", "loss_level", "loss_slope", "loss_noise", "records",
-    "contribution",
+    "contribution", "alignment", "alignment_gain",
 )  # fmt: skip
 """Numbers by which a layer's readiness is to be told; :mod:`smartfrz_jax.regime` has their definitions."""
-WITHOUT_WEIGHTS = ("loss_level", "loss_slope", "loss_noise", "records", "contribution")
+WITHOUT_WEIGHTS = (
+    "loss_level", "loss_slope", "loss_noise", "records", "contribution", "alignment", "alignment_gain"
+)  # fmt: skip
 """Those of :data:`REGIME` that can be told without weights."""
 
 
@@ -47,7 +49,8 @@ class Encoding:
         progress: Whether the context has the share of the run that is done.
         depth: Whether it has the place of the layer.
         regime: Which of :data:`REGIME` it has: how far, how straight and how fast the layer has moved, the shape of its
-            weights, the loss, and what the front has contributed. ``True`` is all of them, ``False`` none.
+            weights, the loss, what the front has contributed, how well the layer's outputs tell the labels. ``True`` is
+            all of them, ``False`` none.
         context_in: Where the context goes: beside every record, beside what attention gives to the classifier, or both.
     """
 

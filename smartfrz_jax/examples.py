@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from smartfrz_jax.contribution import by_policy, latest
+from smartfrz_jax import alignment, contribution
 from smartfrz_jax.encoding import WITHOUT_WEIGHTS, Encoding
 from smartfrz_jax.observation import Observation
 from smartfrz_jax.recording import Recording
@@ -64,7 +64,19 @@ class Examples:
         By run, each of shape ``(records, layers)``.
         """
         measured = {run: recording.contribution for run, recording in enumerate(self.recordings)}
-        return {run: latest(by_policy(array)) for run, array in measured.items() if array is not None}
+        return {
+            run: contribution.latest(contribution.by_policy(array))
+            for run, array in measured.items()
+            if array is not None
+        }
+
+    @functools.cached_property
+    def alignments(self) -> dict[int, np.ndarray]:
+        """The same of alignments with the labels."""
+        measured = {run: recording.alignment for run, recording in enumerate(self.recordings)}
+        return {
+            run: alignment.latest(alignment.by_policy(array)) for run, array in measured.items() if array is not None
+        }
 
     @property
     def has_weights(self) -> bool:
@@ -109,7 +121,7 @@ class Examples:
         start = np.zeros((len(indices), self.size), np.float32)
         losses = np.full(place.shape, np.nan, np.float32)
         elapsed, first_loss = np.zeros((2, len(indices)), np.float32)
-        contribution = np.full(len(indices), np.nan, np.float32)
+        contributed, aligned, aligned_at_start = np.full((3, len(indices)), np.nan, np.float32)
         for run in np.unique(self.run[indices]):
             recording = self.recordings[run]
             here = np.flatnonzero(self.run[indices] == run)
@@ -120,7 +132,10 @@ class Examples:
             elapsed[here] = recording.steps[moment[here]] / recording.record_every
             first_loss[here] = recording.first_loss
             if run in self.contributions:
-                contribution[here] = self.contributions[run][moment[here], layer[here]]
+                contributed[here] = self.contributions[run][moment[here], layer[here]]
+            if run in self.alignments and recording.start_alignment is not None:
+                aligned[here] = self.alignments[run][moment[here], layer[here]]
+                aligned_at_start[here] = recording.start_alignment[layer[here]]
         records[~mask] = 0
         losses[~mask] = np.nan
         arrays: dict[str, Any] = {
@@ -132,7 +147,9 @@ class Examples:
             "first_loss": first_loss,
             "progress": self.progress[indices],
             "depth": self.depth[indices],
-            "contribution": contribution,
+            "contribution": contributed,
+            "alignment": aligned,
+            "start_alignment": aligned_at_start,
         }
         return Observation(**arrays), self.target[indices]
 

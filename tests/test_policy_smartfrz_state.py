@@ -22,6 +22,7 @@ from smartfrz_jax import (
     make_examples,
     policies,
 )
+from smartfrz_jax.alignment import label_alignments
 from smartfrz_jax.contribution import contributions
 from smartfrz_jax.policies.smartfrz_state import SmartFrzState
 
@@ -250,6 +251,56 @@ def test_shows_the_predictor_what_the_front_has_contributed(predictor, observed)
         assert np.isnan(seen.contribution[3])
     assert len(asked) == 2 * 3
     assert state.start_params.keys() == START.keys()
+
+
+def test_shows_the_predictor_how_well_outputs_tell_the_labels(predictor, observed):
+    """After the first step, and then when contributions are measured."""
+    labels, asked = np.array([0, 1, 1, 0, 2, 2]), []
+
+    def outputs_at(step):
+        rng = np.random.default_rng(step)
+        return {name: jnp.asarray(rng.normal(size=(6, 3)), jnp.float32) for name in reversed(NAMES)}
+
+    def measured(step):
+        return label_alignments({name: outputs_at(step)[name] for name in NAMES}, labels)
+
+    policy = policies.smartfrz(predictor, record_every=1, evaluate_every=2, min_records=1, first_probe=4, labels=labels)
+    assert policy.needs == {"features"}
+    state = policy.init(LAYERS, START)
+    for step in range(1, 15):
+        _, state = policy.update(
+            state, LAYERS, step=step, params=lambda step=step: weights_at(step),
+            features=lambda step=step: asked.append(step) or outputs_at(step),
+        )  # fmt: skip
+    assert asked == [1, 4, 8]
+    for seen, last in zip(observed, (1, 4, 4, 8, 8, 8, 8), strict=True):
+        np.testing.assert_array_equal(seen.start_alignment, measured(1))
+        np.testing.assert_array_equal(seen.alignment, measured(last))
+
+
+def test_alignments_need_the_outputs_of_all_layers(predictor):
+    policy = policies.smartfrz(predictor, record_every=1, evaluate_every=2, labels=np.array([0, 1]))
+    state = policy.init(LAYERS, START)
+    outputs = {name: jnp.eye(2) for name in NAMES}
+
+    def first(**signals):
+        return policy.update(state, LAYERS, step=1, params=lambda: weights_at(1), **signals)
+
+    with pytest.raises(ValueError, match="features: the policy 'smartfrz' needs it and got none"):
+        first()
+    with pytest.raises(ValueError, match=r"features: lacks the output of 1 layer\(s\), such as 'd'"):
+        first(features=lambda: {name: outputs[name] for name in NAMES[:3]})
+    with pytest.raises(FloatingPointError, match="features"):
+        first(features=lambda: outputs | {"b": jnp.full((2, 2), jnp.nan)})
+
+
+def test_alignments_are_not_measured_for_a_predictor_that_does_not_read_them(observed):
+    config = PredictorConfig(size=SIZE, hidden=4, features=4, head_hidden=4, encoding=Encoding(regime=("loss_level",)))
+    policy = policies.smartfrz(
+        Predictor(config, rngs=nnx.Rngs(0)), record_every=1, evaluate_every=2, labels=np.array([0, 1])
+    )
+    assert not policy.needs
+    assert np.isnan(run(policy, 8).start_alignment).all()
 
 
 @pytest.mark.slow

@@ -1,14 +1,17 @@
 """Folds, figures and the scripts that fit and judge predictors."""
 
+import re
 import shlex
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from smartfrz_jax import Predictor, encode_examples, evaluate, make_examples, moments, predict, recording
+from smartfrz_jax import Predictor, by_run, encode_examples, evaluate, make_examples, moments, predict, recording
+from smartfrz_jax.controls import CONTROLS
 from smartfrz_jax.recording import Recording
 from train import evaluate_predictor, fit_predictor, json_lines
-from train.predictors import held_out
+from train.predictors import held_out, learning_runs
 from train.predictors.figures import Figures, table
 from train.predictors.folds import folds
 from train.predictors.variants import TARGETS, VARIANTS, Variant
@@ -80,6 +83,30 @@ def test_recordings_without_weights_are_judged_by_what_needs_none(data_set, tmp_
     assert variants.isdisjoint({"update_norm", "context", "raw (paper)", "t/T, depth, regime"})
     assert variants >= {"majority", "progress_and_depth", "t/T, depth", "t/T, depth, given, loss"}
     assert small.items() >= {key: auc for key, auc in whole.items() if key[1] in variants}.items()
+
+
+@pytest.mark.slow
+def test_the_tables_of_recordings_in_the_repository_are_what_these_give(tmp_path):
+    """Of controls: predictors would take minutes."""
+    root = Path(evaluate_predictor.__file__).parents[1]
+    section = (root / "RESULTS.md").read_text().partition("<!-- predictors without weights -->")[2]
+    section = section.partition("<!-- end of predictors without weights -->")[0]
+    command = re.match(r"\s*`python -m train\.evaluate_predictor ([^`]*)`", section)
+    assert command is not None
+    said = evaluate_predictor.parse(shlex.split(command[1]))
+    recordings, _ = learning_runs.load(root / said.recordings)
+    assert f" {len(recordings)} recordings, every {said.stride}th moment" in section
+    prepared = evaluate_predictor.Prepared(recordings, said.stride)
+    for target in said.targets:
+        for split in said.splits:
+            table = section.partition(f"### {target}, held out by {split} (")[2].partition("###")[0]
+            for name in ("progress", "progress_and_depth"):
+                train, test = prepared.examples(name, target)
+                aucs = []
+                for _, runs in folds(recordings, split):
+                    others, judged = train.select(~by_run(train, runs)), test.select(by_run(test, runs))
+                    aucs.append(evaluate(CONTROLS[name](others, judged), judged.target).auc)
+                assert f"| {name} | 1 | {len(aucs)} | {np.mean(aucs):.3f} |" in table
 
 
 @pytest.mark.slow

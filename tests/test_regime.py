@@ -71,6 +71,8 @@ def by_hand(observation):
         "loss_noise": np.log(norm(np.diff(losses)) / losses.mean()),
         "records": np.log(1 + len(losses)),
         "contribution": np.sign(o.contribution) * np.log(1 + 200 * abs(o.contribution) / o.first_loss),
+        "alignment": np.log(o.alignment),
+        "alignment_gain": np.log(o.alignment / o.start_alignment),
     }
     return {name: float(number) for name, number in numbers.items()}
 

@@ -160,8 +160,8 @@ def test_what_similarity_guided_looks_at_is_counted_but_for_its_reference(tmp_pa
     passes = len(looked) - 1  # one is of the reference
     assert 5 <= passes <= 20  # a window at least, and every second step at most
     compute, cached = made.compute(got.frozen, 40)
-    probing = passes * made.forward_share(64)
-    assert probing > 0.1  # 64 examples where a step has 16
+    probing = passes * made.forward_share(80)
+    assert probing > 0.1  # all 80 examples where a step has 16
     assert (got.compute, got.compute_cached) == pytest.approx((compute + probing, cached + probing))
 
     # In rehearsals, too: beside the runs, three evaluations on a fifth of the examples.
@@ -169,13 +169,13 @@ def test_what_similarity_guided_looks_at_is_counted_but_for_its_reference(tmp_pa
     monkeypatch.setattr(made, "compute", lambda frozen, steps: (0.0, 0.0))
     _, price = made.rehearse({"similarity_guided": strategies()["similarity_guided"]}, 1.0, 0)
     assert looked
-    assert price == pytest.approx(len(looked) * made.forward_share(64) + 3 * made.forward_share(16))
+    assert price == pytest.approx(len(looked) * made.forward_share(80) + 3 * made.forward_share(16))
 
 
 def test_every_strategy_makes_a_policy_or_says_what_it_lacks():
     costs = {"a": 1.0, "b": 2.0}
     reference = {"a": np.ones((4, 2)), "b": np.ones((4, 2))}
-    situation = Situation(100, costs, lambda: reference, None, lambda params: 0.0, 0)
+    situation = Situation(100, costs, lambda: reference, None, lambda params: 0.0, None, 0)
     for strategy in strategies().values():
         if strategy.needs is None:
             assert isinstance(strategy.policy(situation), sfj.Policy)

@@ -10,7 +10,16 @@ import numpy as np
 
 from smartfrz_jax.contribution import PROBE_DEPTHS, Probe, check_probe
 from smartfrz_jax.layers import Layers
-from smartfrz_jax.policies.base import Policy, check_count, check_finite, check_fraction, freezable, kept, names_of
+from smartfrz_jax.policies.base import (
+    Policy,
+    check_count,
+    check_finite,
+    check_fraction,
+    freezable,
+    kept,
+    names_of,
+    require,
+)
 from smartfrz_jax.policies.smartfrz_state import SmartFrzState
 from smartfrz_jax.predictor import Predictor, freeze_probability
 
@@ -38,6 +47,7 @@ def smartfrz(
     probe: Probe | None = None,
     first_probe: int | None = None,
     probe_depths: int = PROBE_DEPTHS,
+    labels: Any = None,
     seed: int = 0,
     keep: Iterable[str] | None = None,
 ) -> Policy:
@@ -56,6 +66,10 @@ def smartfrz(
     (:mod:`smartfrz_jax.contribution`), for a predictor that reads that: after ``first_probe`` steps, and again whenever
     twice as many are done. This takes up to ``probe_depths + 1`` forward passes each time, so by default 16 in a run
     whose length is given, and keeps a copy of the parameters on the host.
+
+    With ``labels`` it measures how well each layer's outputs tell the labels (:mod:`smartfrz_jax.alignment`), for a
+    predictor that reads that: after the first step, and then when it measures contributions. This takes a forward pass
+    each time, on the batch of the freezer's ``features``.
 
     The paper does not say how often to record and to judge; the defaults are this project's. Its own rule is
     ``caution=0.5, order="any", patience=1``, with its predictor.
@@ -83,6 +97,9 @@ def smartfrz(
             ``2 * evaluate_every``.
         probe_depths: Most depths at which to measure; between them contributions are taken to be linear. The predictor
             must have learned from as many (:func:`smartfrz_jax.contribution.by_policy`).
+        labels: Labels of the batch on which ``Freezer(features=...)`` gives the layers' outputs, training examples that
+            are always the same: classes, integers of shape ``(examples,)``, or floats of shape ``(examples, ...)``.
+            ``None`` does not measure alignments, and neither are they measured for a predictor that does not read them.
         seed: Seed of the sample.
         keep: Names of layers never to freeze; ``None`` keeps the head, ``()`` nothing.
 
@@ -93,7 +110,7 @@ def smartfrz(
         TypeError: If ``predictor`` is not a :class:`~smartfrz_jax.Predictor`, or ``probe`` not a function.
         ValueError: If an option is out of range, or no layer could freeze before the run ends; at ``init``, if ``keep``
             names no layer of the network; in ``update``, if the loss is not a scalar, or the probe's
-            not a finite one.
+            not a finite one, or if ``features`` lacks a layer or does not fit the labels.
         FloatingPointError: In ``update``, if sampled weights or the predictor's confidence are not finite; for
             a predictor that reads no weights, if the loss is NaN.
 
@@ -136,6 +153,8 @@ def smartfrz(
     check_probe(probe)
     if "contribution" not in predictor.config.encoding.regime_names:
         probe = None
+    if not {"alignment", "alignment_gain"}.intersection(predictor.config.encoding.regime_names):
+        labels = None
     first_probe = 2 * evaluate_every if first_probe is None else first_probe
     check_count(first_probe, "first_probe")
     check_count(probe_depths, "probe_depths")
@@ -160,19 +179,32 @@ def smartfrz(
         if by_hand:  # else they would hold back the layers behind them
             state = state.replace(frozen=state.frozen | np.array([name in by_hand for name in layers.names]))
         state = state.with_loss(signals.get("loss"))
+        if labels is not None and np.isnan(state.start_alignment).all():
+            state = aligned(state, layers, step, signals)
         if step % record_every == 0:
             state = state.with_record(layers, params(), step=step, policy=_NAME)
         if step % evaluate_every == 0:
-            state = evaluate(state, layers, step, params)
+            state = evaluate(state, layers, step, params, signals)
         return names_of(layers, state.frozen), state
 
-    def evaluate(state: SmartFrzState, layers: Layers, step: int, params: Callable[[], PyTree]) -> SmartFrzState:
+    def aligned(state: SmartFrzState, layers: Layers, step: int, signals: dict[str, Any]) -> SmartFrzState:
+        features = require(
+            signals, "features", _NAME, "pass a function that computes the layers' outputs on the batch of labels"
+        )
+        return state.with_alignment(layers, features(), labels, step=step, policy=_NAME)
+
+    def evaluate(
+        state: SmartFrzState, layers: Layers, step: int, params: Callable[[], PyTree], signals: dict[str, Any]
+    ) -> SmartFrzState:
         may_freeze = freezable(layers, keep)
         judged = may_freeze & ~state.frozen
         if state.records < min_records or not judged.any():
             return state
-        if probe is not None and step % first_probe == 0 and (step // first_probe).bit_count() == 1:
-            state = state.with_contribution(layers, params(), probe, probe_depths)
+        if step % first_probe == 0 and (step // first_probe).bit_count() == 1:
+            if probe is not None:
+                state = state.with_contribution(layers, params(), probe, probe_depths)
+            if labels is not None:
+                state = aligned(state, layers, step, signals)
         recorded = step - step % record_every
         observation = state.observation(np.nan if total_steps is None else min(1.0, recorded / total_steps))
         confidence = np.asarray(jax.device_get(freeze_probability(predictor, observation)))
@@ -183,7 +215,7 @@ def smartfrz(
             ready &= ~np.logical_or.accumulate(judged & ~ready)
         return state.replace(streak=streak, frozen=state.frozen | ready)
 
-    return Policy(init, update)
+    return Policy(init, update, frozenset() if labels is None else frozenset({"features"}))
 
 
 def _periods(

@@ -49,7 +49,7 @@ class Variant(NamedTuple):
     epochs: int = 6
     learning_rate: float = 0.02
     weight_decay: float = 1e-3
-    hiding: Hiding | None = Hiding(progress=0.2, losses=0.1, contribution=0.2, records=0.3)
+    hiding: Hiding | None = Hiding(progress=0.2, losses=0.1, contribution=0.2, alignment=0.2, records=0.3)
     copies: int = 3
 
     def prepared(self, examples: Examples, *, seed: int = 0) -> Examples:
@@ -96,7 +96,7 @@ def _only(weights: str, **chosen: Any) -> Encoding:
 
 
 _TWO: dict[str, Any] = {"progress": True, "depth": True}
-_MOVED, _LOSS, _GIVEN = "displacement", "loss_level", "contribution"
+_MOVED, _LOSS, _GIVEN, _ALIGNED = "displacement", "loss_level", "contribution", ("alignment", "alignment_gain")
 # The paper's sizes; nothing is hidden and nothing encoded ahead, as there is nothing to be gained by it.
 _RAW: dict[str, Any] = {
     "hidden": 256, "features": 64, "epochs": 3, "learning_rate": 0.01, "hiding": None, "copies": 1
@@ -116,6 +116,9 @@ VARIANTS: dict[str, Variant] = {
     "t/T, depth, moved": Variant(_only("none", **_TWO, regime=(_MOVED,))),
     "t/T, depth, given": Variant(_only("none", **_TWO, regime=(_GIVEN,))),
     "t/T, depth, given, loss": Variant(_only("none", **_TWO, regime=(_GIVEN, _LOSS))),
+    "t/T, depth, aligned": Variant(_only("none", **_TWO, regime=_ALIGNED)),
+    "t/T, depth, aligned, loss": Variant(_only("none", **_TWO, regime=(*_ALIGNED, _LOSS))),
+    "t/T, depth, aligned, given, loss": Variant(_only("none", **_TWO, regime=(*_ALIGNED, _GIVEN, _LOSS))),
     "t/T, depth, regime": Variant(_only("none", **_TWO, regime=True)),
     "depth, regime": Variant(_only("none", depth=True, regime=True)),
 }

@@ -30,7 +30,8 @@ from train.trials.classification import loss_fn, losses_on
 from train.trials.result import Result
 from train.trials.strategies import Situation, Strategy
 
-_PROBE = 64  # examples on which layers' outputs are compared, and contributions measured
+# Examples on which layers' outputs are compared, and contributions and alignments measured; as in recordings.
+_PROBE = 128
 _HELD_OUT_OF_REHEARSALS, _AT_MOST = 256, 0.2  # training examples, and at most this share of them
 MIN_SAVING = 0.05
 _REFERENCE_SEED = 1000
@@ -77,7 +78,8 @@ class Bench:
         network = Network(architecture, self.data.num_classes, setup.optimizer, example=self.data.train[np.arange(2)])
         self._weights = starting_weights(setup, network, out, data_dir, weights_dir, say) or {}
         self._head = set(network.layers[-1].params)
-        self._probe = tuple(map(jnp.asarray, self.data.train[np.arange(_PROBE)].inputs))
+        self._probed = np.arange(min(_PROBE, len(self.data.train)))
+        self._probe = tuple(map(jnp.asarray, self.data.train[self._probed].inputs))
         model = self.model(0)
         self.layers = sfj.nnx.find_layers(model, *self._probe)
         self._features = sfj.nnx.features(model, self.layers, *self._probe)
@@ -132,15 +134,15 @@ class Bench:
         """
         total_steps = self.steps(strategy)
         model = self.model(seed)
-        labels = jnp.asarray(self.data.train[np.arange(_PROBE)].labels)
-        probe = _Counted(sfj.nnx.probe(model, loss_fn, self._probe, labels))
-        situation = Situation(total_steps, self.costs(), self.reference, predictor, probe, seed)
+        labels = self.data.train[self._probed].labels
+        probe = _Counted(sfj.nnx.probe(model, loss_fn, self._probe, jnp.asarray(labels)))
+        situation = Situation(total_steps, self.costs(), self.reference, predictor, probe, labels, seed)
         policy = strategy.policy(situation)
         log, looked = self._train(name, strategy, policy, model, seed, self.data.train)
         losses, right = losses_on(model, self.data.held_out)
         frozen = [(event.step, list(event.names)) for event in log.freezes]
         compute, cached = self.compute(frozen, total_steps)
-        probing = (probe.calls + looked) * self.forward_share(_PROBE)
+        probing = (probe.calls + looked) * self.forward_share(len(self._probed))
         return Result(
             self.name,
             name,
@@ -177,13 +179,13 @@ class Bench:
             model = self.model(seed)
             if steps:
                 log, looked = self._train("rehearsal", short, policy, model, seed, train_on)
-                compute += looked * self.forward_share(_PROBE)
+                compute += looked * self.forward_share(len(self._probed))
                 compute += self.compute([(event.step, list(event.names)) for event in log.freezes], steps)[0]
             compute += self.forward_share(len(held_out))
             return losses_on(model, held_out)[0]
 
         def policy(strategy: Strategy, steps: int) -> sfj.Policy:
-            return strategy.policy(Situation(steps, self.costs(), self.reference, None, None, seed))
+            return strategy.policy(Situation(steps, self.costs(), self.reference, None, None, None, seed))
 
         makers = {name: functools.partial(policy, strategy) for name, strategy in strategies.items()}
         return sfj.rehearse(train, makers, steps=self.steps(short)), compute
