@@ -5,10 +5,12 @@ import importlib
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+import smartfrz_jax as sfj
 from smartfrz_jax import (
     Encoding,
     Layer,
@@ -382,3 +384,51 @@ def test_keeps_no_weights_for_a_predictor_that_reads_none(tmp_path):
     jax.tree.map(np.testing.assert_array_equal, restored, state)
     with pytest.raises(FloatingPointError, match=r"loss: smartfrz got NaN up to step 3.* lower the learning rate"):
         run(policy, 3, lambda step: np.float32(np.nan if step == 3 else 1))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("jax_defaults")
+def test_a_loop_with_labels_measures_the_model_as_it_is_and_goes_on_from_a_checkpoint(observed, tmp_path):
+    images, labels = np.random.default_rng(0).normal(size=(24, 6)).astype(np.float32), np.arange(24) % 3
+    tx = optax.sgd(0.1)
+    config = PredictorConfig(size=SIZE, encoding=Encoding("none", regime=("alignment", "alignment_gain")))
+    policy = policies.smartfrz(
+        Predictor(config, rngs=nnx.Rngs(0)), record_every=1, evaluate_every=2, window=3, labels=labels
+    )
+
+    @nnx.jit
+    def train_step(model, optimizer):
+        def loss_fn(model):
+            return optax.softmax_cross_entropy_with_integer_labels(model(images), labels).mean()
+
+        loss, grads = optimizer.value_and_grad(loss_fn)(model)
+        optimizer.update(model, grads)
+        return loss
+
+    def make():
+        model = nnx.Sequential(*[nnx.Linear(6, 6, rngs=nnx.Rngs(i)) for i in range(3)])
+        layers = sfj.nnx.find_layers(model, images)
+        optimizer = sfj.nnx.Optimizer(model, tx, layers=layers)
+        extract = sfj.nnx.features(model, layers, images)
+
+        def outputs(model):
+            return extract(model, images)
+
+        return model, optimizer, sfj.nnx.Freezer(model, optimizer, policy, features=outputs), outputs
+
+    model, optimizer, freezer, outputs = make()
+    measured = {}
+    for step in range(1, 11):
+        freezer.step(loss=train_step(model, optimizer))
+        measured[step] = label_alignments(outputs(model), labels)
+        if step == 5:
+            freezer.save(tmp_path / "run")
+    np.testing.assert_allclose(observed[-1].start_alignment, measured[1], rtol=1e-5)
+    np.testing.assert_allclose(observed[-1].alignment, measured[8], rtol=1e-5)
+    assert not np.allclose(measured[8], measured[1], rtol=1e-2)
+    expected, observed[:] = observed[-1], []
+    model, optimizer, freezer, _ = make()
+    freezer.restore(tmp_path / "run")
+    for _ in range(5):
+        freezer.step(loss=train_step(model, optimizer))
+    jax.tree.map(np.testing.assert_array_equal, observed[-1], expected)
