@@ -47,6 +47,8 @@ def random_recording(seed, records=7, layers=("a", "b"), size=3):
         first_loss=2.0,
         cka=np.linspace(0, 1, records)[:, None] * np.linspace(1, 0.8, len(layers)),
         contribution=np.where(np.arange(records)[:, None] % 2, rng.standard_normal((records, len(layers))), np.nan),
+        alignment=np.where(np.arange(records)[:, None] % 2, rng.uniform(0.1, 0.9, (records, len(layers))), np.nan),
+        start_alignment=rng.uniform(0.1, 0.9, len(layers)),
     )
 
 

@@ -209,7 +209,7 @@ class TestUnknown:
     def test_a_layer_that_does_not_move(self):
         moving = {"drift", "wander", "persistence", "slowing", "outward", "spreading", "recent", "radial"}
         still = observation_of(np.ones((5, 4)) * [1, 2, 3, 4], start=[1, 2, 3, 4], losses=np.ones(5), first_loss=1)
-        assert self.unknown(still) == {"progress", "contribution"} | moving
+        assert self.unknown(still) == {"progress", "contribution", "alignment", "alignment_gain"} | moving
         values, _ = context(still)
         assert (values["displacement"], values["step"], values["growth"]) == (-14, -16, 0)
 

@@ -78,8 +78,8 @@ class Bench:
         network = Network(architecture, self.data.num_classes, setup.optimizer, example=self.data.train[np.arange(2)])
         self._weights = starting_weights(setup, network, out, data_dir, weights_dir, say) or {}
         self._head = set(network.layers[-1].params)
-        self._probed = np.arange(min(_PROBE, len(self.data.train)))
-        self._probe = tuple(map(jnp.asarray, self.data.train[self._probed].inputs))
+        probe = self.data.train[:_PROBE]
+        self._probe, self._probe_labels = tuple(map(jnp.asarray, probe.inputs)), probe.labels
         model = self.model(0)
         self.layers = sfj.nnx.find_layers(model, *self._probe)
         self._features = sfj.nnx.features(model, self.layers, *self._probe)
@@ -134,7 +134,7 @@ class Bench:
         """
         total_steps = self.steps(strategy)
         model = self.model(seed)
-        labels = self.data.train[self._probed].labels
+        labels = self._probe_labels
         probe = _Counted(sfj.nnx.probe(model, loss_fn, self._probe, jnp.asarray(labels)))
         situation = Situation(total_steps, self.costs(), self.reference, predictor, probe, labels, seed)
         policy = strategy.policy(situation)
@@ -142,7 +142,7 @@ class Bench:
         losses, right = losses_on(model, self.data.held_out)
         frozen = [(event.step, list(event.names)) for event in log.freezes]
         compute, cached = self.compute(frozen, total_steps)
-        probing = (probe.calls + looked) * self.forward_share(len(self._probed))
+        probing = (probe.calls + looked) * self.forward_share(len(self._probe_labels))
         return Result(
             self.name,
             name,
@@ -179,7 +179,7 @@ class Bench:
             model = self.model(seed)
             if steps:
                 log, looked = self._train("rehearsal", short, policy, model, seed, train_on)
-                compute += looked * self.forward_share(len(self._probed))
+                compute += looked * self.forward_share(len(self._probe_labels))
                 compute += self.compute([(event.step, list(event.names)) for event in log.freezes], steps)[0]
             compute += self.forward_share(len(held_out))
             return losses_on(model, held_out)[0]
