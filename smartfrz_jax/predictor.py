@@ -94,7 +94,7 @@ class Predictor(nnx.Module):
         >>> seen = Observation(
         ...     records=jnp.ones((30, 8)), mask=jnp.ones(30, bool), start=jnp.zeros(8), elapsed=jnp.float32(30),
         ...     losses=jnp.full(30, unknown), first_loss=unknown, progress=unknown, depth=jnp.float32(0.5),
-        ...     contribution=unknown,
+        ...     contribution=unknown, alignment=unknown, start_alignment=unknown,
         ... )  # fmt: skip
         >>> predictor(seen).shape
         (2,)
