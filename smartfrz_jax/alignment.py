@@ -9,6 +9,7 @@ the front since. It takes one forward pass.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -17,11 +18,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from smartfrz_jax.cka import layer_cka
+from smartfrz_jax.contribution import due_records
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
-
-_FIRST = 12  # part of a run after which a policy measures first
 
 
 def label_alignments(
@@ -62,34 +62,18 @@ def _targets(labels: Any) -> jax.Array:
     return jnp.asarray(labels[:, None] == np.unique(labels), jnp.float32)
 
 
-def by_policy(measured: Float[np.ndarray, "records layers"]) -> Float[np.ndarray, "records layers"]:
-    """Of many measurements in a run those that a policy would have made, by the defaults of ``smartfrz``.
+def known_by_policy(measured: Float[np.ndarray, "records layers"]) -> Float[np.ndarray, "records layers"]:
+    """What a policy would have known at every record: that last measured when it was due.
 
     A predictor must learn from no more.
 
     Args:
-        measured: NaN where not measured.
-
-    Returns:
-        The same with NaN elsewhere. The first record that is kept is a twelfth of the records into the run; every other
-        comes after twice as many records, or more.
-    """
-    kept, wanted = np.full_like(measured, np.nan), max(1, len(measured) // _FIRST)
-    for record in range(len(measured)):
-        if record + 1 >= wanted and np.isfinite(measured[record]).all():
-            kept[record], wanted = measured[record], 2 * (record + 1)
-    return kept
-
-
-def latest(measured: Float[np.ndarray, "records layers"]) -> Float[np.ndarray, "records layers"]:
-    """What was known at every record: that last measured.
-
-    Args:
-        measured: NaN where not measured.
+        measured: NaN where not measured; of all layers at once.
 
     Returns:
         Shape ``(records, layers)``; NaN before the first measurement.
     """
-    rows = np.where(np.isfinite(measured).all(axis=1), np.arange(len(measured)), -1)
-    last = np.maximum.accumulate(rows)
-    return np.where(last[:, None] >= 0, measured[np.maximum(last, 0)], np.nan).astype(np.float32)
+    known, due = np.full(measured.shape, np.nan, np.float32), due_records(measured)
+    for record, until in itertools.pairwise([*due, len(measured)]):
+        known[record:until] = measured[record]
+    return known

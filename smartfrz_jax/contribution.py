@@ -114,14 +114,30 @@ def by_policy(measured: Float[np.ndarray, "records layers"]) -> Float[np.ndarray
         The same with NaN elsewhere. The first record that is kept is a twelfth of the records into the run; every other
         comes after twice as many records, or more. Of depths those nearest to where a policy measures are kept.
     """
-    kept, wanted = np.full_like(measured, np.nan), max(1, len(measured) // _FIRST)
-    ends = _even(measured.shape[1] - 1, PROBE_DEPTHS)
-    for record in range(len(measured)):
+    kept, ends = np.full_like(measured, np.nan), _even(measured.shape[1] - 1, PROBE_DEPTHS)
+    for record in due_records(measured):
         at = np.flatnonzero(~np.isnan(measured[record]))
-        if record + 1 >= wanted and len(at):
-            nearest = [at[np.argmin(np.abs(at - end))] for end in ends]
-            kept[record, nearest], wanted = measured[record, nearest], 2 * (record + 1)
+        nearest = [at[np.argmin(np.abs(at - end))] for end in ends]
+        kept[record, nearest] = measured[record, nearest]
     return kept
+
+
+def due_records(measured: Float[np.ndarray, "records layers"]) -> list[int]:
+    """The records of a run at which a policy would have measured, by the defaults of ``smartfrz``.
+
+    Args:
+        measured: NaN where not measured.
+
+    Returns:
+        Of the records at which anything was measured the first from a twelfth of them on, and every other that comes
+        after twice as many records, or more.
+    """
+    due, wanted = [], max(1, len(measured) // _FIRST)
+    for record in np.flatnonzero(~np.isnan(measured).all(axis=1)).tolist():
+        if record + 1 >= wanted:
+            due.append(record)
+            wanted = 2 * (record + 1)
+    return due
 
 
 def latest(measured: Float[np.ndarray, "records layers"]) -> Float[np.ndarray, "records layers"]:

@@ -74,9 +74,7 @@ class Examples:
     def alignments(self) -> dict[int, np.ndarray]:
         """The same of alignments with the labels."""
         measured = {run: recording.alignment for run, recording in enumerate(self.recordings)}
-        return {
-            run: alignment.latest(alignment.by_policy(array)) for run, array in measured.items() if array is not None
-        }
+        return {run: alignment.known_by_policy(array) for run, array in measured.items() if array is not None}
 
     @property
     def has_weights(self) -> bool:

@@ -2,7 +2,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from smartfrz_jax.alignment import by_policy, label_alignments, latest
+from smartfrz_jax.alignment import known_by_policy, label_alignments
 
 
 def outputs(seed=0):
@@ -46,17 +46,11 @@ def test_refuses_labels_that_do_not_fit():
         label_alignments({}, np.array([0, 1]))
 
 
-def test_a_policy_measures_from_a_twelfth_on_and_whenever_twice_as_much_is_done():
+def test_a_policy_knows_what_it_measured_last_from_a_twelfth_on_and_whenever_twice_as_much_is_done():
     measured = np.arange(48.0)[:, None] + np.zeros(2)
     measured[[3, 4]] = np.nan  # so the sixth is the first
-    kept = by_policy(measured)
-    assert np.flatnonzero(np.isfinite(kept).all(axis=1)).tolist() == [5, 11, 23, 47]
-    np.testing.assert_array_equal(kept[[5, 47]], measured[[5, 47]])
-
-
-def test_what_was_last_measured_is_known():
-    measured = np.full((5, 2), np.nan)
-    measured[1], measured[3] = [1, 2], [3, 4]
-    np.testing.assert_array_equal(
-        latest(measured), np.array([[np.nan] * 2, [1, 2], [1, 2], [3, 4], [3, 4]], np.float32)
-    )
+    known = known_by_policy(measured)
+    assert known.dtype == np.float32
+    assert np.isnan(known[:5]).all()
+    np.testing.assert_array_equal(known[5:], np.repeat([5, 11, 23, 47], [6, 12, 24, 1])[:, None] + np.zeros(2))
+    assert np.isnan(known_by_policy(np.full((6, 2), np.nan))).all()
