@@ -51,6 +51,7 @@ def label_alignments(
 
 
 def _targets(labels: Any) -> jax.Array:
+    labels = labels if isinstance(labels, jax.Array) else np.asarray(labels)
     if jnp.issubdtype(labels.dtype, jnp.floating):
         return jnp.asarray(labels, jnp.float32)
     labels = np.asarray(labels)

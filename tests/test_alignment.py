@@ -25,6 +25,8 @@ def test_is_the_alignment_of_the_centred_kernels():
     got = label_alignments(outputs(), labels)
     assert got.dtype == jnp.float32
     np.testing.assert_allclose(got, [by_definition(x, labels) for x in outputs().values()], rtol=1e-4)
+    for same in (labels.tolist(), jnp.asarray(labels)):
+        np.testing.assert_array_equal(label_alignments(outputs(), same), got)
     one_hot = np.eye(6, dtype=np.float32)[labels]
     np.testing.assert_allclose(label_alignments(outputs(), one_hot), got, rtol=1e-5)
 
