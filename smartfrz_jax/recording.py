@@ -173,8 +173,8 @@ class Recording:
             if harm is not None and (np.isinf(harm).any() or np.isnan(harm).all()):
                 raise ValueError(
                     f"{field}: has {int(np.isinf(harm).sum())} infinite and {int(np.isnan(harm).sum())} NaN of "
-                    f"{harm.size} values, expected finite numbers, and NaN only where it was not measured; leave it out "
-                    "if it was not measured at all"
+                    f"{harm.size} values, expected finite numbers, and NaN only where it was not measured; leave it "
+                    "out if it was not measured at all"
                 )
         if np.isinf(self.losses).any() or np.isinf(self.first_loss):
             raise ValueError(
