@@ -248,7 +248,7 @@ def _check_fits(predictor: Predictor, examples: Examples) -> None:
     if isinstance(examples, EncodedExamples):
         examples.check(predictor.config.encoding)
     examples.check_reads(predictor.config.encoding)
-    if predictor.config.size != examples.size:
+    if predictor.config.encoding.reads_weights and predictor.config.size != examples.size:
         raise ValueError(
             f"examples: have {examples.size} tailored weights per record, but the predictor takes "
             f"{predictor.config.size}; use PredictorConfig(size={examples.size}) or tailor to {predictor.config.size}"

@@ -419,6 +419,14 @@ class TestPredict:
             np.testing.assert_allclose(got, expected, rtol=1e-5)
         assert np.ptp(expected) > 0.01
 
+    def test_how_many_weights_there_are_is_all_one_to_a_predictor_that_reads_none(self):
+        examples = random_examples()
+        config = {"hidden": 4, "encoding": Encoding(weights="none", regime=("loss_level",))}
+        got, expected = (
+            predict(Predictor(PredictorConfig(size=size, **config), rngs=nnx.Rngs(0)), examples) for size in (5, 3)
+        )
+        np.testing.assert_array_equal(got, expected)
+
     def test_of_nothing(self):
         examples = random_examples()
         assert predict(small_predictor(3), examples.select(examples.run == 9)).shape == (0,)
