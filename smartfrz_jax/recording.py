@@ -1,51 +1,10 @@
-"""A recorded training run, and the data set of such runs from which the predictor learns.
-
-A data set is a directory. Each recording, one training run, is a compressed NumPy archive in it, ``<name>.npz``, which
-``numpy.load(path, allow_pickle=False)`` reads. Its arrays are
-
-===================  =========================================  ==================================================
-``format_version``   int64, ``()``                              2
-``layers``           unicode, ``(layers,)``                     layer names, front to back
-``steps``            int64, ``(records,)``                      train steps done at each record, ascending
-``record_every``     int64, ``()``                              train steps between records
-``total_steps``      int64, ``()``                              train steps of the whole run
-``weights``          float32, ``(records, layers, size)``       tailored weights; ``size`` 0 in a recording without
-``start``            float32, ``(layers, size)``                the same before the first step
-``losses``           float32, ``(records,)``                    mean training loss over the interval that ended with
-                                                                each record; NaN where it is unknown
-``first_loss``       float32, ``()``                            the same over the first interval of the run
-``metadata``         unicode, ``()``                            a JSON object: architecture, data set, seed, ...
-===================  =========================================  ==================================================
-
-and what tells when a layer could have been frozen, at least one of these, each float32 of shape ``(records, layers)``:
-
-===================  ===============================================================================================
-``cka``              linear CKA of a layer's output with that of a well-trained reference (the paper's)
-``own_cka``          linear CKA of a layer's output with its own at the last record
-``swap_harm``        what it costs the finished network to get the weights of the layers up to this one back as they
-                     were then: increase of the held-out loss in nats; NaN where it was not measured
-``branch_harm``      what it costs a short branch of the run, from then on, that the layers up to this one are frozen:
-                     as above (see :mod:`smartfrz_jax.harm` for both)
-===================  ===============================================================================================
-
-A recording may also have ``contribution``, float32 of shape ``(records, layers)``: what the layers up to this one had
-contributed to the fall of the training loss (:mod:`smartfrz_jax.contribution`); NaN where it was not measured. Likewise
-``alignment``, CKA of each layer's outputs with the labels (:mod:`smartfrz_jax.alignment`), and ``start_alignment`` of
-shape ``(layers,)``, the same after the first step.
-
-Without its weights (:meth:`Recording.without_weights`) a recording takes kilobytes instead of megabytes; predictors
-that read no weights can learn from it.
-
-A data set grows by adding files; files that are there are never written to.
-"""
+"""A recorded training run, from which the predictor learns; :mod:`smartfrz_jax.recording_files` keeps such runs."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -53,15 +12,14 @@ import numpy as np
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-FORMAT_VERSION = 2
-
 SUPERVISION = ("cka", "own_cka", "swap_harm", "branch_harm")
 
 _PARTIAL = ("swap_harm", "branch_harm", "contribution", "alignment")  # NaN where not measured
 _MATRICES = (*SUPERVISION, "contribution", "alignment")
-_OPTIONAL = (*_MATRICES, "start_alignment")
-_DTYPES = {"steps": np.int64} | dict.fromkeys(("weights", "start", "losses", *_OPTIONAL), np.float32)
-_SCALARS = {"record_every": int, "total_steps": int, "first_loss": lambda loss: float(np.float32(loss))}
+# Fields of a recording: arrays, those of them that may be missing, and numbers.
+OPTIONAL = (*_MATRICES, "start_alignment")
+ARRAYS = {"steps": np.int64} | dict.fromkeys(("weights", "start", "losses", *OPTIONAL), np.float32)
+SCALARS = {"record_every": int, "total_steps": int, "first_loss": lambda loss: float(np.float32(loss))}
 
 
 @dataclasses.dataclass(frozen=True, eq=False, kw_only=True)
@@ -117,10 +75,10 @@ class Recording:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "layers", tuple(self.layers))
-        for field, kind in _SCALARS.items():
+        for field, kind in SCALARS.items():
             object.__setattr__(self, field, kind(getattr(self, field)))
-        for field, dtype in _DTYPES.items():
-            if getattr(self, field) is None and field in _OPTIONAL:
+        for field, dtype in ARRAYS.items():
+            if getattr(self, field) is None and field in OPTIONAL:
                 continue
             array = np.asarray(getattr(self, field))
             if not np.can_cast(array.dtype, dtype, "same_kind"):
@@ -181,117 +139,6 @@ class Recording:
                 "losses, first_loss: one is infinite, expected numbers, or NaN where it is unknown; if the training "
                 "diverged, lower its learning rate"
             )
-
-
-def save(recording: Recording, directory: str | Path, name: str) -> Path:
-    """Adds a recording to a data set. The file appears complete or not at all.
-
-    Args:
-        recording: The recording.
-        directory: The data set; made if it does not exist.
-        name: Name of the file, without ``.npz``.
-
-    Returns:
-        Path of the file.
-
-    Raises:
-        FileExistsError: If the data set has a recording of that name.
-        ValueError: If ``name`` is not a plain file name.
-    """
-    if not name or Path(name).name != name or name.startswith("."):
-        raise ValueError(f"name: got {name!r}, expected a file name without directories, such as 'resnet18-cifar10-0'")
-    directory = Path(directory)
-    target = directory / f"{name}.npz"
-    directory.mkdir(parents=True, exist_ok=True)
-    temporary = directory / f".{name}.{os.getpid()}.tmp"
-    arrays = {field: getattr(recording, field) for field in _DTYPES}
-    try:
-        with temporary.open("wb") as file:
-            np.savez_compressed(
-                file,
-                format_version=np.int64(FORMAT_VERSION),
-                layers=np.array(recording.layers),
-                record_every=np.int64(recording.record_every),
-                total_steps=np.int64(recording.total_steps),
-                first_loss=np.float32(recording.first_loss),
-                metadata=np.array(_json(recording.metadata)),
-                **{field: array for field, array in arrays.items() if array is not None},
-            )
-            file.flush()
-            os.fsync(file.fileno())
-        if target.exists():
-            raise FileExistsError(
-                f"name: {target} exists, and recordings are not overwritten; choose another name or delete the file"
-            )
-        os.replace(temporary, target)
-    finally:
-        temporary.unlink(missing_ok=True)
-    return target
-
-
-def load(directory: str | Path) -> list[Recording]:
-    """Reads all recordings of a data set.
-
-    Args:
-        directory: The data set.
-
-    Returns:
-        The recordings, in the order of their file names.
-
-    Raises:
-        FileNotFoundError: If there is no such directory, or no recording in it.
-        ValueError: If a file is damaged, or of another version of the format.
-    """
-    directory = Path(directory)
-    if not directory.is_dir():
-        raise FileNotFoundError(f"directory: there is no directory {directory}; expected a data set of recordings")
-    files = sorted(directory.glob("*.npz"))
-    if not files:
-        raise FileNotFoundError(f"directory: {directory} holds no recordings (*.npz); add some with save(...)")
-    return [read(file) for file in files]
-
-
-def read(path: str | Path) -> Recording:
-    """Reads one recording.
-
-    Args:
-        path: Its file.
-
-    Raises:
-        FileNotFoundError: If it is not there.
-        ValueError: If it is damaged, or of another version of the format.
-    """
-    path = Path(path)
-    if not path.is_file():
-        raise FileNotFoundError(f"path: there is no file {path}; expected a recording (*.npz)")
-    try:
-        with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
-            arrays = dict(archive)
-        version = int(arrays["format_version"])
-    except Exception as error:  # NumPy and zipfile raise many kinds for damaged files
-        raise ValueError(_damaged(path, error)) from error
-    if version != FORMAT_VERSION:
-        raise ValueError(
-            f"directory: {path} has format version {version}, expected {FORMAT_VERSION}; record that run again"
-            + (" (version 1 lacks its losses and the weights before the first step)" if version == 1 else "")
-            + ", or read it with the version of smartfrz_jax that wrote it"
-        )
-    try:
-        return Recording(
-            layers=tuple(arrays["layers"].tolist()),
-            metadata=json.loads(str(arrays["metadata"])),
-            **{field: kind(arrays[field]) for field, kind in _SCALARS.items()},
-            **{field: arrays[field] for field in _DTYPES if field not in _OPTIONAL or field in arrays},
-        )
-    except Exception as error:  # as above, and what Recording refuses
-        raise ValueError(_damaged(path, error)) from error
-
-
-def _damaged(path: Path, error: Exception) -> str:
-    return (
-        f"directory: {path} is not a complete recording ({type(error).__name__}: {error}); restore another copy, or "
-        "delete it and record that run again"
-    )
 
 
 def check_steps(steps: np.ndarray, record_every: int) -> None:

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import smartfrz_jax as sfj
-from smartfrz_jax import recording
+from smartfrz_jax import recording_files
 from tests.test_recording import example
 from train import collect, fashion_mnist, repeat_harm
 from train.collection import __main__ as worker
@@ -249,8 +249,8 @@ def test_a_recording_end_to_end(recorded_run, tmp_path):
     assert {"training", "swap", "branches", "true harm", "compiling"} <= metadata["seconds"].keys()
     assert [row["step"] for row in metadata["true_harm"]] == [1] * 4 + [2] * 4 + [4] * 4
     assert np.isfinite([row["loss"] for row in metadata["true_harm"]]).all()
-    recording.save(recorded, tmp_path, run.name)
-    assert recording.load(tmp_path)[0].metadata == metadata
+    recording_files.save(recorded, tmp_path, run.name)
+    assert recording_files.load(tmp_path)[0].metadata == metadata
 
 
 @pytest.mark.slow
@@ -311,7 +311,7 @@ def test_a_killed_collection_goes_on_where_it_was(tmp_path, capfd, monkeypatch):
     one = ["--only", names[0], *arguments[2:]]
     assert collect.main(one) == 0
     assert "1 runs, 0 of them" in capfd.readouterr().out
-    (recorded,) = recording.load(tmp_path / "out")
+    (recorded,) = recording_files.load(tmp_path / "out")
     assert recorded.total_steps == 4
     recordings = []
 
@@ -331,7 +331,7 @@ def test_kept_recordings_have_no_weights_and_are_not_made_again(tmp_path, capsys
     made, started = [f"resnet8-{data}-scratch-0" for data in ("cifar10", "fashion_mnist")], []
 
     def save(name):
-        recording.save(example(architecture=name), tmp_path / "out", name)
+        recording_files.save(example(architecture=name), tmp_path / "out", name)
 
     def run(command, **_):
         started.append(command[3])
@@ -344,8 +344,8 @@ def test_kept_recordings_have_no_weights_and_are_not_made_again(tmp_path, capsys
     arguments = ["--only", "resnet8-*-scratch-0", "--data-dir", str(tmp_path), "--keep", str(kept), "--out"]
     assert collect.main([*arguments, str(tmp_path / "out")]) == 0
     assert sorted(started) == ["resnet8-cifar100-scratch-0", made[1]]
-    assert [item.weights.shape for item in recording.load(kept)] == 3 * [(4, 2, 0)]
-    assert {item.metadata["architecture"] for item in recording.load(kept)} == {*started, made[0]}
+    assert [item.weights.shape for item in recording_files.load(kept)] == 3 * [(4, 2, 0)]
+    assert {item.metadata["architecture"] for item in recording_files.load(kept)} == {*started, made[0]}
     assert collect.main([*arguments, str(tmp_path / "elsewhere")]) == 0
     assert len(started) == 2
     assert "3 runs, 3 of them are in" in capsys.readouterr().out

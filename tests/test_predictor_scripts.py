@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from smartfrz_jax import Predictor, by_run, encode_examples, evaluate, make_examples, moments, predict, recording
+from smartfrz_jax import Predictor, by_run, encode_examples, evaluate, make_examples, moments, predict, recording_files
 from smartfrz_jax.controls import CONTROLS
 from smartfrz_jax.recording import Recording
 from train import evaluate_predictor, fit_predictor, json_lines
@@ -60,7 +60,7 @@ def test_table_takes_means_over_folds_and_spread_over_seeds():
 @pytest.fixture
 def data_set(tmp_path):
     for n, name in enumerate(("vgg9", "resnet8", "resnet14")):
-        recording.save(recorded(name, n, data=("digits", "letters")[n % 2]), tmp_path / "recordings", name)
+        recording_files.save(recorded(name, n, data=("digits", "letters")[n % 2]), tmp_path / "recordings", name)
     return tmp_path / "recordings"
 
 
@@ -70,7 +70,7 @@ VARIANT = "t/T, depth, regime"
 @pytest.mark.slow
 def test_recordings_without_weights_are_judged_by_what_needs_none(data_set, tmp_path, capsys):
     for path in data_set.glob("*.npz"):
-        recording.save(recording.read(path).without_weights(), tmp_path / "small", path.stem)
+        recording_files.save(recording_files.read(path).without_weights(), tmp_path / "small", path.stem)
     for name, folder in (("all", data_set), ("none", tmp_path / "small")):
         args = ["--recordings", str(folder), "--out", str(tmp_path / name), "--targets", "cka", "--splits", "data"]
         args += ["--variants", "t/T, depth, given, loss"] if name == "all" else []
@@ -160,7 +160,9 @@ def test_writes_what_is_held_out_and_judges_by_it(data_set, tmp_path, capsys):
     predictor = Predictor.restore(tmp_path / "p")
     score = held_out.judge(file, predictor)
     assert f"{file}: {score.n} examples of resnet8: AUC {score.auc:.3f}" in printed
-    left_out = [recorded for recorded in recording.load(data_set) if recorded.metadata["architecture"] == "resnet8"]
+    left_out = [
+        recorded for recorded in recording_files.load(data_set) if recorded.metadata["architecture"] == "resnet8"
+    ]
     examples = make_examples(left_out, criterion=TARGETS["cka"], stride=12)
     expected = evaluate(predict(predictor, examples), examples.target, groups=moments(examples))
     np.testing.assert_allclose(score, expected, rtol=1e-5)
@@ -225,7 +227,7 @@ def test_figures_of_another_stride_or_other_recordings_are_computed_anew(data_se
     printed = capsys.readouterr().out
     assert f"2 lines of {file} are of another stride or other recordings, and left out" in printed
     assert "of 30 examples to freeze" in (tmp_path / "figures.md").read_text()
-    recording.save(recorded("vgg9-bn", 5), data_set, "more")
+    recording_files.save(recorded("vgg9-bn", 5), data_set, "more")
     third = rows("--stride", "4")
     assert third[:4] == second
     assert [(row.fold, row.n) for row in third[4:]] == [("resnet", 20), ("vgg", 20)]

@@ -201,13 +201,13 @@ class TestRefusals:
 
 
 def test_is_what_a_file_gives_back(tmp_path):
-    from smartfrz_jax import recording
+    from smartfrz_jax import recording_files
 
     rec = beside_reference(track_own=True)
     for step, params in RUN.items():
         rec.record(step, params, outputs(params), loss=0.1)
     made = rec.finish(15, seed=3)
-    recording.save(made, tmp_path, "run")
-    (got,) = recording.load(tmp_path)
+    recording_files.save(made, tmp_path, "run")
+    (got,) = recording_files.load(tmp_path)
     for field in dataclasses.fields(Recording):
         np.testing.assert_equal(getattr(got, field.name), getattr(made, field.name))

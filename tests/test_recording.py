@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smartfrz_jax import recording
+from smartfrz_jax import recording_files
 from smartfrz_jax.recording import SUPERVISION, Recording
 
 
@@ -93,7 +93,7 @@ class TestRecording:
     def test_without_weights_all_else_is_the_same(self, tmp_path):
         aligned = {"alignment": np.full((4, 2), 0.5), "start_alignment": np.array([0.1, 0.2])}
         whole = dataclasses.replace(example(supervision=("cka", "branch_harm"), architecture="vgg"), **aligned)
-        got = recording.read(recording.save(whole.without_weights(), tmp_path, "small"))
+        got = recording_files.read(recording_files.save(whole.without_weights(), tmp_path, "small"))
         assert (got.weights.shape, got.start.shape) == ((4, 2, 0), (2, 0))
         assert_equal(dataclasses.replace(got, weights=whole.weights, start=whole.start), whole)
 
@@ -131,12 +131,12 @@ class TestFiles:
         recordings = [example(seed, records=3 + seed, seed=seed, note="é") for seed in range(3)]
         before = {}
         for name, item in zip(["b", "c", "a"], recordings, strict=True):
-            path = recording.save(item, directory, name)
+            path = recording_files.save(item, directory, name)
             assert path == directory / f"{name}.npz"
             assert all(file.read_bytes() == content for file, content in before.items())
             before[path] = path.read_bytes()
         assert sorted(file.name for file in directory.iterdir()) == ["a.npz", "b.npz", "c.npz"]
-        for got, index in zip(recording.load(directory), [2, 0, 1], strict=True):
+        for got, index in zip(recording_files.load(directory), [2, 0, 1], strict=True):
             assert_equal(got, recordings[index])
 
     @settings(deadline=None, max_examples=15)
@@ -145,12 +145,12 @@ class TestFiles:
         names = tuple(f"layer/{i}" for i in range(layers))
         item = example(seed, records=records, layers=names, supervision=sorted(supervision), seed=seed)
         directory = tmp_path_factory.mktemp("any")
-        recording.save(item, directory, "run")
-        assert_equal(recording.load(directory)[0], item)
+        recording_files.save(item, directory, "run")
+        assert_equal(recording_files.load(directory)[0], item)
 
     def test_is_plain_numpy(self, tmp_path):
         item = example(4, supervision=("own_cka", "swap_harm"), seeds=[1, 2])
-        with np.load(recording.save(item, tmp_path, "run"), allow_pickle=False) as archive:
+        with np.load(recording_files.save(item, tmp_path, "run"), allow_pickle=False) as archive:
             assert set(archive) == {
                 "format_version",
                 "layers",
@@ -175,19 +175,19 @@ class TestFiles:
 
     def test_is_compressed(self, tmp_path):
         constant = dataclasses.replace(example(), weights=np.ones((4, 2, 10_000)), start=np.ones((2, 10_000)))
-        assert recording.save(constant, tmp_path, "run").stat().st_size < constant.weights.nbytes / 10
+        assert recording_files.save(constant, tmp_path, "run").stat().st_size < constant.weights.nbytes / 10
 
     def test_does_not_overwrite(self, tmp_path):
-        path = recording.save(example(0), tmp_path, "run")
+        path = recording_files.save(example(0), tmp_path, "run")
         before = path.read_bytes()
         with pytest.raises(FileExistsError, match=r"name: .*run.npz exists"):
-            recording.save(example(1), tmp_path, "run")
+            recording_files.save(example(1), tmp_path, "run")
         assert path.read_bytes() == before
         assert [file.name for file in tmp_path.iterdir()] == ["run.npz"]
 
     @pytest.mark.parametrize("where", ["fsync", "replace"])
     def test_a_failure_while_writing_leaves_nothing_behind(self, tmp_path, monkeypatch, where):
-        recording.save(example(0), tmp_path, "first")
+        recording_files.save(example(0), tmp_path, "first")
 
         def fail(*args):
             raise OSError("disk full")
@@ -195,33 +195,33 @@ class TestFiles:
         with monkeypatch.context() as patch:
             patch.setattr(os, where, fail)
             with pytest.raises(OSError, match="disk full"):
-                recording.save(example(1), tmp_path, "second")
+                recording_files.save(example(1), tmp_path, "second")
         assert [file.name for file in tmp_path.iterdir()] == ["first.npz"]
-        assert len(recording.load(tmp_path)) == 1
+        assert len(recording_files.load(tmp_path)) == 1
 
     def test_a_file_left_by_a_killed_process_is_not_read(self, tmp_path):
-        recording.save(example(0), tmp_path, "first")
+        recording_files.save(example(0), tmp_path, "first")
         (tmp_path / ".second.123.tmp").write_bytes(b"half")
-        assert len(recording.load(tmp_path)) == 1
+        assert len(recording_files.load(tmp_path)) == 1
 
     @pytest.mark.parametrize("name", ["", "a/b", "../a", "/a", ".hidden", ".."])
     def test_name_is_a_file_name(self, tmp_path, name):
         with pytest.raises(ValueError, match=r"name: got .*expected a file name"):
-            recording.save(example(), tmp_path / "inner", name)
+            recording_files.save(example(), tmp_path / "inner", name)
         assert not list(tmp_path.rglob("*"))
 
     def test_nothing_to_load(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"directory: there is no directory .*missing"):
-            recording.load(tmp_path / "missing")
+            recording_files.load(tmp_path / "missing")
         with pytest.raises(FileNotFoundError, match=r"directory: .* holds no recordings"):
-            recording.load(tmp_path)
+            recording_files.load(tmp_path)
         with pytest.raises(FileNotFoundError, match=r"path: there is no file .*run\.npz"):
-            recording.read(tmp_path / "run.npz")
+            recording_files.read(tmp_path / "run.npz")
 
     @pytest.mark.parametrize("damage", ["truncated", "empty", "text", "npy", "flipped"])
     def test_damaged_file_is_named(self, tmp_path, damage):
-        recording.save(example(0), tmp_path, "good")
-        path = recording.save(example(1), tmp_path, "late")
+        recording_files.save(example(0), tmp_path, "good")
+        path = recording_files.save(example(1), tmp_path, "late")
         content = path.read_bytes()
         if damage == "npy":
             with path.open("wb") as file:
@@ -237,7 +237,7 @@ class TestFiles:
                 }[damage]
             )
         with pytest.raises(ValueError, match=r"late\.npz is not a complete recording"):
-            recording.load(tmp_path)
+            recording_files.load(tmp_path)
 
     def write(self, path, **changes):
         arrays = {
@@ -257,7 +257,7 @@ class TestFiles:
 
     def test_a_file_written_by_hand(self, tmp_path):
         self.write(tmp_path / "hand.npz", a_remark=np.array("of no concern"))
-        assert recording.load(tmp_path)[0].total_steps == 5
+        assert recording_files.load(tmp_path)[0].total_steps == 5
 
     @pytest.mark.parametrize(
         ("changes", "message"),
@@ -282,4 +282,4 @@ class TestFiles:
     def test_a_file_that_does_not_fit(self, tmp_path, changes, message):
         self.write(tmp_path / "hand.npz", **changes)
         with pytest.raises(ValueError, match=message):
-            recording.load(tmp_path)
+            recording_files.load(tmp_path)

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from smartfrz_jax import recording
+from smartfrz_jax import recording_files
 from smartfrz_jax.recording import Recording
 from train import repeat_harm
 
@@ -32,7 +32,7 @@ def recorded(name: str, seed: int) -> Recording:
 @pytest.mark.slow
 def test_a_measurement_that_agrees_tells_all_targets_and_is_not_made_again(tmp_path, monkeypatch, capsys):
     for seed in range(4):
-        recording.save(recorded(f"run{seed}", seed), tmp_path / "recordings", f"run{seed}")
+        recording_files.save(recorded(f"run{seed}", seed), tmp_path / "recordings", f"run{seed}")
     measured = []
 
     def measure_again(first, args):

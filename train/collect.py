@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor, as_completed
 from fnmatch import fnmatch
 from pathlib import Path
 
-from smartfrz_jax import recording
+from smartfrz_jax import recording_files
 from train.collection.plan import Run, runs
 
 _DESCRIPTION = """\
@@ -95,7 +95,7 @@ def _keep(run: Run, args: argparse.Namespace) -> None:
     """Puts a recording that is there into the folder of ``--keep``, without its weights."""
     made = args.out / f"{run.name}.npz"
     if args.keep is not None and made.exists() and not (args.keep / made.name).exists():
-        recording.save(recording.read(made).without_weights(), args.keep, run.name)
+        recording_files.save(recording_files.read(made).without_weights(), args.keep, run.name)
 
 
 def _in_processes(missing: Sequence[Run], args: argparse.Namespace) -> Iterator[tuple[Run, int]]:

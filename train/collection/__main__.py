@@ -9,7 +9,7 @@ import time
 from pathlib import Path
 
 import smartfrz_jax as sfj
-from smartfrz_jax import recording
+from smartfrz_jax import recording_files
 from train.collection.plan import Run, runs
 from train.collection.record import record
 
@@ -33,7 +33,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         sfj.keep_programs(args.out / "programs")
         recorded = record(run, args.out, args.data_dir, args.weights, lambda text: print(text, flush=True))
-        recording.save(recorded, args.out, run.name)
+        recording_files.save(recorded, args.out, run.name)
     except KeyboardInterrupt:
         return 130
     except (OSError, ValueError, FloatingPointError) as error:

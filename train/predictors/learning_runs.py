@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from smartfrz_jax import recording
+from smartfrz_jax import recording_files
 from smartfrz_jax.recording import Recording
 
 _LEAST_GAIN = 0.05  # of the first training loss
@@ -29,7 +29,7 @@ def load(directory: Path) -> tuple[list[Recording], list[Recording]]:
     """
     kept: list[Recording] = []
     left_out: list[Recording] = []
-    for recorded in recording.load(directory):
+    for recorded in recording_files.load(directory):
         gain = recorded.first_loss - float(np.nanmean(recorded.losses[-_LAST:]))
         (kept if gain >= _LEAST_GAIN * recorded.first_loss else left_out).append(recorded)
     return kept, left_out
