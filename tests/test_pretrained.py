@@ -13,9 +13,11 @@ from smartfrz_jax.encoded import Encoded
 from smartfrz_jax.encoding import PAPER
 from smartfrz_jax.policies.progress import COEFFICIENTS
 from smartfrz_jax.regime import context_names
+from train import fit_predictor
 from train.predictors import held_out
 
 FOLDER = Path(sfj.__file__).parent / "pretrained"
+RECORDINGS = Path(__file__).parents[1] / "benchmarks" / "recordings"
 HELD_OUT = Path(__file__).parent / "held_out.npz"
 MOST_BYTES = 5_000_000
 
@@ -53,6 +55,22 @@ def test_it_is_better_than_the_two_scalars_there(default):
         logit = intercept + of_progress * progress + of_depth * depth
         control = sfj.evaluate(1 / (1 + np.exp(-logit)), file["target"], groups=file["moment"])
     assert held_out.judge(HELD_OUT, default).auc > control.auc
+
+
+@pytest.mark.slow
+def test_made_again_from_other_recordings_it_is_as_good(default, tmp_path, capsys):
+    """The card's command on the recordings in the repository: the same runs once more, their harm measured better."""
+    options = [*["--target", "branch_harm", "--without", "resnet14", "--variant"], "t/T, depth, given, loss"]
+    options += ["--out", str(tmp_path / "again"), "--held-out", str(tmp_path / "held_out.npz")]
+    assert fit_predictor.main(["--recordings", str(RECORDINGS), *options]) == 0
+    again = sfj.Predictor.restore(tmp_path / "again")
+    for file in (HELD_OUT, tmp_path / "held_out.npz"):
+        got, shipped = held_out.judge(file, again), held_out.judge(file, default)
+        assert got.auc == pytest.approx(shipped.auc, abs=0.01)
+        assert got.balanced_accuracy == pytest.approx(shipped.balanced_accuracy, abs=0.02)
+    found = re.search(r"the two-scalar rule has coefficients \((.*)\)", capsys.readouterr().out)
+    assert found is not None
+    np.testing.assert_allclose([float(value) for value in found[1].split(",")], COEFFICIENTS, atol=0.2)
 
 
 def confidence(predictor, **numbers):
