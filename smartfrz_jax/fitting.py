@@ -89,8 +89,8 @@ def fit(
         The trained predictor, the losses and the evaluations.
 
     Raises:
-        ValueError: If the examples' size, or encoding, is not the predictor's, it reads weights that their recordings
-            do not hold, something is to be hidden from encoded examples, all training examples have the same target,
+        ValueError: If the examples' encoding is not the predictor's, it reads weights that have another size or that
+            their recordings do not hold, something is to be hidden from encoded examples, all training examples have the same target,
             ``held_out`` does not fit or divides the histories of one layer in one run, a number is out of range, or the
             loss becomes NaN or infinite.
 
@@ -162,8 +162,8 @@ def predict(predictor: Predictor, examples: Examples, *, batch_size: int = 256) 
         float32 of shape ``(n,)``.
 
     Raises:
-        ValueError: If the examples' size, or encoding, is not the predictor's, it reads weights that their recordings
-            do not hold, or ``batch_size`` is below 1.
+        ValueError: If the examples' encoding is not the predictor's, it reads weights that have another size or that
+            their recordings do not hold, or ``batch_size`` is below 1.
     """
     _check_fits(predictor, examples)
     if batch_size < 1:
