@@ -90,9 +90,9 @@ def fit(
 
     Raises:
         ValueError: If the examples' encoding is not the predictor's, it reads weights that have another size or that
-            their recordings do not hold, something is to be hidden from encoded examples, all training examples have the same target,
-            ``held_out`` does not fit or divides the histories of one layer in one run, a number is out of range, or the
-            loss becomes NaN or infinite.
+            their recordings do not hold, something is to be hidden from encoded examples, all training examples have
+            the same target, ``held_out`` does not fit or divides the histories of one layer in one run, a number is out
+            of range, or the loss becomes NaN or infinite.
 
     Example:
         >>> from smartfrz_jax import PredictorConfig, Recording, by_run, make_examples
