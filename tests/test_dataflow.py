@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from smartfrz_jax import dataflow, paths, tapping
+from tests.rounding import assert_close
 
 
 def normal(*shape: int) -> jax.Array:
@@ -298,7 +299,7 @@ def test_tapped_outputs_follow_new_parameters_and_data():
     forward, groups, params, x, _ = linen_case(train=False)
     outputs = tapping.tapped(forward, groups, params, x)
     params, x = jax.tree.map(lambda leaf: leaf * 1.5, (params, x))
-    chex.assert_trees_all_close(outputs(params, x)["a_head"], forward(params, x), rtol=1e-6)
+    assert_close(outputs(params, x)["a_head"], forward(params, x))
     grads = jax.grad(lambda params: jnp.sum(outputs(params, x)["m_conv"] ** 2))(params)
     assert jnp.any(grads["z_stem"]["kernel"] != 0)
     assert not jnp.any(grads["a_head"]["kernel"])
@@ -360,7 +361,7 @@ def test_tapped_outputs_of_flattened_tokens_have_a_row_per_example():
 
     x = normal(2, 5, 3)
     got = tapping.tapped(forward, {"a": ["a"]}, params, x)(params, x)["a"]
-    np.testing.assert_allclose(got, (np.asarray(x) @ np.asarray(params["a"])).reshape(2, 20), rtol=1e-5)
+    assert_close(got, (np.asarray(x) @ np.asarray(params["a"])).reshape(2, 20))
 
 
 @jax.custom_jvp
@@ -408,14 +409,14 @@ def test_tapped_outputs_where_inputs_are_as_long_by_chance():
 
     inputs = jax.random.key(0), x, mean, y
     got = tapping.tapped(forward, {"a": ["a"], "b": ["b"]}, params, *inputs)(params, *inputs)
-    np.testing.assert_allclose(got["a"], (x - mean[None]) @ params["a"], rtol=1e-5)
-    np.testing.assert_allclose(got["b"], y @ params["b"], rtol=1e-5)
+    assert_close(got["a"], (x - mean[None]) @ params["a"])
+    assert_close(got["b"], y @ params["b"])
 
 
 def test_tapped_output_for_one_example():
     params, x = {"a": normal(3, 4)}, normal(1, 5, 3)
     got = tapping.tapped(lambda p, x: x.reshape(5, 3) @ p["a"], {"a": ["a"]}, params, x)(params, x)["a"]
-    np.testing.assert_allclose(got, (x[0] @ params["a"]).reshape(1, 20), rtol=1e-5)
+    assert_close(got, (x[0] @ params["a"]).reshape(1, 20))
 
 
 def test_tapped_output_of_a_tied_embedding_is_that_of_its_first_use():
@@ -426,7 +427,7 @@ def test_tapped_output_of_a_tied_embedding_is_that_of_its_first_use():
 
     got = tapping.tapped(forward, {"tied": ["embed", "bias"], "a": ["a"]}, params, tokens)(params, tokens)
     np.testing.assert_array_equal(got["tied"], params["embed"][tokens])
-    np.testing.assert_allclose(got["a"], params["embed"][tokens] @ params["a"], rtol=1e-5)
+    assert_close(got["a"], params["embed"][tokens] @ params["a"])
 
 
 def test_tapped_output_of_layers_inside_a_loop_is_that_of_the_loop():
@@ -440,8 +441,8 @@ def test_tapped_output_of_layers_inside_a_loop_is_that_of_the_loop():
     expected = x
     for _ in range(3):
         expected = jnp.tanh(expected @ params["a"])
-    np.testing.assert_allclose(got["a"], expected, rtol=1e-5)
-    np.testing.assert_allclose(got["b"], expected @ params["b"], rtol=1e-5)
+    assert_close(got["a"], expected)
+    assert_close(got["b"], expected @ params["b"])
 
 
 def test_tapped_errors():

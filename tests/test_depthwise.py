@@ -8,6 +8,7 @@ from flax import nnx
 from jax import lax
 
 from models.depthwise import depthwise_convolution
+from tests.rounding import assert_close
 
 
 def convolution(x, kernel, strides, padding, **options):
@@ -171,4 +172,4 @@ def test_derivatives_under_vmap_and_checkpoint():
 
     whole = jax.jit(jax.grad(lambda kernel: jnp.sum(jnp.square(convolution(x, kernel, (1, 1), "SAME")))))(kernel)
     each = jax.jit(jax.vmap(jax.grad(jax.checkpoint(loss)), (None, 0)))(kernel, x)
-    np.testing.assert_allclose(each.sum(0), whole, rtol=1e-4)
+    assert_close(each.sum(0), whole)

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from jax.tree_util import keystr, tree_leaves_with_path
 
 from smartfrz_jax import Frozen, find_layers, freezing, paths
+from tests.rounding import assert_close
 
 RNG = np.random.default_rng(0)
 NAMES = ("a", "b", "c", "d")
@@ -272,7 +273,7 @@ def test_gradients_of_frozen_layers_are_exact_zeros_and_the_others_right():
         if name in frozen.names:
             assert_bitwise(grads[name], jax.tree.map(jnp.zeros_like, PARAMS[name]))
         else:
-            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), grads[name], expected[name])
+            assert_close(grads[name], expected[name])
     np.testing.assert_allclose(optax.tree.norm(grads), optax.tree.norm([expected["b"], expected["d"]]), rtol=1e-6)
 
 
@@ -456,7 +457,7 @@ def test_functions_of_the_parameters_reach_the_optimizer(name):
     got, _ = transform.update(GRADS[0], transform.init(PARAMS), PARAMS, **extra(lambda params: loss(params, X)))
     some = {key: {"d": arg["d"]} if key == "grad" else arg for key, arg in extra(of_active).items()}
     expected, _ = tx.update({"d": GRADS[0]["d"]}, tx.init(active), active, **some)
-    np.testing.assert_allclose(got["d"]["kernel"], expected["d"]["kernel"], rtol=1e-6)
+    assert_close(got["d"]["kernel"], expected["d"]["kernel"])
     assert not any(np.any(got[name]["kernel"]) for name in "abc")
 
 

@@ -15,6 +15,7 @@ from smartfrz_jax import Layer, Layers, find_layers, paths
 from smartfrz_jax.nnx import features
 from smartfrz_jax.nnx import find_layers as nnx_find_layers
 from smartfrz_jax.policies.base import freezable
+from tests.rounding import assert_close
 
 IMAGE = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
 
@@ -278,7 +279,7 @@ def test_an_embedding_that_is_the_classifier_too_is_the_head():
     assert freezable(layers, None).tolist() == [True, True, False]
     assert freezable(layers, ["blocks/0"]).tolist() == [False, True, True]
     outputs = features(model, layers, tokens)(model, tokens)
-    np.testing.assert_allclose(outputs["embed"], model.norm(model.embed(tokens)), rtol=1e-5)
+    assert_close(outputs["embed"], model.norm(model.embed(tokens)))
 
 
 def test_layers_for_two_inputs_come_where_they_are_used_first():

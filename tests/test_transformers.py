@@ -14,6 +14,7 @@ import smartfrz_jax as sfj
 from models.bert import Bert, bert_base, minilm
 from models.deit import DeiT, DropPath, deit_tiny, resample_pos_embed
 from smartfrz_jax import paths
+from tests.rounding import assert_close
 
 IMAGE = jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.float32)
 TOKENS = jax.ShapeDtypeStruct((2, 16), jnp.int32)
@@ -272,7 +273,7 @@ def test_position_embeddings_are_resampled_bicubically(grid, prefix_tokens):
     found = resample_pos_embed(jnp.asarray(embeddings, jnp.float32), grid, prefix_tokens=prefix_tokens)
     image = embeddings[0, prefix_tokens:].reshape(5, 5, 3)
     expected = np.einsum("hi,wj,ijd->hwd", bicubic(5, grid[0]), bicubic(5, grid[1]), image).reshape(-1, 3)
-    np.testing.assert_allclose(found[0, prefix_tokens:], expected, rtol=1e-5, atol=1e-6)
+    assert_close(found[0, prefix_tokens:], expected)
     np.testing.assert_array_equal(found[:, :prefix_tokens], np.float32(embeddings[:, :prefix_tokens]))
 
 
