@@ -1,5 +1,6 @@
 """Folds, figures and the scripts that fit and judge predictors."""
 
+import dataclasses
 import re
 import shlex
 from pathlib import Path
@@ -45,6 +46,12 @@ def test_folds_hold_out_families():
         list(folds(runs, "schedule"))
     with pytest.raises(ValueError, match="does not say its data"):
         list(folds([Recording(**{**vars(runs[0]), "metadata": {}})], "data"))
+
+
+def test_folds_hold_out_what_is_pretrained_as_well():
+    kinds = ("scratch", "cifar10:good", "cifar100:good", "published", "cifar10:weak")
+    runs = [dataclasses.replace(recorded("vgg9"), metadata={"pretraining": kind}) for kind in kinds]
+    assert list(folds(runs, "pretraining")) == [("good", [1, 2]), ("published", [3]), ("scratch", [0]), ("weak", [4])]
 
 
 def test_table_takes_means_over_folds_and_spread_over_seeds():

@@ -1,4 +1,4 @@
-"""What is held out together: architectures, data sets, or schedules, never single moments."""
+"""What is held out together: architectures, data sets, schedules, or kinds of pre-training, never single moments."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Literal
 
 from smartfrz_jax.recording import Recording
 
-Split = Literal["architecture", "data", "schedule"]
+Split = Literal["architecture", "data", "schedule", "pretraining"]
 
 # Nets of one family fall into one fold, as they are too alike for one to say much about its family's other.
 _FAMILIES = {
@@ -24,7 +24,8 @@ def folds(recordings: Sequence[Recording], split: Split) -> Iterator[tuple[str, 
 
     Args:
         recordings: The recordings.
-        split: What is held out: a family of architectures, a data set, or a schedule of the learning rate.
+        split: What is held out: a family of architectures, a data set, a schedule of the learning rate, or how well
+            networks were pre-trained, on whatever data.
 
     Raises:
         ValueError: If a recording does not say what it is split by, or there is only one fold.
@@ -40,6 +41,8 @@ def folds(recordings: Sequence[Recording], split: Split) -> Iterator[tuple[str, 
 
 
 def _fold(value: str, split: Split) -> str:
+    if split == "pretraining":
+        return value.rpartition(":")[2]
     if split != "architecture":
         return value
     return next((family for family, members in _FAMILIES.items() if value in members), value)
