@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from smartfrz_jax import Predictor, by_run, encode_examples, evaluate, make_examples, moments, predict, recording_files
-from smartfrz_jax.controls import CONTROLS
+from smartfrz_jax.controls import CONTROLS, two_scalar_coefficients
 from smartfrz_jax.recording import Recording
 from train import evaluate_predictor, fit_predictor, json_lines
 from train.predictors import held_out, learning_runs
@@ -152,7 +152,13 @@ def test_fits_without_networks_and_data_sets(data_set, tmp_path, capsys, without
     out = tmp_path / "predictor"
     args = ["--recordings", str(data_set), "--out", str(out), "--target", "cka", "--variant", VARIANT]
     assert fit_predictor.main([*args, "--without", *without]) == 0
-    assert f"{left} of 3 recordings" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"{left} of 3 recordings" in said
+    runs = [run for run in recording_files.load(data_set) if not set(without) & set(run.metadata.values())]
+    two = two_scalar_coefficients(
+        make_examples(runs, criterion=TARGETS["cka"], stride=fit_predictor.parse(args).stride)
+    )
+    assert f"the two-scalar rule has coefficients ({', '.join(f'{value:.2f}' for value in two)})" in said
     assert Predictor.restore(out).config.encoding == VARIANTS[VARIANT].encoding
     assert fit_predictor.main(args) == 2
     assert "exists" in capsys.readouterr().err
