@@ -19,7 +19,6 @@ FASHION = "fashion_mnist"
 WORD_ORDER, BIGRAM_SHIFT = "word-order", "bigram-shift"
 _OWN, _OTHER = 4000, 20000  # training examples to fine-tune on, and behind them those to pre-train on
 _FASHION_OWN = 2000
-_SHIFT = 2  # pixels
 _TOKENS = {"glue/cola": 32, "glue/mrpc": 64}  # that are kept of an example
 _OWN_TEXTS = 2000
 _SENTENCES = "glue/cola"  # whose words are put in another order
@@ -67,19 +66,22 @@ class Batches:
         batch_size: Examples in a batch.
         seed: Of the order and the augmentation.
         augment: Whether images are mirrored and shifted at random.
+        shift: Pixels by which they are shifted at most.
     """
 
     examples: Arrays
     batch_size: int
     seed: int
     augment: bool = False
+    shift: int = 2
 
     def __call__(self, step: int) -> Arrays:
         """The batch of a step, counted from 0."""
         batch = self.examples[self.indices(step)]
         if not self.augment:
             return batch
-        return Arrays((_augmented(np.random.default_rng((self.seed, 1, step)), batch.inputs[0]),), batch.labels)
+        rng = np.random.default_rng((self.seed, 1, step))
+        return Arrays((_augmented(rng, batch.inputs[0], self.shift),), batch.labels)
 
     def indices(self, step: int) -> np.ndarray:
         """Which examples are in the batch of a step."""
@@ -93,11 +95,11 @@ def _order(seed: int, epoch: int, examples: int) -> np.ndarray:
     return np.random.default_rng((seed, 0, epoch)).permutation(examples)
 
 
-def _augmented(rng: np.random.Generator, images: np.ndarray) -> np.ndarray:
+def _augmented(rng: np.random.Generator, images: np.ndarray, shift: int) -> np.ndarray:
     n, height, width, _ = images.shape
     flipped = np.where(rng.random(n)[:, None, None, None] < 0.5, images[:, :, ::-1], images)
-    padded = np.pad(flipped, ((0, 0), (_SHIFT, _SHIFT), (_SHIFT, _SHIFT), (0, 0)), "edge")
-    down, right = rng.integers(0, 2 * _SHIFT + 1, (2, n, 1))
+    padded = np.pad(flipped, ((0, 0), (shift, shift), (shift, shift), (0, 0)), "edge")
+    down, right = rng.integers(0, 2 * shift + 1, (2, n, 1))
     rows, columns = down + np.arange(height), right + np.arange(width)
     return padded[np.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
 

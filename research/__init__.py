@@ -1,0 +1,1 @@
+"""What the figures of this project come from."""

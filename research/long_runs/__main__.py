@@ -1,0 +1,125 @@
+"""A queue of long fine-tunings, most valuable first, that goes on where it was stopped.
+
+    python -m research.long_runs --data-dir data/tfds --weights data/weights --state runs/long --minutes 120
+
+Every finished run is a line of ``results.jsonl``, and is not run again. First the learning rate of a case is chosen on
+held-out training examples, then ``never`` runs with every policy watching, and then these run from where they leave
+it. Programs are compiled anew in every run, as that is part of what it takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import platform
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from research.long_runs.bench import Bench
+from research.long_runs.cases import CASES
+from research.long_runs.run import Job, Runner, strategy_of
+from research.long_runs.strategies import STRATEGIES
+from train import json_lines
+
+_RESULTS = Path(__file__).parent / "results.jsonl"
+Row = Mapping[str, Any]
+
+
+def jobs(rows: Sequence[Row], cases: Sequence[str], seeds: int) -> Iterator[Job]:
+    """What is missing, most valuable first: seed by seed, case by case, strategy by strategy."""
+    done = {(row["case"], row["strategy"], row["seed"]) for row in rows}
+    tried = {(row["case"], row["rate"]) for row in rows if row["strategy"] == "tune"}
+    for seed in range(seeds):
+        for case in cases:
+            missing = [rate for rate in CASES[case].rates if (case, rate) not in tried]
+            if missing:
+                yield from (Job(case, "tune", 0, rate) for rate in missing)
+                return  # the rest depends on what comes out
+            rate = best_rate(rows, case)
+            for name, strategy in STRATEGIES.items():
+                if (case, name, seed) in done:
+                    continue
+                if strategy.reference and not any(
+                    (case, "never", other) in done for other in range(seeds) if other != seed
+                ):
+                    continue  # there is nothing to compare with yet
+                yield Job(case, name, seed, rate * strategy.rate)
+
+
+def best_rate(rows: Sequence[Row], case: str) -> float:
+    """The learning rate with the best figure on held-out training examples."""
+    tried = [row for row in rows if row["case"] == case and row["strategy"] == "tune"]
+    figure = next(name for name in ("matthews", "f1", "accuracy") if name in tried[0])
+    return max(tried, key=lambda row: row[figure])["rate"]
+
+
+def work(args: argparse.Namespace) -> None:
+    """Runs what is missing until the time is up."""
+    deadline = time.monotonic() + 60 * args.minutes
+    args.state.mkdir(parents=True, exist_ok=True)
+    benches: dict[str, Bench] = {}
+    while time.monotonic() < deadline:
+        rows = json_lines.read(args.results, dict)
+        job = next(jobs(rows, args.cases, args.seeds), None)
+        if job is None:
+            return
+        if job.case not in benches:
+            benches = {job.case: _bench(args, job.case)}  # one at a time: each holds its data
+        bench = benches[job.case]
+        begin = time.perf_counter()
+        runner = Runner(bench, job, strategy_of(bench, job), state=args.state, deadline=deadline, say=_say)
+        if job.name == "never":
+            runner.watch({n: s for n, s in STRATEGIES.items() if (job.case, n, job.seed) not in _done(rows)})
+        _say(f"{job.key}: {runner.total_steps} steps")
+        if not runner.run():
+            return
+        row = {**runner.result(), **provenance()}
+        for one in (row, *runner.rows_of_followers(row)):
+            json_lines.append(args.results, one)
+        runner.clean_up()
+        _say(f"{job.key}: done in {(time.perf_counter() - begin) / 60:.1f} min here")
+
+
+def _done(rows: Sequence[Row]) -> set[tuple[str, str, int]]:
+    return {(row["case"], row["strategy"], row["seed"]) for row in rows}
+
+
+def provenance() -> dict[str, Any]:
+    """Versions, hardware and date of a row; the commit is added where it is written."""
+    return {
+        "versions": f"jax {jax.__version__}, Python {platform.python_version()}",
+        "hardware": f"{len(os.sched_getaffinity(0))} core of {platform.processor() or platform.machine()}",
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
+def _bench(args: argparse.Namespace, case: str) -> Bench:
+    return Bench(case, CASES[case], state=args.state, data_dir=args.data_dir, weights_dir=args.weights)
+
+
+def _say(text: str) -> None:
+    print(f"{datetime.now(UTC):%H:%M:%S} {text}", flush=True)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Runs the script."""
+    parser = argparse.ArgumentParser(prog="python -m research.long_runs", description=__doc__)
+    parser.add_argument("--data-dir", type=Path, required=True, help="data directory of TFDS")
+    parser.add_argument("--weights", type=Path, help="folder of published weights")
+    parser.add_argument("--state", type=Path, required=True, help="folder for checkpoints of unfinished runs")
+    parser.add_argument("--results", type=Path, default=_RESULTS, help="file of finished runs (default: %(default)s)")
+    parser.add_argument("--minutes", type=float, default=60.0, help="after which it stops (default: %(default)s)")
+    parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES), help="default: all")
+    parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
+    work(parser.parse_args(argv))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

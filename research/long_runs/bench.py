@@ -1,0 +1,160 @@
+"""A case made ready: data, starting weights, account, and programs that its runs share."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+import smartfrz_jax as sfj
+from models import weights
+from research.long_runs.cases import Case
+from research.long_runs.strategies import Situation, Strategy
+from train.collection.pretraining import published_file
+from train.collection.schedules import learning_rates
+from train.collection.sets import Arrays, Batches, DataSet, open_set
+from train.data.metrics import confusion, metrics_of
+from train.optimizers import directions
+from train.run import make_step
+from train.trials.classification import loss_fn
+
+_PROBE = 128  # examples on which contributions are measured and layers' outputs compared
+_HELD_OUT = 0.1  # share of the training examples on which learning rates are chosen: the last ones
+_EVALUATION_BATCH = 250
+
+
+class Bench:
+    """A case made ready.
+
+    Args:
+        name: Name of the case.
+        case: The case.
+        state: Folder in which weights of finished runs are.
+        data_dir: Data directory of TFDS.
+        weights_dir: Folder of published weights.
+
+    Attributes:
+        data: Training and test examples.
+        layers: The layers of the network.
+        account: The cost account of its train step.
+    """
+
+    def __init__(self, name: str, case: Case, *, state: Path, data_dir: Path, weights_dir: Path | None):
+        self.name, self.case = name, case
+        self._state, self._weights_dir = state, weights_dir
+        whole = slice(None)
+        self.data: DataSet = open_set(case.data, case.architecture, data_dir, 10**7, held_out=whole)
+        probe = self.data.train[np.arange(_PROBE)]
+        self._probe, self._probe_labels = tuple(map(jnp.asarray, probe.inputs)), jnp.asarray(probe.labels)
+        model = self.model(0)
+        self.layers = sfj.nnx.find_layers(model, *self._probe)
+        self._features = sfj.nnx.features(model, self.layers, *self._probe)
+        first = self.data.train[np.arange(case.batch_size)]
+        tx = self._optimizer(Strategy(lambda s: sfj.never()), 1, case.rates[0])
+        self.account = sfj.nnx.account(model, self.layers, loss_fn, first.inputs, first.labels, tx=tx)
+        self.metrics = metrics_of(case.data)
+
+    def model(self, seed: int) -> nnx.Module:
+        """The network before the first step, with a fresh head, in training mode."""
+        case = self.case
+        rngs = nnx.Rngs(params=seed, dropout=seed + 1)
+        model = case.architecture.make(num_classes=self.data.num_classes, rngs=rngs)
+        if case.weights == "published":
+            weights.load(model, published_file(case.architecture, self._weights_dir), new_head=True)
+        elif case.weights is not None:
+            weights.load(model, self._state / f"{case.weights}-never-0.safetensors", new_head=True)
+        model.train()
+        return model
+
+    def training_set(self, *, tuning: bool) -> Arrays:
+        """The examples to train on: all, or all but those held out where a learning rate is chosen."""
+        kept = self._kept
+        return self.data.train[:kept] if tuning else self.data.train
+
+    def held_out(self, *, tuning: bool) -> Arrays:
+        """The examples to judge by: the test set, or training examples where a learning rate is chosen."""
+        return self.data.train[self._kept :] if tuning else self.data.held_out
+
+    @property
+    def _kept(self) -> int:
+        return len(self.data.train) - round(_HELD_OUT * len(self.data.train))
+
+    def epochs_to_steps(self, epochs: float, *, tuning: bool) -> tuple[int, int]:
+        """Train steps of a run, and of an epoch."""
+        epoch = len(self.training_set(tuning=tuning)) // self.case.batch_size
+        return round(epochs * epoch), epoch
+
+    @functools.cached_property
+    def costs(self) -> dict[str, float]:
+        """Forward FLOPs of every layer."""
+        return {layer: parts.forward for layer, parts in self.account.flops().by_layer.items() if layer}
+
+    def situation(self, seed: int, steps: int, epoch: int, reference: Path | None) -> Situation:
+        """What the policies of a run can be made from.
+
+        Args:
+            seed: Seed of the run.
+            steps: Its steps.
+            epoch: Steps of an epoch.
+            reference: Weights of a network trained to the end, from another seed.
+        """
+        model, outputs = self.model(seed), None
+        probe = sfj.nnx.probe(model, loss_fn, self._probe, self._probe_labels)
+        if reference is not None:
+            known = self.model(seed)
+            weights.load(known, reference)
+            outputs = self.features(known)
+        return Situation(steps, epoch, self.costs, probe, outputs, seed)
+
+    def features(self, model: nnx.Module) -> dict[str, jax.Array]:
+        """Outputs of every layer on the probe batch."""
+        return self._features(model, *self._probe)
+
+    def batches(self, seed: int, start: int, stop: int, *, tuning: bool) -> Iterator[tuple[Any, ...]]:
+        """Inputs and labels of the steps from ``start`` (counted from 0) to before ``stop``."""
+        examples = self.training_set(tuning=tuning)
+        shift = self.case.architecture.size // 8
+        batches = Batches(examples, self.case.batch_size, seed, self.case.augment, shift=shift)
+        for step in range(start, stop):
+            batch = batches(step)
+            yield batch.inputs, batch.labels
+
+    def step(self, strategy: Strategy, steps: int, rate: float) -> tuple[optax.GradientTransformation, sfj.TrainStep]:
+        """An optimizer and a compiled train step of ``(model, optimizer, inputs, labels)``."""
+        return self._optimizer(strategy, steps, rate), sfj.TrainStep(make_step(loss_fn), account=self.account)
+
+    def _optimizer(self, strategy: Strategy, steps: int, rate: float) -> optax.GradientTransformation:
+        case = self.case
+        if strategy.freezeout:
+            schedules = sfj.freezeout_schedules(self.layers, learning_rate=rate, total_steps=steps)
+            scaled = sfj.scale_by_layer_schedule(self.layers, schedules)
+        else:
+            values = jnp.asarray(learning_rates("cosine", rate, steps))
+            scaled = optax.scale_by_learning_rate(lambda count: values[jnp.minimum(count, steps - 1)])
+        return optax.chain(*directions(case.optimizer, case.weight_decay), scaled)
+
+    def evaluate(self, model: nnx.Module, examples: Arrays) -> dict[str, float]:
+        """Loss and figures of a network on examples, each counted once."""
+        evaluated = nnx.merge(*nnx.split(model))  # shares the arrays, not the mode
+        evaluated.eval()
+        counts, losses = np.zeros((self.data.num_classes,) * 2, np.int64), []
+        for start in range(0, len(examples), _EVALUATION_BATCH):
+            part = examples[np.arange(start, min(start + _EVALUATION_BATCH, len(examples)))]
+            some, loss = _judge(evaluated, part.inputs, part.labels)
+            counts += np.asarray(some)
+            losses.append(np.asarray(loss))
+        return {"loss": float(np.concatenate(losses).mean())} | {n: float(f(counts)) for n, f in self.metrics.items()}
+
+
+@nnx.jit
+def _judge(model: Callable[..., jax.Array], inputs: Any, labels: jax.Array) -> tuple[jax.Array, jax.Array]:
+    logits = model(*inputs)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits, labels)
+    return confusion(logits, labels, jnp.ones(len(labels))), losses

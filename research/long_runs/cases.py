@@ -1,0 +1,75 @@
+"""The long fine-tunings."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import NamedTuple
+
+from models.bert import minilm
+from models.efficientnet_lite import efficientnet_lite0
+from models.resnet import BasicBlock, ResNet
+from train.collection.architectures import Architecture
+from train.optimizers import OptimizerName
+
+
+class Case(NamedTuple):
+    """A fine-tuning.
+
+    Attributes:
+        architecture: The network, and the size at which it reads its images.
+        data: Name of the TFDS set.
+        weights: Where its weights come from: ``published``; the name of the case that trained them; None from scratch.
+        epochs: Times that every example is seen.
+        batch_size: Examples of a step.
+        optimizer: ``sgd`` has momentum 0.9.
+        rates: Peaks of the cosine, without warm-up, of which the best on held-out training examples is taken.
+        tuning_epochs: Length of the runs in which they are tried.
+        weight_decay: Of kernels and embeddings.
+        augment: Whether images are mirrored and shifted by an eighth of their size.
+    """
+
+    architecture: Architecture
+    data: str
+    weights: str | None
+    epochs: int
+    batch_size: int
+    optimizer: OptimizerName
+    rates: tuple[float, ...]
+    tuning_epochs: int
+    weight_decay: float
+    augment: bool
+
+
+def _images(make: partial[ResNet] | object, *, published: str | None = None) -> Architecture:
+    return Architecture(make, 32, (32,), (), {}, published=published)  # pyright: ignore[reportArgumentType]
+
+
+# 32 x 32, the size of the data, where the paper has 224 x 224: ten epochs take 40 minutes of one core.
+_LITE = _images(efficientnet_lite0, published="efficientnet_lite0.safetensors")
+_RESNET = _images(partial(ResNet, (3, 3, 3), (16, 32, 64), BasicBlock, stem="cifar"))
+_MINILM = Architecture(partial(minilm, pool="mean"), 0, (32,), (), {}, text=True, batch_norm=False, published="minilm")
+_TUNED_IN = 3
+
+CASES: dict[str, Case] = {
+    "lite0-cifar10": Case(
+        _LITE, "cifar10", "published", 10, 32, "sgd", (0.005, 0.015, 0.05), _TUNED_IN, 1e-4, augment=True
+    ),
+    "lite0-cifar100": Case(
+        _LITE, "cifar100", "published", 10, 32, "sgd", (0.005, 0.015, 0.05), _TUNED_IN, 1e-4, augment=True
+    ),
+    "minilm-mrpc": Case(
+        _MINILM, "glue/mrpc", "published", 5, 32, "adamw", (5e-5, 1e-4, 2e-4, 4e-4), 5, 0.01, augment=False
+    ),
+    "minilm-cola": Case(
+        _MINILM, "glue/cola", "published", 5, 32, "adamw", (5e-5, 1e-4, 2e-4, 4e-4), 5, 0.01, augment=False
+    ),
+    "resnet20-cifar100": Case(
+        _RESNET, "cifar100", None, 30, 32, "sgd", (0.02, 0.05, 0.1), _TUNED_IN, 5e-4, augment=True
+    ),
+    "resnet20-cifar10": Case(
+        _RESNET, "cifar10", "resnet20-cifar100", 10, 32, "sgd", (0.005, 0.015, 0.05), 10, 5e-4, augment=True
+    ),
+    "resnet20-cifar10-scratch": Case(
+        _RESNET, "cifar10", None, 20, 32, "sgd", (0.02, 0.05, 0.1), _TUNED_IN, 5e-4, augment=True
+    ),
+}

@@ -1,0 +1,99 @@
+"""What is compared: freezing policies, and shorter schedules."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
+
+import smartfrz_jax as sfj
+
+
+class Situation(NamedTuple):
+    """What a policy can be made from.
+
+    Attributes:
+        total_steps: Train steps of the run.
+        steps_per_epoch: Train steps of an epoch.
+        costs: Forward FLOPs of every layer.
+        probe: From parameters to the training loss on a fixed batch.
+        reference: Outputs of every layer of a network trained to the end on the probe batch; None if there is none yet.
+        seed: Seed of the run.
+    """
+
+    total_steps: int
+    steps_per_epoch: int
+    costs: Mapping[str, float]
+    probe: Callable[[Any], Any]
+    reference: Mapping[str, Any] | None
+    seed: int
+
+
+class Strategy(NamedTuple):
+    """A way to spend less.
+
+    Attributes:
+        policy: Makes the policy.
+        freezeout: Whether every layer has the learning rates of FreezeOut.
+        length: Steps, as a share of the full run.
+        rate: Factor of the learning rate.
+        reference: Whether it needs a network trained to the end.
+    """
+
+    policy: Callable[[Situation], sfj.Policy]
+    freezeout: bool = False
+    length: float = 1.0
+    rate: float = 1.0
+    reference: bool = False
+
+    @property
+    def follows_never(self) -> bool:
+        """Whether it takes the very steps of ``never`` until something freezes."""
+        return not self.freezeout and self.length == self.rate == 1.0
+
+
+def _static(*stages: tuple[float, float]) -> Strategy:
+    return Strategy(lambda s: sfj.static_prefix(s.total_steps, stages, costs=s.costs))
+
+
+def _smartfrz(name: str, **options: Any) -> Strategy:
+    def policy(s: Situation) -> sfj.Policy:
+        predictor = sfj.Predictor.pretrained(name)
+        probe = s.probe if name == "default" else None
+        return sfj.smartfrz(predictor, total_steps=s.total_steps, seed=s.seed, probe=probe, **options)
+
+    return Strategy(policy)
+
+
+def _never(length: float = 1.0, rate: float = 1.0) -> Strategy:
+    return Strategy(lambda s: sfj.never(), length=length, rate=rate)
+
+
+# Most valuable first; a run of the queue takes them in this order.
+STRATEGIES: dict[str, Strategy] = {
+    "never": _never(),
+    "static:half": _static((0.0, 0.5)),
+    "static:half,all:0.6": _static((0.0, 0.5), (0.6, 1.0)),
+    "smartfrz": _smartfrz("default"),
+    "paper": _smartfrz("paper", caution=0.5, order="any", patience=1),
+    "shorter:0.5": _never(0.5),
+    "freezeout": Strategy(lambda s: sfj.linear(s.total_steps, t0=0.5), freezeout=True),
+    "progress": Strategy(lambda s: sfj.progress(s.total_steps)),
+    "smartfrz:0.5": _smartfrz("default", caution=0.5),
+    "progress:0.5": Strategy(lambda s: sfj.progress(s.total_steps, caution=0.5)),
+    "autofreeze": Strategy(lambda s: sfj.autofreeze(max(1, s.steps_per_epoch // 4))),
+    "shorter:0.5,2": _never(0.5, 2.0),
+    "static:all:0.5": _static((0.5, 1.0)),
+    "similarity_guided": Strategy(
+        lambda s: sfj.similarity_guided(_known(s), max(1, s.steps_per_epoch // 4)), reference=True
+    ),
+    "random": Strategy(lambda s: sfj.random(0.5, total_steps=s.total_steps, seed=s.seed, costs=s.costs)),
+    "static:half,all:0.4": _static((0.0, 0.5), (0.4, 1.0)),
+    "shorter:0.7": _never(0.7),
+    "shorter:0.3": _never(0.3),
+}
+
+
+def _known(situation: Situation) -> Mapping[str, Any]:
+    if situation.reference is None:
+        raise ValueError("reference: there is none yet; run never with another seed first")
+    return situation.reference
