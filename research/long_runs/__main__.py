@@ -27,7 +27,7 @@ from research.long_runs.run import Job, Runner, strategy_of
 from research.long_runs.strategies import STRATEGIES
 from train import json_lines
 
-_RESULTS = Path(__file__).parent / "results.jsonl"
+RESULTS = Path(__file__).parent / "results.jsonl"
 Row = Mapping[str, Any]
 
 
@@ -113,7 +113,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--data-dir", type=Path, required=True, help="data directory of TFDS")
     parser.add_argument("--weights", type=Path, help="folder of published weights")
     parser.add_argument("--state", type=Path, required=True, help="folder for checkpoints of unfinished runs")
-    parser.add_argument("--results", type=Path, default=_RESULTS, help="file of finished runs (default: %(default)s)")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file of finished runs (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=60.0, help="after which it stops (default: %(default)s)")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES), help="default: all")
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")

@@ -147,7 +147,7 @@ class Bench:
         counts, losses = np.zeros((self.data.num_classes,) * 2, np.int64), []
         for start in range(0, len(examples), _EVALUATION_BATCH):
             part = examples[np.arange(start, min(start + _EVALUATION_BATCH, len(examples)))]
-            some, loss = _judge(evaluated, part.inputs, part.labels)
+            some, loss = _judge(evaluated, part.inputs, jnp.asarray(part.labels))
             counts += np.asarray(some)
             losses.append(np.asarray(loss))
         return {"loss": float(np.concatenate(losses).mean())} | {n: float(f(counts)) for n, f in self.metrics.items()}

@@ -31,7 +31,7 @@ class Case(NamedTuple):
     architecture: Architecture
     data: str
     weights: str | None
-    epochs: int
+    epochs: float
     batch_size: int
     optimizer: OptimizerName
     rates: tuple[float, ...]

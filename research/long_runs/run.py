@@ -251,7 +251,6 @@ class Runner:
     def _row(
         self, tally: Tally, figures: Mapping[str, float], events: list[sfj.FreezeEvent], branched_at: int | None
     ) -> dict[str, Any]:
-        epochs, _ = self.total_steps / self._epoch, None
         full = (
             self.bench.account.flops().total * self.bench.epochs_to_steps(self.bench.case.epochs, tuning=self.tuning)[0]
         )
@@ -262,7 +261,7 @@ class Runner:
             "strategy": self.job.name,
             "seed": self.job.seed,
             "rate": self.job.rate,
-            "epochs": epochs,
+            "epochs": self.total_steps / self._epoch,
             **figures,
             **fields,
             "flops_share": tally.flops / full,

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import smartfrz_jax as sfj
+from smartfrz_jax.predictor import Pretrained
 
 
 class Situation(NamedTuple):
@@ -55,7 +56,7 @@ def _static(*stages: tuple[float, float]) -> Strategy:
     return Strategy(lambda s: sfj.static_prefix(s.total_steps, stages, costs=s.costs))
 
 
-def _smartfrz(name: str, **options: Any) -> Strategy:
+def _smartfrz(name: Pretrained, **options: Any) -> Strategy:
     def policy(s: Situation) -> sfj.Policy:
         predictor = sfj.Predictor.pretrained(name)
         probe = s.probe if name == "default" else None
