@@ -45,12 +45,15 @@ class Consumption:
             loop ranks below the loop. Backward passes, and penalties on weights, are left out if there are others.
         sources: Parameters combined last with the data that reach the first such equation, by parameter name: those of
             the layer or layers just before.
+        merged: Parameters that were combined with the parameter alone, before any data met them, by parameter name: the
+            scales of a weight normalisation and the kernel that they scale.
         between: Parameters that are used on the way from the first use of another to its last, and neither before nor
             after, by name of the other: for an embedding that is the classifier too, all the rest.
     """
 
     uses: dict[str, list[tuple[int, ...]]]
     sources: dict[str, frozenset[str]]
+    merged: dict[str, frozenset[str]]
     between: dict[str, frozenset[str]]
 
     @functools.cached_property
@@ -70,13 +73,15 @@ class Consumption:
         return {name: between for name, between in others.items() if between}
 
 
-def consumption(forward: Callable[..., Any], params: PyTree, *inputs: Any) -> Consumption:
+def consumption(forward: Callable[..., Any], params: PyTree, *inputs: Any, writes: bool = False) -> Consumption:
     """Finds where ``forward(params, *inputs)`` consumes each parameter. Nothing is computed, only traced.
 
     Args:
         forward: A JAX-traceable function of ``(params, *inputs)``.
         params: Parameter pytree; arrays or ``jax.ShapeDtypeStruct``.
         *inputs: The data. If none are given, every array that ``forward`` closes over counts as data.
+        writes: Whether ``forward`` returns ``params`` too, behind its output, with new values for some: what is only
+            written is then consumed where its new value is made.
 
     Returns:
         The consuming equations; parameters which the output does not depend on are missing from it.
@@ -88,7 +93,7 @@ def consumption(forward: Callable[..., Any], params: PyTree, *inputs: Any) -> Co
         >>> sorted(used.first, key=used.first.get)
         ['b', 'a']
     """
-    return consumed(*trace(forward, params, inputs), data_is_closed_over=not inputs)
+    return consumed(*trace(forward, params, inputs), data_is_closed_over=not inputs, writes=writes)
 
 
 def trace(forward: Callable[..., Any], params: PyTree, inputs: Sequence[Any]) -> tuple[Any, list[str]]:
@@ -99,7 +104,7 @@ def trace(forward: Callable[..., Any], params: PyTree, inputs: Sequence[Any]) ->
     return inlining.inline(closed, closed.jaxpr.invars[: len(names)], data), names
 
 
-def consumed(closed: Any, names: Sequence[str], *, data_is_closed_over: bool) -> Consumption:
+def consumed(closed: Any, names: Sequence[str], *, data_is_closed_over: bool, writes: bool = False) -> Consumption:
     """As :func:`consumption`, of what :func:`trace` gives."""
     jaxpr = closed.jaxpr
     tags: dict[Any, frozenset[str]] = {}
@@ -107,12 +112,27 @@ def consumed(closed: Any, names: Sequence[str], *, data_is_closed_over: bool) ->
     tags.update(zip(jaxpr.invars, [frozenset({name}) for name in names], strict=False))
     tags.update(dict.fromkeys(jaxpr.invars[len(names) :], _Data()))
     uses: dict[str, list[tuple[int, ...]]] = {}
-    first_sources: dict[str, frozenset[str]] = {}
-    for rank, name, sources, is_number in _uses(jaxpr, tags):
-        if name not in uses or not (is_number or _is_backward(jaxpr.eqns[rank[0]])):
-            uses.setdefault(name, []).append(rank)
-            first_sources.setdefault(name, sources)
-    return Consumption(uses, first_sources, _between(jaxpr, uses))
+    first: dict[str, _Use] = {}
+    for use in _uses(jaxpr, tags):
+        if use.name not in uses or not (use.is_number or _is_backward(jaxpr.eqns[use.rank[0]])):
+            uses.setdefault(use.name, []).append(use.rank)
+            first.setdefault(use.name, use)
+    for use in _written(jaxpr, names, tags) if writes else ():
+        if use.name not in uses:
+            uses[use.name], first[use.name] = [use.rank], use
+    sources = {name: use.sources for name, use in first.items()}
+    merged = {name: use.merged - {name} for name, use in first.items()}
+    return Consumption(uses, sources, merged, _between(jaxpr, uses))
+
+
+def _written(jaxpr: Any, names: Sequence[str], tags: Mapping[Any, frozenset[str]]) -> Iterator[_Use]:
+    """Where new values are made, of the parameters that are the last outputs."""
+    makers = {var: index for index, eqn in enumerate(jaxpr.eqns) for var in eqn.outvars}
+    for name, atom in zip(names, jaxpr.outvars[-len(names) :], strict=True):
+        tag = _tag(tags, atom)
+        if not isinstance(atom, jex.Literal) and atom in makers and tag != {name}:
+            is_data = isinstance(tag, _Data)
+            yield _Use((makers[atom],), name, tag if is_data else frozenset(), frozenset() if is_data else tag, False)
 
 
 def _is_backward(eqn: Any) -> bool:
@@ -159,6 +179,7 @@ class _Use(NamedTuple):
     rank: tuple[int, ...]
     name: str
     sources: frozenset[str]
+    merged: frozenset[str]
     is_number: bool
 
 
@@ -187,7 +208,8 @@ def _uses(jaxpr: Any, tags: dict[Any, frozenset[str]]) -> Iterator[_Use]:
                 outs = [_join(tags) for tags in zip(*results, strict=True)]
             if not results or eqn.primitive.name in _CONTROL_FLOW:
                 for name in sorted(_join([out for out in outs if not isinstance(out, _Data)])):
-                    yield _Use(rank, name, sources, name not in whole)
+                    merged = _join([tag for tag in on_params if name in tag and not isinstance(tag, _Number)])
+                    yield _Use(rank, name, sources, merged, name not in whole)
                 outs = [out if isinstance(out, _Data) else _Data(out or sources) for out in outs]
         tags.update(zip(eqn.outvars, outs, strict=True))
 

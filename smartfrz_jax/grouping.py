@@ -6,7 +6,7 @@ it, as in the paper (section 4.1).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from smartfrz_jax import dataflow, paths
@@ -85,9 +85,9 @@ def group(
             f"granularity: got {granularity!r}, expected 'layer', 'block' or a function of a parameter's name"
         )
     rank = {name: used.first.get(name, _UNUSED) for name in (*leaves, *state)}
-    attached = _attach(_modules(leaves, state), leaves, rank, used.sources)
+    attached = _attach(_modules(leaves, state), leaves, rank, used)
     block_of = blocks(attached) if granularity == "block" else {}
-    members: dict[str, list[str]] = {}
+    members: dict[str, dict[str, None]] = {}
     for host, names in attached.items():
         kernel = next((name for name in names if name in leaves), host)
         for name in names:
@@ -95,7 +95,7 @@ def group(
                 layer = granularity(name if name in leaves else kernel)
             else:
                 layer = block_of.get(host, host)
-            members.setdefault(layer, []).append(name)
+            members.setdefault(layer, {})[name] = None
     entries = []
     for layer, names in members.items():
         params = tuple(name for name in names if name in leaves)
@@ -114,7 +114,10 @@ def _first_use(names: Iterable[str], rank: Mapping[str, tuple[int, ...]]) -> tup
 
 
 def _modules(leaves: Mapping[str, Any], state: Collection[str]) -> dict[str, list[str]]:
-    """Variables by the module that holds them; parameters beside submodules, or at the root, stand alone."""
+    """Variables by the module that holds them; parameters beside submodules, or at the root, stand alone.
+
+    So do variables that do not train, where the module has no parameters.
+    """
     parents = {name: name.rpartition(paths.SEPARATOR)[0] for name in leaves}
     with_children = {""}
     for parent in parents.values():
@@ -125,7 +128,8 @@ def _modules(leaves: Mapping[str, Any], state: Collection[str]) -> dict[str, lis
     for name, parent in parents.items():
         modules.setdefault(name if parent in with_children else parent, []).append(name)
     for name in state:
-        modules.setdefault(name.rpartition(paths.SEPARATOR)[0] or name, []).append(name)
+        parent = name.rpartition(paths.SEPARATOR)[0]
+        modules.setdefault(parent if parent in modules else name, []).append(name)
     return modules
 
 
@@ -137,26 +141,29 @@ def _attach(
     modules: dict[str, list[str]],
     leaves: Mapping[str, Any],
     rank: Mapping[str, tuple[int, ...]],
-    sources: Mapping[str, frozenset[str]],
+    used: dataflow.Consumption,
 ) -> dict[str, list[str]]:
-    """Joins modules without a kernel to one that has a kernel."""
+    """Joins modules without a kernel to one that has a kernel; those that nothing connects to one, to several."""
+    with_kernel = [m for m in modules if any(name in leaves and _is_kernel(name, leaves[name]) for name in modules[m])]
+    modules = _with_merged(modules, with_kernel, used.merged)
     order = sorted(modules, key=lambda module: _first_use(modules[module], rank))
     with_params = [module for module in order if any(name in leaves for name in modules[module])]
-    with_kernel = [
-        m for m in with_params if any(name in leaves and _is_kernel(name, leaves[name]) for name in modules[m])
-    ]
-    hosts = with_kernel or with_params
+    hosts = [module for module in order if module in with_kernel] or with_params
     module_of = {param: module for module in order for param in modules[module]}
     host_of = {host: host for host in hosts}
+    several: dict[str, list[str]] = {}
     before: str | None = None
     for position, module in enumerate(order):
         if module in host_of:
             before = module
             continue
+        if module not in with_params and _first_use(modules[module], rank) == _UNUSED:
+            several[module] = _around(module, hosts)
+            continue
         source_hosts = {
             host_of.get(module_of[s])
             for name in modules[module]
-            for s in sources.get(name, ())
+            for s in used.sources.get(name, ())
             if module_of[s] != module
         }
         after = next((m for m in order[position:] if m in host_of), None)
@@ -168,11 +175,34 @@ def _attach(
             host = before
         assert host is not None
         host_of[module] = host
-    members: dict[str, list[str]] = {host: [] for host in hosts}
-    for module in [*hosts, *order]:
-        if not members[host_of[module]] or module not in hosts:
-            members[host_of[module]].extend(modules[module])
+    members: dict[str, list[str]] = {host: list(modules[host]) for host in hosts}
+    for module in order:
+        for host in several.get(module, [host_of.get(module, module)]):
+            if host != module:
+                members[host].extend(modules[module])
     return members
+
+
+def _with_merged(
+    modules: dict[str, list[str]], with_kernel: Sequence[str], merged: Mapping[str, frozenset[str]]
+) -> dict[str, list[str]]:
+    """The modules; what is combined with the weights of one kernel before any data is in the kernel's module."""
+    host_of = {name: module for module in with_kernel for name in modules[module]}
+    joined: dict[str, list[str]] = {module: [] for module in modules}
+    for module, names in modules.items():
+        for name in names:
+            hosts = {host_of[other] for other in merged.get(name, ()) if other in host_of and name not in host_of}
+            joined[hosts.pop() if len(hosts) == 1 else module].append(name)
+    return {module: names for module, names in joined.items() if names}
+
+
+def _around(module: str, hosts: Sequence[str]) -> list[str]:
+    """The hosts in the innermost module around one that holds any."""
+    inside: list[str] = []
+    while not inside:
+        inside = [host for host in hosts if not module or f"{host}/".startswith(f"{module}/")]
+        module = module.rpartition(paths.SEPARATOR)[0]
+    return inside
 
 
 def _shared(first: str, second: str) -> int:

@@ -26,9 +26,12 @@ def find_layers(
 ) -> Layers:
     """Layers of an NNX model, in forward order; see :func:`smartfrz_jax.find_layers`.
 
-    The statistics of BatchNorms and the random streams of dropouts are assigned too, to the layer whose output they
-    work on; the stream of one dropout that is called in several places, to all the layers that it follows. A dropout
-    without a random stream of its own, one that is called with ``rngs``, belongs to no layer.
+    Variables that do not train are assigned too: what is combined with weights, such as the vectors of a SpectralNorm,
+    to the layer of these weights; other statistics, such as those of a BatchNorm, and the random streams of dropouts,
+    to the layer whose output they work on or are made of; the stream of one dropout that is called in several places,
+    to all the layers that it follows; what neither meets weights nor data, such as a counter of calls, to all the
+    layers of the module that it is in. A dropout without a random stream of its own, one that is called with ``rngs``,
+    belongs to no layer.
 
     Args:
         model: The model. It is only traced, in training mode.
@@ -57,9 +60,10 @@ def find_layers(
     def run(variables: PyTree, *inputs: Any) -> Any:
         module = nnx.merge(graphdef, variables, copy=True)
         module.train()
-        return _call(module, forward, inputs)
+        output, new = _call(module, forward, inputs), paths.flatten(nnx.state(module))
+        return output, paths.tree_map(lambda name, leaf: new.get(name, leaf), variables)
 
-    used = dataflow.consumption(run, nnx.as_pure(variables), *inputs)
+    used = dataflow.consumption(run, nnx.as_pure(variables), *inputs, writes=True)
     state = [name for name in paths.flatten(variables) if name not in leaves]
     again = list(_drawn_again(model, used))
     if not again:
