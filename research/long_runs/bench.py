@@ -50,7 +50,7 @@ class Bench:
         self.name, self.case = name, case
         self._state, self._weights_dir = state, weights_dir
         whole = slice(None)
-        self.data: DataSet = open_set(case.data, case.architecture, data_dir, 10**7, held_out=whole)
+        self.data: DataSet = open_set(case.data, case.architecture, data_dir, 10**7, held_out=whole, tokens=case.tokens)
         probe = self.data.train[np.arange(_PROBE)]
         self._probe, self._probe_labels = tuple(map(jnp.asarray, probe.inputs)), jnp.asarray(probe.labels)
         model = self.model(0)

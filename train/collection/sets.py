@@ -104,7 +104,15 @@ def _augmented(rng: np.random.Generator, images: np.ndarray, shift: int) -> np.n
     return padded[np.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 
-def open_set(name: str, architecture: Architecture, data_dir: Path, examples: int, *, held_out: slice) -> DataSet:
+def open_set(
+    name: str,
+    architecture: Architecture,
+    data_dir: Path,
+    examples: int,
+    *,
+    held_out: slice,
+    tokens: int | None = None,
+) -> DataSet:
     """Reads the examples that a run trains on, and those that it is measured on.
 
     Args:
@@ -117,6 +125,7 @@ def open_set(name: str, architecture: Architecture, data_dir: Path, examples: in
         examples: Most training examples to take.
         held_out: Which to take of the examples that nothing trains on: ``slice(1000)`` is the first 1,000,
             ``slice(-1000, None)`` the last; fewer if there are no more.
+        tokens: Tokens that are kept of an unchanged text; as in the recordings by default.
 
     Raises:
         FileNotFoundError: If the set is not there.
@@ -131,7 +140,7 @@ def open_set(name: str, architecture: Architecture, data_dir: Path, examples: in
         own, others = sentences[: min(examples, _OWN_TEXTS)], sentences[_OWN_TEXTS:][held_out]
         train, test = (_texts(_SENTENCES, "train", part, architecture, data_dir) for part in (own, others))
         return DataSet(_changed(name, train.inputs), _changed(name, test.inputs), 2)
-    read = _texts if architecture.text else _images
+    read = functools.partial(_texts, tokens=tokens) if architecture.text else _images
     evaluation = evaluation_split(name, data_dir)
     others = range(len(open_split(name, evaluation, data_dir)))[held_out]
     test = read(name, evaluation, others, architecture, data_dir)
@@ -185,14 +194,17 @@ def _resized(images: np.ndarray, size: int) -> np.ndarray:
     return np.concatenate([resize(images[start : start + 1000]) for start in range(0, len(images), 1000)])
 
 
-def _texts(name: str, split_name: str, part: range, architecture: Architecture, data_dir: Path) -> Arrays:
+def _texts(
+    name: str, split_name: str, part: range, architecture: Architecture, data_dir: Path, tokens: int | None = None
+) -> Arrays:
     split = open_split(name, split_name, data_dir)
     records = split.fetch(range(len(split))[part.start : part.stop])
-    tokenizer = WordPiece(minilm_folder() / "vocab.txt", max_length=_TOKENS[name])
-    tokens = tokenizer(*records.inputs)
-    missing = ((0, 0), (0, _TOKENS[name] - tokens.input_ids.shape[1]))
-    ids = np.pad(tokens.input_ids, missing, constant_values=tokenizer.pad)
-    return Arrays((ids, np.pad(tokens.attention_mask, missing), np.pad(tokens.token_type_ids, missing)), records.labels)
+    length = tokens or _TOKENS[name]
+    tokenizer = WordPiece(minilm_folder() / "vocab.txt", max_length=length)
+    texts = tokenizer(*records.inputs)
+    missing = ((0, 0), (0, length - texts.input_ids.shape[1]))
+    ids = np.pad(texts.input_ids, missing, constant_values=tokenizer.pad)
+    return Arrays((ids, np.pad(texts.attention_mask, missing), np.pad(texts.token_type_ids, missing)), records.labels)
 
 
 def _changed(how: str, inputs: Sequence[np.ndarray]) -> Arrays:
