@@ -9,6 +9,7 @@ import smartfrz_jax as sfj
 from research.long_runs.__main__ import RESULTS, best_rate, jobs
 from research.long_runs.bench import Bench
 from research.long_runs.cases import CASES, Case
+from research.long_runs.report import lines, page
 from research.long_runs.run import LEAD, Job, Runner
 from research.long_runs.strategies import STRATEGIES, Strategy
 from train import json_lines
@@ -120,3 +121,24 @@ def test_results_are_rows_of_known_cases_and_strategies():
     rows = json_lines.read(RESULTS, dict)
     assert {row["case"] for row in rows} <= CASES.keys()
     assert {row["strategy"] for row in rows} <= {*STRATEGIES, "tune"}
+
+
+def _row(strategy, seed, **fields):
+    fields = {"accuracy": 0.9, "flops": 100.0, "train_seconds": 8.0, "wait_seconds": 1.0, **fields}
+    costs = {"decide_seconds": 1.0, "train_cpu_seconds": 10.0, "steps": 50, "frozen": []}
+    return {"case": "lite0-cifar10", "strategy": strategy, "seed": seed, **costs, **fields}
+
+
+def test_a_line_is_the_mean_of_paired_differences():
+    rows = [_row("never", 0), _row("never", 1, accuracy=0.8), _row("static:half", 5)]
+    rows += [_row("progress", seed, accuracy=a, flops=60.0, wait_seconds=0.0) for seed, a in ((0, 0.89), (1, 0.81))]
+    rows[-1]["frozen"] = [[10, ["a"], []], [20, ["b"], []]]
+    never, progress = lines(rows, "lite0-cifar10")
+    assert (never.strategy, never.difference) == ("never", 0)
+    assert (progress.seeds, progress.flops, progress.time, progress.first) == (2, 0.6, pytest.approx(0.9), 0.2)
+    assert progress.difference == pytest.approx(0, abs=1e-9)  # -1 and +1
+    assert progress.error == pytest.approx(1)
+
+
+def test_the_page_is_that_of_the_results():
+    assert (RESULTS.parent / "results.md").read_text() == page(json_lines.read_with_commit(RESULTS))

@@ -43,6 +43,12 @@ def read(file: Path, parse: Callable[[dict[str, Any]], T]) -> list[T]:
     return found
 
 
+def read_with_commit(file: Path) -> list[dict[str, Any]]:
+    """The objects of a file with the commits that they were found at; see :func:`read`."""
+    commits = [json.loads(line).get("commit", "unknown") for line in _lines(file)]
+    return [{**row, "commit": commit} for row, commit in zip(read(file, dict), commits, strict=True)]
+
+
 def append(file: Path, row: Mapping[str, Any]) -> None:
     """Adds an object, and the commit, to the end of a file.
 

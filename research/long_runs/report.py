@@ -1,0 +1,187 @@
+"""Tables and pictures of the long runs, from their results alone.
+
+python -m research.long_runs.report
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import matplotlib as mpl
+import numpy as np
+
+from research.long_runs.__main__ import RESULTS, best_rate, figure_of
+from research.long_runs.cases import CASES
+from research.long_runs.strategies import STRATEGIES
+from train import json_lines
+from train.files import write_whole
+
+mpl.use("Agg")
+import matplotlib.pyplot as plt
+
+Result = Mapping[str, Any]
+
+_HEAD = """\
+# Long runs
+
+Fine-tunings of whole data sets. Every strategy is paired with `never` (full training) of the same seed. *FLOPs* and
+*time* are shares of those of `never`; time has the steps, the policy and the waiting for programs in it. *Processor*
+is the processor's time for the steps, which other work on the machine does not change. *Difference* is the mean over
+seeds with its standard error. `python -m research.long_runs.report` writes this page from `results.jsonl`.
+"""
+
+
+class Line(NamedTuple):
+    """A strategy on a case, over the seeds that it and ``never`` have both finished.
+
+    Attributes:
+        strategy: Its name.
+        seeds: Number of seeds.
+        flops: Mean share of FLOPs.
+        time: Mean share of wall time.
+        cpu: Mean share of processor time.
+        figure: Mean of the case's figure, in percent.
+        difference: Mean difference to ``never``, in points.
+        error: Standard error of the difference; NaN with one seed.
+        first: Share of the run after which the first layer froze; NaN where none did.
+    """
+
+    strategy: str
+    seeds: int
+    flops: float
+    time: float
+    cpu: float
+    figure: float
+    difference: float
+    error: float
+    first: float
+
+
+def lines(results: Iterable[Result], case: str) -> list[Line]:
+    """The strategies of a case, the most expensive first."""
+    by_strategy: dict[str, dict[int, Result]] = {}
+    for row in results:
+        if row["case"] == case and row["strategy"] in STRATEGIES:
+            by_strategy.setdefault(row["strategy"], {})[row["seed"]] = row
+    never = by_strategy.get("never", {})
+    found = [_line(name, runs, never) for name, runs in by_strategy.items() if runs.keys() & never.keys()]
+    return sorted(found, key=lambda line: (-line.flops, line.strategy))
+
+
+def _line(name: str, runs: Mapping[int, Result], never: Mapping[int, Result]) -> Line:
+    seeds = sorted(runs.keys() & never.keys())
+    pairs = [(runs[seed], never[seed]) for seed in seeds]
+    figure = figure_of(pairs[0][0])
+    differences = 100 * np.array([run[figure] - full[figure] for run, full in pairs])
+    first = [run["frozen"][0][0] / run["steps"] for run, _ in pairs if run["frozen"]]
+    return Line(
+        name,
+        len(seeds),
+        float(np.mean([run["flops"] / full["flops"] for run, full in pairs])),
+        float(np.mean([_seconds(run) / _seconds(full) for run, full in pairs])),
+        float(np.mean([run["train_cpu_seconds"] / full["train_cpu_seconds"] for run, full in pairs])),
+        100 * float(np.mean([run[figure] for run, _ in pairs])),
+        float(differences.mean()),
+        float(differences.std(ddof=1) / np.sqrt(len(seeds))) if len(seeds) > 1 else float("nan"),
+        float(np.mean(first)) if first else float("nan"),
+    )
+
+
+def _seconds(row: Result) -> float:
+    return row["train_seconds"] + row["decide_seconds"] + row["wait_seconds"]
+
+
+def page(results: Sequence[Result]) -> str:
+    """The whole page."""
+    parts = [_HEAD]
+    for case, setup in CASES.items():
+        rows = [row for row in results if row["case"] == case]
+        if not rows:
+            continue
+        tried = [row for row in rows if row["strategy"] == "tune"]
+        figure = figure_of(rows[0])
+        rates = ", ".join(f"{row['rate']:g}: {100 * row[figure]:.2f}" for row in tried)
+        text = (
+            f"## {case}\n\n{setup.data}, {setup.epochs:g} epochs of batch {setup.batch_size}, {setup.optimizer}, "
+            f"cosine. Figure: {figure}, percent."
+        )
+        if tried:
+            text += f"\n\nLearning rates on held-out training examples, in {setup.tuning_epochs} epochs: {rates}."
+        if len(tried) == len(setup.rates):
+            text += f" Taken: {best_rate(rows, case):g}."
+        found = lines(rows, case)
+        parts.append(f"{text}\n\n{_table(found)}\n\n{_provenance(rows)}\n" if found else f"{text}\n")
+    return "\n".join(parts)
+
+
+def _table(found: Sequence[Line]) -> str:
+    head = (
+        "| strategy | seeds | FLOPs | time | processor | figure | difference | first freeze |\n"
+        "|---|--:|--:|--:|--:|--:|--:|--:|\n"
+    )
+    return head + "\n".join(
+        f"| {one.strategy} | {one.seeds} | {one.flops:.2f} | {one.time:.2f} | {one.cpu:.2f} | {one.figure:.2f} | "
+        f"{_points(one)} | {'-' if np.isnan(one.first) else f'{one.first:.2f}'} |"
+        for one in found
+    )
+
+
+def _points(one: Line) -> str:
+    if one.strategy == "never":
+        return "-"
+    return f"{one.difference:+.2f}" + ("" if np.isnan(one.error) else f" ± {one.error:.2f}")
+
+
+def _provenance(rows: Sequence[Result]) -> str:
+    kinds = {field: sorted({row[field] for row in rows}) for field in ("commit", "versions", "hardware")}
+    return "; ".join(f"{field}: {', '.join(values)}" for field, values in kinds.items()) + "."
+
+
+def picture(found: Sequence[Line], path: Path, title: str) -> None:
+    """Draws the difference to ``never`` against total time and against FLOPs.
+
+    Args:
+        found: The strategies of a case.
+        path: PNG file to write.
+        title: Title of the picture.
+    """
+    figure, axes = plt.subplots(1, 2, figsize=(14, 6), sharey=True, layout="constrained")
+    figure.suptitle(title)
+    kinds = list(dict.fromkeys(one.strategy.partition(":")[0] for one in found))
+    colours = dict(zip(kinds, plt.get_cmap("tab20").colors, strict=False))  # pyright: ignore[reportAttributeAccessIssue]
+    for axis, name, label in zip(axes, ("time", "flops"), ("total time", "FLOPs"), strict=True):
+        axis.axhline(0, color="#bbbbbb", linewidth=1, zorder=0)
+        for one in found:
+            colour = colours[one.strategy.partition(":")[0]]
+            place = (getattr(one, name), one.difference)
+            axis.errorbar(*place, yerr=np.nan_to_num(one.error), fmt="o", capsize=3, color=colour)
+            axis.annotate(one.strategy, place, (5, 4), textcoords="offset points", fontsize=8, color=colour)
+        axis.set_xlabel(f"{label}, share of full training")
+        axis.grid(alpha=0.3)
+    axes[0].set_ylabel("points against full training (bars: standard error)")
+    figure.savefig(path, dpi=100)
+    plt.close(figure)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Writes the page and the pictures."""
+    parser = argparse.ArgumentParser(prog="python -m research.long_runs.report", description=__doc__)
+    parser.add_argument("--results", type=Path, default=RESULTS, help="file of finished runs (default: %(default)s)")
+    parser.add_argument("--out", type=Path, default=RESULTS.parent, help="folder to write to (default: %(default)s)")
+    args = parser.parse_args(argv)
+    results = json_lines.read_with_commit(args.results)
+    args.out.mkdir(parents=True, exist_ok=True)
+    write_whole(args.out / "results.md", page(results))
+    for case in CASES:
+        found = lines(results, case)
+        if len(found) > 1:
+            picture(found, args.out / f"{case}.png", case)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
