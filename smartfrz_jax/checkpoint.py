@@ -10,9 +10,11 @@ import numpy as np
 from jax.tree_util import keystr
 from orbax.checkpoint import v1 as ocp
 
+from smartfrz_jax import checkpoint_leaves
+
 PyTree = Any
 
-# Where the metadata describe what Orbax does not hold as it is: random keys, arrays of size zero, Python's numbers.
+# Where the metadata have the notes on leaves that Orbax does not hold as they are.
 _SPECIAL = "special_leaves"
 
 
@@ -21,7 +23,7 @@ def write(path: str | Path, tree: PyTree, kind: str, metadata: dict[str, Any], *
 
     Args:
         path: Directory to make.
-        tree: Pytree of arrays; numbers and strings of Python may be among them.
+        tree: Pytree of arrays of JAX or NumPy; numbers and strings of Python may be among them.
         kind: What it is a checkpoint of.
         metadata: What JSON can hold.
         overwrite: Whether to replace a checkpoint that is there.
@@ -35,10 +37,12 @@ def write(path: str | Path, tree: PyTree, kind: str, metadata: dict[str, Any], *
     if target.exists() and not overwrite:
         raise FileExistsError(f"path: {target} exists; choose another directory or pass overwrite=True")
     leaves = _by_name(tree, "tree")
-    arrays = {name: _given(_storable(leaf)) for name, leaf in leaves.items() if _is_stored(leaf)}
+    arrays = {
+        name: checkpoint_leaves.stored(leaf) for name, leaf in leaves.items() if checkpoint_leaves.is_stored(leaf)
+    }
     if not arrays:
         raise ValueError(f"tree: the {kind} has no array with elements, expected at least one; add what it is for")
-    special = {name: _note(leaf) for name, leaf in leaves.items() if not _is_stored(leaf) or _is_key(leaf)}
+    special = {name: note for name, leaf in leaves.items() if (note := checkpoint_leaves.note(leaf)) is not None}
     metadata = {"kind": kind} | metadata | ({_SPECIAL: special} if special else {})
     ocp.save(str(target), arrays, overwrite=overwrite, custom_metadata=metadata)
 
@@ -65,8 +69,8 @@ def read(path: str | Path, like: PyTree, kind: str) -> PyTree:
         path: Directory of the checkpoint.
         like: Pytree of the expected structure; its leaves have a shape, a dtype and perhaps a sharding. Leaves come
             onto those devices; without a sharding, or in place of an array that is not committed to one, onto the
-            default device, not committed either; in place of NumPy arrays come NumPy arrays, in place of a number of
-            Python the one that was saved.
+            default device, not committed either; in place of NumPy arrays come NumPy arrays. Numbers of Python, and
+            NumPy's of 64 bits, fit what ``jax.jit`` makes of them, and the other way round: what was saved comes.
         kind: What it should be a checkpoint of, for the error.
 
     Returns:
@@ -79,32 +83,18 @@ def read(path: str | Path, like: PyTree, kind: str) -> PyTree:
     """
     source = Path(path).absolute()
     metadata, wanted = _metadata(source, kind), _by_name(like, "like")
-    saved, special = metadata.metadata, metadata.custom_metadata.get(_SPECIAL, {})
-    got = {name: _described(leaf) for name, leaf in saved.items()}
-    got |= {name: (tuple(note["shape"]), note["dtype"]) for name, note in special.items()}
-    # Which kind a random key is of was not always noted.
-    expected = {
-        name: _described(_storable(leaf) if name in saved and name not in special else leaf)
-        for name, leaf in wanted.items()
-    }
-    wrong = [name for name in sorted(expected.keys() | got.keys()) if expected.get(name) != got.get(name)]
-    if wrong:
-        name = wrong[0]
-        raise ValueError(
-            f"path: the {kind} in {source} does not fit: {name} is {_text(got.get(name))} there, expected "
-            f"{_text(expected.get(name))} ({len(wrong)} of {len(expected)} arrays differ); restore it with the "
-            "configuration it was saved with"
-        )
+    arrays = metadata.metadata
+    saved = {name: {"shape": leaf.shape, "dtype": str(leaf.dtype)} for name, leaf in arrays.items()}
+    saved |= metadata.custom_metadata.get(_SPECIAL, {})
+    _check_fit(saved, wanted, f"the {kind} in {source}")
     try:
-        leaves = ocp.load(str(source), {name: _abstract(wanted[name]) for name in saved})
+        loaded = ocp.load(str(source), {name: checkpoint_leaves.abstract(saved[name], wanted[name]) for name in arrays})
     except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
         raise ValueError(_damaged(source, kind, error)) from error
 
     def restored(path: Any, leaf: Any) -> Any:
         name = keystr(path)
-        if _is_python(leaf):
-            return special[name]["value"]
-        return _as_saved(leaves[name] if name in leaves else _empty(leaf), leaf)
+        return checkpoint_leaves.restored(saved[name], loaded.get(name), leaf)
 
     return jax.tree_util.tree_map_with_path(restored, like)
 
@@ -163,6 +153,28 @@ def _damaged(source: Path, kind: str, error: Exception) -> str:
     )
 
 
+def _check_fit(saved: dict[str, checkpoint_leaves.Note], wanted: dict[str, Any], what: str) -> None:
+    """Checks that every leaf that was saved can come in place of one that is wanted, and that none is missing."""
+    got = {name: (tuple(note["shape"]), note["dtype"]) for name, note in saved.items()}
+    expected = {name: checkpoint_leaves.expected(saved.get(name), leaf) for name, leaf in wanted.items()}
+    both = expected.keys() & got.keys()
+    wrong = sorted(expected.keys() ^ got.keys())
+    wrong = sorted([*wrong, *(name for name in both if not checkpoint_leaves.fits(saved[name], wanted[name]))])
+    if wrong:
+        name = wrong[0]
+        raise ValueError(
+            f"path: {what} does not fit: {name} is {_text(got.get(name))} there, expected "
+            f"{_text(expected.get(name))} ({len(wrong)} of {len(expected)} arrays differ); restore it with the "
+            "configuration it was saved with"
+        )
+    for name, leaf in wanted.items():
+        if checkpoint_leaves.needs_x64(saved[name], leaf):
+            raise ValueError(
+                f"path: {what} has {_text(got[name])} for {name}, which would lose half of its bits on a device; "
+                "restore it under jax.enable_x64(True), or in place of an array of NumPy"
+            )
+
+
 def _text(leaf: tuple[tuple[int, ...], str] | None) -> str:
     return "missing" if leaf is None else f"{leaf[1]}{list(leaf[0])}"
 
@@ -170,90 +182,13 @@ def _text(leaf: tuple[tuple[int, ...], str] | None) -> str:
 def _by_name(tree: PyTree, argument: str) -> dict[str, Any]:
     leaves = {keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     for name, leaf in leaves.items():
-        if not _is_python(leaf) and not (hasattr(leaf, "dtype") and hasattr(leaf, "shape")):
+        if not checkpoint_leaves.can_be_saved(leaf):
             raise TypeError(
-                f"{argument}: {name} is {type(leaf).__name__}, expected an array or a number; make it a NumPy array, "
-                "or keep it out of what is saved"
+                f"{argument}: {name} is {type(leaf).__name__}{_of(leaf)}, expected an array or a number; make it a "
+                "NumPy array of numbers, or keep it out of what is saved"
             )
     return leaves
 
 
-def _is_python(leaf: Any) -> bool:
-    return type(leaf) in (bool, int, float, str)  # NumPy's float64 is a float, too
-
-
-def _is_key(leaf: Any) -> bool:
-    return not _is_python(leaf) and jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _is_stored(leaf: Any) -> bool:
-    """Orbax does not save arrays of size zero, and cannot list all of Python's numbers."""
-    return not _is_python(leaf) and leaf.size > 0
-
-
-def _described(leaf: Any) -> tuple[tuple[int, ...], str]:
-    return ((), type(leaf).__name__) if _is_python(leaf) else (tuple(leaf.shape), str(leaf.dtype))
-
-
-def _note(leaf: Any) -> dict[str, Any]:
-    shape, dtype = _described(leaf)
-    return {"shape": list(shape), "dtype": dtype} | ({"value": leaf} if _is_python(leaf) else {})
-
-
-def _storable(leaf: Any) -> Any:
-    """Random keys are stored as their bits, NumPy's scalars as arrays."""
-    if isinstance(leaf, np.generic):
-        return np.asarray(leaf)
-    if not _is_key(leaf):
-        return leaf
-    return (
-        jax.eval_shape(jax.random.key_data, leaf)
-        if isinstance(leaf, jax.ShapeDtypeStruct)
-        else jax.random.key_data(leaf)
-    )
-
-
-def _given(leaf: Any) -> Any:
-    """What is given to Orbax to write."""
-    return np.asarray(leaf) if isinstance(leaf, jax.Array) and _is_own(leaf) else leaf
-
-
-def _abstract(like: Any) -> Any:
-    """What tells Orbax how to load an array."""
-    leaf = _storable(like)
-    if isinstance(leaf, np.ndarray) or _is_own(leaf):  # NumPy's 64 bits would lose half of them on a device
-        return np.empty(leaf.shape, leaf.dtype)
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=_sharding(leaf))
-
-
-def _is_committed(leaf: Any) -> bool:
-    return leaf.committed if isinstance(leaf, jax.Array) else getattr(leaf, "sharding", None) is not None
-
-
-def _sharding(leaf: Any) -> jax.sharding.Sharding:
-    return getattr(leaf, "sharding", None) or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-
-
-def _is_own(leaf: Any) -> bool:
-    """Of several processes each has its own copy, of which Orbax takes and gives only arrays of NumPy."""
-    return jax.process_count() > 1 and _sharding(leaf).is_fully_addressable
-
-
-def _empty(like: Any) -> Any:
-    abstract = _abstract(like)
-    zeros = np.zeros(abstract.shape, abstract.dtype)
-    return zeros if isinstance(abstract, np.ndarray) else jax.device_put(zeros, abstract.sharding)
-
-
-def _as_saved(leaf: Any, like: Any) -> Any:
-    if isinstance(like, np.ndarray | np.generic):
-        return np.asarray(leaf) if isinstance(like, np.ndarray) else np.asarray(leaf)[()]
-    if not _is_committed(like):  # it may go to any device; what was read would insist on one
-        leaf = jax.device_put(jax.device_get(leaf))
-    elif isinstance(leaf, np.ndarray):
-        leaf = jax.device_put(leaf, _sharding(like))
-    return (
-        jax.random.wrap_key_data(leaf, impl=jax.random.key_impl(jax.numpy.zeros((), like.dtype)))
-        if _is_key(like)
-        else leaf
-    )
+def _of(leaf: Any) -> str:
+    return f" of {leaf.dtype}" if hasattr(leaf, "dtype") else ""
