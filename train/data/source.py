@@ -10,7 +10,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from train.data import directory
+from train.data import directory, grey_levels
 
 # Pairs whose order is not that of their names.
 _ORDERED_PAIRS = (("premise", "hypothesis"), ("title", "description"))
@@ -20,7 +20,8 @@ class Records(NamedTuple):
     """Some examples.
 
     Attributes:
-        inputs: One list for each input: images, uint8 of shape ``(height, width, channels)``, or strings.
+        inputs: One list for each input: images, uint8 of shape ``(height, width, channels)``, of which those of 16 bits
+            are rescaled, or strings.
         labels: int32 of shape ``(examples,)``.
     """
 
@@ -91,10 +92,10 @@ class Split:
                 )
         try:
             rows = self.source.__getitems__(indices)
-            inputs = tuple([self._decoded(row[field]) for row in rows] for field in self.inputs)
+            inputs = tuple([self._decoded(field, row[field]) for row in rows] for field in self.inputs)
         except Exception as error:
             raise self._unreadable(indices, error) from error
-        labels = np.array([row[self.label] for row in rows], np.int32)
+        labels = np.array([row[self.label] for row in rows], np.int64)
         wrong = np.flatnonzero((labels < 0) | (labels >= self.num_classes))
         if wrong.size:
             raise ValueError(
@@ -102,10 +103,12 @@ class Split:
                 f"{self.num_classes - 1}; take a split with labels (-1 is a hidden one, as in the test splits of "
                 "GLUE), or prepare the set again"
             )
-        return Records(inputs, labels)
+        return Records(inputs, labels.astype(np.int32))
 
-    def _decoded(self, value: Any) -> Any:
-        return value.decode("utf-8") if self.kind == "text" else value
+    def _decoded(self, field: str, value: Any) -> Any:
+        if self.kind == "text":
+            return value.decode("utf-8")
+        return grey_levels.decode(self.source.dataset_info.features[field], value)
 
     def _example(self, index: int) -> str:
         return f"example {index} of split {self.split!r} of {self.name} in {self.folder}"
@@ -116,7 +119,7 @@ class Split:
             try:
                 row = self.source.__getitems__([i])[0]
                 for field in self.inputs:
-                    self._decoded(row[field])
+                    self._decoded(field, row[field])
             except Exception as alone:
                 error, first = alone, i
                 break
@@ -148,8 +151,8 @@ def open_split(
 
     Raises:
         FileNotFoundError: If the directory, the set or one of its files is not there.
-        ValueError: If the split is not there, the files have another format, or the features do not say what is input
-            and what is label.
+        ValueError: If the split is not there, the files have another format, images are neither uint8 nor uint16, or
+            the features do not say what is input and what is label.
         ModuleNotFoundError: If TFDS is not installed.
 
     Example:
@@ -159,6 +162,8 @@ def open_split(
     """
     folder = directory.find(name, data_dir)
     builder = _builder(folder)
+    import tensorflow_datasets as tfds
+
     info = builder.info
     file_format = info.file_format.value if info.file_format else None
     if file_format != "array_record":
@@ -184,9 +189,10 @@ def open_split(
             )
     kind, inputs, image_shape = _inputs(info, sentences)
     label = _label(info, label)
+    encoded = {field: tfds.decode.SkipDecoding() for field in inputs} if kind == "image" else None
     return Split(
         info.full_name, split, str(folder), kind, inputs, label, tuple(info.features[label].names), image_shape,
-        parts, builder.as_data_source(split=split),
+        parts, builder.as_data_source(split=split, decoders=encoded),
     )  # fmt: skip
 
 
@@ -242,6 +248,7 @@ def _inputs(
             )
         return "text", tuple(sentences), ()
     if len(images) == 1:
+        grey_levels.check_type(info.full_name, info.features[images[0]])
         return "image", (images[0],), tuple(info.features[images[0]].shape)
     if images or not 1 <= len(texts) <= 2:
         raise ValueError(
