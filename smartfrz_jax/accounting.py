@@ -230,7 +230,8 @@ def account(
 
     Args:
         loss_fn: A function of ``(params, *inputs)`` to a scalar, or to a tuple whose first leaf is one. It is only
-            traced.
+            traced. Axes that it names (``jax.pmap``, ``jax.shard_map``) are there for the trace; the batch is then one
+            device's.
         layers: The network's layers.
         params: Parameter pytree; arrays or ``jax.ShapeDtypeStruct``.
         *inputs: The batch, or ``jax.ShapeDtypeStruct`` of its shape, and what else the loss depends on; the first axis

@@ -12,10 +12,9 @@ import functools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax
 from jax.extend import core as jex
 
-from smartfrz_jax import inlining, paths
+from smartfrz_jax import inlining, named_axes, paths
 
 PyTree = Any
 _Inner = tuple[Any, list[Any]]
@@ -98,7 +97,7 @@ def consumption(forward: Callable[..., Any], params: PyTree, *inputs: Any, write
 
 def trace(forward: Callable[..., Any], params: PyTree, inputs: Sequence[Any]) -> tuple[Any, list[str]]:
     """The inlined jaxpr of ``forward(params, *inputs)``, and the names of the parameters, its first arguments."""
-    closed = jax.make_jaxpr(forward)(params, *inputs)
+    closed = named_axes.make_jaxpr(forward)(params, *inputs)
     names = list(paths.flatten(params))
     data = closed.jaxpr.invars[len(names) :] if inputs else closed.jaxpr.constvars
     return inlining.inline(closed, closed.jaxpr.invars[: len(names)], data), names

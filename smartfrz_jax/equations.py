@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
 
-from smartfrz_jax import flops, inlining, operations, paths
+from smartfrz_jax import flops, inlining, named_axes, operations, paths
 from smartfrz_jax.layers import Layers
 
 PyTree = Any
@@ -87,7 +87,7 @@ def equations(trace: Trace, layers: Layers, backend: str) -> Iterator[Equation]:
     Raises:
         ValueError: If the loss is not a scalar, or depends on no parameter of the layers.
     """
-    closed, structure = jax.make_jaxpr(trace.loss_fn, return_shape=True)(trace.variables, *trace.inputs)
+    closed, structure = named_axes.make_jaxpr(trace.loss_fn, return_shape=True)(trace.variables, *trace.inputs)
     outputs = jax.tree.leaves(structure)
     if not outputs or outputs[0].shape != ():
         raise ValueError(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
 
-from smartfrz_jax import inlining
+from smartfrz_jax import inlining, named_axes
 
 # fmt: off
 ELEMENTWISE = frozenset({
@@ -33,6 +33,11 @@ FREE = frozenset({
     "log", "log1p", "optimization_barrier", "pad", "pow", "random_unwrap", "random_wrap", "reshape", "rev", "rsqrt",
     "sharding_constraint", "sin", "slice", "split", "sqrt", "squeeze", "stack", "stop_gradient", "tan", "tanh",
     "transpose",
+})
+# Between the positions of a named axis: an addition for each element, or none.
+COLLECTIVES = frozenset({"pmax", "pmin", "psum", "psum_invariant"})
+EXCHANGES = frozenset({
+    "all_gather", "all_gather_invariant", "all_to_all", "axis_index", "ppermute", "pvary", "reduce_scatter",
 })
 # fmt: on
 REDUCTIONS = frozenset({"reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or"})
@@ -79,9 +84,9 @@ def of_equation(eqn: Any, backend: str) -> Flops:
         backend: Platform that it will run on, such as ``"cpu"``.
     """
     name, params = eqn.primitive.name, eqn.params
-    if name in FREE:
+    if name in FREE or name in EXCHANGES:
         return ZERO
-    if name in ELEMENTWISE:
+    if name in ELEMENTWISE or name in COLLECTIVES:
         return Flops(sum(_size(var) for var in eqn.outvars))
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
@@ -178,7 +183,7 @@ def of_gradient(eqn: Any, wanted: Collection[int], backend: str) -> Flops:
         ]
         return outs, pull(cotangents)
 
-    closed = inlining.inline(jax.make_jaxpr(with_gradient)(variables, cotangents), (), ())
+    closed = inlining.inline(named_axes.make_jaxpr(with_gradient)(variables, cotangents), (), ())
     used = inlining.needed(closed.jaxpr, closed.jaxpr.outvars)
     return _sum(used, backend) - of_equation(eqn, backend)
 

@@ -36,7 +36,8 @@ def find_layers(
 
     Args:
         params: Parameter pytree; arrays or ``jax.ShapeDtypeStruct``.
-        forward: A JAX-traceable function of ``(params, *inputs)``. It is only traced.
+        forward: A JAX-traceable function of ``(params, *inputs)``. It is only traced, outside of ``jax.pmap`` too: axes
+            that it names are there for the trace.
         *inputs: An example batch, or ``jax.ShapeDtypeStruct`` of its shape.
         granularity: ``"layer"``, or ``"block"`` for one layer per residual or transformer block (the modules of a list,
             ``blocks/3``, or numbered by name beside others, ``encoderblock_3``), or a function from a parameter's name

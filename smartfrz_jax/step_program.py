@@ -12,7 +12,7 @@ from jax.extend import core as jex
 from smartfrz_jax import flops, inlining
 
 # What a value passes on its way from a gradient to a result of the step.
-_PASSING = flops.ELEMENTWISE | flops.FREE | {"cond", "integer_pow"}
+_PASSING = flops.ELEMENTWISE | flops.FREE | flops.COLLECTIVES | flops.EXCHANGES | {"cond", "integer_pow"}
 # What is done to a mask before it is applied.
 # fmt: off
 _OF_MASKS = frozenset({

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import optax
 
-from smartfrz_jax import flops, freezing, inlining, paths
+from smartfrz_jax import flops, freezing, inlining, named_axes, paths
 from smartfrz_jax.freezing import Frozen
 from smartfrz_jax.layers import Layers
 
@@ -50,7 +50,7 @@ def trace(
         return out, freezing.apply_updates(params, updates, frozen), opt_state
 
     opt_state = None if tx is None else jax.eval_shape(freezing.freeze(tx, frozen).init, params)
-    return jax.make_jaxpr(step)(variables, params, opt_state, inputs)
+    return named_axes.make_jaxpr(step)(variables, params, opt_state, inputs)
 
 
 def update_flops(tx: optax.GradientTransformation, layers: Layers, layer: str, params: PyTree, backend: str) -> float:

@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 from jax.extend import core as jex
 
-from smartfrz_jax import dataflow, inlining, paths, tapping
+from smartfrz_jax import dataflow, inlining, named_axes, paths, tapping
 from smartfrz_jax.grouping import Granularity, group
 from smartfrz_jax.layers import Layers, check_params
 
@@ -144,7 +144,7 @@ def _before(
 
     As ``sources`` of :func:`dataflow.consumption`, but of every use, and through dropouts: these do not count.
     """
-    closed = jax.make_jaxpr(run)(variables, *inputs)
+    closed = named_axes.make_jaxpr(run)(variables, *inputs)
     names = list(paths.flatten(variables))
     params, data = closed.jaxpr.invars[: len(names)], closed.jaxpr.invars[len(names) :]
     carried = dict(zip(params, [frozenset({name}) for name in names], strict=True))  # by values without data
