@@ -142,16 +142,40 @@ class InterruptedAt(interrupt.Interrupt):
         super().check(on_interrupt)
 
 
+class Killed(BaseException):
+    """In place of a kill, after which nothing is done."""
+
+
+class KilledAt(InterruptedAt):
+    """Killed before a certain step."""
+
+    at = 3  # in the first epoch, which ends with a checkpoint
+
+    def check(self, on_interrupt=None):
+        try:
+            super().check()
+        except KeyboardInterrupt:
+            raise Killed from None
+
+
 @pytest.mark.slow
-def test_an_interrupted_run_goes_on_bit_for_bit(few_blocks, tmp_path, monkeypatch, capsys):
+def test_a_run_killed_before_its_first_checkpoint_and_interrupted_goes_on_bit_for_bit(
+    few_blocks, tmp_path, monkeypatch, capsys
+):
     arguments = [*few_blocks[:-2], "--train-split", "train[:40]", "--batch-size", "10", "--epochs", "2", "--policy",
                  "linear", "--t0", "0.3", "--lead", "1", "--min-saving", "0.2",
                  "--keep-programs", str(tmp_path / "programs"), "--out"]  # fmt: skip
     assert finetune.main([*arguments, str(tmp_path / "straight")]) == 0
+    monkeypatch.setattr(interrupt, "Interrupt", KilledAt)
+    with pytest.raises(Killed):
+        finetune.main([*arguments, str(tmp_path / "stopped")])
+    assert len(log.read(tmp_path / "stopped/log.jsonl").steps) == 2
     monkeypatch.setattr(interrupt, "Interrupt", InterruptedAt)
     monkeypatch.setattr(InterruptedAt, "checks", 0)
-    assert finetune.main([*arguments, str(tmp_path / "stopped")]) == 130
-    assert "--resume" in capsys.readouterr().err
+    assert finetune.main([*arguments, str(tmp_path / "stopped"), "--resume"]) == 130
+    said = capsys.readouterr()
+    assert "--resume" in said.err
+    assert "stopped holds no checkpoint yet: the run starts again from its first step" in said.out
     assert finetune.main([*arguments, str(tmp_path / "stopped")]) == 2
     assert "holds a run" in capsys.readouterr().err
     assert finetune.main([*arguments, str(tmp_path / "stopped"), "--resume", "--epochs", "3"]) == 2
@@ -199,7 +223,7 @@ def test_an_interrupted_run_goes_on_bit_for_bit(few_blocks, tmp_path, monkeypatc
             "none",
             marks=pytest.mark.slow,
         ),
-        (["--resume"], "holds no checkpoint"),
+        (["--resume"], "holds no run; start it without --resume"),
         (["--train-split", "train[:64]", "--baseline", "nowhere"], "baseline: nowhere/log.jsonl is not there"),
     ],
 )
@@ -250,6 +274,7 @@ def write_log(folder, settings, steps=4, metrics=("accuracy",)):
 def test_a_run_is_resumed_as_it_was_started_and_its_log_read_until_the_checkpoint(tmp_path, capsys):
     arguments = ["--epochs", "2", "--out", str(tmp_path / "run")]
     write_log(tmp_path / "run", options(*arguments).settings())
+    assert earlier_runs.read_started(options(*arguments)) is None  # it starts again
     checkpoint = tmp_path / "run/checkpoints/00000003"
     checkpoint.mkdir(parents=True)
     found, run = earlier_runs.read_started(options(*arguments))
@@ -260,6 +285,19 @@ def test_a_run_is_resumed_as_it_was_started_and_its_log_read_until_the_checkpoin
     (tmp_path / "run/log.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match=r"resume: .*log.jsonl is not there"):
         earlier_runs.read_started(options(*arguments))
+
+
+def test_a_checkpoint_of_the_same_step_is_not_replaced(tmp_path):
+    class Freezer:
+        steps = 3
+
+        def save(self, path):
+            path.mkdir(parents=True)
+
+    for steps in (2, 3, 3):
+        Freezer.steps = steps
+        earlier_runs.save_checkpoint(Freezer(), tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["00000003"]
 
 
 @pytest.mark.parametrize(("optimizer_steps", "log_steps"), [(7, 6), (6, 5)])

@@ -13,40 +13,41 @@ from train.options import Options
 
 
 def save_checkpoint(freezer: sfj.nnx.Freezer, out: Path) -> None:
-    """Writes a checkpoint, and only then removes the earlier ones."""
+    """Writes a checkpoint, unless that of this step is there, and only then removes the earlier ones."""
     target = out / "checkpoints" / f"{freezer.steps:08d}"
-    freezer.save(target, overwrite=True)
+    if not target.exists():  # replaced, it would be missing for a moment
+        freezer.save(target)
     for earlier in target.parent.iterdir():
         if earlier.name.isdigit() and earlier != target:
             shutil.rmtree(earlier)
 
 
-def last_checkpoint(out: Path) -> Path:
-    """The newest checkpoint of a run.
-
-    Raises:
-        FileNotFoundError: If there is none.
-    """
-    found = sorted(path for path in (out / "checkpoints").glob("*") if path.name.isdigit())
-    if not found:
-        raise FileNotFoundError(
-            f"resume: {out / 'checkpoints'} holds no checkpoint; start anew without --resume, in another folder if "
-            "this one holds a log"
-        )
-    return found[-1]
+def last_checkpoint(out: Path) -> Path | None:
+    """The newest checkpoint of a run; None if there is none."""
+    return max((path for path in (out / "checkpoints").glob("*") if path.name.isdigit()), default=None)
 
 
-def read_started(options: Options) -> tuple[Path, Run]:
+def read_started(options: Options) -> tuple[Path, Run] | None:
     """The newest checkpoint of the run in ``--out``, and its log until there.
 
+    Args:
+        options: The command line.
+
+    Returns:
+        None of a run that ended before its first checkpoint, and is to start again.
+
     Raises:
-        FileNotFoundError: If one of them is not there.
+        FileNotFoundError: If there is no run.
         ValueError: If the log is damaged, or the run was started with other options.
     """
-    checkpoint = last_checkpoint(options.out)
-    started = read(options.out / "log.jsonl", until=int(checkpoint.name), argument="resume")
+    checkpoint, file = last_checkpoint(options.out), options.out / "log.jsonl"
+    if checkpoint is None and not file.exists():
+        raise FileNotFoundError(
+            f"resume: {options.out} holds no run; start it without --resume, or name the folder of one with --out"
+        )
+    started = read(file, until=None if checkpoint is None else int(checkpoint.name), argument="resume")
     check_same(started.settings, options.settings())
-    return checkpoint, started
+    return None if checkpoint is None else (checkpoint, started)
 
 
 def check_same(before: dict[str, Any], now: dict[str, Any]) -> None:

@@ -103,12 +103,14 @@ def finetune(options: Options, say: Callable[[str], None], interrupt: Interrupt)
 
     Raises:
         KeyboardInterrupt: After Ctrl-C; a checkpoint has been written, unless it was pressed twice.
-        FileNotFoundError: If data, weights, or a checkpoint to resume from are not there.
+        FileNotFoundError: If data, weights, or a run to resume are not there.
         ValueError: If options do not fit each other, the network or the data.
         FloatingPointError: If the loss is not finite.
     """
     begin = time.perf_counter()
     started = read_started(options) if options.resume else None
+    if options.resume and started is None:
+        say(f"{options.out} holds no checkpoint yet: the run starts again from its first step")
     if options.keep_programs is not None:
         sfj.keep_programs(options.keep_programs)
     train_data, evaluation_data = open_data(options)

@@ -192,7 +192,11 @@ def parse(argv: list[str] | None) -> Options:
 
     add = parser.add_argument_group("run").add_argument
     add("--out", type=Path, required=True, help="folder for everything that is written")
-    add("--resume", action="store_true", help="go on from the last checkpoint in --out")
+    add(
+        "--resume",
+        action="store_true",
+        help="go on from the last checkpoint in --out, or, before the first, from the start",
+    )
     add("--baseline", type=Path, help="--out of an earlier run, to compare with in the report")
     add("--keep-programs", type=Path, help="folder in which compiled programs are kept for later runs")
     add("--quiet", action="store_true", help="no progress bar")
