@@ -43,7 +43,9 @@ _TODAY = {"gamma": "weight", "beta": "bias"}
 _WEIGHTS = (nnx.Param, nnx.BatchStat)
 
 
-def load(model: nnx.Module, path: str | Path, *, new_head: bool = False, resample: bool = False) -> None:
+def load(
+    model: nnx.Module, path: str | Path, *, prefix: str = "", new_head: bool = False, resample: bool = False
+) -> None:
     """Reads a model's parameters and statistics from a safetensors file.
 
     Args:
@@ -51,13 +53,15 @@ def load(model: nnx.Module, path: str | Path, *, new_head: bool = False, resampl
             the dtypes it has, and go where its arrays are.
         path: The file. An encoder without a head and without the prefix ``bert.`` is read too, and so are Hugging
             Face's old names (``gamma``, ``beta``).
+        prefix: What is taken off the names in the file, such as ``module.`` of DataParallel, ``_orig_mod.`` of
+            ``torch.compile`` or ``model.`` of Lightning.
         new_head: Whether to keep the model's own, fresh head, whatever head the file has or lacks.
         resample: Whether position embeddings of a DeiT for another image size are resampled to this network's.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is not a complete safetensors file, or tensors are missing, left over, or of another shape;
-            all of them are named.
+        ValueError: If it is not a complete safetensors file, or tensors are missing, left over, of another shape, NaN
+            or infinite, or variances are negative; all of them are named.
 
     Example:
         >>> import tempfile
@@ -68,7 +72,7 @@ def load(model: nnx.Module, path: str | Path, *, new_head: bool = False, resampl
         >>> load(network(10), path)
         >>> load(network(3), path, new_head=True)
     """
-    set_tensors(model, _read(Path(path)), new_head=new_head, resample=resample, source=f"path: {path}")
+    set_tensors(model, _read(Path(path)), prefix=prefix, new_head=new_head, resample=resample, source=f"path: {path}")
 
 
 def save(model: nnx.Module, path: str | Path, *, dtype: Any = None, overwrite: bool = False) -> None:
@@ -121,6 +125,7 @@ def set_tensors(
     model: nnx.Module,
     tensors: Mapping[str, np.ndarray],
     *,
+    prefix: str = "",
     new_head: bool = False,
     resample: bool = False,
     source: str = "tensors",
@@ -130,17 +135,20 @@ def set_tensors(
     Args:
         model: A network of this package.
         tensors: Arrays under the names, and in the layout, of the original library.
+        prefix: What is taken off the names of ``tensors``.
         new_head: Whether to keep the model's own head.
         resample: Whether to resample position embeddings.
         source: Where the tensors come from, for the error.
 
     Raises:
         TypeError: If the model's class does not say how the original library calls its variables.
-        ValueError: If tensors are missing, left over, or of another shape; all of them are named.
+        ValueError: If tensors are missing, left over, of another shape, NaN or infinite, or variances are negative; all
+            of them are named.
     """
     leaves, treedef = _flatten(nnx.state(model, _WEIGHTS))
     names = {name: _tensor_name(model, name) for name in leaves}
-    found = _renamed(tensors, set(names.values()))
+    _check_prefix(tensors, prefix, set(names.values()), source)
+    found = _renamed(tensors, set(names.values()), prefix)
     expected = {
         tensor: _to_torch(name, np.broadcast_to(np.float32(0), leaves[name].shape)).shape
         for name, tensor in names.items()
@@ -153,6 +161,7 @@ def set_tensors(
     if resample and isinstance(model, DeiT) and _POSITIONS in found:
         found[_POSITIONS] = _resampled(model, found[_POSITIONS])
     _check(found, expected, source, type(model).__name__)
+    _check_values({name: found[tensor] for name, tensor in names.items() if tensor in expected}, names, source)
     values = [
         _placed(_cast(tensor, _from_torch(name, found[tensor]), leaf.dtype), leaf) if tensor in expected else leaf
         for (name, tensor), leaf in zip(names.items(), leaves.values(), strict=True)
@@ -207,15 +216,54 @@ def _placed(value: np.ndarray, like: Any) -> jax.Array:
     return jax.device_put(value, getattr(like, "sharding", None))
 
 
-def _renamed(tensors: Mapping[str, np.ndarray], known: set[str]) -> dict[str, np.ndarray]:
-    """Without buffers, and with Hugging Face's old names and those of a bare encoder made today's."""
+def _renamed(tensors: Mapping[str, np.ndarray], known: set[str], prefix: str = "") -> dict[str, np.ndarray]:
+    """Without prefix and buffers, and with Hugging Face's old names and those of a bare encoder made today's."""
     found = {}
     for name, value in tensors.items():
+        name = name.removeprefix(prefix)
         if _IGNORED.search(name):
             continue
         today = re.sub(r"LayerNorm\.(gamma|beta)$", lambda old: f"LayerNorm.{_TODAY[old[1]]}", name)
         found[f"bert.{today}" if f"bert.{today}" in known else today] = value
     return found
+
+
+def _check_prefix(tensors: Mapping[str, np.ndarray], prefix: str, known: set[str], source: str) -> None:
+    """Checks that the names are not those of the network behind another prefix, such as ``module.``."""
+
+    def hits(candidate: str) -> int:
+        return len(known & _renamed(tensors, known, candidate).keys())
+
+    if 2 * hits(prefix) > len(known):
+        return
+    parts = [name.split(".") for name in tensors]
+    candidates = {".".join([*part[:depth], ""]) for part in parts for depth in (1, 2) if len(part) > depth}
+    best = max(sorted(candidates), key=hits, default="")
+    if 2 * hits(best) > len(known):
+        begin = sum(name.startswith(best) for name in tensors)
+        raise ValueError(
+            f"{source}: {begin} of the {len(tensors)} names begin with {best!r}, expected those of the network"
+            f"{f' behind {prefix!r}' if prefix else ''}; take it off with prefix={best!r} (of train.finetune: "
+            f"--weights-prefix {best})"
+        )
+
+
+def _check_values(found: Mapping[str, np.ndarray], names: Mapping[str, str], source: str) -> None:
+    """Checks that all is finite, and no variance negative."""
+    lines = [
+        f"  {names[name]} has {wrong} of {value.size} values {what}"
+        for name, value in found.items()
+        for what, wrong in (
+            ("NaN or infinite", value.size - np.count_nonzero(np.isfinite(value))),
+            ("below 0, though it is a variance", np.count_nonzero(value < 0) if name.endswith("/var") else 0),
+        )
+        if wrong
+    ]
+    if lines:
+        lines = [f"{source}: expected finite numbers, and no negative variance", *lines]
+        raise ValueError(
+            "\n".join([*lines, "choose another file: the run that made this one diverged, or it is damaged"])
+        )
 
 
 def _check(found: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ...]], source: str, network: str) -> None:

@@ -119,7 +119,8 @@ def finetune(options: Options, say: Callable[[str], None], interrupt: Interrupt)
     baseline = [] if options.baseline is None else [read_baseline(options, options.baseline, total_steps)]
     model = make_network(options, num_classes=train_data.num_classes, seed=options.seed)
     if options.weights is not None:
-        weights.load(model, options.weights, new_head=options.head == "new", resample=True)
+        prefix = options.weights_prefix or ""
+        weights.load(model, options.weights, prefix=prefix, new_head=options.head == "new", resample=True)
     model.train()
     if options.batch_norm == "fixed":
         fix_statistics(model)

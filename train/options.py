@@ -34,6 +34,7 @@ class Options:
     data_dir: Path
     out: Path
     weights: Path | None
+    weights_prefix: str | None
     head: str
     vocab: Path | None
     train_split: str
@@ -104,6 +105,7 @@ def parse(argv: list[str] | None) -> Options:
     add = parser.add_argument_group("network").add_argument
     add("--model", required=True, choices=get_args(Name), help="the network")
     add("--weights", type=Path, help="safetensors file to start from; default: from scratch")
+    add("--weights-prefix", help="what is taken off the names in --weights, such as module. of DataParallel")
     add("--head", choices=["new", "keep"], default="new", help="whether the head of --weights is made anew or kept")
     add(
         "--stem", choices=["imagenet", "cifar"], default="imagenet", help="cifar: for images of 32x32; no early strides"
