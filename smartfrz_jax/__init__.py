@@ -45,6 +45,7 @@ from smartfrz_jax.observation import Observation as Observation
 from smartfrz_jax.policies import Policy as Policy
 from smartfrz_jax.policies import autofreeze as autofreeze
 from smartfrz_jax.policies import freezeout_schedules as freezeout_schedules
+from smartfrz_jax.policies import gain as gain
 from smartfrz_jax.policies import linear as linear
 from smartfrz_jax.policies import never as never
 from smartfrz_jax.policies import progress as progress

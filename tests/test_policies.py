@@ -38,6 +38,11 @@ def train_step(params, active, x, y):
     return params, grads, loss
 
 
+@jax.jit
+def loss_gradient(params):
+    return jax.grad(lambda p: jnp.mean(jnp.square(forward(p, X) - Y)))(params)
+
+
 rng = np.random.default_rng(0)
 PARAMS = {
     f"dense{i}": {
@@ -98,6 +103,12 @@ CASES = {
     ),
     "static_prefix": Case(
         lambda keep=None: policies.static_prefix(STEPS, [(0.25, 0.4), (0.5, 1.0)], keep=keep), {6, 12}
+    ),
+    "gain": Case(
+        lambda keep=None: policies.gain(
+            lambda params, number: loss_gradient(params), STEPS, factor=3.0, window=2, measure_every=4, keep=keep
+        ),
+        {step + 1 for step in every(4)},
     ),
     "random": Case(lambda keep=None: policies.random(0.4, total_steps=STEPS, keep=keep), set(range(STEPS + 1))),
 }

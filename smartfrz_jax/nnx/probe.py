@@ -1,4 +1,4 @@
-"""The training loss on one batch, for parameters that are not the model's."""
+"""The training loss and its gradient on batches apart, for parameters that are not the model's."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import jax
 from flax import nnx
 
 from smartfrz_jax.contribution import Probe
+from smartfrz_jax.policies.gain import Gradients
 
 PyTree = Any
 
@@ -41,6 +42,49 @@ def probe(model: nnx.Module, loss_fn: Callable[..., Any], *batch: Any, wrt: nnx.
         return _loss(graphdef, loss_fn, params, nnx.as_pure(rest), batch)
 
     return loss
+
+
+def gradient_probe(
+    model: nnx.Module,
+    loss_fn: Callable[..., Any],
+    batches: Callable[[int], tuple[Any, ...]],
+    wrt: nnx.filterlib.Filter = nnx.Param,
+) -> Gradients:
+    """A function from parameters to the gradient of the loss on batches of its own, which leaves the model as it is.
+
+    Args:
+        model: The model; its mode and all that are no parameters are taken as they are at each call.
+        loss_fn: From the model and a batch to a scalar, as in the train step.
+        batches: The batch of each measurement, counted from 0; all of the same shapes.
+        wrt: What the optimizer trains.
+
+    Returns:
+        The function of ``(params, number)``, for :func:`smartfrz_jax.gain`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> model = nnx.Linear(2, 1, use_bias=False, rngs=nnx.Rngs(0))
+        >>> gradients = gradient_probe(model, lambda model, x: jnp.sum(model(x)), lambda number: (jnp.ones((4, 2)),))
+        >>> gradients({"kernel": jnp.ones((2, 1))}, 0)["kernel"].tolist()
+        [[4.0], [4.0]]
+    """
+
+    def gradients(params: PyTree, number: int) -> PyTree:
+        graphdef, _, rest = nnx.split(model, wrt, ...)
+        return _gradient(graphdef, loss_fn, params, nnx.as_pure(rest), batches(number))
+
+    return gradients
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _gradient(
+    graphdef: nnx.GraphDef[nnx.Module],
+    loss_fn: Callable[..., Any],
+    params: PyTree,
+    rest: PyTree,
+    batch: tuple[Any, ...],
+) -> PyTree:
+    return jax.grad(lambda params: loss_fn(nnx.merge(graphdef, params, rest, copy=True), *batch))(params)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
