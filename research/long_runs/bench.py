@@ -28,6 +28,7 @@ from train.trials.classification import loss_fn
 _PROBE = 128  # examples on which contributions are measured and layers' outputs compared
 _HELD_OUT = 0.1  # share of the training examples on which learning rates are chosen: the last ones
 _EVALUATION_BATCH = 250
+_LARGER, _OTHER_ORDER = 4, 10_000  # batches on which gradients are measured: of so many steps, and their seed
 
 
 class Bench:
@@ -111,7 +112,18 @@ class Bench:
             known = self.model(seed)
             weights.load(known, reference)
             outputs = self.features(known)
-        return Situation(steps, epoch, self.costs, probe, outputs, seed)
+        gradients = sfj.nnx.gradient_probe(model, loss_fn, functools.partial(self._apart, seed))
+        return Situation(steps, epoch, self.costs, probe, gradients, outputs, seed)
+
+    def _apart(self, seed: int, number: int) -> tuple[Any, ...]:
+        """A batch for a measurement, augmented as for training, in an order of its own; four times a step's."""
+        batches = self._batches(self.data.train, _OTHER_ORDER + seed, _LARGER * self.case.batch_size)
+        batch = batches(number)
+        return batch.inputs, jnp.asarray(batch.labels)
+
+    def _batches(self, examples: Arrays, seed: int, batch_size: int) -> Batches:
+        shift = self.case.architecture.size // 8
+        return Batches(examples, batch_size, seed, self.case.augment, shift=shift)
 
     def features(self, model: nnx.Module) -> dict[str, jax.Array]:
         """Outputs of every layer on the probe batch."""
@@ -119,9 +131,7 @@ class Bench:
 
     def batches(self, seed: int, start: int, stop: int, *, tuning: bool) -> Iterator[tuple[Any, ...]]:
         """Inputs and labels of the steps from ``start`` (counted from 0) to before ``stop``."""
-        examples = self.training_set(tuning=tuning)
-        shift = self.case.architecture.size // 8
-        batches = Batches(examples, self.case.batch_size, seed, self.case.augment, shift=shift)
+        batches = self._batches(self.training_set(tuning=tuning), seed, self.case.batch_size)
         for step in range(start, stop):
             batch = batches(step)
             yield batch.inputs, batch.labels

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import smartfrz_jax as sfj
+from smartfrz_jax.policies.gain import Gradients
 from smartfrz_jax.predictor import Pretrained
 
 
@@ -17,6 +18,7 @@ class Situation(NamedTuple):
         steps_per_epoch: Train steps of an epoch.
         costs: Forward FLOPs of every layer.
         probe: From parameters to the training loss on a fixed batch.
+        gradients: From parameters and a number to the gradient on a batch of that number, apart from the run's.
         reference: Outputs of every layer of a network trained to the end on the probe batch; None if there is none yet.
         seed: Seed of the run.
     """
@@ -25,6 +27,7 @@ class Situation(NamedTuple):
     steps_per_epoch: int
     costs: Mapping[str, float]
     probe: Callable[[Any], Any]
+    gradients: Gradients
     reference: Mapping[str, Any] | None
     seed: int
 
@@ -65,6 +68,10 @@ def _smartfrz(name: Pretrained, **options: Any) -> Strategy:
     return Strategy(policy)
 
 
+def _gain(factor: float) -> Strategy:
+    return Strategy(lambda s: sfj.gain(s.gradients, s.total_steps, factor=factor, costs=s.costs))
+
+
 def _never(length: float = 1.0, rate: float = 1.0) -> Strategy:
     return Strategy(lambda s: sfj.never(), length=length, rate=rate)
 
@@ -77,11 +84,14 @@ STRATEGIES: dict[str, Strategy] = {
     "smartfrz": _smartfrz("default"),
     "paper": _smartfrz("paper", caution=0.5, order="any", patience=1),
     "shorter:0.5": _never(0.5),
+    "gain:0.5": _gain(0.5),
     "freezeout": Strategy(lambda s: sfj.linear(s.total_steps, t0=0.5), freezeout=True),
     "progress": Strategy(lambda s: sfj.progress(s.total_steps)),
     "smartfrz:0.5": _smartfrz("default", caution=0.5),
     "progress:0.5": Strategy(lambda s: sfj.progress(s.total_steps, caution=0.5)),
     "autofreeze": Strategy(lambda s: sfj.autofreeze(max(1, s.steps_per_epoch // 4))),
+    "gain:0.25": _gain(0.25),
+    "gain:1": _gain(1.0),
     "shorter:0.5,2": _never(0.5, 2.0),
     "static:all:0.5": _static((0.5, 1.0)),
     "similarity_guided": Strategy(
