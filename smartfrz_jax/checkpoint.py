@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +16,13 @@ from smartfrz_jax import checkpoint_leaves
 
 PyTree = Any
 
-# Where the metadata have the notes on leaves that Orbax does not hold as they are.
-_SPECIAL = "special_leaves"
+# Where the metadata have the notes on leaves that Orbax does not hold as they are, the checksums of those that it does,
+# and that of all the metadata.
+_SPECIAL, _ARRAYS, _ALL = "special_leaves", "checksums", "checksum"
 
 
 def write(path: str | Path, tree: PyTree, kind: str, metadata: dict[str, Any], *, overwrite: bool = False) -> None:
-    """Writes a pytree and JSON metadata as an Orbax checkpoint, atomically.
+    """Writes a pytree and JSON metadata as an Orbax checkpoint, atomically, with checksums.
 
     Args:
         path: Directory to make.
@@ -44,6 +47,8 @@ def write(path: str | Path, tree: PyTree, kind: str, metadata: dict[str, Any], *
         raise ValueError(f"tree: the {kind} has no array with elements, expected at least one; add what it is for")
     special = {name: note for name, leaf in leaves.items() if (note := checkpoint_leaves.note(leaf)) is not None}
     metadata = {"kind": kind} | metadata | ({_SPECIAL: special} if special else {})
+    metadata[_ARRAYS] = {name: checkpoint_leaves.checksum(array) for name, array in arrays.items()}
+    metadata[_ALL] = _checksum(metadata)
     ocp.save(str(target), arrays, overwrite=overwrite, custom_metadata=metadata)
 
 
@@ -58,8 +63,7 @@ def read_metadata(path: str | Path, kind: str) -> dict[str, Any]:
         FileNotFoundError: If there is no such directory.
         ValueError: If it is not a complete checkpoint of that kind.
     """
-    metadata = _metadata(Path(path).absolute(), kind).custom_metadata
-    return {name: value for name, value in metadata.items() if name != _SPECIAL}
+    return _own(_metadata(Path(path).absolute(), kind).custom_metadata)
 
 
 def read(path: str | Path, like: PyTree, kind: str) -> PyTree:
@@ -91,6 +95,9 @@ def read(path: str | Path, like: PyTree, kind: str) -> PyTree:
         loaded = ocp.load(str(source), {name: checkpoint_leaves.abstract(saved[name], wanted[name]) for name in arrays})
     except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
         raise ValueError(_damaged(source, kind, error)) from error
+    for name, checksum in metadata.custom_metadata.get(_ARRAYS, {}).items():
+        if checksum is not None and checkpoint_leaves.checksum(loaded[name]) not in (checksum, None):
+            raise ValueError(_damaged(source, kind, ValueError(f"the values of {name} are not those that were saved")))
 
     def restored(path: Any, leaf: Any) -> Any:
         name = keystr(path)
@@ -131,18 +138,30 @@ def with_dropped(path: str | Path, like: PyTree, kind: str, *, prefix: str) -> P
 
 def _metadata(source: Path, kind: str) -> Any:
     if not source.is_dir():
-        raise FileNotFoundError(f"path: there is no directory {source}; expected the checkpoint of a {kind}")
+        file = ", it is a file" if source.exists() else ""
+        raise FileNotFoundError(f"path: there is no directory {source}{file}; expected the checkpoint of a {kind}")
     try:
         metadata = ocp.metadata(str(source))
     except Exception as error:  # as above
         raise ValueError(_damaged(source, kind, error)) from error
     if not isinstance(metadata.custom_metadata, dict) or metadata.custom_metadata.get("kind") != kind:
-        raise ValueError(
-            f"path: {source} is not the checkpoint of a {kind}; its metadata are {metadata.custom_metadata}"
-        )
+        there = _own(metadata.custom_metadata) if isinstance(metadata.custom_metadata, dict) else None
+        raise ValueError(f"path: {source} is not the checkpoint of a {kind}; its metadata are {there!s:.300}")
+    if metadata.custom_metadata.get(_ALL, _checksum(metadata.custom_metadata)) != _checksum(metadata.custom_metadata):
+        raise ValueError(_damaged(source, kind, ValueError("its metadata are not those that were saved")))
     if not isinstance(metadata.metadata, dict):  # Orbax only logs that it could not read them
         raise ValueError(_damaged(source, kind, ValueError("the list of its arrays cannot be read")))
     return metadata
+
+
+def _own(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Without what :func:`write` adds."""
+    return {name: value for name, value in metadata.items() if name not in (_SPECIAL, _ARRAYS, _ALL)}
+
+
+def _checksum(metadata: dict[str, Any]) -> int:
+    rest = {name: value for name, value in metadata.items() if name != _ALL}
+    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
 
 
 def _damaged(source: Path, kind: str, error: Exception) -> str:

@@ -117,7 +117,7 @@ def load(directory: str | Path) -> list[Recording]:
     files = sorted(directory.glob("*.npz"))
     if not files:
         raise FileNotFoundError(f"directory: {directory} holds no recordings (*.npz); add some with save(...)")
-    return [read(file) for file in files]
+    return [_read(file, "directory") for file in files]
 
 
 def read(path: str | Path) -> Recording:
@@ -133,15 +133,20 @@ def read(path: str | Path) -> Recording:
     path = Path(path)
     if not path.is_file():
         raise FileNotFoundError(f"path: there is no file {path}; expected a recording (*.npz)")
+    return _read(path, "path")
+
+
+def _read(path: Path, argument: str) -> Recording:
+    """Reads one recording; errors name the argument that led to it."""
     try:
         with path.open("rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = dict(archive)
         version = int(arrays["format_version"])
     except Exception as error:  # NumPy and zipfile raise many kinds for damaged files
-        raise ValueError(_damaged(path, error)) from error
+        raise ValueError(_damaged(path, argument, error)) from error
     if version != FORMAT_VERSION:
         raise ValueError(
-            f"directory: {path} has format version {version}, expected {FORMAT_VERSION}; record that run again"
+            f"{argument}: {path} has format version {version}, expected {FORMAT_VERSION}; record that run again"
             + (" (version 1 lacks its losses and the weights before the first step)" if version == 1 else "")
             + ", or read it with the version of smartfrz_jax that wrote it"
         )
@@ -153,11 +158,11 @@ def read(path: str | Path) -> Recording:
             **{field: arrays[field] for field in ARRAYS if field not in OPTIONAL or field in arrays},
         )
     except Exception as error:  # as above, and what Recording refuses
-        raise ValueError(_damaged(path, error)) from error
+        raise ValueError(_damaged(path, argument, error)) from error
 
 
-def _damaged(path: Path, error: Exception) -> str:
+def _damaged(path: Path, argument: str, error: Exception) -> str:
     return (
-        f"directory: {path} is not a complete recording ({type(error).__name__}: {error}); restore another copy, or "
+        f"{argument}: {path} is not a complete recording ({type(error).__name__}: {error}); restore another copy, or "
         "delete it and record that run again"
     )

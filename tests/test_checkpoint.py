@@ -239,6 +239,9 @@ def damage(path: Path, file: Path, how: str) -> Path:
         (target / file).unlink()
     elif how == "garble":
         (target / file).write_bytes(bytes(byte ^ 0x5A for byte in content))
+    elif how.startswith("flip"):
+        place = int(len(content) * float(how.split()[1]))
+        (target / file).write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
     else:
         (target / file).write_bytes(content[: len(content) // 2])
     return target
@@ -246,23 +249,58 @@ def damage(path: Path, file: Path, how: str) -> Path:
 
 def read_damaged(path: Path, like) -> str:
     try:
-        got = checkpoint.read(path, like, "thing")
+        got, metadata = checkpoint.read(path, like, "thing"), checkpoint.read_metadata(path, "thing")
     except ValueError as error:
         return str(error)
-    assert_bit_identical(got, like)
+    assert_bit_identical(got["w"], like["w"])
+    assert (got["n"], metadata) == (7, {"kind": "thing", "frozen": ["a"]})
     return ""
 
 
 def main(path: Path) -> None:
     """Reads damaged copies of a checkpoint; prints the error for each, by kind of damage and file."""
-    tree = {"w": jnp.arange(1000.0)}
-    checkpoint.write(path, tree, "thing", {})
+    tree = {"n": 7, "w": jnp.arange(1000.0)}
+    checkpoint.write(path, tree, "thing", {"frozen": ["a"]})
     files = [file.relative_to(path) for file in sorted(path.rglob("*")) if file.is_file()]
     damaged = {(how, str(file)): damage(path, file, how) for how in ("delete", "garble", "truncate") for file in files}
+    flips = [f"flip {place}" for place in (0.3, 0.5, 0.9)]
+    damaged |= {
+        (how, str(file)): damage(path, file, how) for how in flips for file in files if (path / file).stat().st_size
+    }
     errors = {" ".join(case): read_damaged(target, tree) for case, target in damaged.items()}
     target = Path(shutil.copytree(path, path.parent / "no data"))
     shutil.rmtree(target / "state" / "d")
     print(json.dumps(errors | {"no data": read_damaged(target, tree)}))
+
+
+def test_values_and_metadata_that_are_not_those_that_were_saved_are_noticed(tmp_path):
+    checkpoint.write(tmp_path / "x", {"w": jnp.arange(4.0), "n": 7}, "thing", {})
+    file = tmp_path / "x/_CHECKPOINT_METADATA"
+    text = file.read_text()
+    for old, new, message in (
+        ('"value": 7', '"value": 3', "its metadata are not those that were saved"),
+        ('"value": 7', '"value": 7.0', "its metadata are not those that were saved"),
+    ):
+        assert old in text
+        file.write_text(text.replace(old, new))
+        with pytest.raises(ValueError, match=f"is not a complete checkpoint of a thing .*{message}.*another copy"):
+            checkpoint.read(tmp_path / "x", {"w": jnp.zeros(4), "n": 0}, "thing")
+
+
+def test_a_folder_of_something_else(tmp_path):
+    import orbax.checkpoint as ocp
+
+    ocp.PyTreeCheckpointer().save(tmp_path / "older", {"a": jnp.ones(2)})
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_bytes(b"PK")
+    for name, error, message in (
+        ("older", ValueError, "is not the checkpoint of a thing|is not a complete checkpoint of a thing"),
+        ("empty", ValueError, "is not a complete checkpoint of a thing"),
+        ("file", FileNotFoundError, "there is no directory .*file, it is a file; expected the checkpoint of a thing"),
+        ("nowhere", FileNotFoundError, "there is no directory .*nowhere; expected"),
+    ):
+        with pytest.raises(error, match=f"^path: .*({message})"):
+            checkpoint.read(tmp_path / name, TREE, "thing")
 
 
 @pytest.mark.slow
@@ -283,6 +321,11 @@ def test_damage_to_any_file_is_a_clear_error_or_harmless(tmp_path):
     for how in ("delete", "garble", "truncate"):
         assert f"{how} _CHECKPOINT_METADATA" in refused
         assert sum(case.startswith(how) for case in refused) >= 3
+    for file in (
+        "_CHECKPOINT_METADATA",
+        *(case[9:] for case in errors if case.startswith("flip 0.5 state/ocdbt.process_0/d")),
+    ):
+        assert sum(case.startswith("flip") and case.endswith(file) for case in refused) >= 2
     assert "is not a complete checkpoint of a thing" in refused["no data"]
     assert "restore another copy" in refused["no data"]
 

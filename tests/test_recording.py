@@ -236,8 +236,10 @@ class TestFiles:
                     "flipped": content[:middle] + bytes([content[middle] ^ 0xFF]) + content[middle + 1 :],
                 }[damage]
             )
-        with pytest.raises(ValueError, match=r"late\.npz is not a complete recording"):
+        with pytest.raises(ValueError, match=r"^directory: .*late\.npz is not a complete recording"):
             recording_files.load(tmp_path)
+        with pytest.raises(ValueError, match=r"^path: .*late\.npz is not a complete recording"):
+            recording_files.read(path)
 
     def write(self, path, **changes):
         arrays = {
@@ -281,5 +283,7 @@ class TestFiles:
     )
     def test_a_file_that_does_not_fit(self, tmp_path, changes, message):
         self.write(tmp_path / "hand.npz", **changes)
-        with pytest.raises(ValueError, match=message):
+        with pytest.raises(ValueError, match=f"^directory: .*{message}"):
             recording_files.load(tmp_path)
+        with pytest.raises(ValueError, match=f"^path: .*{message}"):
+            recording_files.read(tmp_path / "hand.npz")
