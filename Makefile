@@ -1,11 +1,11 @@
 # Everything is made in $(VENV), from nothing but Python >= 3.11 and pip. Which jax is tested depends on the interpreter:
-# 0.10 on Python 3.11, 0.11 on later ones (constraints/).
+# 0.10 on Python 3.11, 0.11 on 3.12, 0.12 on later ones (constraints/).
 PYTHON ?= python3
 VENV ?= .venv
 OUT ?= runs/demo
 
 BIN := $(VENV)/bin
-CONSTRAINTS = $(shell $(PYTHON) -c 'import sys; print("constraints/jax-0.10.txt" if sys.version_info < (3, 12) else "constraints/jax-0.11.txt")')
+CONSTRAINTS = $(shell $(PYTHON) -c 'import sys; print(f"constraints/jax-0.{min(sys.version_info[1], 13) - 1}.txt")')
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
 PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
@@ -23,10 +23,11 @@ test: $(VENV)/.test
 test-quick: $(VENV)/.test
 	$(PYTEST) -m "not slow"
 
-# Both pairs that are supported.
+# All pairs that are supported.
 test-all:
 	$(MAKE) test PYTHON="$$(.ci/find_python 3.11)" VENV=.venv
 	$(MAKE) test PYTHON="$$(.ci/find_python 3.12)" VENV=.venv-3.12
+	$(MAKE) test PYTHON="$$(.ci/find_python 3.13)" VENV=.venv-3.13
 
 coverage: $(VENV)/.test
 	$(PYTEST) --cov --cov-report=term-missing
@@ -55,7 +56,7 @@ bench-freezing: $(VENV)/.parity
 	$(BIN)/python -m benchmarks.cache
 
 clean:
-	rm -rf .venv .venv-3.12 runs
+	rm -rf .venv .venv-3.12 .venv-3.13 runs
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
