@@ -75,7 +75,6 @@ def loss_fn(model: nnx.Module, inputs: tuple[jax.Array, ...], labels: jax.Array)
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
-@nnx.jit
 def train_step(
     model: nnx.Module, optimizer: sfj.nnx.Optimizer, inputs: tuple[Any, ...], labels: jax.Array
 ) -> jax.Array:

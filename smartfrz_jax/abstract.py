@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -14,15 +15,14 @@ from smartfrz_jax.freezing import Frozen
 
 PyTree = Any
 
-_LEAF = jax.tree.structure(0)
-
 
 class Key(NamedTuple):
     """What a program is for.
 
     Attributes:
-        structure: Of all arguments, with the optimizer and its frozen set.
-        batch: Structure, shapes and dtypes of what is neither a module nor the owner of the frozen set.
+        structure: Of all arguments, with the optimizers and their frozen sets. Static attributes of modules, which need
+            not be hashable, are told apart by equality, as in ``jax.jit``.
+        batch: Structure, shapes and dtypes of what is neither a module nor a ``TrainState``.
     """
 
     structure: Any
@@ -30,57 +30,48 @@ class Key(NamedTuple):
 
 
 class Arguments:
-    """Arguments of a step, taken apart into what ``nnx.jit`` writes into and what it only reads.
+    """Arguments of a step, taken apart.
 
     Args:
         args: The arguments.
-        nested: Whether to look for modules inside of dicts, lists and other pytrees too, as ``nnx.jit`` does.
 
     Attributes:
         args: The arguments.
-        nodes: The modules and lone variables, in order.
-        rest: What else each argument holds, with ``None`` in place of nodes.
+        nodes: The modules and lone variables, in order, which the step changes in place.
+        rest: What it only reads, in order: arrays, and every ``TrainState`` as a whole.
+        owners: What has a frozen set, in order.
     """
 
-    def __init__(self, args: tuple[Any, ...], *, nested: bool = True):
+    def __init__(self, args: tuple[Any, ...]):
         self.args = args
-        self.nodes: list[Any] = []
-        self.rest: list[Any] = []
-        self._structure: list[Any] = []
-        for arg in args:
-            leaves, structure = [arg], _LEAF
-            if nested and not isinstance(arg, jax.Array | np.ndarray | nnx.Pytree):
-                leaves, structure = jax.tree.flatten(arg, is_leaf=is_node)
-            self.nodes += filter(is_node, leaves)
-            self.rest.append([None if is_node(leaf) else leaf for leaf in leaves])
-            self._structure.append(structure)
+        self._leaves, self._structure = jax.tree.flatten(args, is_leaf=_is_whole)
+        self.nodes = [leaf for leaf in self._leaves if is_node(leaf)]
+        self.rest = [leaf for leaf in self._leaves if not is_node(leaf)]
 
-    @property
-    def owner(self) -> Any:
-        """The argument that has the frozen set.
+    @functools.cached_property
+    def owners(self) -> list[Any]:
+        """What has a frozen set, each once.
 
         Raises:
-            TypeError: If there is none.
+            TypeError: If nothing has.
         """
-        owner = next(filter(has_frozen, self.args), None)
-        if owner is None:
+        owners = list({id(leaf): leaf for leaf in self._leaves if has_frozen(leaf)}.values())
+        if not owners:
             raise TypeError(
                 f"args: none of {', '.join(type(arg).__name__ for arg in self.args)} has a frozen set; pass the "
                 "TrainState of smartfrz_jax.linen or the Optimizer of smartfrz_jax.nnx"
             )
-        return owner
+        return owners
+
+    @property
+    def frozen(self) -> tuple[Frozen, ...]:
+        """The frozen sets of the owners."""
+        return tuple(owner.frozen for owner in self.owners)
 
     @functools.cached_property
     def batch(self) -> Any:
         """As of :class:`Key`."""
-        owner = self.owner
-        parts = [
-            ([], _LEAF) if arg is owner else part
-            for arg, *part in zip(self.args, self.rest, self._structure, strict=True)
-        ]
-        leaves, structure = jax.tree.flatten([rest for rest, _ in parts])
-        shapes = tuple((np.shape(leaf), str(getattr(leaf, "dtype", type(leaf)))) for leaf in leaves)
-        return structure, tuple(tree for _, tree in parts), shapes
+        return self._structure, tuple(_shape_and_type(leaf) for leaf in self._leaves)
 
     @property
     def call(self) -> Any:
@@ -91,26 +82,45 @@ class Arguments:
     def key(self) -> Key:
         """Equal for calls with the same program."""
         # The optimizer and the frozen set are static in their owner; those of equal ones are equal.
-        structure = nnx.graphdef(tuple(self.nodes)), jax.tree.structure(self.rest), tuple(self._structure)
-        return Key(structure, self.batch)
+        return Key(jax.tree.structure((nnx.graphdef(self.nodes), self.rest)), self.batch)
 
     @property
     def placement(self) -> list[Any]:
         """Shape, dtype and devices of all arrays."""
         return [
             (np.shape(leaf), getattr(leaf, "dtype", None), getattr(leaf, "sharding", None))
-            for leaf in jax.tree.leaves((nnx.state(tuple(self.nodes)), self.rest))
+            for leaf in jax.tree.leaves((nnx.state(self.nodes), self.rest))
         ]
+
+    def put(self, nodes: Iterable[Any], rest: Iterable[Any]) -> tuple[Any, ...]:
+        """The arguments with others in place of ``nodes`` and ``rest``."""
+        nodes, rest = iter(nodes), iter(rest)
+        return jax.tree.unflatten(self._structure, [next(nodes if is_node(leaf) else rest) for leaf in self._leaves])
+
+    def replace_owners(self, others: dict[int, Any]) -> tuple[Any, ...]:
+        """The arguments with others in place of some owners, given by their place among ``owners``."""
+        new = {id(self.owners[place]): other for place, other in others.items()}
+        return jax.tree.unflatten(self._structure, [new.get(id(leaf), leaf) for leaf in self._leaves])
 
 
 def is_node(value: Any) -> bool:
-    """Whether ``nnx.jit`` writes back into it what the step changes: a module, or a variable by itself."""
+    """Whether a step changes it in place: a module, or a variable by itself."""
     return isinstance(value, nnx.Pytree | nnx.Variable)
 
 
 def has_frozen(arg: Any) -> bool:
     """Whether it is a ``TrainState`` or an ``Optimizer`` with a frozen set."""
     return isinstance(getattr(arg, "frozen", None), Frozen)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, nnx.Pytree | nnx.Variable | jax.Array | np.ndarray) or has_frozen(value)
+
+
+def _shape_and_type(leaf: Any) -> Any:
+    if is_node(leaf) or has_frozen(leaf):
+        return type(leaf)
+    return np.shape(leaf), str(getattr(leaf, "dtype", type(leaf)))
 
 
 def of(args: tuple[Any, ...]) -> tuple[Any, ...]:

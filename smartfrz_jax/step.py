@@ -1,22 +1,25 @@
-"""A jitted train step, compiled ahead of time: one program per frozen set, the next one while training goes on."""
+"""A train step, compiled ahead of time: one program per frozen set, the next one while training goes on."""
 
 from __future__ import annotations
 
 import dataclasses
+import inspect
 import time
-import weakref
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-from smartfrz_jax import abstract
-from smartfrz_jax.abstract import Arguments, Key, has_frozen
+from smartfrz_jax import abstract, flat_step
+from smartfrz_jax.abstract import Arguments, Key
 from smartfrz_jax.accounting import Account
-from smartfrz_jax.bound import Bound, bind
+from smartfrz_jax.bound import Bounds, Watch
 from smartfrz_jax.checking import Measured, SavingCheck, jaxpr_of
-from smartfrz_jax.cost import ProgramCost, check_jitted, measure
+from smartfrz_jax.cost import ProgramCost, measure
+from smartfrz_jax.flat_step import Call, Donate
 from smartfrz_jax.freezing import Frozen
+from smartfrz_jax.owners import Owners
+from smartfrz_jax.recompilation import Recompilations
 
 PyTree = Any
 
@@ -29,34 +32,46 @@ class Program:
     """One program of a train step.
 
     Attributes:
-        frozen: The frozen set it is for.
+        frozen_sets: The frozen sets it is for: one for each ``Optimizer`` or ``TrainState`` among the arguments.
         cost: What it costs.
         ahead: Whether it was compiled while training went on.
         waited: Seconds that the loop stood still for it: for tracing, and for what was left to compile.
     """
 
-    frozen: Frozen
+    frozen_sets: tuple[Frozen, ...]
     cost: ProgramCost
     ahead: bool = False
     waited: float = 0.0
 
+    @property
+    def frozen(self) -> Frozen:
+        """The frozen set, where there is one; else that of the first ``Optimizer`` or ``TrainState``."""
+        return self.frozen_sets[0]
+
 
 class TrainStep:
-    """Calls a jitted train step, one compiled program for every frozen set.
+    """Compiles a train step, one program for every frozen set, and calls the right one.
 
     The step specialises on the frozen set and the optimizer, which are static in one of its arguments. This class
     notices when they change and compiles the program for them, if :meth:`prepare` has not had it compiled before.
-    Programs that have not been used for longest are released, and with them what JAX keeps of the step.
+    Programs that have not been used for longest are released.
+
+    As under ``nnx.jit``, modules among the arguments, and inside of dicts, lists and other pytrees of them, are changed
+    in place. They are not taken apart at every call. Their static attributes need not be hashable: they are told apart
+    by equality.
 
     Args:
-        step: A function made by ``jax.jit`` or ``nnx.jit``. One of its arguments is a ``TrainState`` of
+        train_step: The plain function, not jitted. One or several of its arguments are a ``TrainState`` of
             ``smartfrz_jax.linen`` or an ``Optimizer`` of ``smartfrz_jax.nnx``; the others are arrays, pytrees of them,
-            or modules: what is static belongs into it (``functools.partial``). It must not be called by others too:
-            they would compile the programs again.
+            or modules: what is static belongs into it (``functools.partial``).
         account: The account of the step, from :func:`smartfrz_jax.account`. With it, a program for a batch as that of
             the first that saves less than predicted is a ``SavingWarning``, once for each cause; see
             :class:`smartfrz_jax.SavingCheck`.
-        max_programs: How many programs are kept. Two are needed to go from one to the next.
+        donate: Which arguments a call may overwrite, so that old and new values do not lie in memory side by side:
+            ``True`` for every module, optimizer and ``TrainState``, or names of arguments. Do not go on with what was
+            donated: with arrays taken out of a module before the call, or with an old ``TrainState``.
+        max_programs: How many programs are kept. Two are needed to go from one to the next. If more take turns, and
+            are compiled again and again, a ``SavingWarning`` says so.
 
     Attributes:
         programs: What was compiled so far, in the order of first use.
@@ -64,8 +79,8 @@ class TrainStep:
         last: The program of the last call, or the last that was asked for; ``None`` before.
 
     Raises:
-        TypeError: If ``step`` is not jitted.
-        ValueError: If ``max_programs`` is less than 1.
+        TypeError: If ``train_step`` is jitted, or no function.
+        ValueError: If ``max_programs`` is less than 1, or ``donate`` names what is no argument.
 
     Example:
         >>> import jax.numpy as jnp
@@ -75,35 +90,42 @@ class TrainStep:
         >>> model = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0)), nnx.Linear(3, 4, rngs=nnx.Rngs(0)))
         >>> layers = sfj.nnx.find_layers(model, jnp.ones((1, 2)))
         >>> optimizer = sfj.nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param, layers=layers)
-        >>> @nnx.jit
-        ... def train_step(model, optimizer, x):
+        >>> def train_step(model, optimizer, x):
         ...     loss, grads = optimizer.value_and_grad(lambda model, x: (model(x) ** 2).mean())(model, x)
         ...     optimizer.update(model, grads)
         ...     return loss
-        >>> step = TrainStep(train_step)
+        >>> step = TrainStep(train_step, donate=True)
         >>> loss = step(model, optimizer, jnp.ones((1, 2)))
         >>> [len(program.frozen.names) for program in step.programs]
         [0]
     """
 
-    def __init__(self, step: Any, *, account: Account | None = None, max_programs: int = 8):
-        check_jitted(step)
+    def __init__(
+        self,
+        train_step: Callable[..., Any],
+        *,
+        account: Account | None = None,
+        donate: bool | str | Sequence[str] = False,
+        max_programs: int = 8,
+    ):
+        _check_plain(train_step)
         if max_programs < 1:
             raise ValueError(f"max_programs: got {max_programs}, expected at least 1, the program in use")
         self.account = account
         self.programs: list[Program] = []
         self.wait_seconds = 0.0
         self.last: Program | None = None
-        self._step = step
+        self._step, self._donate = train_step, _numbers(train_step, donate)
         self._check = None if account is None else SavingCheck(account)
-        self._checked_batch: Any = None
+        self._checked: Any = None
         self._max_programs = max_programs
+        self._recompilations = Recompilations(max_programs)
         self._compiled: dict[Key, _Compiled] = {}
         self._coming: dict[Key, _Coming] = {}
-        self._bound = _Bounds()
+        self._bound = Bounds()
         self._calls = 0
         self._recent: deque[_Shapes] = deque(maxlen=_RECENT)
-        self._nested = hasattr(step, "jitted_fn")  # of nnx.jit, which writes into modules wherever they are
+        self._owners = Owners()
         self._pool = ThreadPoolExecutor(1, "compile")
 
     @property
@@ -120,23 +142,25 @@ class TrainStep:
         Raises:
             TypeError: If no argument has a frozen set.
         """
-        parts = self._take_apart(args)
+        parts = Arguments(args)
         bound = self._bound.get(parts.call)
         if bound is not None and bound.holds(parts):
             return bound.program.program
         return self._find(parts).program
 
-    def prepare(self, owner: Any) -> None:
+    def prepare(self, owner: Any, new: Any) -> None:
         """Begins to compile the program for another frozen set, in the background.
 
         Tracing is done here, under the caller's settings; XLA then works beside the training loop.
 
         Args:
-            owner: What holds the frozen set, with shapes in place of arrays: a ``TrainState``, or an ``Optimizer``. The
-                other arguments are as in the last call with a batch of the shapes that were the most frequent of late.
+            owner: What is to have another frozen set: the ``Optimizer`` or ``TrainState``, as it is now.
+            new: The same with that frozen set, and with shapes in place of arrays. The other arguments are as in the
+                last call with a batch of the shapes that were the most frequent of late; of other owners that were
+                announced here before, and have not changed yet, those with the new frozen sets.
 
         Raises:
-            ValueError: If the step was not called before.
+            ValueError: If the step was not called before, or ``owner`` is none of its arguments.
         """
         if not self._recent:
             raise ValueError(
@@ -144,7 +168,7 @@ class TrainStep:
             )
         usual = Counter(shapes.batch for shapes in reversed(self._recent)).most_common(1)[0][0]  # the latest of equals
         last = next(shapes.args for shapes in reversed(self._recent) if shapes.batch == usual)
-        self.compile_ahead(*(owner if has_frozen(arg) else arg for arg in last))
+        self.compile_ahead(*last.replace_owners(self._owners.announce(last, owner, new)))
 
     def compile_ahead(self, *args: Any) -> None:
         """Begins to compile the program for some arguments, as :meth:`prepare` does.
@@ -155,38 +179,39 @@ class TrainStep:
         Raises:
             TypeError: If no argument has a frozen set.
         """
-        parts = self._take_apart(args)
+        parts = Arguments(args)
         if parts.key not in self._compiled and parts.key not in self._coming:
             self._begin(parts)
             self.wait_seconds += self._coming[parts.key].traced
 
     def __call__(self, *args: Any) -> Any:
         """Runs the step."""
-        parts = self._take_apart(args)
-        call = parts.call
-        bound = self._bound.get(call)
+        parts = Arguments(args)
+        bound = self._bound.get(parts.call)
         if bound is not None:
             try:
                 if bound.holds(parts):
-                    self._use(bound.program)
-                    return bound(parts)
+                    self._use(bound.program, parts)
+                    return bound.program.call(parts, bound.watch)
             except (TypeError, ValueError):  # perhaps arrays lie elsewhere now
                 pass
-            self._bound.pop(call, None)
-        compiled = self._find(parts)
+            self._bound.pop(parts.call, None)
+        watch, compiled = Watch(parts.nodes), self._find(parts)
         try:
-            out, bound = compiled.run(parts, self._bound.dropper(call))
+            out = compiled.call(parts, watch)
         except (TypeError, ValueError):
             if compiled.placement == parts.placement:
                 raise
             del self._compiled[parts.key]  # for arrays of another shape, or on other devices
-            out, bound = self._find(parts).run(parts, self._bound.dropper(call))
-        if bound is not None:
-            self._bound[call] = bound
+            self._recompilations.forget(parts.key)
+            compiled = self._find(parts)
+            out = compiled.call(parts, watch)
+        if compiled.call.targets is not None:
+            self._bound.bind(parts, watch, compiled)
         return out
 
     def _find(self, parts: Arguments) -> _Compiled:
-        key, frozen = parts.key, parts.owner.frozen
+        key, frozen = parts.key, parts.frozen
         compiled = self._compiled.get(key)
         if compiled is None:
             start = time.perf_counter()
@@ -200,54 +225,69 @@ class TrainStep:
             waited += coming.traced if ahead else 0.0
             program = Program(frozen, cost, ahead, waited)
             self.programs.append(program)
-            compiled = _Compiled(program, stage, coming.placement, _Shapes(key.batch, abstract.of(parts.args)))
+            shapes = _Shapes(key.batch, Arguments(abstract.of(parts.args)))
+            compiled = _Compiled(program, Call(stage, coming.targets), coming.placement, shapes)
             self._compiled[key] = compiled
+            self._recompilations.compiled(key, frozen)
             self._release()
-            if self._check is not None:
-                self._checked_batch = self._checked_batch or key.batch
-                if key.batch == self._checked_batch:
-                    self._check(Measured(frozen, cost, coming.jaxpr))
-        self._use(compiled)
+            self._check_saving(Measured(frozen[0], cost, coming.jaxpr), key, frozen)
+        self._use(compiled, parts)
         return compiled
 
-    def _use(self, compiled: _Compiled) -> None:
+    def _check_saving(self, measured: Measured, key: Key, frozen: tuple[Frozen, ...]) -> None:
+        if self._check is None or self.account is None:
+            return
+        place = next((n for n, one in enumerate(frozen) if one.layers == self.account.layers), 0)
+        like = key.batch, frozen[:place], frozen[place + 1 :]  # what changes beside the frozen set is not its doing
+        self._checked = self._checked or like
+        if like == self._checked:
+            self._check(measured._replace(frozen=frozen[place]))
+
+    def _use(self, compiled: _Compiled, parts: Arguments) -> None:
         self._calls += 1
         compiled.last_use, self.last = self._calls, compiled.program
         self._recent.append(compiled.shapes)
+        self._owners.called(parts)
 
     def _begin(self, parts: Arguments) -> None:
         start = time.perf_counter()
-        traced = self._step.trace(*parts.args)
+        traced, targets = flat_step.trace(self._step, parts, self._donate)
         lowered = traced.lower()
         seconds = time.perf_counter() - start
         result = self._pool.submit(measure, lowered, seconds)
-        self._coming[parts.key] = _Coming(seconds, jaxpr_of(traced), parts.placement, result)
+        self._coming[parts.key] = _Coming(seconds, jaxpr_of(traced), parts.placement, targets, result)
 
     def _release(self) -> None:
         while len(self._compiled) > self._max_programs:
             *others, _ = self._compiled  # not the one that is about to be used
             del self._compiled[min(others, key=lambda key: self._compiled[key].last_use)]
             self._bound.clear()  # one of them may be of that program
-        # What is called are the programs above; what JAX keeps beside them are traces and programs of the past.
-        getattr(self._step, "jitted_fn", self._step).clear_cache()
-
-    def _take_apart(self, args: tuple[Any, ...]) -> Arguments:
-        return Arguments(args, nested=self._nested)
 
 
-class _Bounds(dict[Any, Bound]):
-    """Bound programs by the batch's shapes and the modules; gone when the modules are."""
+def _check_plain(train_step: Any) -> None:
+    if hasattr(train_step, "lower"):
+        plain = getattr(train_step, "__wrapped__", train_step)
+        by = "nnx.jit" if hasattr(train_step, "jitted_fn") else "jax.jit"
+        raise TypeError(
+            f"train_step: got {getattr(plain, '__name__', 'a function')} jitted by {by}, expected the plain function, "
+            f"which TrainStep compiles itself; leave out {by}, and give what it donates as donate=True"
+        )
+    if not callable(train_step):
+        raise TypeError(f"train_step: got {type(train_step).__name__}, expected a function")
 
-    def dropper(self, key: Any) -> Callable[[object], object]:
-        """A function that drops an entry, and keeps nothing alive."""
-        me = weakref.ref(self)
 
-        def drop(_: object) -> None:
-            bounds = me()
-            if bounds is not None:
-                bounds.pop(key, None)
-
-        return drop
+def _numbers(train_step: Callable[..., Any], donate: Any) -> Donate:
+    """The arguments to donate, by number."""
+    if isinstance(donate, bool):
+        return donate
+    names = [donate] if isinstance(donate, str) else list(donate)
+    parameters = list(inspect.signature(train_step).parameters)
+    for name in names:
+        if name not in parameters:
+            raise ValueError(
+                f"donate: got {name!r}, expected True or names of arguments of the step: {', '.join(parameters)}"
+            )
+    return frozenset(map(parameters.index, names))
 
 
 class _Shapes(NamedTuple):
@@ -259,7 +299,7 @@ class _Shapes(NamedTuple):
     """
 
     batch: Any
-    args: tuple[Any, ...]
+    args: Arguments
 
 
 @dataclasses.dataclass
@@ -267,16 +307,10 @@ class _Compiled:
     """A program and what it can be called with."""
 
     program: Program
-    stage: Any
+    call: Call
     placement: Any
     shapes: _Shapes
     last_use: int = 0
-
-    def run(self, parts: Arguments, on_end: Callable[[object], object]) -> tuple[Any, Bound | None]:
-        """Runs the step; binds the program to the arguments' variables if it has any."""
-        if not hasattr(self.stage, "compiled"):  # of jax.jit, which needs no binding
-            return self.stage(*parts.args), None
-        return bind(self.stage, parts, program=self, on_end=on_end)
 
 
 @dataclasses.dataclass
@@ -286,4 +320,5 @@ class _Coming:
     traced: float
     jaxpr: Any
     placement: Any
+    targets: list[int] | None
     result: Future[tuple[ProgramCost, Callable[..., Any]]]

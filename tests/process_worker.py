@@ -151,7 +151,6 @@ def run_pytree(case, mesh, directory: Path):
         )
         return jax.tree.map(lambda x: x if x.ndim else put(x, everywhere), state)
 
-    @jax.jit
     def train_step(state, images, labels):
         def loss_fn(params):
             return optax.softmax_cross_entropy_with_integer_labels(forward(params, images), labels).mean()

@@ -1,18 +1,16 @@
-import dataclasses
 import gc
 import weakref
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx, struct
+from flax import nnx
 
 import smartfrz_jax as sfj
-from smartfrz_jax.abstract import Arguments
-from smartfrz_jax.bound import Watch, bind
+from smartfrz_jax.bound import Watch
+from tests.flattenings import Flattenings
 
 pytestmark = pytest.mark.usefixtures("jax_defaults")
 
@@ -34,30 +32,10 @@ def loss_fn(model, x):
     return jnp.mean(model(x) ** 2)
 
 
-@struct.dataclass
-class Holder:
-    content: Any
-
-
-@dataclasses.dataclass
-class Taking:
-    """A program of which only the first results are taken."""
-
-    compiled: Any
-    results: int
-
-    def __call__(self, x):
-        return self.compiled(x)[: self.results]
-
-
-def make_step():
-    @nnx.jit
-    def train_step(model, optimizer, x):
-        loss, grads = optimizer.value_and_grad(loss_fn)(model, x)
-        optimizer.update(model, grads)
-        return {"loss": loss}
-
-    return train_step
+def plain_step(model, optimizer, x):
+    loss, grads = optimizer.value_and_grad(loss_fn)(model, x)
+    optimizer.update(model, grads)
+    return {"loss": loss}
 
 
 TX = optax.adamw(1e-2)
@@ -80,30 +58,10 @@ def assert_same(*pairs):
             np.testing.assert_array_equal(x, y)
 
 
-class Flattenings:
-    """Counts how often NNX takes modules apart."""
-
-    def __init__(self, monkeypatch):
-        from flax.nnx import graphlib
-
-        self.count = 0
-        for name in ("flatten", "unflatten"):
-            monkeypatch.setattr(graphlib, name, self.counted(getattr(graphlib, name)))
-        for context, name in ((graphlib.SplitContext, "flatten"), (graphlib.MergeContext, "unflatten")):
-            monkeypatch.setattr(context, name, self.counted(getattr(context, name)))
-
-    def counted(self, function):
-        def counting(*args, **kwargs):
-            self.count += 1
-            return function(*args, **kwargs)
-
-        return counting
-
-
 @pytest.mark.slow
 def test_the_same_bits_as_nnx_jit_and_modules_are_not_taken_apart(monkeypatch):
     (model, optimizer), (plain, plain_optimizer) = setting(), setting()
-    step, train_step = sfj.TrainStep(make_step()), make_step()
+    step, train_step = sfj.TrainStep(plain_step), nnx.jit(plain_step)
     flattenings = Flattenings(monkeypatch)
     counts = []
     for n in range(12):
@@ -127,7 +85,7 @@ def test_the_same_bits_as_nnx_jit_and_modules_are_not_taken_apart(monkeypatch):
 @pytest.mark.slow
 def test_a_value_that_is_set_between_steps_is_used():
     (model, optimizer), (plain, plain_optimizer) = setting(), setting()
-    step, train_step = sfj.TrainStep(make_step()), make_step()
+    step, train_step = sfj.TrainStep(plain_step), nnx.jit(plain_step)
     for n in range(6):
         for net in (model, plain):
             if n == 4:
@@ -150,7 +108,7 @@ def test_a_value_that_is_set_between_steps_is_used():
 )
 def test_what_a_module_is_made_of_is_part_of_the_program(change):
     (model, optimizer), (plain, plain_optimizer) = setting(), setting()
-    step, train_step = sfj.TrainStep(make_step()), make_step()
+    step, train_step = sfj.TrainStep(plain_step), nnx.jit(plain_step)
     for n in range(8):
         if n == 4:
             change(model)
@@ -164,7 +122,7 @@ def test_what_a_module_is_made_of_is_part_of_the_program(change):
 @pytest.mark.slow
 def test_a_new_submodule_trains_in_place_of_the_old():
     (model, optimizer), (plain, plain_optimizer) = setting(), setting()
-    step, train_step = sfj.TrainStep(make_step()), make_step()
+    step, train_step = sfj.TrainStep(plain_step), nnx.jit(plain_step)
     for n in range(8):
         for net in (model, plain):
             if n == 4:
@@ -177,7 +135,7 @@ def test_a_new_submodule_trains_in_place_of_the_old():
 @pytest.mark.slow
 def test_arrays_on_another_device_are_another_program():
     model, optimizer = setting()
-    step = sfj.TrainStep(make_step())
+    step = sfj.TrainStep(plain_step)
     for n in range(3):
         step(model, optimizer, batch(n))
     other = jax.devices()[1]
@@ -192,7 +150,7 @@ def test_arrays_on_another_device_are_another_program():
 @pytest.mark.slow
 def test_an_error_of_the_step_itself_is_not_hidden():
     model, optimizer = setting()
-    step = sfj.TrainStep(make_step())
+    step = sfj.TrainStep(plain_step)
     for n in range(3):
         step(model, optimizer, batch(n))
     with pytest.raises(TypeError, match="dot_general"):
@@ -202,15 +160,10 @@ def test_an_error_of_the_step_itself_is_not_hidden():
 
 
 @pytest.mark.slow
-def test_donated_buffers_are_given_up():
-    @nnx.jit(donate_argnums=(0, 1))
-    def train_step(model, optimizer, x):
-        loss, grads = optimizer.value_and_grad(loss_fn)(model, x)
-        optimizer.update(model, grads)
-        return loss
-
+@pytest.mark.parametrize("donate", [True, ("model", "optimizer"), "model"])
+def test_donated_buffers_are_given_up(donate):
     (model, optimizer), (plain, plain_optimizer) = setting(), setting()
-    step, reference = sfj.TrainStep(train_step), make_step()
+    step, reference = sfj.TrainStep(plain_step, donate=donate), nnx.jit(plain_step)
     for n in range(5):
         old = model.head.kernel[...]
         reference(plain, plain_optimizer, batch(n))
@@ -221,7 +174,7 @@ def test_donated_buffers_are_given_up():
 
 @pytest.mark.slow
 def test_models_take_turns_and_are_not_kept_alive(monkeypatch):
-    step, nets = sfj.TrainStep(make_step()), [setting() for _ in range(2)]
+    step, nets = sfj.TrainStep(plain_step), [setting() for _ in range(2)]
     flattenings, count = Flattenings(monkeypatch), 0
     for n in range(6):
         for model, optimizer in nets:
@@ -240,7 +193,7 @@ def test_models_take_turns_and_are_not_kept_alive(monkeypatch):
 @pytest.mark.slow
 def test_old_optimizer_state_is_released_at_the_first_step_after_a_freeze():
     model, optimizer = setting()
-    step = sfj.TrainStep(make_step())
+    step = sfj.TrainStep(plain_step)
     for n in range(3):
         step(model, optimizer, batch(n))
     old = [weakref.ref(leaf) for leaf in jax.tree.leaves(nnx.state(optimizer))]
@@ -248,113 +201,6 @@ def test_old_optimizer_state_is_released_at_the_first_step_after_a_freeze():
     step(model, optimizer, batch(3))
     gc.collect()
     assert not any(leaf() is not None for leaf in old)
-
-
-class TestBind:
-    """What cannot be attributed is called in the usual way."""
-
-    def stage(self, function, *args):
-        return nnx.jit(function).lower(*args).compile()
-
-    def settle(self, stage, *args):
-        """The second call: NNX sorts attributes in the first."""
-        bind(stage, Arguments(args))
-        return bind(stage, Arguments(args))
-
-    def test_binds(self):
-        model = Net()
-
-        def double(model, x):
-            model.head.bias[...] *= 2
-            return x.sum()
-
-        out, bound = self.settle(self.stage(double, model, batch(0)), model, batch(0))
-        assert bound is not None
-        assert bound.holds(Arguments((model, batch(0))))
-        model.head.bias[...] = jnp.ones(3)
-        np.testing.assert_array_equal(bound(Arguments((model, batch(0)))), out)
-        assert model.head.bias[...].tolist() == [2.0, 2.0, 2.0]
-        assert not bound.holds(Arguments((Net(), batch(0))))
-
-    @pytest.mark.slow
-    def test_binds_modules_inside_of_other_arguments(self, monkeypatch):
-        nets = [nnx.Linear(2, 2, rngs=nnx.Rngs(n)) for n in range(4)]
-
-        def double(first, others, holder, x):
-            for n, net in enumerate((first, others["a"][0], others["b"], holder.content[0])):
-                net.bias[...] += (n + 1) * x
-            return {"sum": x.sum()}
-
-        args = nets[0], {"a": [nets[1]], "b": nets[2]}, Holder((nets[3], jnp.ones(1))), jnp.ones(2)
-        _, bound = self.settle(self.stage(double, *args), *args)
-        assert bound is not None
-        assert bound.holds(Arguments(args))
-        flattenings = Flattenings(monkeypatch)
-        assert bound(Arguments(args))["sum"] == 2.0
-        assert flattenings.count == 0
-        for n, net in enumerate(nets):
-            np.testing.assert_array_equal(net.bias[...], 3.0 * (n + 1))
-        assert not bound.holds(Arguments((nets[0], {"a": [nets[2]], "b": nets[1]}, *args[2:])))
-        del args
-        del net
-        gone = weakref.ref(nets.pop(1))
-        gc.collect()
-        assert gone() is None
-
-    def test_variables_by_themselves(self):
-        model, first, second = (
-            nnx.Linear(2, 2, rngs=nnx.Rngs(0)),
-            nnx.Variable(jnp.zeros(())),
-            nnx.Variable(jnp.ones(())),
-        )
-
-        def step(model, first, others, x):
-            first[...] += 1
-            others["second"][...] += 1
-            return x.sum()
-
-        args = model, first, {"second": second}, jnp.ones(2)
-        _, bound = self.settle(self.stage(step, *args), *args)
-        assert bound is None
-        assert (first[...], second[...]) == (2.0, 3.0)
-
-    def test_variables_that_share_an_array(self):
-        model = Net()
-
-        def total(model):
-            return model.norm.scale.sum() + 2 * model.norm.bias.sum()
-
-        stage = self.stage(total, model)
-        assert self.settle(stage, model)[1] is not None
-        model.norm.scale[...] = model.norm.bias[...]
-        out, bound = bind(stage, Arguments((model,)))
-        assert bound is None
-        assert out == 0.0
-
-    def test_a_step_that_returns_a_module(self):
-        model = Net()
-        out, bound = self.settle(self.stage(lambda model: model.head, model), model)
-        assert bound is None
-        assert out is model.head
-
-    def test_a_result_that_nothing_takes(self):
-        x = jnp.ones(2)
-        double = jax.jit(lambda x: (2 * x, x + 1))
-        for stage, is_bound in ((Taking(double, 2), True), (Taking(double, 1), False)):
-            out, bound = bind(stage, Arguments((x,)))
-            np.testing.assert_array_equal(out[0], [2.0, 2.0])
-            assert (bound is not None) == is_bound
-
-    def test_a_step_that_changes_attributes(self):
-        model = Net()
-
-        def grow(model):
-            model.scale = model.scale + 1.0
-            return jnp.ones(())
-
-        _, bound = bind(self.stage(grow, model), Arguments((model,)))
-        assert bound is None
-        assert model.scale == 2.0
 
 
 def test_watch_sees_pytrees_that_change_in_place():

@@ -272,11 +272,11 @@ def test_wrong_arguments():
         cached(place="somewhere")
     with pytest.raises(ValueError, match="dtype: got int8, expected float32, bfloat16, float16"):
         cached(dtype="int8")
-    with pytest.raises(TypeError, match=r"step: got function, expected a function made by jax.jit or nnx.jit"):
-        sfj.nnx.CachedStep(lambda loss: lambda model, optimizer: loss(model), loss_fn, examples=4)
+    with pytest.raises(TypeError, match=r"train_step: got train_step jitted by nnx\.jit, expected the plain function"):
+        sfj.nnx.CachedStep(lambda loss: nnx.jit(make_step(loss)), loss_fn, examples=4)
     training, step = Training(), cached()
     with pytest.raises(ValueError, match="owner: the step was not called yet"):
-        step.prepare(training.optimizer)
+        step.prepare(training.optimizer, training.optimizer)
     training.optimizer.freeze(training.model, training.layers.names[:2])
     with pytest.raises(ValueError, match="indices"):
         step(*training.args, np.full(BATCH, EXAMPLES), IMAGES[:BATCH], LABELS[:BATCH])

@@ -318,7 +318,7 @@ def test_programs_for_returning_layers_are_compiled_ahead_for_where_their_state_
     def run(ahead):
         model, optimizer = make(optax.adafactor(0.01, min_dim_size_to_factor=8), returning="kept")
         shard(model, mesh)
-        programs = sfj.TrainStep(nnx.jit(step))
+        programs = sfj.TrainStep(step)
         policy = sfj.Policy(lambda layers, params: (), decide)
         freezer = sfj.nnx.Freezer(model, optimizer, policy, train_step=programs if ahead else None, lead=1)
         for _ in range(7):

@@ -160,7 +160,6 @@ def test_one_program_per_frozen_set_and_cost_falls():
     optimizer = sfj.nnx.Optimizer(model, TX, layers=sfj.nnx.find_layers(model, X))
     counted = []
 
-    @nnx.jit
     def step(model, optimizer, x, y):
         counted.append(optimizer.frozen.names)
         (loss, _), grads = optimizer.value_and_grad(loss_fn, has_aux=True)(model, x, y)

@@ -24,7 +24,6 @@ SCRIPT = textwrap.dedent(
     layers = sfj.find_layers(params, apply_fn, jnp.ones((2, 8)))
     state = sfj.linen.TrainState.create(apply_fn=apply_fn, params=params, tx=optax.adam(0.1), layers=layers)
 
-    @jax.jit
     def train_step(state, x):
         loss, grads = state.value_and_grad(lambda params: (state.apply_fn(params, x) ** 2).mean())(state.params)
         return state.apply_gradients(grads=grads), loss

@@ -16,7 +16,6 @@ def loss_fn(model, x):
 
 @pytest.mark.parametrize("predicted", [None, 7.0])
 def test_flops_are_those_of_the_program_or_as_predicted(tmp_path, jax_defaults, predicted):
-    @nnx.jit
     def train_step(model, optimizer, x):
         loss, grads = optimizer.value_and_grad(loss_fn)(model, x)
         optimizer.update(model, grads)

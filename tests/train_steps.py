@@ -1,7 +1,6 @@
 """The loss and the train step that several tests use."""
 
 import optax
-from flax import nnx
 
 
 def loss_fn(model, images, labels):
@@ -9,7 +8,6 @@ def loss_fn(model, images, labels):
 
 
 def make_step(loss_fn):
-    @nnx.jit
     def train_step(model, optimizer, *inputs):
         loss, grads = optimizer.value_and_grad(loss_fn)(model, *inputs)
         optimizer.update(model, grads)

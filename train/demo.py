@@ -56,7 +56,6 @@ def loss_fn(model: nnx.Module, images: jax.Array, labels: jax.Array) -> jax.Arra
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
-@nnx.jit
 def train_step(model: nnx.Module, optimizer: sfj.nnx.Optimizer, images: jax.Array, labels: jax.Array) -> jax.Array:
     """One step; specialised on what the optimizer has frozen."""
     loss, grads = optimizer.value_and_grad(loss_fn)(model, images, labels)

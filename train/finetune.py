@@ -47,7 +47,7 @@ def fix_statistics(model: nnx.Module) -> None:
 def make_train_step(
     data: Data, account: sfj.Account, total_steps: int, keep_activations: KeepActivations
 ) -> sfj.TrainStep | sfj.nnx.CachedStep:
-    """The compiled step; augmentation is part of it.
+    """The step; augmentation is part of it.
 
     Args:
         data: The training set.

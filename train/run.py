@@ -25,9 +25,8 @@ def batches(n: int, batch_size: int, epochs: int, seed: int) -> Iterator[np.ndar
 
 
 def make_step(loss_fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """A jitted step of ``(model, optimizer, *inputs)`` for a loss of ``(model, *inputs)``."""
+    """A plain step of ``(model, optimizer, *inputs)`` for a loss of ``(model, *inputs)``."""
 
-    @nnx.jit
     def train_step(model: nnx.Module, optimizer: sfj.nnx.Optimizer, *inputs: Any) -> jax.Array:
         loss, grads = optimizer.value_and_grad(loss_fn)(model, *inputs)
         optimizer.update(model, grads)

@@ -23,7 +23,7 @@ class Freezer(freezer.Freezer):
         policy: The policy.
         features: A function of the state to the layers' outputs on a probe batch (see
             :func:`smartfrz_jax.tapped`), for policies that compare representations.
-        train_step: The compiled step, to have the program for what is decided compiled ahead.
+        train_step: The step, to have the program for what is decided compiled ahead.
         lead: Steps from a decision to its effect; see :class:`smartfrz_jax.Freezer`.
         min_saving: Share of a step's FLOPs that a change must save; the train step's account predicts it.
 
@@ -85,7 +85,7 @@ class Freezer(freezer.Freezer):
         return state.freeze(
             self.observe(
                 lambda: state.params,
-                prepare=None if train_step is None else lambda new: train_step.prepare(_abstract(state, new)),
+                prepare=None if train_step is None else lambda new: train_step.prepare(state, _abstract(state, new)),
                 loss=loss,
                 grads=state.grads if state.keep_grads else None,
                 features=None if make_features is None else lambda: make_features(state),

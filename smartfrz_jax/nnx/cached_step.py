@@ -40,7 +40,7 @@ class CachedStep:
     each holds all that is stored.
 
     Args:
-        make_step: From a loss function to a step made by ``nnx.jit``, of ``(model, optimizer, *inputs)``, that calls it
+        make_step: From a loss function to a plain step, of ``(model, optimizer, *inputs)``, that calls it
             with the model and the inputs, such as through ``optimizer.value_and_grad``. It is called with ``loss_fn``
             and with losses that begin at activations, the first of their inputs.
         loss_fn: A function of ``(model, *inputs)``, as that of :class:`PrefixCache`.
@@ -52,6 +52,7 @@ class CachedStep:
         account: The account of the step, from :func:`account`; see :class:`smartfrz_jax.TrainStep`. With
             ``total_steps`` it tells whether keeping activations still pays.
         total_steps: Train steps of the whole run. Without it, or the account, activations are kept wherever they can.
+        donate: Whether a step may overwrite the model and the optimizer; see :class:`smartfrz_jax.TrainStep`.
 
     Attributes:
         cache: What is kept for the present frozen set; ``None`` if nothing is.
@@ -59,7 +60,7 @@ class CachedStep:
         flops: FLOPs of the last call, the computation of activations that were not there included.
 
     Raises:
-        TypeError: If what ``make_step`` makes is not jitted.
+        TypeError: If what ``make_step`` makes is jitted.
         ValueError: If a number is below 1, or there is no such place or type.
 
     Example:
@@ -72,7 +73,6 @@ class CachedStep:
         >>> layers = sfj.nnx.find_layers(model, images[batch])
         >>> optimizer = sfj.nnx.Optimizer(model, optax.adam(1e-3), wrt=nnx.Param, layers=layers)
         >>> def make_step(loss_fn):
-        ...     @nnx.jit
         ...     def train_step(model, optimizer, *inputs):
         ...         loss, grads = optimizer.value_and_grad(loss_fn)(model, *inputs)
         ...         optimizer.update(model, grads)
@@ -98,6 +98,7 @@ class CachedStep:
         views: int = 1,
         account: Account | None = None,
         total_steps: int | None = None,
+        donate: bool = False,
     ):
         for argument, number in (("examples", examples), ("views", views), ("total_steps", total_steps)):
             if number is not None and number < 1:
@@ -109,10 +110,10 @@ class CachedStep:
         self.cache: PrefixCache | None = None
         self.programs: list[Program] = []
         self.flops = 0.0
-        self._make_step, self._loss_fn = make_step, loss_fn
+        self._make_step, self._loss_fn, self._donate = make_step, loss_fn, donate
         self._examples, self._total_steps, self._views = examples, total_steps, views
         self._keep: dict[str, Any] = {"place": place, "dtype": dtype, "budget": budget}
-        self._plain = TrainStep(make_step(loss_fn), account=account)
+        self._plain = TrainStep(make_step(loss_fn), account=account, donate=donate)
         self._cached: TrainStep | None = None
         self._frozen: Frozen | None = None
         self._coming: _Coming | None = None
@@ -141,11 +142,12 @@ class CachedStep:
         args = _from_activations(self.cache, inputs, self._keep["dtype"])
         return self._listed(self._cached.program(model, optimizer, *args))
 
-    def prepare(self, owner: Optimizer) -> None:
+    def prepare(self, owner: Optimizer, new: Optimizer) -> None:
         """Begins to compile the program for another frozen set; see :meth:`smartfrz_jax.TrainStep.prepare`.
 
         Args:
-            owner: The optimizer with that frozen set, with shapes in place of arrays.
+            owner: The optimizer.
+            new: The same with that frozen set, and with shapes in place of arrays.
 
         Raises:
             ValueError: If the step was not called before.
@@ -156,14 +158,14 @@ class CachedStep:
             )
         model, *inputs = self._usual
         start = time.perf_counter()
-        cache = self._make(model, owner.frozen, inputs)
+        cache = self._make(model, new.frozen, inputs)
         self._waited += time.perf_counter() - start
         if cache is None:
-            self._plain.compile_ahead(model, owner, *inputs)
+            self._plain.compile_ahead(model, new, *inputs)
             return
-        step = TrainStep(self._make_step(cache.loss))
-        step.compile_ahead(model, owner, *_from_activations(cache, inputs, self._keep["dtype"]))
-        self._coming = _Coming(owner.frozen, step)
+        step = self._step_from(cache)
+        step.compile_ahead(model, new, *_from_activations(cache, inputs, self._keep["dtype"]))
+        self._coming = _Coming(new.frozen, step)
 
     def __call__(
         self, model: nnx.Module, optimizer: Optimizer, indices: Int[np.ndarray, " n"], *inputs: Any, view: int = 0
@@ -206,7 +208,7 @@ class CachedStep:
         cache = self._make(model, optimizer.frozen, inputs)
         if cache is not None and self._has_room(cache, old):
             prepared = coming is not None and coming.frozen == optimizer.frozen
-            self._cached = coming.step if coming and prepared else TrainStep(self._make_step(cache.loss))
+            self._cached = coming.step if coming and prepared else self._step_from(cache)
             self.cache = cache
         self._waited += time.perf_counter() - start
 
@@ -223,6 +225,9 @@ class CachedStep:
             return cache
         left = max(0, self._total_steps - self._done)
         return cache if break_even(self.account, cache, examples=self._examples, steps=left).pays else None
+
+    def _step_from(self, cache: PrefixCache) -> TrainStep:
+        return TrainStep(self._make_step(cache.loss), donate=self._donate)
 
     def _has_room(self, cache: PrefixCache, old: PrefixCache | None) -> bool:
         """Makes room for the activations, where they can from those of the cache before."""

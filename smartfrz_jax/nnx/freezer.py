@@ -29,7 +29,7 @@ class Freezer(freezer.Freezer):
         policy: The policy.
         features: A function of the model to its layers' outputs on a probe batch (see :func:`features`), for policies
             that compare representations.
-        train_step: The compiled step, to have the program for what is decided compiled ahead.
+        train_step: The step, to have the program for what is decided compiled ahead.
         lead: Steps from a decision to its effect; see :class:`smartfrz_jax.Freezer`.
         min_saving: Share of a step's FLOPs that a change must save; the train step's account predicts it.
 
@@ -89,7 +89,9 @@ class Freezer(freezer.Freezer):
         model, optimizer, make_features, train_step = self.model, self.optimizer, self._features, self._train_step
         frozen = self.observe(
             lambda: _params(model, optimizer.wrt),
-            prepare=None if train_step is None else lambda new: train_step.prepare(_abstract(model, optimizer, new)),
+            prepare=None
+            if train_step is None
+            else lambda new: train_step.prepare(optimizer, _abstract(model, optimizer, new)),
             loss=loss,
             grads={name: grad[...] for name, grad in optimizer.grads.items()} if optimizer.keep_grads else None,
             features=None if make_features is None else lambda: make_features(model),
