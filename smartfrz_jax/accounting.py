@@ -10,14 +10,14 @@ from __future__ import annotations
 import collections
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator
 from typing import Any
 
 import jax
 import optax
 
 from smartfrz_jax import equations, example_axis, flops, fusion, operations, step_trace
-from smartfrz_jax.equations import Equation, Input, Trace
+from smartfrz_jax.equations import Equation, Equations, Input, Trace
 from smartfrz_jax.flops import Flops
 from smartfrz_jax.freezing import Frozen
 from smartfrz_jax.layers import Layers
@@ -46,8 +46,8 @@ class Account:
         self,
         layers: Layers,
         examples: int,
-        active: list[Equation],
-        held: list[Equation],
+        active: Equations,
+        held: Equations,
         update: list[float],
         trace_step: Callable[[Frozen], Any],
         params: PyTree,
@@ -57,31 +57,61 @@ class Account:
         self.layers, self.examples, self.tx, self.backend = layers, examples, tx, backend
         self.params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
         self.macs = collections.Counter[str]()
-        for equation in active:
+        for equation in active.all:
             self.macs[equation.kind] += flops.macs(equation.eqn)
-        self.elements = operations.elements((e.eqn, e.kind) for e in active)
+        self.elements = operations.elements((e.eqn, e.kind) for e in active.all)
         self._active, self._held, self._update = active, held, update
         self._trace_step = trace_step
         self._gradients: dict[Any, tuple[Flops, Flops]] = {}
-        self._steps: dict[frozenset[str], StepFlops] = {}
+        self._steps: dict[tuple[frozenset[str], frozenset[str]], StepFlops] = {}
         self._compiled: dict[frozenset[str], float] = {}
 
-    def flops(self, frozen: Frozen | None = None) -> StepFlops:
+    def flops(self, frozen: Frozen | None = None, *, stopped: Collection[str] = ()) -> StepFlops:
         """Predicted FLOPs of one step.
 
         Args:
             frozen: The frozen set; none by default.
+            stopped: Names of layers that are used again behind others, such as an embedding that is the classifier
+                too, of which the gradient by way of the first use is not computed: its output goes through
+                ``jax.lax.stop_gradient``.
 
         Returns:
             The FLOPs, in all, by layer and by kind of operation.
 
         Raises:
-            ValueError: If the frozen set is of another network.
+            ValueError: If the frozen set is of another network, or a name of ``stopped`` is none of its layers.
         """
         frozen = self._checked(frozen)
-        if frozen.names not in self._steps:
-            self._steps[frozen.names] = self._count(frozen)
-        return self._steps[frozen.names]
+        key = frozen.names, frozenset(self.layers.check(stopped, "stopped"))
+        if key not in self._steps:
+            self._steps[key] = self._count(frozen, key[1])
+        return self._steps[key]
+
+    def reached_through(self, frozen: Frozen) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Active layers whose gradients pass through frozen ones.
+
+        Args:
+            frozen: The frozen set.
+
+        Returns:
+            Their names, front to back; and those of them that gradients so reach by way of their first use alone: they
+            are used again behind the frozen layers, as an embedding that is the classifier too.
+
+        Raises:
+            ValueError: If the frozen set is of another network.
+        """
+        mask, n = self._checked(frozen).mask, len(self.layers)
+        held = (e for e in self._equations(frozen) if e.owner >= 0 and mask[e.owner])
+        inputs = (i.ancestors for e in held for i in e.inputs if not i.is_weight)
+        reached = functools.reduce(int.__or__, inputs, 0) & self._bits(frozen, ())
+        whole, first = ({name for i, name in enumerate(self.layers.names, at) if reached >> i & 1} for at in (0, n))
+        return self.layers.check(whole | first, "frozen"), self.layers.check(first - whole, "frozen")
+
+    @property
+    def scans(self) -> list[frozenset[str]]:
+        """Layers that one ``jax.lax.scan`` runs together, their weights stacked in the step."""
+        names = list(enumerate(self.layers.names))
+        return [frozenset(name for i, name in names if mask >> i & 1) for mask in self._active.scans]
 
     def compiled_flops(self, frozen: Frozen | None = None) -> float:
         """Predicted FLOPs of one step as it is compiled: those of :meth:`flops`, some of them several times.
@@ -170,22 +200,31 @@ class Account:
             )
         return frozen
 
-    def _count(self, frozen: Frozen) -> StepFlops:
+    def _bits(self, frozen: Frozen, stopped: Collection[str]) -> int:
+        """The active layers, as in ``Input.ancestors``."""
+        active = [i for i, is_frozen in enumerate(frozen.mask) if not is_frozen]
+        first = [i for i in active if self.layers.names[i] not in stopped]
+        return sum(1 << i for i in active) | sum(1 << i + len(self.layers) for i in first)
+
+    def _equations(self, frozen: Frozen) -> Iterator[Equation]:
+        """The equations, as those of frozen layers are when they are held."""
         mask = frozen.mask
-        active = sum(1 << i for i, is_frozen in enumerate(mask) if not is_frozen)
+        for is_held, trace in ((False, self._active), (True, self._held)):
+            for equation in trace.all:
+                if (equation.owner >= 0 and bool(mask[equation.owner])) == is_held:
+                    yield equation
+
+    def _count(self, frozen: Frozen, stopped: Collection[str]) -> StepFlops:
+        mask, active = frozen.mask, self._bits(frozen, stopped)
         # One row for each (layer, kind), columns as in Parts.
         cells: dict[tuple[int, str], list[float]] = collections.defaultdict(lambda: [0.0] * 5)
-        for is_held, trace in ((False, self._active), (True, self._held)):
-            for equation in trace:
-                owner = equation.owner
-                if (owner >= 0 and bool(mask[owner])) != is_held:
-                    continue
-                cell = cells[owner, equation.kind]
-                weights, rest = self._gradient(equation, [i for i in equation.inputs if i.ancestors & active])
-                cell[0] += equation.forward.needed
-                cell[1] += weights.needed
-                cell[2] += rest.needed
-                cell[4] += equation.forward.added + weights.added + rest.added
+        for equation in self._equations(frozen):
+            cell = cells[equation.owner, equation.kind]
+            weights, rest = self._gradient(equation, [i for i in equation.inputs if i.ancestors & active])
+            cell[0] += equation.forward.needed
+            cell[1] += weights.needed
+            cell[2] += rest.needed
+            cell[4] += equation.forward.added + weights.added + rest.added
         for i, update in enumerate(self._update):
             if not mask[i]:
                 cells[i, operations.UPDATE][3] += update
@@ -294,7 +333,7 @@ def assemble(
     if not inputs:
         raise ValueError("inputs: got none; what depends on the data is traced, so pass the batch after the parameters")
     active, held = (
-        list(equations.equations(Trace(loss_of(frozen), variables, inputs), layers, backend))
+        equations.equations(Trace(loss_of(frozen), variables, inputs), layers, backend)
         for frozen in (Frozen(layers), Frozen(layers, frozenset(layers.names)))
     )
     update = (

@@ -245,18 +245,24 @@ def _behind(account: Account, frozen: Frozen, notable: float) -> Finding | None:
     share = sum(through.values()) / step.total
     if share < notable:
         return None
-    last = max(map(account.layers.names.index, through))
-    before = tuple(name for name in account.layers.names[:last] if name not in frozen.names)
-    saved = account.saving(frozen.add(before), frozen)
+    active, by_first_use = account.reached_through(frozen)
+    saved = account.saving(frozen.add(active), frozen)
     added = -account.saving(Frozen(frozen.layers, frozen.names.difference(through)), frozen)
-    reason = (
-        f"{_some(before)} before them train, so gradients must pass through these frozen layers, which is {share:.1%} "
-        "of the step"
-    )
+    passing = f"so gradients must pass through these frozen layers, which is {share:.1%} of the step"
     cure = (
-        f"freezing those before them as well would make the step {saved:.1%} cheaper; training these again, "
-        f"{added:.1%} more expensive"
+        f"freezing {_some(active)} as well would make the step {saved:.1%} cheaper; training these again, {added:.1%} "
+        "more expensive"
     )
+    if active != by_first_use:
+        reason = f"{_some(tuple(name for name in active if name not in by_first_use))} before them train, {passing}"
+    else:
+        reason = f"{_some(active)}, used before them and again behind them, go on training, {passing}"
+    if by_first_use:
+        stopped = 1 - account.flops(frozen, stopped=by_first_use).total / step.total
+        cure += (
+            f"; stopping the gradient at the first use of {_some(by_first_use)}, with jax.lax.stop_gradient, "
+            f"{stopped:.1%} cheaper, and the last use goes on training"
+        )
     return _finding(tuple(through), Diagnosis("behind", reason, cure), [])
 
 

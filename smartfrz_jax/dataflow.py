@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from jax.extend import core as jex
 
-from smartfrz_jax import inlining, named_axes, paths
+from smartfrz_jax import inlining, named_axes, paths, stacks
 
 PyTree = Any
 _Inner = tuple[Any, list[Any]]
@@ -48,12 +48,14 @@ class Consumption:
             scales of a weight normalisation and the kernel that they scale.
         between: Parameters that are used on the way from the first use of another to its last, and neither before nor
             after, by name of the other: for an embedding that is the classifier too, all the rest.
+        stacks: Groups of parameters that one loop reads row by row: the weights of a block that is run many times.
     """
 
     uses: dict[str, list[tuple[int, ...]]]
     sources: dict[str, frozenset[str]]
     merged: dict[str, frozenset[str]]
     between: dict[str, frozenset[str]]
+    stacks: Sequence[frozenset[str]] = ()
 
     @functools.cached_property
     def first(self) -> dict[str, tuple[int, ...]]:
@@ -92,15 +94,25 @@ def consumption(forward: Callable[..., Any], params: PyTree, *inputs: Any, write
         >>> sorted(used.first, key=used.first.get)
         ['b', 'a']
     """
-    return consumed(*trace(forward, params, inputs), data_is_closed_over=not inputs, writes=writes)
+    closed, names = _traced(forward, params, inputs)
+    flat = _inlined(closed, len(names), inputs)
+    used = consumed(flat, names, data_is_closed_over=not inputs, writes=writes)
+    return dataclasses.replace(used, stacks=stacks.stacks(closed, names))
 
 
 def trace(forward: Callable[..., Any], params: PyTree, inputs: Sequence[Any]) -> tuple[Any, list[str]]:
     """The inlined jaxpr of ``forward(params, *inputs)``, and the names of the parameters, its first arguments."""
-    closed = named_axes.make_jaxpr(forward)(params, *inputs)
-    names = list(paths.flatten(params))
-    data = closed.jaxpr.invars[len(names) :] if inputs else closed.jaxpr.constvars
-    return inlining.inline(closed, closed.jaxpr.invars[: len(names)], data), names
+    closed, names = _traced(forward, params, inputs)
+    return _inlined(closed, len(names), inputs), names
+
+
+def _traced(forward: Callable[..., Any], params: PyTree, inputs: Sequence[Any]) -> tuple[Any, list[str]]:
+    return named_axes.make_jaxpr(forward)(params, *inputs), list(paths.flatten(params))
+
+
+def _inlined(closed: Any, n_params: int, inputs: Sequence[Any]) -> Any:
+    data = closed.jaxpr.invars[n_params:] if inputs else closed.jaxpr.constvars
+    return inlining.inline(closed, closed.jaxpr.invars[:n_params], data)
 
 
 def consumed(closed: Any, names: Sequence[str], *, data_is_closed_over: bool, writes: bool = False) -> Consumption:
@@ -213,7 +225,7 @@ def _uses(jaxpr: Any, tags: dict[Any, frozenset[str]]) -> Iterator[_Use]:
         tags.update(zip(eqn.outvars, outs, strict=True))
 
 
-def _tag(tags: dict[Any, frozenset[str]], atom: Any) -> frozenset[str]:
+def _tag(tags: Mapping[Any, frozenset[str]], atom: Any) -> frozenset[str]:
     return frozenset() if isinstance(atom, jex.Literal) else tags.get(atom, frozenset())
 
 

@@ -84,8 +84,15 @@ _UPDATED = Diagnosis(
 _SCANNED = Diagnosis(
     "scan",
     "frozen and active blocks are stacked and run in one scan, whose backward pass computes the gradients of all rows",
-    "scan over the frozen blocks and over the active ones apart, as smartfrz_jax.nnx.scan_blocks does, or run the "
-    "blocks one by one",
+    "scan over the frozen blocks and over the active ones apart (in Flax NNX, smartfrz_jax.nnx.scan_blocks does so), "
+    "or run the blocks one by one",
+)
+_SCAN_INPUT = Diagnosis(
+    "scan",
+    "blocks that train run in one scan, whose backward pass computes the gradient of what goes into it too, though no "
+    "layer before it trains",
+    "run the first of the blocks on its own, before the scan (in Flax NNX, smartfrz_jax.nnx.scan_blocks with "
+    "live=False does so)",
 )
 _ELSEWHERE = Diagnosis(
     "unknown",
@@ -117,7 +124,8 @@ def diagnose(account: Account, before: Frozen, after: Frozen, closed: Any, missi
     enough = max(_PART * missing, _NOTHING)
     least, most = (StepProgram(account.trace(frozen), account.backend).cost() for frozen in (after, before))
     if account.saving(after, before) - (1 - least / most) > enough:
-        return _SCANNED
+        together = any(scan & after.names and scan - after.names for scan in account.scans)
+        return _SCANNED if together else _SCAN_INPUT
     total = step.cost()
     least = min(least, total * (1 - missing))  # the account may be for a larger batch
     arrays = [var for var in step.results if var.aval.shape]

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from smartfrz_jax import dataflow, paths
+from smartfrz_jax import dataflow, paths, stacks
 from smartfrz_jax.blocks import blocks
 from smartfrz_jax.layers import Layer, Layers, check_params
 
@@ -32,7 +32,8 @@ def find_layers(
     feed it, as behind a residual connection, it joins the kernel just before or just after it in forward order,
     whichever is closer by name, the one before if both are. Layers of which ``forward`` uses no parameter come first:
     they never train. One that is used again behind others, as an embedding that is the classifier too, comes where it
-    is used last.
+    is used last. The stacked weights of a block that a scan runs many times, each time with the next row, are one
+    layer, named by the module that holds them.
 
     Args:
         params: Parameter pytree; arrays or ``jax.ShapeDtypeStruct``.
@@ -86,7 +87,8 @@ def group(
             f"granularity: got {granularity!r}, expected 'layer', 'block' or a function of a parameter's name"
         )
     rank = {name: used.first.get(name, _UNUSED) for name in (*leaves, *state)}
-    attached = _attach(_modules(leaves, state), leaves, rank, used)
+    modules = _with_stacks(_modules(leaves, state), rank, used.stacks)
+    attached = _attach(modules, leaves, rank, used)
     block_of = blocks(attached) if granularity == "block" else {}
     members: dict[str, dict[str, None]] = {}
     for host, names in attached.items():
@@ -182,6 +184,21 @@ def _attach(
             if host != module:
                 members[host].extend(modules[module])
     return members
+
+
+def _with_stacks(
+    modules: dict[str, list[str]], rank: Mapping[str, tuple[int, ...]], stacked: Iterable[Collection[str]]
+) -> dict[str, list[str]]:
+    """The modules, where those of a block whose rows one loop reads are one."""
+    for stack in stacked:
+        module_of = {name: module for module, names in modules.items() for name in names}
+        known = sorted((name for name in module_of if name in stack), key=lambda name: rank[name])
+        if len({module_of[name] for name in known}) < 2:
+            continue
+        rest = {module: [name for name in names if name not in stack] for module, names in modules.items()}
+        name = stacks.name_of(known, module_of.keys() - stack)
+        modules = {module: names for module, names in rest.items() if names} | {name: known}
+    return modules
 
 
 def _with_merged(

@@ -7,7 +7,7 @@ of compile time; to whoever asks which layer comes after which, they are still o
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +17,20 @@ from jax.extend import core as jex
 _REMAT = frozenset({"remat2", "checkpoint"})
 _TRANSPARENT = frozenset({"jit", "pjit", "closed_call", "core_call"}) | _REMAT
 _WITH_RULES = frozenset({"custom_jvp_call", "custom_vjp_call"})
+
+
+class Loop(NamedTuple):
+    """A scan over weights that was unrolled.
+
+    Attributes:
+        equations: Its equations, of all iterations.
+        carried: What goes into the first iteration, and what comes out of the last instead.
+        is_stacked: Whether the weights that it runs over were stacked just before, one row of each parameter.
+    """
+
+    equations: list[Any]
+    carried: list[tuple[Any, Any]]
+    is_stacked: bool
 
 
 def inline(closed: Any, params: Collection[Any], data: Collection[Any], *, rules: bool = False) -> Any:
@@ -36,11 +50,13 @@ def inline(closed: Any, params: Collection[Any], data: Collection[Any], *, rules
     Returns:
         A ``ClosedJaxpr`` with the same inputs and outputs.
     """
-    inliner = _Inliner(params, data, rules)
-    env: dict[Any, Any] = {}
-    inliner.run(closed.jaxpr, env)
-    outvars = [_read(env, var) for var in closed.jaxpr.outvars]
-    return jex.ClosedJaxpr(closed.jaxpr.replace(eqns=inliner.eqns, outvars=outvars), closed.consts)
+    return _Inliner(params, data, rules).inlined(closed)
+
+
+def inline_with_loops(closed: Any, params: Collection[Any], data: Collection[Any]) -> tuple[Any, list[Loop]]:
+    """As :func:`inline`; and the loops that were unrolled, outer ones after those in them."""
+    inliner = _Inliner(params, data, rules=False)
+    return inliner.inlined(closed), inliner.loops
 
 
 def body_of(eqn: Any) -> Any:
@@ -88,10 +104,18 @@ class _Inliner:
 
     def __init__(self, params: Collection[Any], data: Collection[Any], rules: bool):
         self.eqns: list[Any] = []
+        self.loops: list[Loop] = []
         self._rules = rules
         self._transparent = _TRANSPARENT | _WITH_RULES if rules else _TRANSPARENT
         self._maker: dict[Any, Any] = {}
         self._on_params, self._on_data = set(params), set(data)
+
+    def inlined(self, closed: Any) -> Any:
+        """The inlined jaxpr."""
+        env: dict[Any, Any] = {}
+        self.run(closed.jaxpr, env)
+        outvars = [_read(env, var) for var in closed.jaxpr.outvars]
+        return jex.ClosedJaxpr(closed.jaxpr.replace(eqns=self.eqns, outvars=outvars), closed.consts)
 
     def run(self, jaxpr: Any, env: dict[Any, Any], call: Any = None) -> None:
         """Appends the equations of ``jaxpr``, whose inputs are found in ``env``; adds its other values to ``env``."""
@@ -144,9 +168,13 @@ class _Inliner:
         fixed, carry, sliced = invars[:n_fixed], invars[n_fixed : n_fixed + n_carry], invars[n_fixed + n_carry :]
         length = eqn.params["length"]
         rows: list[list[Any]] = [[]] * length
+        first, start = carry, len(self.eqns)
         for i in reversed(range(length)) if eqn.params["reverse"] else range(length):
             outs = self._call(body, [*fixed, *carry, *(self._row(eqn, x, i) for x in sliced)], eqn)
             carry, rows[i] = outs[:n_carry], outs[n_carry:]
+        weights = [var for var in _variables(sliced) if var in self._on_params and var not in self._on_data]
+        carried = [(a, b) for a, b in zip(first, carry, strict=True) if not isinstance(a, jex.Literal)]
+        self.loops.append(Loop(self.eqns[start:], carried, any(map(self._is_stacked, weights))))
         return [*carry, *(self._emit(eqn, lambda *ys: jnp.stack(ys), list(ys))[0] for ys in zip(*rows, strict=True))]
 
     def _row(self, call: Any, stacked: Any, i: int) -> Any:
@@ -168,6 +196,12 @@ class _Inliner:
             (out,) = self._append(maker.replace(outvars=[_like_row(stacked)]), [row])
             return out
         return self._emit(call, lambda x: jax.lax.index_in_dim(x, i, keepdims=False), [stacked])[0]
+
+    def _is_stacked(self, weights: Any) -> bool:
+        maker = self._maker.get(weights)
+        while maker is not None and maker.primitive.name == "convert_element_type":
+            maker = self._maker.get(maker.invars[0])
+        return maker is not None and maker.primitive.name in ("stack", "concatenate")
 
     def _emit(self, call: Any, function: Any, invars: list[Any]) -> list[Any]:
         """Appends the equations of a function of these values."""

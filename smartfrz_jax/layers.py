@@ -43,7 +43,26 @@ class Layers(Sequence[Layer]):
 
     A layer that is used again behind others, such as an embedding that is the classifier too, comes where it is used
     last, so policies that go by depth freeze it late, and keep it if it is the head. The layers in between save less
-    then: gradients pass through them, frozen or not, to its first use. To have it freeze early, freeze it by name.
+    then: gradients pass through them, frozen or not, to its first use. To have it freeze early, freeze it by name. To
+    freeze the first use alone, put its output through ``jax.lax.stop_gradient``, under a flag that is static (an
+    argument of the loss, an attribute of the module): then the layers in between save all that they could, and the
+    parameter goes on training by way of its last use.
+
+    Example:
+        >>> from smartfrz_jax import Frozen, account, find_layers
+        >>> params, tokens = {"embed": jnp.ones((9, 8)), "body": jnp.ones((8, 8))}, jnp.arange(4)
+        >>> def loss(params, tokens, stop=False):
+        ...     x = params["embed"][tokens]
+        ...     x = jax.lax.stop_gradient(x) if stop else x
+        ...     return (x @ params["body"] @ params["embed"].T).mean()
+        >>> layers = find_layers(params, loss, tokens)
+        >>> layers.names
+        ('body', 'embed')
+        >>> frozen = Frozen(layers, frozenset({"body"}))
+        >>> costs = account(loss, layers, params, tokens)
+        >>> stopped = account(functools.partial(loss, stop=True), layers, params, tokens)
+        >>> [costs.flops(frozen).by_layer["body"].activation_gradients for costs in (costs, stopped)]
+        [512.0, 0.0]
     """
 
     entries: tuple[Layer, ...]

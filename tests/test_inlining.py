@@ -159,7 +159,7 @@ def test_recurrence_over_time_stays_whole():
     assert used.last["in"] == used.last["rec"] < used.last["head"] < 64
 
 
-def test_one_stacked_parameter_is_one_layer_that_ends_with_its_last_block():
+def test_a_stacked_block_is_one_layer_that_ends_with_its_last_row():
     params = {
         "down": jnp.stack([p["w2"] for p in PARAMS["blocks"]]),
         "up": jnp.stack([p["w1"] for p in PARAMS["blocks"]]),
@@ -174,13 +174,15 @@ def test_one_stacked_parameter_is_one_layer_that_ends_with_its_last_block():
 
     x = normal(5, WIDTH)
     layers = sfj.find_layers(params, forward, x)
-    assert layers.names == ("up", "down", "head")
-    got = tapping.tapped(forward, {name: [name] for name in layers.names}, params, x)(params, x)
+    assert layers.names == ("up+down", "head")
+    groups = {name: [name] for name in params} | {layers[0].name: layers[0].params}
+    got = tapping.tapped(forward, groups, params, x)(params, x)
     expected = {}
     for up, down in zip(params["up"], params["down"], strict=True):
         expected["up"] = x @ up
         expected["down"] = x = jnp.tanh(expected["up"]) @ down
-    chex.assert_trees_all_close(got, {**expected, "head": x @ params["head"]}, rtol=1e-5, atol=1e-5)
+    expected |= {"head": x @ params["head"], "up+down": x}
+    chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
 class Block(nnx.Module):
