@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import numpy as np
@@ -16,17 +17,27 @@ from smartfrz_jax.freezing import Frozen
 PyTree = Any
 
 
-class Key(NamedTuple):
+@dataclasses.dataclass(frozen=True, eq=False)
+class Key:
     """What a program is for.
 
     Attributes:
         structure: Of all arguments, with the optimizers and their frozen sets. Static attributes of modules, which need
-            not be hashable, are told apart by equality, as in ``jax.jit``.
+            not be hashable, are told apart by equality; by identity if they cannot be compared.
         batch: Structure, shapes and dtypes of what is neither a module nor a ``TrainState``.
     """
 
     structure: Any
     batch: Any
+
+    def __hash__(self) -> int:
+        return hash((self.structure, self.batch))  # JAX leaves what is static out of a structure's hash
+
+    def __eq__(self, other: object) -> bool:
+        try:
+            return isinstance(other, Key) and self.batch == other.batch and self.structure == other.structure
+        except (TypeError, ValueError):  # what is static is another object and cannot be compared
+            return False
 
 
 class Arguments:

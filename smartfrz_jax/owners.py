@@ -7,8 +7,10 @@ from typing import Any
 
 import jax
 
-from smartfrz_jax.abstract import Arguments, is_node
+from smartfrz_jax.abstract import Arguments, has_frozen, is_node
 from smartfrz_jax.freezing import Frozen
+
+PyTree = Any
 
 
 class Owners:
@@ -16,14 +18,19 @@ class Owners:
 
     def __init__(self) -> None:
         self._called: list[Any] = []
+        self._returned: list[Any] = []
         self._frozen: tuple[Frozen, ...] = ()
         self._announced: dict[int, tuple[Frozen, Any]] = {}
 
     def called(self, args: Arguments) -> None:
         """The step was called with these arguments."""
-        # Modules stay the same; a TrainState is another one at every step, and only its structure stays.
-        self._called = [weakref.ref(owner) if is_node(owner) else None for owner in args.owners]
+        self._called = list(map(weakref.ref, args.owners))
         self._frozen = args.frozen
+
+    def returned(self, out: PyTree) -> None:
+        """The step returned this: a ``TrainState`` is another one after each step."""
+        if len(self._called) > 1 and not all(is_node(owner()) for owner in self._called):
+            self._returned = list(map(weakref.ref, filter(has_frozen, jax.tree.leaves(out, is_leaf=has_frozen))))
 
     def announce(self, last: Arguments, owner: Any, new: Any) -> dict[int, Any]:
         """What to put in place of owners, by place.
@@ -51,13 +58,22 @@ class Owners:
         if len(known) == 1:
             return 0
         for place, called in enumerate(self._called):
-            if called is not None and called() is owner:
+            if called() is owner:
                 return place
-        structure = jax.tree.structure(owner)
-        for place, one in enumerate(known):
-            if not is_node(one) and jax.tree.structure(one) == structure:
-                return place
-        raise ValueError(
-            f"owner: got {type(owner).__name__} that is none of the {len(known)} in the last call of the step; prepare "
-            "what the step is called with"
-        )
+        alike = [place for place, one in enumerate(known) if _is_alike(one, owner)]
+        returned = [one() for one in self._returned]
+        places = [place for place, one in enumerate([one for one in returned if _is_alike(one, owner)]) if one is owner]
+        if not alike:
+            raise ValueError(
+                f"owner: got {type(owner).__name__} that is none of the {len(known)} in the last call of the step; "
+                "prepare what the step is called with"
+            )
+        return alike[places[0]] if places and places[0] < len(alike) else alike[0]
+
+
+def _is_alike(one: Any, other: Any) -> bool:
+    """Whether both are states of networks with the same layers and parameters."""
+    if is_node(one) or is_node(other) or type(one) is not type(other) or one.frozen.layers != other.frozen.layers:
+        return False
+    shapes, others = (jax.tree.map(jax.numpy.shape, state.params) for state in (one, other))
+    return shapes == others

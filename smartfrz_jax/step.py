@@ -64,7 +64,8 @@ class TrainStep:
         train_step: The plain function, not jitted. One or several of its arguments are a ``TrainState`` of
             ``smartfrz_jax.linen`` or an ``Optimizer`` of ``smartfrz_jax.nnx``; the others are arrays, pytrees of them,
             or modules: what is static belongs into it (``functools.partial``).
-        account: The account of the step, from :func:`smartfrz_jax.account`. With it, a program for a batch as that of
+        account: The account of the step, or of one of the networks that it trains, from
+            :func:`smartfrz_jax.account`. With it, a program for a batch as that of
             the first that saves less than predicted is a ``SavingWarning``, once for each cause; see
             :class:`smartfrz_jax.SavingCheck`.
         donate: Which arguments a call may overwrite, so that old and new values do not lie in memory side by side:
@@ -192,7 +193,9 @@ class TrainStep:
             try:
                 if bound.holds(parts):
                     self._use(bound.program, parts)
-                    return bound.program.call(parts, bound.watch)
+                    out = bound.program.call(parts, bound.watch)
+                    self._owners.returned(out)
+                    return out
             except (TypeError, ValueError):  # perhaps arrays lie elsewhere now
                 pass
             self._bound.pop(parts.call, None)
@@ -206,6 +209,7 @@ class TrainStep:
             self._recompilations.forget(parts.key)
             compiled = self._find(parts)
             out = compiled.call(parts, watch)
+        self._owners.returned(out)
         if compiled.call.targets is not None:
             self._bound.bind(parts, watch, compiled)
         return out
@@ -237,7 +241,10 @@ class TrainStep:
     def _check_saving(self, measured: Measured, key: Key, frozen: tuple[Frozen, ...]) -> None:
         if self._check is None or self.account is None:
             return
-        place = next((n for n, one in enumerate(frozen) if one.layers == self.account.layers), 0)
+        places = [n for n, one in enumerate(frozen) if one.layers == self.account.layers or len(frozen) == 1]
+        if len(places) != 1:  # nothing tells which of the networks it is the account of
+            return
+        (place,) = places
         like = key.batch, frozen[:place], frozen[place + 1 :]  # what changes beside the frozen set is not its doing
         self._checked = self._checked or like
         if like == self._checked:
