@@ -247,7 +247,7 @@ def _behind(account: Account, frozen: Frozen, notable: float) -> Finding | None:
         return None
     active, by_first_use = account.reached_through(frozen)
     saved = account.saving(frozen.add(active), frozen)
-    added = -account.saving(Frozen(frozen.layers, frozen.names.difference(through)), frozen)
+    added = account.flops(Frozen(frozen.layers, frozen.names.difference(through))).total / step.total - 1
     passing = f"so gradients must pass through these frozen layers, which is {share:.1%} of the step"
     cure = (
         f"freezing {_some(active)} as well would make the step {saved:.1%} cheaper; training these again, {added:.1%} "

@@ -7,6 +7,7 @@ shapes of frozen parameters were not returned?
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -123,7 +124,7 @@ def diagnose(account: Account, before: Frozen, after: Frozen, closed: Any, missi
     step = StepProgram(closed, account.backend)
     enough = max(_PART * missing, _NOTHING)
     least, most = (StepProgram(account.trace(frozen), account.backend).cost() for frozen in (after, before))
-    if account.saving(after, before) - (1 - least / most) > enough:
+    if account.scans and account.saving(after, before) - (1 - least / most) > enough:
         together = any(scan & after.names and scan - after.names for scan in account.scans)
         return _SCANNED if together else _SCAN_INPUT
     total = step.cost()
@@ -134,7 +135,8 @@ def diagnose(account: Account, before: Frozen, after: Frozen, closed: Any, missi
     without_numbers = step.cost(arrays, numbers=False)
     if (total - max(without_numbers, least)) / total > enough:
         return _CLIPPED
-    shapes = {leaf.shape for name, leaf in paths.flatten(account.params).items() if name in after.params}
+    leaves = paths.flatten(account.params)
+    shapes = {leaf.shape for name, leaf in leaves.items() if name in after.params}
     others = [var for var in arrays if var.aval.shape not in shapes]
     if (without_numbers - max(step.cost(others, numbers=False), least)) / total <= enough:
         return _ELSEWHERE
@@ -142,7 +144,10 @@ def diagnose(account: Account, before: Frozen, after: Frozen, closed: Any, missi
     rank = max(map(len, shapes))
     results = [var for var in arrays if var.aval.shape in shapes and len(var.aval.shape) == rank and step.way(var).ends]
     if all(step.is_gradient(var) for var in results):
-        return _RETURNED
+        trains = collections.Counter(leaf.shape for name, leaf in leaves.items() if name not in after.params)
+        returned = collections.Counter(var.aval.shape for var in results)
+        # If no more come back than train, one loop computes those of frozen layers with these, for something else.
+        return _RETURNED if returned - trains else _ELSEWHERE
     return _MASKED if step.is_masked(arrays) else _UPDATED
 
 
