@@ -32,7 +32,6 @@ from smartfrz_jax.freezer import Freezer as Freezer
 from smartfrz_jax.freezing import Frozen as Frozen
 from smartfrz_jax.freezing import apply_updates as apply_updates
 from smartfrz_jax.freezing import freeze as freeze
-from smartfrz_jax.freezing import migrate as migrate
 from smartfrz_jax.freezing import value_and_grad as value_and_grad
 from smartfrz_jax.grouping import find_layers as find_layers
 from smartfrz_jax.harm import branch_harm as branch_harm
@@ -41,6 +40,7 @@ from smartfrz_jax.hiding import Hiding as Hiding
 from smartfrz_jax.history import History as History
 from smartfrz_jax.layers import Layer as Layer
 from smartfrz_jax.layers import Layers as Layers
+from smartfrz_jax.migration import migrate as migrate
 from smartfrz_jax.observation import Observation as Observation
 from smartfrz_jax.policies import Policy as Policy
 from smartfrz_jax.policies import autofreeze as autofreeze

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from smartfrz_jax import freezing, hosts
+from smartfrz_jax import hosts, migration
 from smartfrz_jax.freezing import Frozen
 
 PyTree = Any
@@ -86,18 +86,18 @@ class Kept:
             ValueError: If ``opt_state`` does not fit, or is older than what was put aside last.
         """
         if isinstance(version, Tracer | jax.ShapeDtypeStruct):
-            return freezing.migrate(opt_state, tx, params, frozen), version
+            return migration.migrate(opt_state, tx, params, frozen), version
         if int(version) != self.version:
             raise ValueError(
                 f"opt_state: is of version {int(version)}, but what was put aside for returning layers is of version "
                 f"{self.version}: layers have been frozen or have returned from another state of this run since. Go on "
                 "from that one, restore a checkpoint, or let layers return afresh"
             )
-        dropped = freezing.dropped(opt_state, tx, params, frozen)
-        migrated = freezing.migrate(opt_state, tx, params, frozen, kept=self.arrays)
+        dropped = migration.dropped(opt_state, tx, params, frozen)
+        migrated = migration.migrate(opt_state, tx, params, frozen, kept=self.arrays)
         # Copies: on a CPU, NumPy would otherwise hold on to the optimizer's own memory.
         now = self.arrays | {path: np.array(leaf) for path, leaf in hosts.fetch(dropped).items()}
-        back = freezing.by_path(migrated).keys()
+        back = migration.by_path(migrated).keys()
         self.arrays = {path: array for path, array in now.items() if path not in back}
         self.version += 1
         return migrated, version + 1

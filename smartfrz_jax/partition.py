@@ -8,9 +8,11 @@ from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from smartfrz_jax import paths
+from smartfrz_jax.accumulation import with_own_windows
 
 if TYPE_CHECKING:
     from smartfrz_jax.freezing import Frozen
@@ -26,6 +28,19 @@ def partition(tx: optax.GradientTransformation, frozen: Frozen) -> optax.Gradien
     return optax.GradientTransformationExtraArgs(_Init(tx, frozen), _Update(tx, frozen))
 
 
+def unshared(opt_state: Any, params: PyTree) -> Any:
+    """The state with a copy of every array that stands in it twice, or is a parameter: none can be donated twice."""
+    taken = {id(leaf) for leaf in jax.tree.leaves(params)}
+
+    def own(leaf: Any) -> Any:
+        if id(leaf) in taken:
+            leaf = jnp.copy(leaf)
+        taken.add(id(leaf))
+        return leaf
+
+    return jax.tree.map(own, opt_state)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Partition:
     """``optax.multi_transform`` for a frozen set, equal for equal sets, so that ``jax.jit`` does not recompile."""
@@ -35,14 +50,17 @@ class _Partition:
 
     @property
     def _partition(self) -> optax.GradientTransformationExtraArgs:
-        transforms: dict[Hashable, optax.GradientTransformation] = {ACTIVE: self.tx, FROZEN: optax.set_to_zero()}
+        transforms: dict[Hashable, optax.GradientTransformation] = {
+            ACTIVE: with_own_windows(self.tx),
+            FROZEN: optax.set_to_zero(),
+        }
         return optax.multi_transform(transforms, self.frozen.labels, mask_compatible_extra_args=True)
 
 
 class _Init(_Partition):
     def __call__(self, params: PyTree) -> Any:
         try:
-            return self._partition.init(params)
+            return unshared(self._partition.init(params), params)
         except (IndexError, TypeError, ValueError) as error:
             if self.frozen.active:
                 raise

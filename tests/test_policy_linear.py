@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from smartfrz_jax import Frozen, Layer, Layers, freezing, policies
+from smartfrz_jax import Frozen, Layer, Layers, freezing, migrate, policies
 
 
 def network(n):
@@ -149,7 +149,7 @@ def test_optimizer_inside_freeze_is_momentum_sgd_in_numpy(scale_rate):
         names, state = policy.update(state, layers, step=step, params=lambda params=params: params)
         if names != frozen.names:
             frozen = Frozen(layers, names)
-            opt_state = freezing.migrate(opt_state, tx, params, frozen)
+            opt_state = migrate(opt_state, tx, params, frozen)
     assert frozen.active == (layers.head,)
     assert len(programs) == n
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), params, expected)

@@ -11,7 +11,7 @@ import optax
 from flax import struct
 from flax.training import train_state
 
-from smartfrz_jax import freezing, paths
+from smartfrz_jax import freezing, migration, paths
 from smartfrz_jax.freezing import Frozen
 from smartfrz_jax.kept import Kept, Returning, make_kept
 from smartfrz_jax.layers import Layers
@@ -142,6 +142,16 @@ class TrainState(train_state.TrainState):
             **kwargs,
         )
 
+    @property
+    def unfrozen_opt_state(self) -> Any:
+        """The state of ``unfrozen_tx`` for all parameters, for code that reads it, such as optax's own functions.
+
+        See :func:`smartfrz_jax.migration.unfrozen_opt_state`, also for how to change it: frozen layers have what their
+        optimizer would start with, so that ``optax.contrib.schedule_free_eval_params(state.unfrozen_opt_state,
+        state.params)`` leaves their weights as they are.
+        """
+        return migration.unfrozen_opt_state(self.opt_state, self.unfrozen_tx, self.params, self.frozen.layers)
+
     def freeze(self, frozen: Frozen | Iterable[str]) -> TrainState:
         """The state for another frozen set; what the optimizer holds of layers that stay active is kept exactly.
 
@@ -155,7 +165,7 @@ class TrainState(train_state.TrainState):
         if new == self.frozen:
             return self
         if self.kept is None:
-            opt_state, version = freezing.migrate(self.opt_state, self.unfrozen_tx, self.params, new), None
+            opt_state, version = migration.migrate(self.opt_state, self.unfrozen_tx, self.params, new), None
         else:
             opt_state, version = self.kept.migrate(
                 self.kept_version, self.opt_state, self.unfrozen_tx, self.params, new

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from smartfrz_jax import freezing
+from smartfrz_jax import freezing, migration
 from smartfrz_jax.freezing import Frozen
 from smartfrz_jax.kept import Returning, make_kept
 from smartfrz_jax.layers import Layers
@@ -133,6 +133,19 @@ class Optimizer(nnx.Optimizer):
             nnx.update(self.grads, self.frozen.active_leaves(pure_grads))
         return updates
 
+    def unfrozen_opt_state(self, model: nnx.Module) -> Any:
+        """The state of ``unfrozen_tx`` for all parameters, as arrays, for code that reads it, such as optax's own.
+
+        See :func:`smartfrz_jax.migration.unfrozen_opt_state`: frozen layers have what their optimizer would start with,
+        so that ``optax.contrib.schedule_free_eval_params(optimizer.unfrozen_opt_state(model), params)``, with ``params
+        = nnx.as_pure(nnx.state(model, nnx.Param))``, leaves their weights as they are.
+
+        Args:
+            model: The model.
+        """
+        params, opt_state = nnx.as_pure(nnx.state(model, self.wrt)), nnx.as_pure(self.opt_state)
+        return migration.unfrozen_opt_state(opt_state, self.unfrozen_tx, params, self.frozen.layers)
+
     def freeze(self, model: nnx.Module, frozen: Frozen | Iterable[str]) -> None:
         """Changes the frozen set; the state of layers that stay active is kept exactly.
 
@@ -148,7 +161,7 @@ class Optimizer(nnx.Optimizer):
             return
         params, old = nnx.as_pure(nnx.state(model, self.wrt)), nnx.as_pure(self.opt_state)
         if self.kept is None or self.kept_version is None:
-            migrated = freezing.migrate(old, self.unfrozen_tx, params, new)
+            migrated = migration.migrate(old, self.unfrozen_tx, params, new)
         else:
             version = self.kept_version[...]
             migrated, version = self.kept.migrate(version, old, self.unfrozen_tx, params, new)
