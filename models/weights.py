@@ -17,7 +17,6 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -29,6 +28,7 @@ from flax import nnx
 from jax.tree_util import keystr
 
 from models.deit import DeiT, resample_pos_embed
+from smartfrz_jax.file_paths import Path, PathLike, as_path, is_remote
 
 # Buffers that hold no weights: a counter, and indices 0, 1, 2, ...
 _IGNORED = re.compile(r"(^|\.)(num_batches_tracked|position_ids|token_type_ids)$")
@@ -40,11 +40,12 @@ _HEAD = re.compile(r"^(_?fc|head(_dist)?|classifier(\.[16])?|qa_outputs)\.(weigh
 _POOLER = re.compile(r"^(bert\.)?pooler\.")
 _POSITIONS = "pos_embed"
 _TODAY = {"gamma": "weight", "beta": "bias"}
+_METADATA = {"format": "pt"}  # transformers insists on it
 _WEIGHTS = (nnx.Param, nnx.BatchStat)
 
 
 def load(
-    model: nnx.Module, path: str | Path, *, prefix: str = "", new_head: bool = False, resample: bool = False
+    model: nnx.Module, path: PathLike, *, prefix: str = "", new_head: bool = False, resample: bool = False
 ) -> None:
     """Reads a model's parameters and statistics from a safetensors file.
 
@@ -64,18 +65,20 @@ def load(
             or infinite, or variances are negative; all of them are named.
 
     Example:
-        >>> import tempfile
+        >>> import pathlib, tempfile
         >>> from models.resnet import BasicBlock, ResNet
         >>> network = lambda classes: ResNet((1,), (4,), BasicBlock, num_classes=classes, rngs=nnx.Rngs(classes))
-        >>> path = Path(tempfile.mkdtemp()) / "network.safetensors"
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "network.safetensors"
         >>> save(network(10), path)
         >>> load(network(10), path)
         >>> load(network(3), path, new_head=True)
     """
-    set_tensors(model, _read(Path(path)), prefix=prefix, new_head=new_head, resample=resample, source=f"path: {path}")
+    set_tensors(
+        model, _read(as_path(path)), prefix=prefix, new_head=new_head, resample=resample, source=f"path: {path}"
+    )
 
 
-def save(model: nnx.Module, path: str | Path, *, dtype: Any = None, overwrite: bool = False) -> None:
+def save(model: nnx.Module, path: PathLike, *, dtype: Any = None, overwrite: bool = False) -> None:
     """Writes a model's parameters and statistics as a safetensors file that the original library reads.
 
     Args:
@@ -89,7 +92,7 @@ def save(model: nnx.Module, path: str | Path, *, dtype: Any = None, overwrite: b
         FileNotFoundError: If its directory does not exist.
         ValueError: If a value is too large for ``dtype``.
     """
-    path = Path(path)
+    path = as_path(path)
     if path.exists() and not overwrite:
         raise FileExistsError(f"path: {path} exists; choose another name or pass overwrite=True")
     if not path.parent.is_dir():
@@ -99,7 +102,10 @@ def save(model: nnx.Module, path: str | Path, *, dtype: Any = None, overwrite: b
     }
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        safetensors.numpy.save_file(tensors, partial, metadata={"format": "pt"})  # transformers insists on the metadata
+        if is_remote(partial):
+            partial.write_bytes(safetensors.numpy.save(tensors, _METADATA))
+        else:
+            safetensors.numpy.save_file(tensors, partial, metadata=_METADATA)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
@@ -294,7 +300,7 @@ def _read(path: Path) -> dict[str, np.ndarray]:
         there = "is a directory" if path.is_dir() else "does not exist"
         raise FileNotFoundError(f"path: {path} {there}; expected a safetensors file")
     try:
-        return safetensors.numpy.load_file(path)
+        return safetensors.numpy.load(path.read_bytes()) if is_remote(path) else safetensors.numpy.load_file(path)
     except safetensors.SafetensorError as error:
         with path.open("rb") as file:
             start = file.read(2)

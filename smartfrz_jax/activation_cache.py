@@ -14,6 +14,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from smartfrz_jax.activation_store import OnDevice, OnDisk, OnHost, Store, empty_directory, free_bytes
+from smartfrz_jax.file_paths import local_path
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Int
@@ -100,7 +101,7 @@ class ActivationCache:
         self._shapes = stored_shapes(frontier, examples * views, dtype)
         self.nbytes = sum(math.prod(shape.shape) * shape.dtype.itemsize for shape in self._shapes)
         make = {"device": OnDevice, "host": OnHost}.get(str(place))
-        directory = None if make else empty_directory(Path(place))
+        directory = None if make else empty_directory(local_path(place, "place"))
         free = free_bytes(directory, on_device=make is OnDevice) if budget is None else budget
         if free is not None and self.nbytes > free:
             raise ValueError(

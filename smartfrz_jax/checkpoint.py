@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import zlib
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +12,7 @@ from jax.tree_util import keystr
 from orbax.checkpoint import v1 as ocp
 
 from smartfrz_jax import checkpoint_leaves
+from smartfrz_jax.file_paths import Path, PathLike, as_path, is_remote
 
 PyTree = Any
 
@@ -21,7 +21,7 @@ PyTree = Any
 _SPECIAL, _ARRAYS, _ALL = "special_leaves", "checksums", "checksum"
 
 
-def write(path: str | Path, tree: PyTree, kind: str, metadata: dict[str, Any], *, overwrite: bool = False) -> None:
+def write(path: PathLike, tree: PyTree, kind: str, metadata: dict[str, Any], *, overwrite: bool = False) -> None:
     """Writes a pytree and JSON metadata as an Orbax checkpoint, atomically, with checksums.
 
     Args:
@@ -36,7 +36,7 @@ def write(path: str | Path, tree: PyTree, kind: str, metadata: dict[str, Any], *
         TypeError: If a leaf is neither an array nor a number nor a string.
         ValueError: If there is no array with elements, without which Orbax writes nothing.
     """
-    target = Path(path).absolute()
+    target = _location(path)
     if target.exists() and not overwrite:
         raise FileExistsError(f"path: {target} exists; choose another directory or pass overwrite=True")
     leaves = _by_name(tree, "tree")
@@ -52,7 +52,7 @@ def write(path: str | Path, tree: PyTree, kind: str, metadata: dict[str, Any], *
     ocp.save(str(target), arrays, overwrite=overwrite, custom_metadata=metadata)
 
 
-def read_metadata(path: str | Path, kind: str) -> dict[str, Any]:
+def read_metadata(path: PathLike, kind: str) -> dict[str, Any]:
     """The JSON metadata of a checkpoint.
 
     Args:
@@ -63,10 +63,10 @@ def read_metadata(path: str | Path, kind: str) -> dict[str, Any]:
         FileNotFoundError: If there is no such directory.
         ValueError: If it is not a complete checkpoint of that kind.
     """
-    return _own(_metadata(Path(path).absolute(), kind).custom_metadata)
+    return _own(_metadata(_location(path), kind).custom_metadata)
 
 
-def read(path: str | Path, like: PyTree, kind: str) -> PyTree:
+def read(path: PathLike, like: PyTree, kind: str) -> PyTree:
     """Reads a pytree that :func:`write` wrote.
 
     Args:
@@ -85,7 +85,7 @@ def read(path: str | Path, like: PyTree, kind: str) -> PyTree:
         TypeError: If a leaf is neither an array nor a number nor a string.
         ValueError: If the checkpoint is damaged, or a leaf is missing, is left over, or has another shape or dtype.
     """
-    source = Path(path).absolute()
+    source = _location(path)
     metadata, wanted = _metadata(source, kind), _by_name(like, "like")
     arrays = metadata.metadata
     saved = {name: {"shape": leaf.shape, "dtype": str(leaf.dtype)} for name, leaf in arrays.items()}
@@ -117,7 +117,7 @@ def outline(tree: PyTree) -> PyTree:
     return jax.tree.map(shape, tree)
 
 
-def with_dropped(path: str | Path, like: PyTree, kind: str, *, prefix: str) -> PyTree:
+def with_dropped(path: PathLike, like: PyTree, kind: str, *, prefix: str) -> PyTree:
     """``like``, with shape ``()`` for the leaves that were saved as a scalar because they were no longer needed.
 
     Args:
@@ -126,7 +126,7 @@ def with_dropped(path: str | Path, like: PyTree, kind: str, *, prefix: str) -> P
         kind: What it should be a checkpoint of.
         prefix: Where ``like`` is in the saved pytree, as ``jax.tree_util.keystr`` writes it.
     """
-    saved = _metadata(Path(path).absolute(), kind).metadata
+    saved = _metadata(_location(path), kind).metadata
 
     def dropped(path: Any, leaf: Any) -> Any:
         there = saved.get(prefix + keystr(path))
@@ -134,6 +134,11 @@ def with_dropped(path: str | Path, like: PyTree, kind: str, *, prefix: str) -> P
         return np.zeros((), leaf.dtype) if is_dropped else leaf
 
     return jax.tree_util.tree_map_with_path(dropped, like)
+
+
+def _location(path: PathLike) -> Path:
+    found = as_path(path)
+    return found if is_remote(found) else found.absolute()  # of others Orbax takes only that
 
 
 def _metadata(source: Path, kind: str) -> Any:

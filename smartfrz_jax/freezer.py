@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from smartfrz_jax import checkpoint
+from smartfrz_jax.file_paths import PathLike
 from smartfrz_jax.freezing import Frozen
 from smartfrz_jax.layers import Layers
 from smartfrz_jax.policies.base import Policy
@@ -192,7 +192,7 @@ class Freezer:
         self.events.append(FreezeEvent(self.steps, names, returned))
         self.frozen, self.pending = frozen, None
 
-    def save_run(self, path: str | Path, run: PyTree, *, overwrite: bool = False) -> None:
+    def save_run(self, path: PathLike, run: PyTree, *, overwrite: bool = False) -> None:
         """Writes a pytree of the run's arrays together with the policy's state and the frozen set.
 
         Args:
@@ -214,7 +214,7 @@ class Freezer:
         }
         checkpoint.write(path, {"run": run, "policy": self.policy_state}, _KIND, metadata, overwrite=overwrite)
 
-    def saved_frozen(self, path: str | Path) -> Frozen:
+    def saved_frozen(self, path: PathLike) -> Frozen:
         """The frozen set of a checkpoint, which the arrays given to :meth:`restore_run` must have the structure of.
 
         Raises:
@@ -231,7 +231,7 @@ class Freezer:
             )
         return Frozen(self.layers, frozenset(metadata["frozen"]))
 
-    def restore_run(self, path: str | Path, run: PyTree) -> PyTree:
+    def restore_run(self, path: PathLike, run: PyTree) -> PyTree:
         """Reads what :meth:`save_run` wrote; the policy goes on from where it was.
 
         Args:

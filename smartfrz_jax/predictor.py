@@ -15,6 +15,7 @@ from flax import nnx
 from smartfrz_jax import checkpoint
 from smartfrz_jax.encoded import Encoded, encode
 from smartfrz_jax.encoding import PAPER, Encoding
+from smartfrz_jax.file_paths import PathLike
 from smartfrz_jax.observation import Observation
 from smartfrz_jax.regime import FLAGGED, context_names
 
@@ -177,7 +178,7 @@ class Predictor(nnx.Module):
         flags = [~known[index] for index, name in enumerate(names) if name in FLAGGED]
         return jnp.concatenate([jnp.where(known, standard, 0.0), jnp.array(flags, jnp.float32)])
 
-    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+    def save(self, path: PathLike, *, overwrite: bool = False) -> None:
         """Writes the weights and the configuration as an Orbax checkpoint.
 
         Args:
@@ -200,7 +201,7 @@ class Predictor(nnx.Module):
         )
 
     @classmethod
-    def restore(cls, path: str | Path, *, config: PredictorConfig | None = None) -> Predictor:
+    def restore(cls, path: PathLike, *, config: PredictorConfig | None = None) -> Predictor:
         """Reads a predictor that :meth:`save` wrote. Of several processes all must call it.
 
         Args:
@@ -244,7 +245,7 @@ class Predictor(nnx.Module):
         return cls.restore(_PRETRAINED / name)
 
 
-def _saved_config(path: str | Path) -> PredictorConfig:
+def _saved_config(path: PathLike) -> PredictorConfig:
     metadata = checkpoint.read_metadata(path, _KIND)
     if metadata.get("version") != _VERSION:
         raise ValueError(

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import jax
 
+from smartfrz_jax.file_paths import PathLike, as_path, try_to_write
 
-def keep_programs(directory: str | Path) -> None:
+
+def keep_programs(directory: PathLike) -> None:
     """Keeps compiled programs in a directory, for this process and for later ones.
 
     A run that is resumed, or started again, then loads its programs in a fraction of the time that compiling them
@@ -15,7 +15,7 @@ def keep_programs(directory: str | Path) -> None:
     took a second or more.
 
     Args:
-        directory: Made if it is not there. Several processes may share it.
+        directory: Made if it is not there; ``gs://...`` too. Several processes may share it.
 
     Raises:
         OSError: If the directory cannot be made or written.
@@ -24,12 +24,9 @@ def keep_programs(directory: str | Path) -> None:
         >>> import tempfile
         >>> keep_programs(tempfile.mkdtemp())
     """
-    directory = Path(directory)
+    directory = as_path(directory, "directory")
     try:
-        directory.mkdir(parents=True, exist_ok=True)
-        probe = directory / ".writable"
-        probe.touch()
-        probe.unlink()
+        try_to_write(directory)
     except OSError as error:
         raise OSError(
             f"directory: programs cannot be kept in {directory} ({error.strerror or error}); name a directory that can "

@@ -43,16 +43,16 @@ from __future__ import annotations
 
 import json
 import os
-from pathlib import Path
 
 import numpy as np
 
+from smartfrz_jax.file_paths import Path, PathLike, as_path, is_remote
 from smartfrz_jax.recording import ARRAYS, OPTIONAL, SCALARS, Recording
 
 FORMAT_VERSION = 2
 
 
-def save(recording: Recording, directory: str | Path, name: str) -> Path:
+def save(recording: Recording, directory: PathLike, name: str) -> Path:
     """Adds a recording to a data set. The file appears complete or not at all.
 
     Args:
@@ -67,9 +67,9 @@ def save(recording: Recording, directory: str | Path, name: str) -> Path:
         FileExistsError: If the data set has a recording of that name.
         ValueError: If ``name`` is not a plain file name.
     """
-    if not name or Path(name).name != name or name.startswith("."):
+    if not name or os.path.basename(name) != name or name.startswith("."):
         raise ValueError(f"name: got {name!r}, expected a file name without directories, such as 'resnet18-cifar10-0'")
-    directory = Path(directory)
+    directory = as_path(directory, "directory")
     target = directory / f"{name}.npz"
     directory.mkdir(parents=True, exist_ok=True)
     temporary = directory / f".{name}.{os.getpid()}.tmp"
@@ -87,18 +87,19 @@ def save(recording: Recording, directory: str | Path, name: str) -> Path:
                 **{field: array for field, array in arrays.items() if array is not None},
             )
             file.flush()
-            os.fsync(file.fileno())
+            if not is_remote(temporary):
+                os.fsync(file.fileno())
         if target.exists():
             raise FileExistsError(
                 f"name: {target} exists, and recordings are not overwritten; choose another name or delete the file"
             )
-        os.replace(temporary, target)
+        temporary.replace(target)
     finally:
         temporary.unlink(missing_ok=True)
     return target
 
 
-def load(directory: str | Path) -> list[Recording]:
+def load(directory: PathLike) -> list[Recording]:
     """Reads all recordings of a data set.
 
     Args:
@@ -111,7 +112,7 @@ def load(directory: str | Path) -> list[Recording]:
         FileNotFoundError: If there is no such directory, or no recording in it.
         ValueError: If a file is damaged, or of another version of the format.
     """
-    directory = Path(directory)
+    directory = as_path(directory, "directory")
     if not directory.is_dir():
         raise FileNotFoundError(f"directory: there is no directory {directory}; expected a data set of recordings")
     files = sorted(directory.glob("*.npz"))
@@ -120,7 +121,7 @@ def load(directory: str | Path) -> list[Recording]:
     return [_read(file, "directory") for file in files]
 
 
-def read(path: str | Path) -> Recording:
+def read(path: PathLike) -> Recording:
     """Reads one recording.
 
     Args:
@@ -130,7 +131,7 @@ def read(path: str | Path) -> Recording:
         FileNotFoundError: If it is not there.
         ValueError: If it is damaged, or of another version of the format.
     """
-    path = Path(path)
+    path = as_path(path)
     if not path.is_file():
         raise FileNotFoundError(f"path: there is no file {path}; expected a recording (*.npz)")
     return _read(path, "path")

@@ -19,6 +19,7 @@ from pathlib import Path
 import smartfrz_jax as sfj
 from train import json_lines
 from train.interrupt import Interrupt, resumable
+from train.paths import local_path
 from train.results import provenance, write_section
 from train.trials import report
 from train.trials.cases import CASES
@@ -138,10 +139,10 @@ def _text(args: argparse.Namespace, results: list[Result], base: Path) -> str:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = make_parser("closed_loop", __doc__)
-    parser.add_argument("--pictures", type=Path, metavar="FOLDER", help="folder for the pictures (default: --out)")
+    parser.add_argument("--pictures", type=local_path, metavar="FOLDER", help="folder for pictures (default: --out)")
     parser.add_argument(
         "--predictors",
-        type=Path,
+        type=local_path,
         help="folder with those of each case as train.fit_predictor --without makes them: CASE/predictor, and "
         "CASE/paper_predictor, CASE/cka_predictor and so on for those trained otherwise; without it no smartfrz",
     )

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from smartfrz_jax import recording_files
 from train.collection.plan import Run, runs
+from train.paths import local_path
 
 _DESCRIPTION = """\
 Makes the predictor's training set, one file for each recorded run:
@@ -128,10 +129,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         prog="python -m train.collect", description=_DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--out", type=Path, help="folder of the set; also holds pre-trained weights and compiled programs")
-    add("--keep", type=Path, metavar="FOLDER", help="folder for the recordings without their weights")
-    add("--data-dir", type=Path, help="data directory of TensorFlow Datasets")
-    add("--weights", type=Path, help="folder with efficientnet_lite0.safetensors")
+    add("--out", type=local_path, help="folder of the set; also holds pre-trained weights and compiled programs")
+    add("--keep", type=local_path, metavar="FOLDER", help="folder for the recordings without their weights")
+    add("--data-dir", type=local_path, help="data directory of TensorFlow Datasets")
+    add("--weights", type=local_path, help="folder with efficientnet_lite0.safetensors")
     add("--jobs", type=int, default=1, help="processes at a time (default: %(default)s)")
     add("--only", metavar="PATTERN", help="record only runs whose name matches, such as 'resnet8-*'")
     add("--limit", type=int, metavar="N", help="record at most the first N")

@@ -31,6 +31,7 @@ from smartfrz_jax.contribution import Probe
 from train import fashion_mnist, report
 from train.interrupt import Interrupt, exit_code
 from train.log import Evaluation, Log, Run
+from train.paths import local_path
 from train.run import batches, training
 
 BATCH_SIZE = 64
@@ -212,7 +213,9 @@ def demo(args: argparse.Namespace, say: Callable[[str], None], interrupt: Interr
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m train.demo", description=str(__doc__).split("\n\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("runs/demo"), help="folder for everything that is written")
+    parser.add_argument(
+        "--out", type=local_path, default=Path("runs/demo"), help="folder for everything that is written"
+    )
     parser.add_argument("--epochs", type=int, default=4, help="epochs of each fine-tuning (default: %(default)s)")
     parser.add_argument("--pretrain-epochs", type=int, default=3, help="epochs of pre-training (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="seed of everything (default: %(default)s)")

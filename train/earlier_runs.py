@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
 from typing import Any
 
+from etils import epath
+
 import smartfrz_jax as sfj
+from smartfrz_jax.file_paths import Path
 from train.data import metrics
 from train.log import Run, read
 from train.options import Options
@@ -19,7 +20,7 @@ def save_checkpoint(freezer: sfj.nnx.Freezer, out: Path) -> None:
         freezer.save(target)
     for earlier in target.parent.iterdir():
         if earlier.name.isdigit() and earlier != target:
-            shutil.rmtree(earlier)
+            epath.Path(earlier).rmtree()
 
 
 def last_checkpoint(out: Path) -> Path | None:

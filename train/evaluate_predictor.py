@@ -25,6 +25,7 @@ from smartfrz_jax.recording import Recording
 from smartfrz_jax.splits import by_run, moments
 from train import json_lines
 from train.interrupt import Interrupt, resumable
+from train.paths import local_path
 from train.predictors import learning_runs
 from train.predictors.figures import Figures, table
 from train.predictors.folds import Split, folds
@@ -183,9 +184,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         prog="python -m train.evaluate_predictor", description=str(__doc__).split("\n\n")[0]
     )
-    parser.add_argument("--recordings", type=Path, required=True, help="recordings, as train.collect makes them")
-    parser.add_argument("--out", type=Path, default=Path("runs/evaluation"), help="folder for everything written")
-    parser.add_argument("--results", type=Path, metavar="FILE", help="Markdown file in which to renew the tables, too")
+    parser.add_argument("--recordings", type=local_path, required=True, help="recordings, as train.collect makes them")
+    parser.add_argument("--out", type=local_path, default=Path("runs/evaluation"), help="folder for everything written")
+    parser.add_argument("--results", type=local_path, metavar="FILE", help="Markdown file to renew the tables in, too")
     parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS), help="what is supervised")
     parser.add_argument(
         "--splits", nargs="+", choices=get_args(Split), default=list(get_args(Split)), help="what is held out"

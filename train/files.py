@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
+
+from smartfrz_jax.file_paths import Path, is_remote
 
 
 def write_whole(path: Path, text: str) -> None:
@@ -16,6 +17,9 @@ def write_whole(path: Path, text: str) -> None:
     Raises:
         OSError: If it cannot be written.
     """
+    if is_remote(path):  # where files are only written whole
+        path.write_text(text)
+        return
     target = path.resolve()  # of a link, what it points to
     part = target.with_name(f"{target.name}.part")
     part.write_text(text)

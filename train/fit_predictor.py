@@ -12,12 +12,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
 import smartfrz_jax as sfj
 from smartfrz_jax.controls import two_scalar_coefficients
 from smartfrz_jax.examples import make_examples
 from smartfrz_jax.recording import Recording
+from train.paths import local_path
 from train.predictors import held_out, learning_runs
 from train.predictors.variants import TARGETS, VARIANTS
 
@@ -27,12 +27,12 @@ _HELD_OUT_STRIDE = 12  # records between moments
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m train.fit_predictor", description=str(__doc__).split("\n\n")[0])
-    parser.add_argument("--recordings", type=Path, required=True, help="recordings, as train.collect makes them")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the checkpoint to make")
+    parser.add_argument("--recordings", type=local_path, required=True, help="recordings, as train.collect makes them")
+    parser.add_argument("--out", type=local_path, required=True, help="folder of the checkpoint to make")
     parser.add_argument("--target", choices=list(TARGETS), required=True, help="what is supervised")
     parser.add_argument("--variant", choices=list(VARIANTS), required=True, help="what the predictor reads")
     parser.add_argument("--without", nargs="*", default=[], help="networks and data sets to leave out")
-    parser.add_argument("--held-out", type=Path, metavar="FILE", help="file to make of what is left out (.npz)")
+    parser.add_argument("--held-out", type=local_path, metavar="FILE", help="file to make of what is left out (.npz)")
     parser.add_argument("--seed", type=int, default=0, help="of everything (default: %(default)s)")
     parser.add_argument("--stride", type=int, default=4, help="records between moments (default: %(default)s)")
     args = parser.parse_args(argv)

@@ -17,6 +17,7 @@ from pathlib import Path
 import smartfrz_jax as sfj
 from train import json_lines
 from train.interrupt import Interrupt, resumable
+from train.paths import local_path
 from train.rehearsals import cases
 from train.results import provenance, publish
 from train.trials.command_line import make_parser
@@ -68,7 +69,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser("gradient_signal", __doc__)
     parser.add_argument(
         "--full-runs",
-        type=Path,
+        type=local_path,
         default=_FULL_RUNS,
         metavar="FILE",
         help=f"results.jsonl of train.rehearsals with {FRONT} and never (default: those of the repository)",

@@ -6,9 +6,10 @@ import argparse
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
 from types import FrameType, TracebackType
 from typing import TypeVar
+
+from smartfrz_jax.file_paths import Path, try_to_write
 
 T = TypeVar("T")
 
@@ -56,16 +57,17 @@ def exit_code(work: Callable[[Interrupt], object], out: Path, *, go_on: str) -> 
 
     Args:
         work: The work.
-        out: Folder that it writes to, as the option ``--out`` has it; it is made.
+        out: Folder that it writes to, as the option ``--out`` has it; it is made, and tried.
         go_on: What to do after an interruption.
 
     Returns:
         0, 2 if something that was asked for is wrong, 130 if it was interrupted.
     """
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        try_to_write(out)
     except OSError as error:
-        print(f"--out: cannot make the folder {out} ({error.strerror}); choose another one with --out", file=sys.stderr)
+        reason = error.strerror or error
+        print(f"--out: cannot make the folder {out} and write in it ({reason}); choose another one", file=sys.stderr)
         return 2
     try:
         with Interrupt() as interrupt:

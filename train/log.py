@@ -6,12 +6,12 @@ import dataclasses
 import itertools
 import json
 import math
-from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
 import smartfrz_jax as sfj
+from smartfrz_jax.file_paths import Path, is_remote
 from train.files import write_whole
 
 
@@ -189,7 +189,8 @@ class Log:
     attributes of :class:`Run`, :class:`Step`, :class:`Compiled`, ``FreezeEvent`` and :class:`Evaluation`.
 
     Args:
-        path: The file. It is written anew; one that is there stays whole until all the run has is written.
+        path: The file. It is written anew; one that is there stays whole until all the run has is written. In an object
+            store, where nothing can be added to a file, it is written again at every evaluation and at the end.
         run: The run; lines are written for what it has already.
 
     Raises:
@@ -204,20 +205,30 @@ class Log:
         for event, (field, _) in _KINDS.items():
             lines += [_line(event, item._asdict()) for item in getattr(run, field)]
         write_whole(path, "".join(lines))
-        self._file: TextIO = path.open("a")
+        self._path, self._lines = path, lines
+        self._file: TextIO | None = None if is_remote(path) else path.open("a")  # pyright: ignore[reportAttributeAccessIssue]
 
     def add(self, item: Step | Compiled | sfj.FreezeEvent | Evaluation) -> None:
         """Adds something that happened to the run and to the file."""
         event, field = next((event, field) for event, (field, kind) in _KINDS.items() if isinstance(item, kind))
         getattr(self.run, field).append(item)
-        self._file.write(_line(event, item._asdict()))
-        self._file.flush()
+        line = _line(event, item._asdict())
+        if self._file is not None:
+            self._file.write(line)
+            self._file.flush()
+            return
+        self._lines.append(line)
+        if isinstance(item, Evaluation):
+            write_whole(self._path, "".join(self._lines))
 
     def __enter__(self) -> Log:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+        else:
+            write_whole(self._path, "".join(self._lines))
 
 
 def _line(event: str, fields: dict[str, Any]) -> str:

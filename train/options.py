@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from pathlib import Path
+import os
 from typing import Literal, get_args
 
+from smartfrz_jax.file_paths import Path
 from train.data.wordpiece import MIN_LENGTH
 from train.networks import Name
 from train.optimizers import OptimizerName
+from train.paths import file_path
 from train.policies import PolicyName
 
 KeepActivations = Literal["no", "device", "host"]
@@ -81,7 +83,7 @@ class Options:
     def settings(self) -> dict[str, str | float | bool | None]:
         """All options, as JSON can hold them."""
         return {
-            name: str(value) if isinstance(value, Path | tuple) else value
+            name: str(value) if isinstance(value, os.PathLike | tuple) else value
             for name, value in dataclasses.asdict(self).items()
         }
 
@@ -104,7 +106,7 @@ def parse(argv: list[str] | None) -> Options:
     )
     add = parser.add_argument_group("network").add_argument
     add("--model", required=True, choices=get_args(Name), help="the network")
-    add("--weights", type=Path, help="safetensors file to start from; default: from scratch")
+    add("--weights", type=file_path, help="safetensors file to start from; default: from scratch")
     add("--weights-prefix", help="what is taken off the names in --weights, such as module. of DataParallel")
     add("--head", choices=["new", "keep"], default="new", help="whether the head of --weights is made anew or kept")
     add(
@@ -122,11 +124,11 @@ def parse(argv: list[str] | None) -> Options:
 
     add = parser.add_argument_group("data").add_argument
     add("--data", required=True, help="TFDS name: cifar10, cifar100, imagenet2012, glue/mrpc, glue/cola, or another")
-    add("--data-dir", type=Path, required=True, help="folder of prepared TFDS data sets (array_record)")
+    add("--data-dir", type=file_path, required=True, help="folder of prepared TFDS data sets (array_record)")
     add("--train-split", default="train", help="split to train on, such as train[:500]")
     add("--evaluation-split", help="split to evaluate on; default: the usual one of the data set")
     add("--image-size", type=int, default=224, help="height and width that images are resized to")
-    add("--vocab", type=Path, help="WordPiece vocabulary (vocab.txt), for text")
+    add("--vocab", type=file_path, help="WordPiece vocabulary (vocab.txt), for text")
     add("--max-tokens", type=int, default=128, help="longest text; the rest is cut off")
     add(
         "--augment",
@@ -170,7 +172,7 @@ def parse(argv: list[str] | None) -> Options:
         "--percentile", type=float, default=50, help="autofreeze: share of active layers taken as converged, in percent"
     )
     add("--tolerance", type=float, default=0.02, help="similarity_guided: change in CKA that counts as none")
-    add("--reference", type=Path, help="similarity_guided: model.safetensors of a finished run of the same network")
+    add("--reference", type=file_path, help="similarity_guided: model.safetensors of a finished run of that network")
     add(
         "--stages",
         type=_stages,
@@ -193,14 +195,14 @@ def parse(argv: list[str] | None) -> Options:
     )
 
     add = parser.add_argument_group("run").add_argument
-    add("--out", type=Path, required=True, help="folder for everything that is written")
+    add("--out", type=file_path, required=True, help="folder for all that is written")
     add(
         "--resume",
         action="store_true",
         help="go on from the last checkpoint in --out, or, before the first, from the start",
     )
-    add("--baseline", type=Path, help="--out of an earlier run, to compare with in the report")
-    add("--keep-programs", type=Path, help="folder in which compiled programs are kept for later runs")
+    add("--baseline", type=file_path, help="--out of an earlier run, to compare with in the report")
+    add("--keep-programs", type=file_path, help="folder in which compiled programs are kept for later runs")
     add("--quiet", action="store_true", help="no progress bar")
     options = Options(**vars(parser.parse_args(argv)))
 

@@ -32,6 +32,7 @@ from train.collection.architectures import ARCHITECTURES
 from train.collection.plan import runs
 from train.collection.record import branch_moments, branches, prepare
 from train.interrupt import Interrupt, resumable
+from train.paths import local_path
 from train.predictors import learning_runs
 from train.predictors.variants import TARGETS, VARIANTS
 from train.results import provenance, publish
@@ -159,10 +160,10 @@ def _score(value: np.ndarray, test: Examples) -> Evaluation:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m train.repeat_harm", description=str(__doc__).split("\n\n")[0])
-    parser.add_argument("--recordings", type=Path, required=True, help="folder of train.collect")
-    parser.add_argument("--data-dir", type=Path, required=True, help="data directory of TensorFlow Datasets")
-    parser.add_argument("--out", type=Path, default=Path("runs/repeat"), help="folder for everything written")
-    parser.add_argument("--results", type=Path, metavar="FILE", help="Markdown file in which to renew the table, too")
+    parser.add_argument("--recordings", type=local_path, required=True, help="folder of train.collect")
+    parser.add_argument("--data-dir", type=local_path, required=True, help="data directory of TensorFlow Datasets")
+    parser.add_argument("--out", type=local_path, default=Path("runs/repeat"), help="folder for everything written")
+    parser.add_argument("--results", type=local_path, metavar="FILE", help="Markdown file to renew the table in, too")
     parser.add_argument("--runs", type=int, default=12, help="runs to measure again (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the draw of the runs (default: %(default)s)")
     parser.add_argument("--stride", type=int, default=12, help="records between moments (default: %(default)s)")

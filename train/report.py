@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
+from smartfrz_jax.file_paths import Path
 from train.log import Run
 
 mpl.use("Agg")
@@ -103,7 +103,8 @@ def picture(runs: Sequence[Run], path: Path, title: str) -> None:
         last, runs, "MB of the compiled program", lambda run: np.array([step.peak_bytes for step in run.steps]) / 1e6
     )
     figure.legend(*last.get_legend_handles_labels(), loc="outside lower center", ncols=len(runs))
-    figure.savefig(path, dpi=110)
+    with path.open("wb") as opened:
+        figure.savefig(opened, dpi=110, format="png")
     plt.close(figure)
 
 

@@ -26,6 +26,7 @@ from research.long_runs.cases import CASES
 from research.long_runs.run import Job, Runner, strategy_of
 from research.long_runs.strategies import STRATEGIES
 from train import json_lines
+from train.paths import local_path
 
 RESULTS = Path(__file__).parent / "results.jsonl"
 Row = Mapping[str, Any]
@@ -114,10 +115,10 @@ def _say(text: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Runs the script."""
     parser = argparse.ArgumentParser(prog="python -m research.long_runs", description=__doc__)
-    parser.add_argument("--data-dir", type=Path, required=True, help="data directory of TFDS")
-    parser.add_argument("--weights", type=Path, help="folder of published weights")
-    parser.add_argument("--state", type=Path, required=True, help="folder for checkpoints of unfinished runs")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="file of finished runs (default: %(default)s)")
+    parser.add_argument("--data-dir", type=local_path, required=True, help="data directory of TFDS")
+    parser.add_argument("--weights", type=local_path, help="folder of published weights")
+    parser.add_argument("--state", type=local_path, required=True, help="folder for checkpoints of unfinished runs")
+    parser.add_argument("--results", type=local_path, default=RESULTS, help="finished runs (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=60.0, help="after which it stops (default: %(default)s)")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES), help="default: all")
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")

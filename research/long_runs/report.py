@@ -19,6 +19,7 @@ from research.long_runs.cases import CASES
 from research.long_runs.strategies import STRATEGIES
 from train import json_lines
 from train.files import write_whole
+from train.paths import local_path
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
@@ -170,8 +171,8 @@ def picture(found: Sequence[Line], path: Path, title: str) -> None:
 def main(argv: list[str] | None = None) -> int:
     """Writes the page and the pictures."""
     parser = argparse.ArgumentParser(prog="python -m research.long_runs.report", description=__doc__)
-    parser.add_argument("--results", type=Path, default=RESULTS, help="file of finished runs (default: %(default)s)")
-    parser.add_argument("--out", type=Path, default=RESULTS.parent, help="folder to write to (default: %(default)s)")
+    parser.add_argument("--results", type=local_path, default=RESULTS, help="finished runs (default: %(default)s)")
+    parser.add_argument("--out", type=local_path, default=RESULTS.parent, help="where to write (default: %(default)s)")
     args = parser.parse_args(argv)
     results = json_lines.read_with_commit(args.results)
     args.out.mkdir(parents=True, exist_ok=True)

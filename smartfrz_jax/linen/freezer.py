@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 
 from smartfrz_jax import abstract, freezer
+from smartfrz_jax.file_paths import PathLike
 from smartfrz_jax.freezing import Frozen
 from smartfrz_jax.linen.train_state import TrainState
 from smartfrz_jax.policies.base import Policy
@@ -92,7 +92,7 @@ class Freezer(freezer.Freezer):
             )
         )
 
-    def save(self, path: str | Path, state: TrainState, *, overwrite: bool = False) -> None:
+    def save(self, path: PathLike, state: TrainState, *, overwrite: bool = False) -> None:
         """Writes the state, the policy's state and the frozen set as one Orbax checkpoint.
 
         Raises:
@@ -103,7 +103,7 @@ class Freezer(freezer.Freezer):
         self.adopt(state.frozen)
         self.save_run(path, _run(state), overwrite=overwrite)
 
-    def restore(self, path: str | Path, state: TrainState) -> TrainState:
+    def restore(self, path: PathLike, state: TrainState) -> TrainState:
         """Reads a checkpoint; the run goes on as if it had never stopped.
 
         Args:

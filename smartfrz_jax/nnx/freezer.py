@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import jax
 from flax import nnx
 
 from smartfrz_jax import abstract, freezer
+from smartfrz_jax.file_paths import PathLike
 from smartfrz_jax.freezing import Frozen
 from smartfrz_jax.nnx.cached_step import CachedStep
 from smartfrz_jax.nnx.optimizer import Optimizer
@@ -99,7 +99,7 @@ class Freezer(freezer.Freezer):
         optimizer.freeze(model, frozen)
         return frozen
 
-    def save(self, path: str | Path, *, overwrite: bool = False) -> None:
+    def save(self, path: PathLike, *, overwrite: bool = False) -> None:
         """Writes model, optimizer, policy state and frozen set as one Orbax checkpoint.
 
         Raises:
@@ -110,7 +110,7 @@ class Freezer(freezer.Freezer):
         self.adopt(self.optimizer.frozen)
         self.save_run(path, self._arrays(), overwrite=overwrite)
 
-    def restore(self, path: str | Path) -> None:
+    def restore(self, path: PathLike) -> None:
         """Reads a checkpoint into the model and the optimizer; the run goes on as if it had never stopped.
 
         Raises:

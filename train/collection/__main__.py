@@ -6,12 +6,12 @@ import argparse
 import dataclasses
 import sys
 import time
-from pathlib import Path
 
 import smartfrz_jax as sfj
 from smartfrz_jax import recording_files
 from train.collection.plan import Run, runs
 from train.collection.record import record
+from train.paths import local_path
 
 
 def shortened(run: Run, steps: int | None) -> Run:
@@ -23,9 +23,9 @@ def main(argv: list[str] | None = None) -> int:
     """Runs the script; returns the exit code: 0, 1 if the recording could not be made, 130 if interrupted."""
     parser = argparse.ArgumentParser(prog="python -m train.collection", description=__doc__)
     parser.add_argument("name", choices=[run.name for run in runs()], metavar="NAME", help="name of the run")
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--data-dir", type=Path, required=True)
-    parser.add_argument("--weights", type=Path)
+    parser.add_argument("--out", type=local_path, required=True)
+    parser.add_argument("--data-dir", type=local_path, required=True)
+    parser.add_argument("--weights", type=local_path)
     parser.add_argument("--steps", type=int)
     args = parser.parse_args(argv)
     begin = time.perf_counter()

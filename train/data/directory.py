@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import os
 import re
-from pathlib import Path
+
+from smartfrz_jax.file_paths import Path, as_path
 
 INFO = "dataset_info.json"
 _VERSION = re.compile(r"\d+\.\d+\.\d+")
@@ -12,7 +13,7 @@ _VERSION = re.compile(r"\d+\.\d+\.\d+")
 
 def default_data_dir() -> Path:
     """Where TFDS itself keeps its sets: ``$TFDS_DATA_DIR`` or ``~/tensorflow_datasets``."""
-    return Path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets")).expanduser()
+    return as_path(os.environ.get("TFDS_DATA_DIR", "~/tensorflow_datasets"), "TFDS_DATA_DIR")
 
 
 def prepared(data_dir: Path) -> list[str]:
@@ -38,7 +39,7 @@ def find(name: str, data_dir: str | os.PathLike[str] | None = None) -> Path:
         FileNotFoundError: If there is no such directory, or no such set in it.
         ValueError: If the name stands for several configurations.
     """
-    root = default_data_dir() if data_dir is None else Path(data_dir).expanduser()
+    root = default_data_dir() if data_dir is None else as_path(data_dir, "data_dir")
     if not root.is_dir():
         raise FileNotFoundError(
             f"data_dir: {root} is not a directory, expected the data directory of TensorFlow Datasets; {_prepare(name)}"

@@ -5,11 +5,11 @@ from __future__ import annotations
 import dataclasses
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
+from smartfrz_jax.file_paths import Path, as_path
 from train.data import directory, grey_levels
 
 # Pairs whose order is not that of their names.
@@ -182,7 +182,7 @@ def open_split(
         ) from error
     parts = tuple((str(one.filename), one.skip, one.skip + one.take) for one in instructions)
     for file, _, _ in parts:
-        if not os.path.exists(file):
+        if not as_path(file).exists():
             raise FileNotFoundError(
                 f"{file}, a file of split {split!r} of {info.full_name}, is missing; copy it from where the set came "
                 "from, or prepare the set again"

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
+
+from smartfrz_jax.file_paths import as_path
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -62,7 +63,7 @@ class WordPiece:
                 f"{error}; text sets need the packages for training: pip install 'smartfrz_jax[train]'"
             ) from error
 
-        path = Path(vocab_file)
+        path = as_path(vocab_file, "vocab_file")
         if not path.is_file():
             raise FileNotFoundError(
                 f"vocab_file: {path} is not a file, expected the vocabulary that the model was trained with, one token "

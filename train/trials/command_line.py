@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from train.paths import local_path
+
 
 def make_parser(script: str, doc: str | None) -> argparse.ArgumentParser:
     """A parser with the options for what is read and written.
@@ -14,8 +16,8 @@ def make_parser(script: str, doc: str | None) -> argparse.ArgumentParser:
         doc: Its docstring, of which the first paragraph is the description.
     """
     parser = argparse.ArgumentParser(prog=f"python -m train.{script}", description=str(doc).split("\n\n")[0])
-    parser.add_argument("--out", type=Path, default=Path("runs", script), help="folder for everything written")
-    parser.add_argument("--results", type=Path, metavar="FILE", help="Markdown file in which to renew the tables, too")
-    parser.add_argument("--data-dir", type=Path, required=True, help="folder of prepared TFDS data sets")
-    parser.add_argument("--weights", type=Path, help="folder of published weights")
+    parser.add_argument("--out", type=local_path, default=Path("runs", script), help="folder for everything written")
+    parser.add_argument("--results", type=local_path, metavar="FILE", help="Markdown file to renew the tables in, too")
+    parser.add_argument("--data-dir", type=local_path, required=True, help="folder of prepared TFDS data sets")
+    parser.add_argument("--weights", type=local_path, help="folder of published weights")
     return parser
