@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from smartfrz_jax import paths
+from smartfrz_jax import checks, paths
 from smartfrz_jax.layers import Layers
 
 if TYPE_CHECKING:
@@ -178,8 +178,7 @@ def _loss(probe: Probe, params: PyTree) -> float:
 
 def check_probe(probe: Any) -> None:
     """Raises ``TypeError`` unless a probe is a function or ``None``."""
-    if probe is not None and not callable(probe):
-        raise TypeError(
-            f"probe: got {type(probe).__name__}, expected a function from parameters to a loss, such as "
-            "sfj.nnx.probe(model, loss_fn, *batch)"
+    if probe is not None:
+        checks.function(
+            probe, "probe", "a function from parameters to a loss, such as sfj.nnx.probe(model, loss_fn, *batch)"
         )

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import json
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
-
-from smartfrz_jax import checkpoint
+from smartfrz_jax import checkpoint, checks
 from smartfrz_jax.file_paths import PathLike
-from smartfrz_jax.freezing import Frozen
-from smartfrz_jax.layers import Layers
-from smartfrz_jax.policies.base import Policy
+from smartfrz_jax.freezing import Frozen, check_frozen
+from smartfrz_jax.layers import Layers, check_layers, check_params
+from smartfrz_jax.policies.base import Policy, check_policy
 
 PyTree = Any
 
@@ -70,8 +69,10 @@ class Freezer:
         policy_state: The policy's state.
 
     Raises:
-        TypeError: If ``policy`` is not a :class:`~smartfrz_jax.Policy`.
-        ValueError: If the policy names a layer that the network does not have, ``lead`` is no number of steps, or
+        TypeError: If ``policy`` is not a :class:`~smartfrz_jax.Policy`, ``layers`` no
+            :class:`~smartfrz_jax.Layers`, ``frozen`` no :class:`~smartfrz_jax.Frozen` or ``saving`` no function.
+        ValueError: If the policy names a layer that the network does not have, ``params`` or ``frozen`` is of another
+            network, ``step`` or ``lead`` is no number of steps, or
             ``min_saving`` is no share or there is nothing to predict it with.
     """
 
@@ -87,16 +88,18 @@ class Freezer:
         min_saving: float = 0.0,
         saving: Callable[[Frozen, Frozen], float] | None = None,
     ):
-        if not isinstance(policy, Policy):
-            raise TypeError(
-                f"policy: got {type(policy).__name__}, expected a smartfrz_jax.Policy such as smartfrz(...)"
-            )
-        if not isinstance(lead, int | np.integer) or lead < 0:
-            raise ValueError(
-                f"lead: got {lead!r}, expected a whole number of steps, 0 for decisions that take effect at once"
-            )
-        if not 0 <= min_saving < 1:
-            raise ValueError(f"min_saving: got {min_saving}, expected a share of a step's FLOPs, from 0 to below 1")
+        check_policy(policy)
+        check_layers(layers)
+        checks.count(step, "step", least=0)
+        checks.count(lead, "lead", least=0)
+        expected = "a share of a step's FLOPs, from 0 to below 1"
+        if not 0 <= checks.number(min_saving, "min_saving", expected) < 1:
+            raise ValueError(f"min_saving: got {min_saving}, expected {expected}")
+        if saving is not None:
+            checks.function(saving, "saving", "a function of two frozen sets, such as the account's saving")
+        if frozen is not None:
+            check_frozen(frozen, layers)
+        _check_of_layers(params, layers)
         if min_saving and saving is None:
             raise ValueError(
                 f"min_saving: got {min_saving}, but nothing predicts what freezing saves; give TrainStep the account"
@@ -128,9 +131,13 @@ class Freezer:
             The frozen set from now on: the same object if nothing changed.
 
         Raises:
-            TypeError: If the policy does not return names of layers and its state.
+            TypeError: If ``params`` or ``prepare`` is no function, or the policy does not return names of layers and
+                its state.
             ValueError: If it names a layer that the network does not have.
         """
+        checks.function(params, "params", "a function without arguments that gives the parameters after the step")
+        if prepare is not None:
+            checks.function(prepare, "prepare", "a function of the frozen set that will take effect")
         self.steps += 1
         names, self.policy_state = _decision(
             self.policy.update(
@@ -159,6 +166,7 @@ class Freezer:
         Raises:
             ValueError: If it is of another network, or layers train that the freezer has frozen.
         """
+        check_frozen(frozen)
         if frozen == self.frozen:
             return
         if frozen.layers != self.layers:
@@ -208,6 +216,7 @@ class Freezer:
             "layers": list(self.layers.names),
             "frozen": sorted(self.frozen.names),
             "from_start": sorted(self._from_start),
+            "policy": dict(self.policy.options),
             "steps": self.steps,
             "pending": self.pending and [self.pending.due, sorted(self.pending.frozen.names)],
             "events": [[event.step, list(event.names), list(event.returned)] for event in self.events],
@@ -219,7 +228,7 @@ class Freezer:
 
         Raises:
             FileNotFoundError: If there is no such directory.
-            ValueError: If it is not a complete checkpoint, or of a network with other layers.
+            ValueError: If it is not a complete checkpoint, or of a network with other layers or another policy.
         """
         metadata = checkpoint.read_metadata(path, _KIND)
         if metadata["layers"] != list(self.layers.names):
@@ -229,6 +238,7 @@ class Freezer:
                 f"in only one of them: {', '.join(differing[:5]) or 'none, but the order differs'}. "
                 "Build the network and its layers as for the saved run"
             )
+        _check_policy_of(path, metadata.get("policy", {}), json.loads(json.dumps(dict(self.policy.options))))
         return Frozen(self.layers, frozenset(metadata["frozen"]))
 
     def restore_run(self, path: PathLike, run: PyTree) -> PyTree:
@@ -259,22 +269,44 @@ class Freezer:
         return saved["run"]
 
 
+def _check_policy_of(path: PathLike, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raises ``ValueError`` if a checkpoint is of a policy with other options, where both are known."""
+    differing = [name for name in saved.keys() | own.keys() if saved.get(name) != own.get(name)]
+    if saved and own and differing:
+        name = "name" if "name" in differing else min(differing)
+        raise ValueError(
+            f"path: {path} was saved with the policy {saved.get('name')!r} and {name}={checks.got(saved.get(name))}, "
+            f"expected {name}={checks.got(own.get(name))}, as this run's policy {own.get('name')!r} has it "
+            f"({len(differing)} options differ); make the policy as for the saved run, or begin a new run from its "
+            "weights"
+        )
+
+
 def _decision(returned: Any) -> tuple[frozenset[str], PyTree]:
     """What a policy returned: names of layers, and its state."""
     if not isinstance(returned, tuple | list) or len(returned) != 2:
-        raise TypeError(f"policy: its update returned {_brief(returned)}, expected the pair (names of layers, state)")
+        raise TypeError(
+            f"policy: its update returned {checks.got(returned)}, expected the pair (names of layers, state)"
+        )
     names, state = returned
     if isinstance(names, str) or not isinstance(names, Iterable):
-        raise TypeError(f"policy: its update decided on {_brief(names)}, expected a frozenset of names of layers")
+        raise TypeError(f"policy: its update decided on {checks.got(names)}, expected a frozenset of names of layers")
     names = frozenset(names)
     for name in names:
         if not isinstance(name, str):
-            raise TypeError(f"policy: its update named a layer {_brief(name)}, expected a string")
+            raise TypeError(f"policy: its update named a layer {checks.got(name)}, expected a string")
     return names, state
 
 
-def _brief(value: Any) -> str:
-    return f"{type(value).__name__} {value!r:.60}"
+def _check_of_layers(params: PyTree, layers: Layers) -> None:
+    """Raises ``ValueError`` unless parameters are those of the layers."""
+    found = check_params(params)
+    for name in layers.owner:
+        if name not in found:
+            raise ValueError(
+                f"params: got {len(found)} without {name!r} of layer {layers.owner[name]!r}, expected those that the "
+                "layers were found for"
+            )
 
 
 def _text(names: Iterable[str]) -> str:

@@ -17,7 +17,7 @@ import jax
 import numpy as np
 import optax
 
-from smartfrz_jax import paths
+from smartfrz_jax import checks, paths
 from smartfrz_jax.layers import Layers
 from smartfrz_jax.partition import ACTIVE, FROZEN, partition
 
@@ -108,6 +108,26 @@ class Frozen:
     def __eq__(self, other: object) -> bool:
         return self is other or (
             isinstance(other, Frozen) and self.names == other.names and self.layers == other.layers
+        )
+
+
+def check_frozen(frozen: Any, layers: Layers | None = None) -> None:
+    """Checks that a frozen set is one, and of a network.
+
+    Args:
+        frozen: The frozen set.
+        layers: The layers of the network; ``None`` for any.
+
+    Raises:
+        TypeError: If it is something else.
+        ValueError: If it is of a network with other layers.
+    """
+    checks.instance(frozen, Frozen, "frozen", "a smartfrz_jax.Frozen; make it with Frozen(layers, names)")
+    if layers is not None and frozen.layers != layers:
+        raise ValueError(
+            f"frozen: got a set of a network of {len(frozen.layers)} layers ({', '.join(frozen.layers.names[:2])}, "
+            f"...), expected one of the {len(layers)} layers of this network ({', '.join(layers.names[:2])}, ...); "
+            "make it with Frozen(layers, names)"
         )
 
 

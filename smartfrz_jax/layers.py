@@ -14,7 +14,7 @@ from typing import Any, overload
 import jax
 import jax.numpy as jnp
 
-from smartfrz_jax import paths
+from smartfrz_jax import checks, paths
 
 PyTree = Any
 
@@ -103,11 +103,12 @@ class Layers(Sequence[Layer]):
             argument: What to call ``names`` in the error.
 
         Raises:
+            TypeError: If they are no names.
             ValueError: If one of them is not a layer of this network.
         """
-        wanted = {names} if isinstance(names, str) else set(names)
-        for unknown in sorted(wanted.difference(self.names), key=str):
-            near = difflib.get_close_matches(str(unknown), self.names, n=3, cutoff=0.4) or self.names[:3]
+        wanted = set(checks.names(names, argument))
+        for unknown in sorted(wanted.difference(self.names)):
+            near = difflib.get_close_matches(unknown, self.names, n=3, cutoff=0.4) or self.names[:3]
             raise ValueError(
                 f"{argument}: no layer is called {unknown!r}; did you mean {' or '.join(map(repr, near))}? "
                 f"The network's {len(self)} layers are in its Layers' `names`"
@@ -141,6 +142,16 @@ class Layers(Sequence[Layer]):
         return self is other or (isinstance(other, Layers) and self.entries == other.entries)
 
 
+def check_layers(layers: Any, argument: str = "layers") -> None:
+    """Raises ``TypeError`` unless ``layers`` are :class:`Layers`."""
+    checks.instance(
+        layers,
+        Layers,
+        argument,
+        "a smartfrz_jax.Layers; find them with find_layers, of smartfrz_jax, smartfrz_jax.nnx or smartfrz_jax.linen",
+    )
+
+
 def check_params(params: PyTree) -> dict[str, Any]:
     """Leaves of a parameter pytree by name.
 
@@ -151,7 +162,7 @@ def check_params(params: PyTree) -> dict[str, Any]:
     leaves = paths.flatten(params)
     if not leaves:
         raise ValueError(
-            f"params: got a pytree without leaves ({jax.tree.structure(params)}); pass the network's parameters, "
+            f"params: got a pytree without leaves ({jax.tree.structure(params)}), expected the network's parameters, "
             "for example variables['params'] of a Linen model"
         )
     for name, leaf in leaves.items():

@@ -6,13 +6,13 @@ import dataclasses
 import functools
 import itertools
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from smartfrz_jax import checkpoint
+from smartfrz_jax import checkpoint, checks, hosts, paths
 from smartfrz_jax.encoded import Encoded, encode
 from smartfrz_jax.encoding import PAPER, Encoding
 from smartfrz_jax.file_paths import PathLike
@@ -266,6 +266,18 @@ def _saved_config(path: PathLike) -> PredictorConfig:
             f"{context_names(config.encoding)}; fit it again, or read it with the smartfrz_jax that saved it"
         )
     return config
+
+
+def check_predictor(predictor: Any) -> None:
+    """Raises ``TypeError`` unless it is a :class:`Predictor`."""
+    checks.instance(predictor, Predictor, "predictor", "a smartfrz_jax.Predictor, such as Predictor.pretrained()")
+
+
+def check_trained(predictor: Any) -> None:
+    """Raises ``TypeError`` unless it is a :class:`Predictor`, ``ValueError`` unless its weights are finite."""
+    check_predictor(predictor)
+    weights = paths.flatten(hosts.fetch(nnx.as_pure(nnx.state(predictor))))
+    checks.finite(weights, "predictor", "fit it again, or restore another one")
 
 
 def freeze_probability(predictor: Predictor, observation: Observation | Encoded) -> Float[Array, " layers"]:

@@ -17,7 +17,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from smartfrz_jax.policies.base import Policy, check_count
+from smartfrz_jax import checks
+from smartfrz_jax.policies.base import Policy
 from smartfrz_jax.policies.never import never
 
 MakePolicy = Callable[[int], Policy]
@@ -110,25 +111,39 @@ def rehearse(
         >>> rehearse(train, from_the_start, steps=8, tolerance=0.05).chosen
         'front'
     """
-    check_count(steps, "steps")
+    checks.count(steps, "steps")
+    checks.function(train, "train", "a function from a policy and a number of steps to held-out losses")
+    checks.by_name(policies, "policies", "a dict from names to functions of the number of steps to a policy")
+    for name, make in policies.items():
+        checks.function(make, "policies", f"a function from the number of steps to a policy for {name!r}")
     if not policies:
         raise ValueError(
             'policies: got none, expected at least one, such as {"half": lambda steps: static_prefix(...)}'
         )
-    if not np.isfinite(tolerance):
-        raise ValueError(f"tolerance: got {tolerance}, expected a finite share of what is learned, such as 0")
+    expected = "a finite share of what is learned, such as 0"
+    if not np.isfinite(checks.number(tolerance, "tolerance", expected)):
+        raise ValueError(f"tolerance: got {tolerance}, expected {expected}")
     start = _losses(train(never(), 0), "before the first step", None)
     base = _losses(train(never(), steps), "with nothing frozen", start.shape)
     harms = {
-        name: _harm(_losses(train(make(steps), steps), f"under {name!r}", start.shape) - base, start - base)
+        name: _harm(
+            _losses(train(_made(make, steps, name), steps), f"under {name!r}", start.shape) - base, start - base
+        )
         for name, make in policies.items()
     }
     good = [name for name, (harm, error) in harms.items() if harm + np.nan_to_num(error) <= tolerance]  # NaN is not
     return Rehearsal(steps, float(start.mean()), float(base.mean()), harms, good[-1] if good else None)
 
 
+def _made(make: MakePolicy, steps: int, name: str) -> Policy:
+    policy = make(steps)
+    checks.instance(policy, Policy, "policies", f"a smartfrz_jax.Policy from the function of {name!r}")
+    return policy
+
+
 def _losses(returned: Any, when: str, shape: tuple[int, ...] | None) -> np.ndarray:
-    losses = np.atleast_1d(np.asarray(returned, np.float64))
+    expected = "losses on held-out examples, a float for each"
+    losses = np.atleast_1d(checks.array(returned, "train", expected).astype(np.float64))
     if losses.ndim != 1 or losses.size == 0 or losses.shape != (shape or losses.shape):
         raise ValueError(
             f"train: got losses of shape {losses.shape} {when}, expected one for each of the same held-out examples, "

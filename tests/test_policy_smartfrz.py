@@ -398,7 +398,7 @@ def test_a_run_is_refused_exactly_if_it_is_too_short_for_anything_to_freeze(
 
 
 def test_refuses_what_is_not_a_predictor():
-    with pytest.raises(TypeError, match="predictor: got str, expected a smartfrz_jax"):
+    with pytest.raises(TypeError, match="predictor: got str 'resnet50', expected a smartfrz_jax"):
         policies.smartfrz("resnet50", total_steps=1000)
 
 

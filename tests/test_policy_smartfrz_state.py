@@ -344,7 +344,7 @@ def test_a_predictor_learns_from_what_a_policy_will_show_it(predictor, observed)
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
-        ({"probe": 3}, TypeError, "probe: got int, expected a function .* sfj.nnx.probe"),
+        ({"probe": 3}, TypeError, "probe: got int 3, expected a function .* sfj.nnx.probe"),
         ({"first_probe": 15}, ValueError, "first_probe: got 15, expected a multiple of evaluate_every, 10"),
         ({"first_probe": 0}, ValueError, "first_probe: got 0"),
         ({"probe_depths": 0}, ValueError, "probe_depths: got 0"),

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from smartfrz_jax import hosts
+from smartfrz_jax import checks, hosts
 from smartfrz_jax.layers import Layers, check_params
-from smartfrz_jax.policies.base import Policy, check_count, check_finite, freezable, kept, names_of, require
+from smartfrz_jax.policies.base import Policy, check_finite, check_update, freezable, kept, names_of, require
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
@@ -77,9 +77,8 @@ def autofreeze(evaluate_every: int, *, percentile: float = 50, keep: Iterable[st
         >>> frozen
         frozenset({'a'})
     """
-    check_count(evaluate_every, "evaluate_every")
-    if not 0 <= percentile <= 100:
-        raise ValueError(f"percentile: got {percentile}, expected a number from 0 to 100")
+    checks.count(evaluate_every, "evaluate_every")
+    checks.between(percentile, "percentile", "a number from 0 to 100", 0, 100)
     keep = kept(keep)
 
     def init(layers: Layers, params: PyTree) -> AutoFreezeState:
@@ -95,16 +94,26 @@ def autofreeze(evaluate_every: int, *, percentile: float = 50, keep: Iterable[st
     def update(
         state: AutoFreezeState, layers: Layers, *, step: int, params: Callable[[], PyTree], **signals: Any
     ) -> tuple[frozenset[str], AutoFreezeState]:
+        check_update(state, AutoFreezeState, layers, step)
         grads = require(signals, "grads", _NAME, "pass the gradients of the active layers by parameter name")
+        checks.by_name(grads, "grads", "a dict from parameter names to gradients, such as Frozen.active_leaves(grads)")
         state = state._replace(frozen=state.frozen | _frozen_by_others(layers, grads, state.frozen))
         active = _active_params(layers, state.frozen)
-        accumulated = state.accumulated | _add({p: state.accumulated[p] for p in active}, _select(grads, active))
+        accumulated = state.accumulated | _add(
+            {p: state.accumulated[p] for p in active}, _select(grads, active, state.accumulated)
+        )
         state = state._replace(accumulated=accumulated)
         if step % evaluate_every == 0:
             state = _evaluate(state, layers, freezable(layers, keep), percentile, step)
         return names_of(layers, state.frozen), state
 
-    return Policy(init, update, frozenset({"grads"}))
+    options = {
+        "name": _NAME,
+        "evaluate_every": int(evaluate_every),
+        "percentile": float(percentile),
+        "keep": keep,
+    }
+    return Policy(init, update, frozenset({"grads"}), options)
 
 
 def _evaluate(
@@ -148,12 +157,17 @@ def _frozen_by_others(layers: Layers, grads: Mapping[str, Any], frozen: np.ndarr
     return without
 
 
-def _select(grads: Mapping[str, Any], params: list[str]) -> dict[str, Any]:
+def _select(grads: Mapping[str, Any], params: list[str], like: Mapping[str, Any]) -> dict[str, Any]:
     for param in params:
         if param not in grads:
             raise ValueError(
                 f"grads: {param!r} of an active layer is missing (got {len(grads)} gradients); pass a dict from "
                 "parameter names to gradients, such as Frozen.active_leaves(grads)"
+            )
+        if np.shape(grads[param]) != np.shape(like[param]):
+            raise ValueError(
+                f"grads: {param!r} has shape {np.shape(grads[param])}, expected that of the parameter, "
+                f"{np.shape(like[param])}; pass the gradients of this network"
             )
     return {param: grads[param] for param in params}
 

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
-from smartfrz_jax.layers import Layers
+from smartfrz_jax import checks
+from smartfrz_jax.layers import Layers, check_layers
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
 PyTree = Any
 
-# A step that no run reaches; steps are int32, which every checkpoint gives back as they were.
-NEVER = int(np.iinfo(np.int32).max)
+# A step that no run reaches.
+NEVER = checks.LARGEST
 
 
 class InitFn(Protocol):
@@ -67,11 +69,14 @@ class Policy(NamedTuple):
         init: Makes the state.
         update: Takes what has been observed, decides, and returns the new state.
         needs: Signals, besides ``step`` and ``params``, that the loop must provide: ``"grads"``, ``"features"``.
+        options: What it was made with, as far as JSON can hold it, and its ``"name"``. A checkpoint notes them, and is
+            refused by a run with others. Empty if that is not to be checked.
     """
 
     init: InitFn
     update: UpdateFn
     needs: frozenset[str] = frozenset()
+    options: Mapping[str, Any] = types.MappingProxyType({})
 
 
 class ScheduleState(NamedTuple):
@@ -84,33 +89,77 @@ class ScheduleState(NamedTuple):
     freeze_at: Int[np.ndarray, " layers"]
 
 
-def scheduled(freeze_at: Callable[[Layers], Int[np.ndarray, " layers"]]) -> Policy:
+def check_policy(policy: Any) -> None:
+    """Raises ``TypeError`` unless ``policy`` is a :class:`Policy` of two functions."""
+    expected = "a smartfrz_jax.Policy, such as smartfrz_jax.progress(total_steps)"
+    checks.instance(policy, Policy, "policy", expected)
+    checks.function(policy.init, "policy", "a function as its init")
+    checks.function(policy.update, "policy", "a function as its update")
+
+
+def scheduled(freeze_at: Callable[[Layers], Int[np.ndarray, " layers"]], options: Mapping[str, Any]) -> Policy:
     """A policy that knows beforehand when each layer freezes.
 
     Args:
         freeze_at: From the network's layers to the number of steps after which each is frozen, shape ``(layers,)``.
             Called once, at the start of the run; from then on the moments are in the state.
+        options: The policy's.
 
     Returns:
         The policy.
     """
 
     def init(layers: Layers, params: PyTree) -> ScheduleState:
+        check_layers(layers)
         return ScheduleState(np.asarray(freeze_at(layers), np.int32))
 
     def update(
         state: ScheduleState, layers: Layers, *, step: int, params: Callable[[], PyTree], **signals: Any
     ) -> tuple[frozenset[str], ScheduleState]:
+        check_update(state, ScheduleState, layers, step)
         return names_of(layers, state.freeze_at <= step), state
 
-    return Policy(init, update)
+    return Policy(init, update, options=options)
 
 
 def kept(keep: Iterable[str] | None) -> tuple[str, ...] | None:
-    """``keep`` as a tuple, so that it can be read more than once; one name alone is a tuple of one."""
-    if keep is None:
+    """``keep`` as a tuple, so that it can be read more than once; one name alone is a tuple of one.
+
+    Raises:
+        TypeError: If it is no sequence of names.
+    """
+    return None if keep is None else checks.names(keep, "keep")
+
+
+def check_update(state: Any, kind: type, layers: Any, step: Any) -> None:
+    """Checks what every ``update`` is given.
+
+    Args:
+        state: The state.
+        kind: The type of the policy's states.
+        layers: The network's layers.
+        step: Number of train steps done.
+
+    Raises:
+        TypeError: If one is of another type.
+        ValueError: If ``step`` is negative.
+    """
+    checks.instance(state, kind, "state", f"a {kind.__name__}, from the init or the last update of the same policy")
+    check_layers(layers)
+    checks.count(step, "step", least=0)
+
+
+def numbers_of(costs: Any) -> dict[str, float] | None:
+    """Costs by layer name, as Python's numbers.
+
+    Raises:
+        TypeError: If they are no mapping, or not to numbers.
+    """
+    if costs is None:
         return None
-    return (keep,) if isinstance(keep, str) else tuple(keep)
+    expected = "a dict from each layer's name to its cost, a number, or None for equal costs"
+    checks.by_name(costs, "costs", expected)
+    return {name: checks.number(cost, "costs", expected) for name, cost in costs.items()}
 
 
 def freezable(layers: Layers, keep: Iterable[str] | None) -> Bool[np.ndarray, " layers"]:
@@ -124,8 +173,10 @@ def freezable(layers: Layers, keep: Iterable[str] | None) -> Bool[np.ndarray, " 
         Boolean array of shape ``(layers,)``.
 
     Raises:
+        TypeError: If ``layers`` are no :class:`~smartfrz_jax.Layers`.
         ValueError: If a name is not a layer of the network.
     """
+    check_layers(layers)
     names = set(layers.check([layers.head] if keep is None else keep, "keep"))
     return np.array([name not in names for name in layers.names], bool)
 
@@ -221,23 +272,3 @@ def check_finite(layers: Layers, wrong: Bool[np.ndarray, " layers"], *, what: st
             f"{policy!r} cannot judge; the training has diverged, go back to an earlier checkpoint or lower the "
             "learning rate"
         )
-
-
-def check_positive(value: float, argument: str) -> None:
-    """Raises ``ValueError`` unless ``value`` is above zero."""
-    if not value > 0:
-        raise ValueError(f"{argument}: got {value}, expected a number above 0")
-
-
-def check_count(value: int, argument: str, *, least: int = 1) -> None:
-    """Raises ``ValueError`` unless ``value`` is an integer of at least ``least`` that int32 can hold."""
-    if not isinstance(value, int | np.integer) or not least <= value < NEVER:
-        raise ValueError(
-            f"{argument}: got {value!r}, expected an integer of at least {least}; round it, if it is a quotient"
-        )
-
-
-def check_fraction(value: float, argument: str, *, zero: bool = True) -> None:
-    """Raises ``ValueError`` unless ``value`` is in [0, 1], or in (0, 1] without ``zero``."""
-    if not (0 <= value <= 1) or (value == 0 and not zero):
-        raise ValueError(f"{argument}: got {value}, expected a share {'from' if zero else 'above'} 0 up to 1")

@@ -11,14 +11,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from smartfrz_jax import paths
-from smartfrz_jax.layers import Layers
+from smartfrz_jax import checks, paths
+from smartfrz_jax.layers import Layers, check_layers
 from smartfrz_jax.policies.base import (
     NEVER,
     Policy,
-    check_count,
-    check_fraction,
-    check_positive,
     freezable,
     kept,
     scheduled,
@@ -66,7 +63,8 @@ def linear(
         moments = np.ceil(np.round(_freeze_shares(layers, t0, spacing, keep) * total_steps, 6))
         return np.where(freezable(layers, keep), moments, NEVER)
 
-    return scheduled(freeze_at)
+    options = {"name": "linear", "total_steps": int(total_steps), "t0": float(t0), "spacing": spacing, "keep": keep}
+    return scheduled(freeze_at, options)
 
 
 def freezeout_schedules(
@@ -99,8 +97,10 @@ def freezeout_schedules(
     Raises:
         ValueError: If an option is out of range, or ``keep`` names no layer of the network.
     """
+    check_layers(layers)
     _check_schedule(total_steps, t0, spacing)
-    check_positive(learning_rate, "learning_rate")
+    checks.flag(scale_rate, "scale_rate")
+    checks.positive(learning_rate, "learning_rate")
     shares = _freeze_shares(layers, t0, spacing, kept(keep))
     return {
         name: _cosine(learning_rate / share if scale_rate else learning_rate, share * total_steps)
@@ -131,10 +131,14 @@ def scale_by_layer_schedule(layers: Layers, schedules: Mapping[str, optax.Schedu
         >>> schedules = freezeout_schedules(layers, learning_rate=0.1, total_steps=100)
         >>> tx = optax.chain(optax.trace(0.9), scale_by_layer_schedule(layers, schedules))
     """
+    check_layers(layers)
+    checks.by_name(schedules, "schedules", "a dict from layer names to schedules, as freezeout_schedules gives it")
     layers.check(schedules, "schedules")
     without = [name for name in layers.names if name not in schedules]
     if without:
         raise ValueError(f"schedules: got none for layer {without[0]!r}; each of the {len(layers)} layers needs one")
+    for name, schedule in schedules.items():
+        checks.function(schedule, "schedules", f"a function from the number of updates to a rate for layer {name!r}")
 
     def init(params: PyTree) -> optax.ScaleByScheduleState:
         return optax.ScaleByScheduleState(count=jnp.zeros((), jnp.int32))
@@ -156,10 +160,9 @@ def scale_by_layer_schedule(layers: Layers, schedules: Mapping[str, optax.Schedu
 
 
 def _check_schedule(total_steps: int, t0: float, spacing: str) -> None:
-    check_count(total_steps, "total_steps")
-    check_fraction(t0, "t0", zero=False)
-    if spacing not in get_args(Spacing):
-        raise ValueError(f"spacing: got {spacing!r}, expected {' or '.join(map(repr, get_args(Spacing)))}")
+    checks.count(total_steps, "total_steps")
+    checks.fraction(t0, "t0", zero=False)
+    checks.choice(spacing, "spacing", get_args(Spacing))
 
 
 def _freeze_shares(layers: Layers, t0: float, spacing: Spacing, keep: tuple[str, ...] | None) -> np.ndarray:

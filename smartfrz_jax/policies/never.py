@@ -35,4 +35,4 @@ def never() -> Policy:
     ) -> tuple[frozenset[str], tuple[()]]:
         return frozenset(), state
 
-    return Policy(init, update)
+    return Policy(init, update, options={"name": "never"})

@@ -6,8 +6,9 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from smartfrz_jax import checks
 from smartfrz_jax.layers import Layers
-from smartfrz_jax.policies.base import NEVER, Policy, check_count, check_fraction, freezable, kept, scheduled
+from smartfrz_jax.policies.base import NEVER, Policy, freezable, kept, scheduled
 
 # Intercept and weights of progress and depth, fitted to what freezing would have cost in recorded runs: python -m
 # train.fit_predictor --target branch_harm prints them; parts of the recordings give 0.8 to 1.0, 5.0 to 5.1, -4.6 to -5.
@@ -56,9 +57,9 @@ def progress(
         >>> policy.update(policy.init(layers, params), layers, step=51, params=lambda: params)[0]
         frozenset({'a'})
     """
-    check_count(total_steps, "total_steps")
+    checks.count(total_steps, "total_steps")
     intercept, of_progress, of_depth = _checked(coefficients)
-    check_fraction(caution, "caution")
+    checks.fraction(caution, "caution")
     keep = kept(keep)
 
     def freeze_at(layers: Layers) -> np.ndarray:
@@ -68,16 +69,22 @@ def progress(
         first = np.floor(np.clip(moments, -1, total_steps) + _ROUNDING) + 1
         return np.where(freezable(layers, keep) & (first <= total_steps), first, NEVER)
 
-    return scheduled(freeze_at)
+    options = {
+        "name": "progress",
+        "total_steps": int(total_steps),
+        "coefficients": (intercept, of_progress, of_depth),
+        "caution": float(caution),
+        "keep": keep,
+    }
+    return scheduled(freeze_at, options)
 
 
 def _checked(coefficients: tuple[float, float, float]) -> tuple[float, float, float]:
-    values = tuple(map(float, coefficients))
+    expected = "three finite numbers: intercept, weight of progress, weight of depth"
+    checks.instance(coefficients, Iterable, "coefficients", expected)  # pyright: ignore[reportArgumentType]
+    values = tuple(checks.number(value, "coefficients", expected) for value in coefficients)
     if len(values) != 3 or not np.isfinite(values).all():
-        raise ValueError(
-            f"coefficients: got {coefficients}, expected three finite numbers: intercept, weight of progress, weight "
-            "of depth"
-        )
+        raise ValueError(f"coefficients: got {coefficients}, expected {expected}")
     if not values[1] > 0:
         raise ValueError(
             f"coefficients: got {coefficients}, expected a weight of progress (the second) above 0; with this one a "

@@ -6,14 +6,14 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+from smartfrz_jax import checks
 from smartfrz_jax.layers import Layers
 from smartfrz_jax.policies.base import (
     NEVER,
     Policy,
-    check_count,
-    check_fraction,
     freezable,
     kept,
+    numbers_of,
     scheduled,
     shares_of_cost,
 )
@@ -57,8 +57,10 @@ def random(
         >>> random(0.2, total_steps=100).init(layers, params).freeze_at[0]
         np.int32(60)
     """
-    check_fraction(budget, "budget")
-    check_count(total_steps, "total_steps")
+    checks.fraction(budget, "budget")
+    checks.count(total_steps, "total_steps")
+    checks.seed(seed)
+    costs = numbers_of(costs)
     keep = kept(keep)
 
     def freeze_at(layers: Layers) -> np.ndarray:
@@ -73,7 +75,15 @@ def random(
         moments = np.round(total_steps * (1.0 - shares))
         return np.where((weights > 0) & (moments < total_steps), moments, NEVER)
 
-    return scheduled(freeze_at)
+    options = {
+        "name": "random",
+        "budget": float(budget),
+        "total_steps": int(total_steps),
+        "seed": int(seed),
+        "costs": costs,
+        "keep": keep,
+    }
+    return scheduled(freeze_at, options)
 
 
 def _scale(draws: np.ndarray, weights: np.ndarray, budget: float) -> float:

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from smartfrz_jax import hosts
+from smartfrz_jax import checks, hosts
 from smartfrz_jax.cka import layer_cka
 from smartfrz_jax.layers import Layers
-from smartfrz_jax.policies.base import Policy, check_count, check_finite, freezable, kept, names_of, require
+from smartfrz_jax.policies.base import Policy, check_finite, check_update, freezable, kept, names_of, require
 from smartfrz_jax.targets import stabilised
 
 if TYPE_CHECKING:
@@ -80,14 +80,15 @@ def similarity_guided(
         >>> frozen
         frozenset({'a'})
     """
-    check_count(evaluate_every, "evaluate_every")
-    check_count(window, "window", least=2)
-    if not tolerance >= 0:
-        raise ValueError(f"tolerance: got {tolerance}, expected a difference in CKA of 0 or more")
+    checks.count(evaluate_every, "evaluate_every")
+    checks.count(window, "window", least=2)
+    checks.by_name(reference, "reference", "a dict from layer names to the outputs of the well-trained network")
+    checks.between(tolerance, "tolerance", "a difference in CKA of 0 or more", 0, np.inf)
     keep = kept(keep)
 
     def init(layers: Layers, params: PyTree) -> SimilarityGuidedState:
-        _of_layers(reference, names_of(layers, freezable(layers, keep)), "reference")
+        outputs = _of_layers(reference, names_of(layers, freezable(layers, keep)), "reference")
+        checks.finite(hosts.fetch(outputs), "reference", "take the outputs of a network that has not diverged")
         return SimilarityGuidedState(
             np.zeros((window, len(layers)), np.float32), np.zeros((), np.int32), np.zeros(len(layers), bool)
         )
@@ -95,11 +96,13 @@ def similarity_guided(
     def update(
         state: SimilarityGuidedState, layers: Layers, *, step: int, params: Callable[[], PyTree], **signals: Any
     ) -> tuple[frozenset[str], SimilarityGuidedState]:
+        check_update(state, SimilarityGuidedState, layers, step)
         features = require(
             signals, "features", _NAME, "pass a function that computes the layers' outputs on the probe batch"
         )
         may_freeze = freezable(layers, keep)
         judged = may_freeze & ~state.frozen
+        checks.function(features, "features", "a function without arguments that computes the layers' outputs")
         if step % evaluate_every == 0 and judged.any():
             cka = np.zeros(len(layers), np.float32)
             # Of frozen layers too: for each set of layers there would be another program to compile.
@@ -115,7 +118,14 @@ def similarity_guided(
             state = SimilarityGuidedState(recent, evaluations, frozen)
         return names_of(layers, state.frozen), state
 
-    return Policy(init, update, frozenset({"features"}))
+    options = {
+        "name": _NAME,
+        "evaluate_every": int(evaluate_every),
+        "window": int(window),
+        "tolerance": float(tolerance),
+        "keep": keep,
+    }
+    return Policy(init, update, frozenset({"features"}), options)
 
 
 def _cka(features: Mapping[str, Array], reference: Mapping[str, Array], names: list[str]) -> np.ndarray:

@@ -8,20 +8,20 @@ from typing import Any, Literal, get_args
 import jax
 import numpy as np
 
+from smartfrz_jax import checks
 from smartfrz_jax.contribution import PROBE_DEPTHS, Probe, check_probe
 from smartfrz_jax.layers import Layers
 from smartfrz_jax.policies.base import (
     Policy,
-    check_count,
     check_finite,
-    check_fraction,
+    check_update,
     freezable,
     kept,
     names_of,
     require,
 )
 from smartfrz_jax.policies.smartfrz_state import SmartFrzState
-from smartfrz_jax.predictor import Predictor, freeze_probability
+from smartfrz_jax.predictor import Predictor, check_trained, freeze_probability
 
 PyTree = Any
 Order = Literal["front_to_back", "any"]
@@ -108,9 +108,9 @@ def smartfrz(
 
     Raises:
         TypeError: If ``predictor`` is not a :class:`~smartfrz_jax.Predictor`, or ``probe`` not a function.
-        ValueError: If an option is out of range, or no layer could freeze before the run ends; at ``init``, if ``keep``
-            names no layer of the network; in ``update``, if the loss is not a scalar, or the probe's
-            not a finite one, or if ``features`` lacks a layer or does not fit the labels.
+        ValueError: If an option is out of range, a weight of the predictor is not finite, or no layer could freeze
+            before the run ends; at ``init``, if ``keep`` names no layer of the network; in ``update``, if the loss is
+            not a scalar, or the probe's not a finite one, or if ``features`` lacks a layer or does not fit the labels.
         FloatingPointError: In ``update``, if sampled weights or the predictor's confidence are not finite; for
             a predictor that reads no weights, if the loss is NaN.
 
@@ -125,26 +125,23 @@ def smartfrz(
         >>> state.history.count.tolist()
         [1, 1]
     """
-    if not isinstance(predictor, Predictor):
-        raise TypeError(
-            f"predictor: got {type(predictor).__name__}, expected a smartfrz_jax.Predictor, such as "
-            "Predictor.pretrained()"
-        )
+    check_trained(predictor)
     if size is None:
         size = predictor.config.size
+    checks.count(size, "size")
     if size != predictor.config.size:
         raise ValueError(
             f"size: got {size}, but the predictor was made for {predictor.config.size} weights per layer; leave size "
             "out, or take a predictor of that size"
         )
-    check_fraction(caution, "caution")
-    if order not in get_args(Order):
-        raise ValueError(f"order: got {order!r}, expected {' or '.join(map(repr, get_args(Order)))}")
-    check_count(patience, "patience")
-    check_count(window, "window")
+    checks.fraction(caution, "caution")
+    checks.choice(order, "order", get_args(Order))
+    checks.seed(seed)
+    checks.count(patience, "patience")
+    checks.count(window, "window")
     if min_records is None:
         min_records = window if predictor.config.encoding.weights == "raw" else min(_LEAST_RECORDS, window)
-    check_count(min_records, "min_records")
+    checks.count(min_records, "min_records")
     if min_records > window:
         raise ValueError(f"min_records: got {min_records}, expected at most the window, {window}; no more are kept")
     record_every, evaluate_every = _periods(total_steps, record_every, evaluate_every, window)
@@ -156,8 +153,8 @@ def smartfrz(
     if not {"alignment", "alignment_gain"}.intersection(predictor.config.encoding.regime_names):
         labels = None
     first_probe = 2 * evaluate_every if first_probe is None else first_probe
-    check_count(first_probe, "first_probe")
-    check_count(probe_depths, "probe_depths")
+    checks.count(first_probe, "first_probe")
+    checks.count(probe_depths, "probe_depths")
     if first_probe % evaluate_every:
         raise ValueError(
             f"first_probe: got {first_probe}, expected a multiple of evaluate_every, {evaluate_every}; it is asked for "
@@ -175,6 +172,7 @@ def smartfrz(
     def update(
         state: SmartFrzState, layers: Layers, *, step: int, params: Callable[[], PyTree], **signals: Any
     ) -> tuple[frozenset[str], SmartFrzState]:
+        check_update(state, SmartFrzState, layers, step)
         by_hand = signals.get("frozen", ())
         if by_hand:  # else they would hold back the layers behind them
             state = state.replace(frozen=state.frozen | np.array([name in by_hand for name in layers.names]))
@@ -215,7 +213,23 @@ def smartfrz(
             ready &= ~np.logical_or.accumulate(judged & ~ready)
         return state.replace(streak=streak, frozen=state.frozen | ready)
 
-    return Policy(init, update, frozenset() if labels is None else frozenset({"features"}))
+    options = {
+        "name": _NAME,
+        "total_steps": None if total_steps is None else int(total_steps),
+        "caution": float(caution),
+        "order": order,
+        "patience": int(patience),
+        "record_every": int(record_every),
+        "evaluate_every": int(evaluate_every),
+        "window": int(window),
+        "size": int(size),
+        "min_records": int(min_records),
+        "first_probe": None if probe is None else int(first_probe),
+        "probe_depths": None if probe is None else int(probe_depths),
+        "seed": int(seed),
+        "keep": keep,
+    }
+    return Policy(init, update, frozenset() if labels is None else frozenset({"features"}), options)
 
 
 def _periods(
@@ -223,15 +237,15 @@ def _periods(
 ) -> tuple[int, int]:
     """Steps between records and between freezing stages, with the defaults filled in."""
     if total_steps is not None:
-        check_count(total_steps, "total_steps")
+        checks.count(total_steps, "total_steps")
     if record_every is None:
         if total_steps is None:
             raise ValueError("record_every: got none; pass it, or total_steps for the default")
         record_every = max(1, total_steps // (4 * window))
-    check_count(record_every, "record_every")
+    checks.count(record_every, "record_every")
     if evaluate_every is None:
         evaluate_every = 5 * record_every
-    check_count(evaluate_every, "evaluate_every")
+    checks.count(evaluate_every, "evaluate_every")
     if evaluate_every < record_every:
         raise ValueError(
             f"evaluate_every: got {evaluate_every}, expected at least record_every, {record_every}; without a new "

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from smartfrz_jax import hosts
+from smartfrz_jax import checks, hosts
 from smartfrz_jax.alignment import label_alignments
 from smartfrz_jax.contribution import Probe, contributions, depths_of, spread
 from smartfrz_jax.history import History
@@ -105,12 +105,12 @@ class SmartFrzState(struct.PyTreeNode):
             loss: A scalar; ``None`` if it is unknown.
 
         Raises:
+            TypeError: If it is no number.
             ValueError: If it is not a scalar.
         """
         if loss is None:
             return self
-        if np.shape(loss) != ():
-            raise ValueError(f"loss: got shape {np.shape(loss)}, expected a scalar; pass the mean over the batch")
+        checks.scalar(loss, "loss", "a scalar; pass the mean over the batch")
         loss = loss if isinstance(loss, jax.Array) else jax.device_put(np.float32(loss))
         return self.replace(
             loss_sum=_add(self.loss_sum, loss), loss_count=np.asarray(self.loss_count + 1, self.loss_count.dtype)

@@ -7,14 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from smartfrz_jax import checks
 from smartfrz_jax.layers import Layers
 from smartfrz_jax.policies.base import (
     NEVER,
     Policy,
-    check_count,
-    check_fraction,
     freezable,
     kept,
+    numbers_of,
     scheduled,
     shares_of_cost,
 )
@@ -58,8 +58,9 @@ def static_prefix(
         >>> policy.update(policy.init(layers, params), layers, step=1, params=lambda: params)[0]
         frozenset({'a'})
     """
-    check_count(total_steps, "total_steps")
+    checks.count(total_steps, "total_steps")
     stages = _checked(stages)
+    costs = numbers_of(costs)
     keep = kept(keep)
 
     def freeze_at(layers: Layers) -> np.ndarray:
@@ -71,7 +72,14 @@ def static_prefix(
             moments[fits] = np.ceil(at * total_steps - _ROUNDING)
         return moments
 
-    return scheduled(freeze_at)
+    options = {
+        "name": "static_prefix",
+        "total_steps": int(total_steps),
+        "stages": stages,
+        "costs": costs,
+        "keep": keep,
+    }
+    return scheduled(freeze_at, options)
 
 
 def _checked(stages: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
@@ -85,8 +93,8 @@ def _checked(stages: Sequence[tuple[float, float]]) -> tuple[tuple[float, float]
             "[(0.0, 0.5)]"
         )
     for at, share in pairs:
-        check_fraction(at, "stages: moment")
-        check_fraction(share, "stages: share of the cost")
+        checks.fraction(at, "stages: moment")
+        checks.fraction(share, "stages: share of the cost")
     if any(later < earlier for a, b in itertools.pairwise(pairs) for earlier, later in zip(a, b, strict=True)):
         raise ValueError(
             f"stages: got {stages}, expected moments and shares of the cost that do not fall; what is frozen stays so"
