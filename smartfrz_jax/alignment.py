@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from smartfrz_jax.cka import layer_cka
+from smartfrz_jax.cka import layer_similarity
 from smartfrz_jax.contribution import due_records
 
 if TYPE_CHECKING:
@@ -47,7 +47,7 @@ def label_alignments(
         >>> label_alignments({"a": outputs}, np.array([0, 0, 1, 1])).round(4).tolist()
         [1.0]
     """
-    return layer_cka(features, dict.fromkeys(features, _targets(labels)))
+    return layer_similarity(features, dict.fromkeys(features, _targets(labels)))
 
 
 def _targets(labels: Any) -> jax.Array:

@@ -53,7 +53,8 @@ def choice(value: Any, argument: str, choices: Iterable[str]) -> None:
     """Raises ``ValueError`` unless ``value`` is one of ``choices``."""
     choices = tuple(choices)
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{argument}: got {got(value)}, expected {' or '.join(map(repr, choices))}")
+        shown = repr(value) if isinstance(value, str) else got(value)
+        raise ValueError(f"{argument}: got {shown}, expected {' or '.join(map(repr, choices))}")
 
 
 def flag(value: Any, argument: str) -> None:
@@ -150,6 +151,20 @@ def transformation(value: Any, argument: str = "tx") -> None:
         raise TypeError(
             f"{argument}: got {got(value)}, expected an optax.GradientTransformation, such as optax.adam(1e-3)"
         )
+
+
+def numbers(value: Any, argument: str, expected: str) -> None:
+    """Raises ``TypeError`` unless ``value`` is an array of real numbers, traced or not."""
+    dtype = getattr(value, "dtype", None)
+    real = (np.bool_, np.integer, np.floating)
+    if not hasattr(value, "shape") or not any(jax.numpy.issubdtype(dtype, kind) for kind in real):
+        raise TypeError(f"{argument}: got {got(value)}, expected {expected}")
+
+
+def booleans(value: Any, argument: str, expected: str) -> None:
+    """Raises ``TypeError`` unless ``value`` is an array of booleans, traced or not."""
+    if not hasattr(value, "shape") or not jax.numpy.issubdtype(getattr(value, "dtype", None), np.bool_):
+        raise TypeError(f"{argument}: got {got(value)}, expected {expected}")
 
 
 def finite(arrays: Mapping[str, Any], argument: str, way_out: str) -> None:

@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
+
+from smartfrz_jax import checks
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -31,18 +34,22 @@ def linear_cka(x: Float[Array, "examples ..."], y: Float[Array, "examples ..."])
 
     Returns:
         float32 scalar from 0 to 1. It is 0 if either side is the same for all examples, as no similarity can be shown
-        then, and NaN if a feature is NaN or infinite.
+        then. Where a feature is NaN or infinite it is NaN under ``jax.jit`` and ``jax.vmap``, and an error elsewhere.
 
     Raises:
-        ValueError: If the numbers of examples differ or are below 2, or there are no features.
+        TypeError: If one is no array of real numbers.
+        ValueError: If the numbers of examples differ or are below 2, there are no features, or one is not finite.
 
     Example:
         >>> x = jnp.array([[0.0, 1.0], [2.0, 0.0], [1.0, 3.0]])
         >>> round(float(linear_cka(x, 5.0 * x[:, ::-1] + 7.0)), 4)
         1.0
     """
-    _check(x.shape, y.shape, "x", "y")
-    return _linear_cka(x, y)
+    _check(x, y, "x", "y")
+    similarity = _linear_cka(x, y)
+    if not isinstance(similarity, Tracer) and jnp.isnan(similarity):
+        _refuse_infinite({"x": x, "y": y})
+    return similarity
 
 
 def layer_cka(features: Mapping[str, Array], reference: Mapping[str, Array]) -> Float[Array, " layers"]:
@@ -56,8 +63,20 @@ def layer_cka(features: Mapping[str, Array], reference: Mapping[str, Array]) -> 
         float32 of shape ``(layers,)``, in the order of ``features``.
 
     Raises:
+        TypeError: If one is no mapping to arrays of real numbers.
         ValueError: If the two have different layers, or a layer's outputs do not fit (see :func:`linear_cka`).
     """
+    similarity = layer_similarity(features, reference)
+    if not isinstance(similarity, Tracer) and jnp.isnan(similarity).any():
+        for argument, outputs in (("features", features), ("reference", reference)):
+            _refuse_infinite({f"{argument}[{name!r}]": x for name, x in outputs.items()})
+    return similarity
+
+
+def layer_similarity(features: Mapping[str, Array], reference: Mapping[str, Array]) -> Float[Array, " layers"]:
+    """As :func:`layer_cka`, without waiting for the result: NaN for a layer with outputs that are NaN or infinite."""
+    for argument, outputs in (("features", features), ("reference", reference)):
+        checks.by_name(outputs, argument, "a dict from layer names to outputs")
     for argument, missing in (
         ("reference", [name for name in features if name not in reference]),
         ("features", [name for name in reference if name not in features]),
@@ -70,7 +89,7 @@ def layer_cka(features: Mapping[str, Array], reference: Mapping[str, Array]) -> 
     if not features:
         raise ValueError("features: got no layers; pass the output of each layer by layer name")
     for name, x in features.items():
-        _check(x.shape, reference[name].shape, f"features[{name!r}]", f"reference[{name!r}]")
+        _check(x, reference[name], f"features[{name!r}]", f"reference[{name!r}]")
     return _layer_cka(tuple(features.values()), tuple(reference[name] for name in features))
 
 
@@ -99,15 +118,28 @@ def layer_gram(features: Mapping[str, Array]) -> Float[Array, "layers pairs"]:
         >>> round(float(grams[0] @ grams[1]), 4)
         1.0
     """
+    checks.by_name(features, "features", "a dict from layer names to outputs")
     if not features:
         raise ValueError("features: got no layers; pass the output of each layer by layer name")
     first, *_ = features
     for name, x in features.items():
-        _check(x.shape, features[first].shape, f"features[{name!r}]", f"features[{first!r}]")
+        _check(x, features[first], f"features[{name!r}]", f"features[{first!r}]")
     return _layer_gram(tuple(features.values()))
 
 
-def _check(x: tuple[int, ...], y: tuple[int, ...], x_name: str, y_name: str) -> None:
+def _refuse_infinite(features: Mapping[str, Any]) -> None:
+    for name, x in features.items():
+        if not jnp.isfinite(x).all():
+            raise ValueError(
+                f"{name}: not finite, expected features without NaN and infinity; if the training diverged, go back to "
+                "an earlier checkpoint or lower the learning rate"
+            )
+
+
+def _check(x: Any, y: Any, x_name: str, y_name: str) -> None:
+    for name, array in ((x_name, x), (y_name, y)):
+        checks.numbers(array, name, "an array of real numbers, of shape (examples, ...)")
+    x, y = x.shape, y.shape
     for name, shape in ((x_name, x), (y_name, y)):
         if not shape or shape[0] < 2 or 0 in shape[1:]:
             raise ValueError(

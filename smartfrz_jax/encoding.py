@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Literal, get_args
 import jax
 import jax.numpy as jnp
 
+from smartfrz_jax import checks
 from smartfrz_jax.observation import Observation
 
 if TYPE_CHECKING:
@@ -63,14 +64,19 @@ class Encoding:
 
     def __post_init__(self) -> None:
         for field, choices in (("weights", get_args(Weights)), ("context_in", get_args(ContextIn))):
-            if getattr(self, field) not in choices:
-                raise ValueError(f"{field}: got {getattr(self, field)!r}, expected one of {', '.join(choices)}")
-        names = (self.regime,) if isinstance(self.regime, str) else self.regime  # a string would fall into letters
-        asked = (REGIME if names else ()) if isinstance(names, bool) else tuple(names)
+            checks.choice(getattr(self, field), field, choices)
+        for field in ("progress", "depth"):
+            checks.flag(getattr(self, field), field)
+        if isinstance(self.regime, bool):
+            asked = REGIME if self.regime else ()
+        else:
+            asked = checks.names(self.regime, "regime", of="numbers, or True or False")
         for unknown in [name for name in asked if name not in REGIME]:
             raise ValueError(f"regime: got {unknown!r}, expected True, False or some of {', '.join(REGIME)}")
         object.__setattr__(self, "regime", tuple(name for name in REGIME if name in asked))
-        if self.quantiles is not None and (self.quantiles < 1 or self.weights not in ("sorted_deltas", "scale_free")):
+        if self.quantiles is not None:
+            checks.count(self.quantiles, "quantiles")
+        if self.quantiles is not None and (self.weights not in ("sorted_deltas", "scale_free")):
             raise ValueError(
                 f"quantiles: got {self.quantiles} with weights={self.weights!r}, expected at least 1, and a form that "
                 "sorts ('sorted_deltas', 'scale_free'), or None"
@@ -99,8 +105,10 @@ class Encoding:
         """Numbers that a record of ``size`` weights becomes.
 
         Raises:
-            ValueError: If ``quantiles`` does not divide ``size``.
+            TypeError: If ``size`` is no number.
+            ValueError: If it is below 1, or ``quantiles`` does not divide it.
         """
+        checks.count(size, "size")
         if self.weights == "none":
             return 0
         if size % (self.quantiles or 1):

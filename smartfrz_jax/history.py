@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from flax import struct
 
+from smartfrz_jax import checks
+
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
 
@@ -34,11 +36,11 @@ class History(struct.PyTreeNode):
         """An empty history.
 
         Raises:
-            ValueError: If one of the numbers is below 1.
+            TypeError: If one is no number.
+            ValueError: If one of the numbers is no integer, or below 1.
         """
         for argument, value in (("layers", layers), ("window", window), ("size", size)):
-            if value < 1:
-                raise ValueError(f"{argument}: got {value}, expected at least 1")
+            checks.count(value, argument)
         return cls(jnp.zeros((layers, window, size), jnp.float32), jnp.zeros(layers, jnp.int32))
 
     @property
@@ -54,8 +56,11 @@ class History(struct.PyTreeNode):
             active: Shape ``(layers,)``, true for layers that train.
 
         Raises:
+            TypeError: If ``weights`` are no numbers, or ``active`` no booleans.
             ValueError: If a shape does not fit.
         """
+        checks.numbers(weights, "weights", "an array of numbers, of shape (layers, size)")
+        checks.booleans(active, "active", "an array of bool, of shape (layers,)")
         expected = (self.values.shape[0], self.values.shape[2])
         if weights.shape != expected or active.shape != expected[:1]:
             raise ValueError(

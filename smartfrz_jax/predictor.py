@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from smartfrz_jax import checkpoint, checks, hosts, paths
@@ -54,10 +55,9 @@ class PredictorConfig:
 
     def __post_init__(self) -> None:
         for name in ("size", "hidden", "features", "head_hidden"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected at least 1")
-        if self.pooling not in get_args(Pooling):
-            raise ValueError(f"pooling: got {self.pooling!r}, expected one of {', '.join(get_args(Pooling))}")
+            checks.count(getattr(self, name), name)
+        checks.choice(self.pooling, "pooling", get_args(Pooling))
+        checks.instance(self.encoding, Encoding, "encoding", "a smartfrz_jax.Encoding")
         self.encoding.width(self.size)
 
 
@@ -110,8 +110,12 @@ class Predictor(nnx.Module):
             rngs: Random keys.
 
         Raises:
+            TypeError: If one of them is of another type.
             ValueError: If both ``config`` and ``paper`` are given.
         """
+        _check_config(config)
+        checks.flag(paper, "paper")
+        checks.instance(rngs, nnx.Rngs, "rngs", "an nnx.Rngs, such as nnx.Rngs(0)")
         if paper and config is not None:
             raise ValueError(
                 "config: got one and paper=True; pass PredictorConfig(encoding=PAPER, ...) for other sizes"
@@ -142,6 +146,7 @@ class Predictor(nnx.Module):
             observation: What is known of the layer; it may be in the form already that ``config.encoding`` says. Where
                 its mask is false, whatever stands there has no influence.
         """
+        checks.instance(observation, Observation | Encoded, "observation", "a smartfrz_jax.Observation")
         encoding = self.config.encoding
         encoded = observation if isinstance(observation, Encoded) else encode(encoding, observation)
         context = self._context(encoded)
@@ -212,6 +217,7 @@ class Predictor(nnx.Module):
             FileNotFoundError: If there is no such directory.
             ValueError: If it is not a complete predictor checkpoint of this version, or not of ``config``.
         """
+        _check_config(config)
         saved = _saved_config(path)
         for name in ("encoding", "pooling"):
             if config is not None and getattr(saved, name) != getattr(config, name):
@@ -240,8 +246,7 @@ class Predictor(nnx.Module):
             >>> Predictor.pretrained("paper").config == PredictorConfig(encoding=PAPER)
             True
         """
-        if name not in get_args(Pretrained):
-            raise ValueError(f"name: got {name!r}, expected one of {', '.join(get_args(Pretrained))}")
+        checks.choice(name, "name", get_args(Pretrained))
         return cls.restore(_PRETRAINED / name)
 
 
@@ -280,6 +285,27 @@ def check_trained(predictor: Any) -> None:
     checks.finite(weights, "predictor", "fit it again, or restore another one")
 
 
+def _check_config(config: Any) -> None:
+    if config is not None:
+        checks.instance(config, PredictorConfig, "config", "a smartfrz_jax.PredictorConfig")
+
+
+def _check_observation(observation: Any, config: PredictorConfig) -> None:
+    """Raises unless it is what is known of some layers, with as many weights as a predictor reads."""
+    checks.instance(observation, Observation | Encoded, "observation", "a smartfrz_jax.Observation")
+    shape = np.shape(observation.mask)
+    if len(shape) != 2:
+        raise ValueError(
+            f"observation: got a mask of shape {shape}, expected (layers, window): a leading axis of layers, in each "
+            "of its arrays"
+        )
+    size = np.shape(observation.records)[-1]
+    if isinstance(observation, Observation) and config.encoding.reads_weights and size != config.size:
+        raise ValueError(
+            f"observation: got records of {size} weights, expected {config.size}, for which the predictor was made"
+        )
+
+
 def freeze_probability(predictor: Predictor, observation: Observation | Encoded) -> Float[Array, " layers"]:
     """Confidence that each layer can be frozen (softmax of Eq. 4), all layers in one compiled call.
 
@@ -289,7 +315,13 @@ def freeze_probability(predictor: Predictor, observation: Observation | Encoded)
 
     Returns:
         Probabilities, shape ``(layers,)``; meaningless for a layer without records.
+
+    Raises:
+        TypeError: If one of them is something else.
+        ValueError: If the arrays lack the axis of layers, or the records have another number of weights.
     """
+    check_predictor(predictor)
+    _check_observation(observation, predictor.config)
     return _probability(*nnx.split(predictor), observation)
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from smartfrz_jax import hosts
-from smartfrz_jax.cka import layer_cka, layer_gram
+from smartfrz_jax.cka import layer_gram, layer_similarity
 from smartfrz_jax.layers import Layers
 from smartfrz_jax.recording import Recording, check_finite, check_steps
 from smartfrz_jax.tailoring import Tailoring
@@ -137,7 +137,9 @@ class Recorder:
                 "without reference_features and track_own"
             )
         outputs = _of_layers(self.layers, features, "features")
-        cka = None if self.reference_features is None else hosts.fetch(layer_cka(outputs, self.reference_features))
+        cka = (
+            None if self.reference_features is None else hosts.fetch(layer_similarity(outputs, self.reference_features))
+        )
         gram = hosts.fetch(layer_gram(outputs)) if self.track_own else None
         if gram is not None and self._grams and gram.shape != self._grams[0].shape:
             raise ValueError("features: got another number of examples than before, expected the same probe batch")

@@ -6,16 +6,18 @@ Paper, section 3.2. The positions are drawn once per layer and kept; drawn anew 
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import struct
+from flax.core import FrozenDict
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from smartfrz_jax import paths
-from smartfrz_jax.layers import Layers, check_params
+from smartfrz_jax import checks, paths
+from smartfrz_jax.layers import Layers, check_layers, check_params
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -32,6 +34,7 @@ class Tailoring(struct.PyTreeNode):
         leaf_positions: For each layer and each of its kernels, positions along each of its axes, int32 of shape
             ``(axes, positions)``.
         order: For each layer, where its samples go, int32 of shape ``(size,)``.
+        shapes: Shape of each kernel, by name.
 
     Example:
         >>> from smartfrz_jax import find_layers
@@ -45,6 +48,7 @@ class Tailoring(struct.PyTreeNode):
     size: int = struct.field(pytree_node=False)
     leaf_positions: tuple[tuple[jax.Array, ...], ...]
     order: tuple[jax.Array, ...]
+    shapes: Mapping[str, tuple[int, ...]] = struct.field(pytree_node=False)
 
     @classmethod
     def create(cls, layers: Layers, params: PyTree, *, size: int = 1024, seed: int = 0) -> Tailoring:
@@ -60,11 +64,13 @@ class Tailoring(struct.PyTreeNode):
             seed: Seed of the draw.
 
         Raises:
+            TypeError: If ``layers`` are no :class:`~smartfrz_jax.Layers`, or ``size`` or ``seed`` is no number.
             ValueError: If ``size`` is not positive, ``params`` is empty or lacks a parameter of ``layers``, or a layer
                 has no weights.
         """
-        if size < 1:
-            raise ValueError(f"size: got {size}, expected at least 1 sampled weight per layer (1024 in the paper)")
+        check_layers(layers)
+        checks.count(size, "size")
+        checks.seed(seed)
         leaves = check_params(params)
         leaf_positions, order = [], []
         for layer in layers:
@@ -91,11 +97,24 @@ class Tailoring(struct.PyTreeNode):
                 )
             )
             order.append(jnp.asarray(np.argsort(np.argsort(leaf, kind="stable")), jnp.int32))
-        return cls(layers, size, tuple(leaf_positions), tuple(order))
+        shapes = {name: tuple(leaves[name].shape) for layer in layers for name in layer.kernels}
+        return cls(layers, size, tuple(leaf_positions), tuple(order), FrozenDict(shapes))
 
     def __call__(self, params: PyTree) -> Float[Array, "layers size"]:
-        """The sampled weights of all layers in one compiled call, float32, shape ``(layers, size)``."""
-        return _sample(self, paths.flatten(params))
+        """The sampled weights of all layers in one compiled call, float32, shape ``(layers, size)``.
+
+        Raises:
+            ValueError: If a parameter is missing, or has another shape than those the positions were drawn for.
+        """
+        leaves = paths.flatten(params)
+        for name, shape in self.shapes.items():
+            if np.shape(leaves.get(name, 0.0)) != shape or name not in leaves:
+                has = f"shape {np.shape(leaves[name])}" if name in leaves else f"{len(leaves)} without it"
+                raise ValueError(
+                    f"params: got {has} for {name!r}, expected shape {shape}; pass the parameters of the network that "
+                    "the tailoring was made for"
+                )
+        return _sample(self, leaves)
 
 
 def _draw(key: jax.Array, n: int, size: int) -> np.ndarray:

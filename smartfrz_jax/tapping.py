@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
 
-from smartfrz_jax import dataflow, example_axis, inlining
+from smartfrz_jax import checks, dataflow, example_axis, inlining
 from smartfrz_jax.example_rules import Axis
+from smartfrz_jax.layers import check_params
 
 PyTree = Any
 
@@ -46,6 +47,10 @@ def tapped(
         >>> tapped(lambda p, x: p["w"] @ x.T, {"w": ["w"]}, params, x)(params, x)["w"].shape
         (4, 8)
     """
+    checks.function(forward, "forward", "a function of (params, *inputs)")
+    checks.by_name(groups, "groups", "a dict from the name of each group to the names of its parameters")
+    known = check_params(params)
+    groups = {group: _members(group, members, known) for group, members in groups.items()}
     if not inputs:
         raise ValueError("inputs: got none; layer outputs belong to a batch, so pass forward's inputs after params")
     jaxpr, names = dataflow.trace(forward, params, inputs)
@@ -72,6 +77,18 @@ def tapped(
         }
 
     return outputs
+
+
+def _members(group: str, members: Any, known: Mapping[str, Any]) -> tuple[str, ...]:
+    if isinstance(members, str):
+        raise TypeError(f"groups: got {checks.got(members)}, expected a sequence of names of parameters for {group!r}")
+    found = checks.names(members, "groups", of="parameters")
+    for member in found:
+        if member not in known:
+            raise ValueError(
+                f"groups: got {member!r} in {group!r}, expected names of parameters, such as {next(iter(known))!r}"
+            )
+    return found
 
 
 def _end(used: dataflow.Consumption, members: Sequence[str]) -> int:

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smartfrz_jax.cka import layer_cka, layer_gram, linear_cka
+from smartfrz_jax.cka import layer_cka, layer_gram, layer_similarity, linear_cka
 
 # More examples than features, fewer, and one side of each; feature maps; a single feature; the fewest examples.
 SHAPES = [
@@ -124,9 +124,14 @@ def test_without_variance_it_is_zero(constant):
 def test_non_finite_features_are_not_hidden(bad):
     x, y = related((8, 3), (8, 3))
     x[2, 1] = bad
-    assert np.isnan(linear_cka(jnp.asarray(x), jnp.asarray(y)))
-    assert np.isnan(linear_cka(jnp.asarray(y), jnp.asarray(x)))
-    assert np.isnan(linear_cka(jnp.ones((8, 2)), jnp.asarray(x)))
+    pairs = [(jnp.asarray(x), jnp.asarray(y)), (jnp.asarray(y), jnp.asarray(x)), (jnp.ones((8, 2)), jnp.asarray(x))]
+    for a, b in pairs:
+        assert np.isnan(jax.jit(linear_cka)(a, b))
+        assert np.isnan(layer_similarity({"x": a}, {"x": b}))
+        with pytest.raises(ValueError, match=r"[xy]: not finite, expected"):
+            linear_cka(a, b)
+        with pytest.raises(ValueError, match=r"(features|reference)\['x'\]: not finite, expected"):
+            layer_cka({"x": a}, {"x": b})
 
 
 def test_bfloat16_is_computed_in_float32():

@@ -412,6 +412,6 @@ def test_stops_at_weights_that_are_not_finite(predictor):
 
 
 def test_stops_at_a_confidence_that_is_not_finite():
-    policy = policies.smartfrz(StillnessPredictor(bound=np.nan), record_every=1, evaluate_every=2, window=2)
+    policy = policies.smartfrz(StillnessPredictor(bound=3e38), record_every=1, evaluate_every=2, window=2)
     with pytest.raises(FloatingPointError, match="confidence: not finite after step 2 in layer 'a', 'b', 'c', so"):
         run(policy, 2)

@@ -199,9 +199,10 @@ def shares_of_cost(layers: Layers, costs: Mapping[str, float] | None) -> Float[n
     layers.check(costs, "costs")
     for name in layers.names:
         if not 0 <= costs.get(name, -1) < np.inf:
+            got = f"{costs[name]:g}" if name in costs else "nothing"
             raise ValueError(
-                f"costs: got {costs.get(name, 'nothing')} for layer {name!r}, expected a finite number from 0 up for "
-                f"each of the {len(layers)} layers"
+                f"costs: got {got} for layer {name!r}, expected a finite number from 0 up for each of the "
+                f"{len(layers)} layers"
             )
     values = np.array([costs[name] for name in layers.names], np.float64)
     if not values.sum() > 0:

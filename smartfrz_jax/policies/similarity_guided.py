@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from smartfrz_jax import checks, hosts
-from smartfrz_jax.cka import layer_cka
+from smartfrz_jax.cka import layer_similarity
 from smartfrz_jax.layers import Layers
 from smartfrz_jax.policies.base import Policy, check_finite, check_update, freezable, kept, names_of, require
 from smartfrz_jax.targets import stabilised
@@ -130,7 +130,7 @@ def similarity_guided(
 
 def _cka(features: Mapping[str, Array], reference: Mapping[str, Array], names: list[str]) -> np.ndarray:
     both = _of_layers(features, names, "features"), _of_layers(reference, names, "reference")
-    return hosts.fetch(layer_cka(*both))
+    return hosts.fetch(layer_similarity(*both))
 
 
 def _of_layers(outputs: Mapping[str, Array], names: Iterable[str], argument: str) -> dict[str, Array]:

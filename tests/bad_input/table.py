@@ -34,7 +34,7 @@ class Door(NamedTuple):
     @property
     def parameters(self) -> dict[str, inspect.Parameter]:
         function = resolve(self.name)
-        is_method = self.on is not None or inspect.isclass(function)
+        is_method = (self.on is not None or inspect.isclass(function)) and not inspect.ismethod(function)
         found = inspect.signature(function.__init__ if inspect.isclass(function) else function).parameters
         return dict(list(found.items())[1:] if is_method else found)
 
