@@ -117,7 +117,7 @@ def test_keep():
 @pytest.mark.parametrize(
     ("options", "text"),
     [
-        ({"gradients": 3}, "gradients: got int, expected a function"),
+        ({"gradients": 3}, "gradients: got int 3, expected a function"),
         ({"total_steps": 0}, "total_steps: got 0"),
         ({"factor": -1.0}, "factor: got -1.0, expected a finite number"),
         ({"errors": float("nan")}, "errors: got nan"),

@@ -9,15 +9,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from smartfrz_jax import hosts, paths
+from smartfrz_jax import checks, hosts, paths
 from smartfrz_jax.layers import Layers, check_params
 from smartfrz_jax.policies.base import (
     Policy,
-    check_count,
     check_finite,
+    check_update,
     freezable,
     kept,
     names_of,
+    numbers_of,
     shares_of_cost,
 )
 
@@ -111,24 +112,22 @@ def gain(
         >>> frozen, [round(float(fall), 3) for fall in state.gains[-1]]
         (frozenset({'a'}), [0.0, 0.4])
     """
-    if not callable(gradients):
-        raise TypeError(
-            f"gradients: got {type(gradients).__name__}, expected a function of (params, number) to a gradient, such "
-            "as sfj.nnx.gradient_probe(model, loss_fn, batches)"
-        )
-    check_count(total_steps, "total_steps")
-    check_count(window, "window", least=2)
+    expected = "a function of (params, number) to a gradient, such as sfj.nnx.gradient_probe(model, loss_fn, batches)"
+    checks.function(gradients, "gradients", expected)
+    checks.count(total_steps, "total_steps")
+    checks.count(window, "window", least=2)
     measure_every = max(2, total_steps // _MEASUREMENTS) if measure_every is None else measure_every
-    check_count(measure_every, "measure_every", least=2)
+    checks.count(measure_every, "measure_every", least=2)
     if window * measure_every >= total_steps:
         raise ValueError(
             f"window: got {window} measurements, one in {measure_every} steps, expected fewer than fit into the "
             f"{total_steps} steps of the run, for nothing freezes before; take a smaller window or measure_every"
         )
     for value, argument in ((factor, "factor"), (errors, "errors")):
-        if not 0 <= value < np.inf:
-            raise ValueError(f"{argument}: got {value}, expected a finite number from 0 up")
-    keep = kept(keep)
+        expected = "a finite number from 0 up"
+        if not 0 <= checks.number(value, argument, expected) < np.inf:
+            raise ValueError(f"{argument}: got {value}, expected {expected}")
+    keep, costs = kept(keep), numbers_of(costs)
 
     def init(layers: Layers, params: PyTree) -> GainState:
         freezable(layers, keep)
@@ -141,6 +140,7 @@ def gain(
     def update(
         state: GainState, layers: Layers, *, step: int, params: Callable[[], PyTree], **signals: Any
     ) -> tuple[frozenset[str], GainState]:
+        check_update(state, GainState, layers, step)
         may_freeze = freezable(layers, keep)
         if not (may_freeze & ~state.frozen).any():
             return names_of(layers, state.frozen), state
@@ -163,7 +163,17 @@ def gain(
                 state = state._replace(frozen=state.frozen | more)
         return names_of(layers, state.frozen), state
 
-    return Policy(init, update)
+    options = {
+        "name": _NAME,
+        "total_steps": int(total_steps),
+        "factor": float(factor),
+        "window": int(window),
+        "measure_every": int(measure_every),
+        "errors": float(errors),
+        "costs": costs,
+        "keep": keep,
+    }
+    return Policy(init, update, options=options)
 
 
 def _fitting(gradient: Mapping[str, Any], params: Mapping[str, np.ndarray]) -> dict[str, Any]:

@@ -20,6 +20,7 @@ DOORS = [
     Door("random", lambda: {"budget": 0.2, "total_steps": 10}),
     Door("static_prefix", lambda: {"total_steps": 10, "stages": [(0.0, 0.5)]}),
     Door("autofreeze", lambda: {"evaluate_every": 1}),
+    Door("gain", lambda: {"gradients": lambda params, number: params, "total_steps": 100}),
     Door("similarity_guided", lambda: {"reference": outputs(), "evaluate_every": 1}),
     Door(
         "smartfrz",
