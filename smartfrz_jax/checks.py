@@ -100,8 +100,10 @@ def count(value: Any, argument: str, *, least: int = 1) -> None:
     """Raises ``ValueError`` unless ``value`` is an integer of at least ``least`` that int32 can hold."""
     expected = f"an integer of at least {least}"
     number(value, argument, expected)
-    if not isinstance(value, int | np.integer) or not least <= value < LARGEST:
+    if not jax.numpy.issubdtype(getattr(value, "dtype", type(value)), np.integer):
         raise ValueError(f"{argument}: got {value!r}, expected {expected}; round it, if it is a quotient")
+    if not least <= value < LARGEST:
+        raise ValueError(f"{argument}: got {value!r}, expected {expected}")
 
 
 def fraction(value: Any, argument: str, *, zero: bool = True) -> None:

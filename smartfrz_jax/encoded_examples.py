@@ -10,9 +10,10 @@ from typing import TYPE_CHECKING, Self
 import jax
 import numpy as np
 
+from smartfrz_jax import checks
 from smartfrz_jax.encoded import Encoded, encode
 from smartfrz_jax.encoding import Encoding
-from smartfrz_jax.examples import Examples
+from smartfrz_jax.examples import Examples, check_examples
 from smartfrz_jax.hiding import Hiding
 from smartfrz_jax.observation import Observation
 
@@ -100,8 +101,11 @@ def encode_examples(
         >>> len(encoded), encoded.encoded.context.shape
         (4, (4, 24))
     """
-    if copies < 1:
-        raise ValueError(f"copies: got {copies}, expected at least 1")
+    check_examples(examples)
+    checks.count(copies, "copies")
+    checks.seed(seed)
+    if hiding is not None:
+        checks.instance(hiding, Hiding, "hiding", "a smartfrz_jax.Hiding, or None to hide nothing")
     examples.check_reads(encoding)
     rng, parts = np.random.default_rng(seed), []
     for _ in range(copies):

@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
+from smartfrz_jax import checks
+
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
@@ -63,7 +65,8 @@ def evaluate(
         >>> evaluate(np.array([0.1, 0.4, 0.35, 0.8]), np.array([False, False, True, True])).auc
         0.75
     """
-    p, target = np.asarray(probability, np.float64), np.asarray(target)
+    p = checks.array(probability, "probability", "an array of probabilities of shape (n,)").astype(np.float64)
+    target = np.asarray(target)
     if p.ndim != 1 or p.shape != target.shape or not p.size:
         raise ValueError(
             f"probability, target: got shapes {p.shape} and {target.shape}, expected both (n,) with n at least 1"

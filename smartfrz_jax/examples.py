@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from smartfrz_jax import alignment, contribution
+from smartfrz_jax import alignment, checks, contribution
 from smartfrz_jax.encoding import WITHOUT_WEIGHTS, Encoding
 from smartfrz_jax.observation import Observation
 from smartfrz_jax.recording import Recording
@@ -95,6 +95,7 @@ class Examples:
         Raises:
             ValueError: If it reads weights, and they hold none.
         """
+        checks.instance(encoding, Encoding, "encoding", "a smartfrz_jax.Encoding")
         if encoding.reads_weights and not self.has_weights:
             raise ValueError(
                 f"examples: come from recordings without weights, but weights are read by {encoding}; record the runs "
@@ -111,7 +112,7 @@ class Examples:
         Returns:
             The observations, NumPy arrays with a leading batch axis, and the targets.
         """
-        indices = np.asarray(indices)
+        indices = self._indices(indices, "indices")
         moment, layer = self.moment[indices], self.layer[indices]
         place = moment[:, None] - np.arange(self.window - 1, -1, -1)
         mask = place >= 0
@@ -151,10 +152,31 @@ class Examples:
         }
         return Observation(**arrays), self.target[indices]
 
+    def _indices(self, indices: Any, argument: str) -> np.ndarray:
+        found = np.asarray(indices)
+        if found.dtype.kind not in "iu" and found.size:
+            raise TypeError(f"{argument}: got {found.dtype}{list(found.shape)}, expected integers, numbers of examples")
+        if found.size and not -len(self) <= found.min() <= found.max() < len(self):
+            raise ValueError(
+                f"{argument}: got {found.min()} to {found.max()}, expected 0 to {len(self) - 1}: there are "
+                f"{len(self)} examples"
+            )
+        return found.astype(np.int64)
+
     def select(self, chosen: np.ndarray) -> Self:
         """The examples at some indices, or at which a boolean array of shape ``(n,)`` is true; same recordings."""
         fields = ("run", "layer", "moment", "target", "progress", "depth")
+        chosen = np.asarray(chosen)
+        if chosen.dtype != bool:
+            chosen = self._indices(chosen, "chosen")
+        elif chosen.shape != (len(self),):
+            raise ValueError(f"chosen: got bool of shape {chosen.shape}, expected ({len(self)},), one for each example")
         return dataclasses.replace(self, **{field: getattr(self, field)[chosen] for field in fields})
+
+
+def check_examples(examples: Any) -> None:
+    """Raises ``TypeError`` unless they are :class:`Examples`."""
+    checks.instance(examples, Examples, "examples", "smartfrz_jax.Examples; make them with make_examples(recordings)")
 
 
 def make_examples(
@@ -180,6 +202,7 @@ def make_examples(
         The examples, by recording, moment and layer.
 
     Raises:
+        TypeError: If an argument is of another type.
         ValueError: If a number is below 1, there are no recordings or moments, sizes differ, a recording lacks what the
             criterion asks for, or the criterion's result does not fit.
 
@@ -192,8 +215,13 @@ def make_examples(
         [False, False, False, True, True]
     """
     for argument, value in (("window", window), ("min_records", min_records), ("stride", stride)):
-        if value < 1:
-            raise ValueError(f"{argument}: got {value}, expected at least 1")
+        checks.count(value, argument)
+    if criterion is not None:
+        checks.function(criterion, "criterion", "a function of a Recording to an array of bool, such as Settled()")
+    expected = "a sequence of smartfrz_jax.Recording"
+    checks.instance(recordings, Sequence, "recordings", expected)  # pyright: ignore[reportArgumentType]
+    for recording in recordings:
+        checks.instance(recording, Recording, "recordings", expected)
     sizes = sorted({recording.weights.shape[2] for recording in recordings})
     if len(sizes) != 1:
         raise ValueError(

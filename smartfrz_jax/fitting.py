@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
@@ -16,13 +16,14 @@ import numpy as np
 import optax
 from flax import nnx
 
+from smartfrz_jax import checks
 from smartfrz_jax.encoded import Encoded
 from smartfrz_jax.encoded_examples import EncodedExamples
 from smartfrz_jax.evaluation import Evaluation, evaluate
-from smartfrz_jax.examples import Examples
+from smartfrz_jax.examples import Examples, check_examples
 from smartfrz_jax.hiding import Hiding
 from smartfrz_jax.observation import Observation
-from smartfrz_jax.predictor import Predictor, freeze_probability
+from smartfrz_jax.predictor import Predictor, check_predictor, freeze_probability
 from smartfrz_jax.splits import moments
 from smartfrz_jax.standardizing import standardized
 
@@ -89,6 +90,7 @@ def fit(
         The trained predictor, the losses and the evaluations.
 
     Raises:
+        TypeError: If an argument is of another type.
         ValueError: If the examples' encoding is not the predictor's, it reads weights that have another size or that
             their recordings do not hold, something is to be hidden from encoded examples, all training examples have
             the same target, ``held_out`` does not fit or divides the histories of one layer in one run, a number is out
@@ -107,6 +109,11 @@ def fit(
         [8, 8, 8]
     """
     _check_fits(predictor, examples)
+    checks.seed(seed)
+    if hiding is not None:
+        checks.instance(hiding, Hiding, "hiding", "a smartfrz_jax.Hiding, or None to hide nothing")
+    if progress is not None:
+        checks.function(progress, "progress", "a function of an iterable to an iterable, such as tqdm.tqdm")
     if hiding is not None and isinstance(examples, EncodedExamples):
         raise ValueError("hiding: the examples are encoded; hide as they are, encode_examples(..., hiding=hiding)")
     training, testing = _split(examples, held_out)
@@ -166,8 +173,7 @@ def predict(predictor: Predictor, examples: Examples, *, batch_size: int = 256) 
             their recordings do not hold, or ``batch_size`` is below 1.
     """
     _check_fits(predictor, examples)
-    if batch_size < 1:
-        raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
+    checks.count(batch_size, "batch_size")
     probability = np.zeros(len(examples), np.float32)
     for start in range(0, len(examples), batch_size):
         chosen = np.arange(start, min(start + batch_size, len(examples)))
@@ -235,16 +241,22 @@ def class_factors(target: np.ndarray, class_weights: ClassWeights) -> np.ndarray
         )
     if class_weights == "balanced":
         return len(target) / (2 * counts)
+    expected = "'balanced', None or two numbers above 0, for keep and for freeze"
     weights = (1.0, 1.0) if class_weights is None else class_weights
-    if isinstance(weights, str) or len(weights) != 2 or not all(0 < weight < math.inf for weight in weights):
-        raise ValueError(
-            f"class_weights: got {class_weights!r}, expected 'balanced', None or two numbers above 0, "
-            "for keep and for freeze"
-        )
+    checks.instance(weights, Sequence | np.ndarray, "class_weights", expected)  # pyright: ignore[reportArgumentType]
+    is_text = isinstance(weights, str)
+    if (
+        is_text
+        or len(weights) != 2
+        or not all(0 < checks.number(w, "class_weights", expected) < math.inf for w in weights)
+    ):
+        raise ValueError(f"class_weights: got {class_weights!r}, expected {expected}")
     return np.array(weights, np.float64)
 
 
 def _check_fits(predictor: Predictor, examples: Examples) -> None:
+    check_predictor(predictor)
+    check_examples(examples)
     if isinstance(examples, EncodedExamples):
         examples.check(predictor.config.encoding)
     examples.check_reads(predictor.config.encoding)
@@ -257,11 +269,11 @@ def _check_fits(predictor: Predictor, examples: Examples) -> None:
 
 def _check_numbers(epochs: int, batch_size: int, learning_rate: float, momentum: float, weight_decay: float) -> None:
     for argument, value in (("epochs", epochs), ("batch_size", batch_size)):
-        if value < 1:
-            raise ValueError(f"{argument}: got {value}, expected at least 1")
-    if not 0 < learning_rate < math.inf:
-        raise ValueError(f"learning_rate: got {learning_rate}, expected a number above 0")
-    if not 0 <= momentum < 1:
-        raise ValueError(f"momentum: got {momentum}, expected a number from 0 up to, but not, 1")
-    if not 0 <= weight_decay < math.inf:
-        raise ValueError(f"weight_decay: got {weight_decay}, expected a number from 0 up")
+        checks.count(value, argument)
+    checks.positive(learning_rate, "learning_rate")
+    expected = "a number from 0 up to, but not, 1"
+    if not 0 <= checks.number(momentum, "momentum", expected) < 1:
+        raise ValueError(f"momentum: got {momentum}, expected {expected}")
+    expected = "a number from 0 up"
+    if not 0 <= checks.number(weight_decay, "weight_decay", expected) < math.inf:
+        raise ValueError(f"weight_decay: got {weight_decay}, expected {expected}")

@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from smartfrz_jax import paths
+from smartfrz_jax import checks, paths
 from smartfrz_jax.freezing import Frozen
-from smartfrz_jax.layers import Layers
+from smartfrz_jax.layers import Layers, check_layers, check_leaves
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
@@ -31,6 +31,7 @@ PyTree = Any
 Cell = tuple[int, int]
 """Train steps done, and how many layers from the front are frozen or swapped."""
 
+_SCALAR = "a scalar, the mean held-out loss"
 _ROUNDS, _CONVERGED = 1000, 1e-8  # of the projection in fill; the second is a share of the largest harm
 
 
@@ -79,11 +80,16 @@ def swap_harm(
         >>> swap_harm(layers, np.array([10, 20]), snapshots, final, loss).tolist()
         [[4.0, nan], [nan, nan]]
     """
+    _check(layers, steps, snapshots, progress)
+    checks.function(loss, "loss", "a function from such a pytree to the held-out loss")
+    if owner is not None:
+        checks.function(owner, "owner", "a function from the name of a leaf to that of its layer")
+    check_leaves(final, "final")
     owner = owner or _owner(layers)
     layer_of = {name: owner(name) for name in paths.flatten(final)}
     layers.check(layer_of.values(), "owner")
     cells = [(step, front) for step, front in _cells(layers, steps, snapshots, depths) if front]
-    base, losses, read = float(loss(final)), {}, _ReadOnce(snapshots)
+    base, losses, read = checks.number(loss(final), "loss", _SCALAR), {}, _ReadOnce(snapshots)
     for step, front in (progress or iter)(cells):
         swapped = set(layers.names[:front])
         then = paths.flatten(read[step])
@@ -93,9 +99,8 @@ def swap_harm(
                 f"snapshots: {odd!r} is only in {'that of step ' + str(step) if odd in then else 'final'}; take the "
                 "same variables at every moment"
             )
-        losses[step, front] = loss(
-            paths.tree_map(lambda name, end, s=swapped, t=then: t[name] if layer_of[name] in s else end, final)
-        )
+        changed = paths.tree_map(lambda name, end, s=swapped, t=then: t[name] if layer_of[name] in s else end, final)
+        losses[step, front] = checks.number(loss(changed), "loss", _SCALAR)
     return _matrix(layers, steps, losses, dict.fromkeys(snapshots, base))
 
 
@@ -145,11 +150,15 @@ def branch_harm(
         >>> branch_harm(layers, np.array([10, 20]), {20: params}, train_branch).tolist()
         [[nan, nan, nan], [0.5, 1.0, nan]]
     """
+    _check(layers, steps, snapshots, progress)
+    checks.function(train_branch, "train_branch", "a function from a snapshot and a frozen set to the held-out loss")
     known = {} if known is None else known
+    checks.instance(known, MutableMapping, "known", "a dict from (step, frozen layers) to losses")
     losses, read = {}, _ReadOnce(snapshots)
     for step, front in (progress or iter)(_cells(layers, steps, snapshots, depths)):
         if (step, front) not in known:
-            known[step, front] = float(train_branch(read[step], Frozen(layers, frozenset(layers.names[:front]))))
+            loss = train_branch(read[step], Frozen(layers, frozenset(layers.names[:front])))
+            known[step, front] = checks.number(loss, "train_branch", _SCALAR)
         losses[step, front] = known[step, front]
     base = {step: losses.pop((step, 0)) for step in snapshots}
     return _matrix(layers, steps, losses, base)
@@ -206,6 +215,17 @@ def fill(
     for depth, column in enumerate(np.stack(rows, axis=1)):
         filled[moments[0] :, depth] = np.interp(later, known_steps, column)
     return filled
+
+
+def _check(layers: Any, steps: Any, snapshots: Any, progress: Any) -> None:
+    """Checks what both measurements are given."""
+    check_layers(layers)
+    expected = "a vector of integers, the train steps done at each record"
+    if checks.array(steps, "steps", expected).dtype.kind not in "iu" or np.ndim(steps) != 1 or not np.size(steps):
+        raise ValueError(f"steps: got {checks.got(steps)}, expected {expected}")
+    checks.by_name(snapshots, "snapshots", "a mapping from train steps to what the network was then")
+    if progress is not None:
+        checks.function(progress, "progress", "a function of a sequence to an iterable, such as tqdm.tqdm")
 
 
 class _ReadOnce:

@@ -6,6 +6,7 @@ import dataclasses
 
 import numpy as np
 
+from smartfrz_jax import checks
 from smartfrz_jax.observation import Observation
 
 
@@ -35,10 +36,8 @@ class Hiding:
 
     def __post_init__(self) -> None:
         for name in ("progress", "losses", "contribution", "alignment", "records"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name}: got {getattr(self, name)}, expected a share of the examples, from 0 to 1")
-        if self.min_records < 1:
-            raise ValueError(f"min_records: got {self.min_records}, expected at least 1")
+            checks.between(getattr(self, name), name, "a share of the examples, from 0 to 1", 0, 1)
+        checks.count(self.min_records, "min_records")
 
     def __call__(self, observation: Observation, rng: np.random.Generator) -> Observation:
         """The observations of a batch without what is hidden.
@@ -47,6 +46,8 @@ class Hiding:
             observation: NumPy arrays with a leading batch axis; they are not changed.
             rng: Source of the draws; as many for every batch of a size, whatever the shares.
         """
+        checks.instance(observation, Observation, "observation", "a smartfrz_jax.Observation")
+        checks.instance(rng, np.random.Generator, "rng", "a generator, such as numpy.random.default_rng(0)")
         mask = np.asarray(observation.mask)
         no_progress, no_losses, cut, left, no_contribution, no_alignment = rng.random((6, len(mask)))
         records = mask.sum(axis=1)

@@ -152,6 +152,22 @@ def check_layers(layers: Any, argument: str = "layers") -> None:
     )
 
 
+def check_leaves(tree: PyTree, argument: str) -> dict[str, Any]:
+    """Leaves of a pytree of arrays by name.
+
+    Raises:
+        TypeError: If one is no array.
+        ValueError: If there are none.
+    """
+    leaves = paths.flatten(tree)
+    if not leaves:
+        raise ValueError(f"{argument}: got a pytree without leaves ({jax.tree.structure(tree)}), expected arrays")
+    for name, leaf in leaves.items():
+        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+            raise TypeError(f"{argument}: leaf {name!r} is {type(leaf).__name__}, expected an array")
+    return leaves
+
+
 def check_params(params: PyTree) -> dict[str, Any]:
     """Leaves of a parameter pytree by name.
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from smartfrz_jax import hosts
+from smartfrz_jax import checks, hosts
 from smartfrz_jax.cka import layer_gram, layer_similarity
-from smartfrz_jax.layers import Layers
+from smartfrz_jax.layers import Layers, check_layers, check_leaves
 from smartfrz_jax.recording import Recording, check_finite, check_steps
 from smartfrz_jax.tailoring import Tailoring
 
@@ -63,6 +63,13 @@ class Recorder:
             ValueError: If ``tailoring`` is for other layers, ``record_every`` is below 1, a weight is NaN or infinite,
                 or a layer's reference output is missing.
         """
+        check_layers(layers)
+        checks.instance(
+            tailoring, Tailoring, "tailoring", "a smartfrz_jax.Tailoring, from Tailoring.create(layers, ...)"
+        )
+        checks.count(record_every, "record_every")
+        checks.flag(track_own, "track_own")
+        check_leaves(params, "params")
         if tailoring.layers != layers:
             raise ValueError(
                 f"tailoring: made for other layers ({len(tailoring.layers)} from {tailoring.layers.names[0]!r} on) "
@@ -104,8 +111,10 @@ class Recorder:
             ValueError: If ``step`` is another, a layer's output is missing or of another number of examples than
                 before, or a loss, weight or CKA is NaN or infinite. Nothing is recorded then.
         """
+        checks.scalar(step, "step", "an integer, the number of train steps done")
         check_steps(np.array([*self._steps[-1:], step]), self.record_every)
-        if loss is not None and not np.isfinite(loss):
+        check_leaves(params, "params")
+        if loss is not None and not np.isfinite(checks.number(loss, "loss", "a number, or None if it is not known")):
             raise ValueError(
                 f"loss: got {float(loss)} at step {step}, expected a finite number, or None if it is not known; if the "
                 "training diverged, lower its learning rate"
@@ -164,6 +173,7 @@ class Recorder:
         Raises:
             ValueError: If nothing was recorded, or as :class:`Recording` does.
         """
+        checks.count(total_steps, "total_steps", least=0)
         if not self._steps:
             raise ValueError(
                 "finish: nothing was recorded; call record(step, params, features, loss) while the network trains"
@@ -192,6 +202,7 @@ def _cka_with_the_last(grams: list[np.ndarray]) -> np.ndarray:
 
 def _of_layers(layers: Layers, features: Mapping[str, jax.Array], argument: str) -> dict[str, jax.Array]:
     """The outputs of the layers, in their order."""
+    checks.by_name(features, argument, "a dict from layer names to outputs")
     missing = [name for name in layers.names if name not in features]
     if missing:
         raise ValueError(

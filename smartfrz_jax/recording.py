@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from smartfrz_jax import checks
+
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
@@ -74,7 +76,11 @@ class Recording:
         return dataclasses.replace(self, weights=self.weights[..., :0], start=self.start[..., :0])
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "layers", tuple(self.layers))
+        object.__setattr__(self, "layers", checks.names(self.layers, "layers"))
+        checks.count(self.record_every, "record_every")
+        checks.count(self.total_steps, "total_steps", least=0)
+        checks.scalar(self.first_loss, "first_loss", "a number, or NaN if it is not known")
+        checks.by_name(self.metadata, "metadata", "a dict of what JSON can hold")
         for field, kind in SCALARS.items():
             object.__setattr__(self, field, kind(getattr(self, field)))
         for field, dtype in ARRAYS.items():

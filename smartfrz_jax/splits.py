@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from smartfrz_jax.examples import Examples
+from smartfrz_jax import checks
+from smartfrz_jax.examples import Examples, check_examples
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Int
@@ -26,7 +27,9 @@ def by_run(examples: Examples, runs: Iterable[int]) -> Bool[np.ndarray, " n"]:
     Raises:
         ValueError: If there is no such recording.
     """
-    runs, known = sorted(set(runs)), range(len(examples.recordings))
+    check_examples(examples)
+    checks.instance(runs, Iterable, "runs", "numbers of recordings, a sequence of integers")  # pyright: ignore[reportArgumentType]
+    runs, known = list(dict.fromkeys(runs)), range(len(examples.recordings))
     for unknown in [run for run in runs if run not in known]:
         raise ValueError(f"runs: there is no recording {unknown}; the examples come from {len(known)}, counted from 0")
     return np.isin(examples.run, runs)
@@ -55,6 +58,7 @@ def by_metadata(examples: Examples, **fields: Any) -> Bool[np.ndarray, " n"]:
         >>> by_metadata(make_examples(runs, window=3), architecture="resnet").tolist()
         [False, False, True, True]
     """
+    check_examples(examples)
     mask = np.ones(len(examples), bool)
     for field, wanted in fields.items():
         wanted = list(wanted) if isinstance(wanted, list | set | tuple) else [wanted]
@@ -96,7 +100,8 @@ def by_layer(examples: Examples, layers: Iterable[str]) -> Bool[np.ndarray, " n"
     Raises:
         ValueError: If no recording has such a layer.
     """
-    wanted = {layers} if isinstance(layers, str) else set(layers)
+    check_examples(examples)
+    wanted = set(checks.names(layers, "layers"))
     known = dict.fromkeys(name for names in examples.layers for name in names)
     for unknown in sorted(wanted - known.keys()):
         raise ValueError(f"layers: no recording has a layer {unknown!r}; they have {', '.join(map(repr, known))}")
@@ -113,4 +118,5 @@ def moments(examples: Examples) -> Int[np.ndarray, " n"]:
     Args:
         examples: The examples.
     """
+    check_examples(examples)
     return np.unique(np.stack([examples.run, examples.moment]), axis=1, return_inverse=True)[1].ravel()

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
+from smartfrz_jax import checks
 from smartfrz_jax.harm import fill
 from smartfrz_jax.recording import Recording
 
@@ -75,17 +76,19 @@ def settled(
 
 
 def _check(cka: np.ndarray, window: int, tolerance: float) -> np.ndarray:
-    cka = np.asarray(cka, np.float64)
+    cka = checks.array(cka, "cka", "a matrix (records, layers) of numbers").astype(np.float64)
     if cka.ndim != 2 or not len(cka) or not np.isfinite(cka).all():
         raise ValueError(
             f"cka: got shape {cka.shape}, {int((~np.isfinite(cka)).sum())} values not finite; "
             "expected (records, layers), all finite"
         )
-    if window < 2:
-        raise ValueError(f"window: got {window}, expected at least 2 records; one alone is always flat")
-    if not tolerance >= 0:
-        raise ValueError(f"tolerance: got {tolerance}, expected a difference in CKA of 0 or more")
+    _check_options(window, tolerance)
     return cka
+
+
+def _check_options(window: int, tolerance: float) -> None:
+    checks.count(window, "window", least=2)
+    checks.between(tolerance, "tolerance", "a difference in CKA of 0 or more", 0, np.inf)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,8 +107,8 @@ class Settled:
     tolerance: float = 0.02
 
     def __post_init__(self) -> None:
-        if self.supervision not in ("cka", "own_cka"):
-            raise ValueError(f"supervision: got {self.supervision!r}, expected 'cka' or 'own_cka'")
+        checks.choice(self.supervision, "supervision", ("cka", "own_cka"))
+        _check_options(self.window, self.tolerance)
 
     def __call__(self, recording: Recording) -> Bool[np.ndarray, "records layers"]:
         """True where the layer should be frozen.
@@ -134,10 +137,8 @@ class Harmless:
     tolerance: float = 0.01
 
     def __post_init__(self) -> None:
-        if self.supervision not in ("swap_harm", "branch_harm"):
-            raise ValueError(f"supervision: got {self.supervision!r}, expected 'swap_harm' or 'branch_harm'")
-        if not self.tolerance >= 0:
-            raise ValueError(f"tolerance: got {self.tolerance}, expected a share of the first training loss, 0 or more")
+        checks.choice(self.supervision, "supervision", ("swap_harm", "branch_harm"))
+        checks.between(self.tolerance, "tolerance", "a share of the first training loss, 0 or more", 0, np.inf)
 
     def __call__(self, recording: Recording) -> Bool[np.ndarray, "records layers"]:
         """True where the layer should be frozen.
@@ -155,6 +156,7 @@ class Harmless:
 
 
 def _of(recording: Recording, supervision: str) -> np.ndarray:
+    checks.instance(recording, Recording, "recording", "a smartfrz_jax.Recording")
     array = getattr(recording, supervision)
     if array is None:
         raise ValueError(f"recording: has no {supervision}; record it, or choose a criterion by what was recorded")

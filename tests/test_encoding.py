@@ -175,9 +175,11 @@ def test_layers_at_once():
 
 
 def test_bad_options():
-    with pytest.raises(ValueError, match="weights: got 'sorted', expected one of raw, sorted_deltas, scale_free, none"):
+    with pytest.raises(
+        ValueError, match="weights: got 'sorted', expected 'raw' or 'sorted_deltas' or 'scale_free' or 'none'"
+    ):
         Encoding(weights="sorted")
-    with pytest.raises(ValueError, match="context_in: got 'head', expected one of records, classifier, both"):
+    with pytest.raises(ValueError, match="context_in: got 'head', expected 'records' or 'classifier' or 'both'"):
         Encoding(context_in="head")
     with pytest.raises(ValueError, match=r"quantiles: got 0 .* at least 1"):
         Encoding(quantiles=0)

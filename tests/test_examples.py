@@ -153,7 +153,7 @@ def test_select_by_index_or_mask():
 class TestRefusals:
     @pytest.mark.parametrize("argument", ["window", "min_records", "stride"])
     def test_numbers_below_1(self, argument):
-        with pytest.raises(ValueError, match=f"{argument}: got 0, expected at least 1"):
+        with pytest.raises(ValueError, match=f"{argument}: got 0, expected an integer of at least 1"):
             examples_of(make_recording(), **{argument: 0})
 
     def test_recordings_that_do_not_fit(self):

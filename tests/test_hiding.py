@@ -91,5 +91,5 @@ def test_shares_out_of_range(name, share):
 
 
 def test_min_records_out_of_range():
-    with pytest.raises(ValueError, match="min_records: got 0, expected at least 1"):
+    with pytest.raises(ValueError, match="min_records: got 0, expected an integer of at least 1"):
         Hiding(min_records=0)

@@ -112,7 +112,7 @@ def test_under_jit_and_scan():
 
 @pytest.mark.parametrize("argument", ["layers", "window", "size"])
 def test_wrong_sizes(argument):
-    with pytest.raises(ValueError, match=rf"{argument}: got 0, expected at least 1"):
+    with pytest.raises(ValueError, match=rf"{argument}: got 0, expected an integer of at least 1"):
         History.create(**({"layers": 1} | {argument: 0}))
 
 

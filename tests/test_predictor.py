@@ -448,12 +448,12 @@ def test_predictor_checkpoint_without_a_usable_configuration(tmp_path, metadata)
 
 @pytest.mark.parametrize("field", ["size", "hidden", "features", "head_hidden"])
 def test_wrong_configuration(field):
-    with pytest.raises(ValueError, match=rf"{field}: got 0, expected at least 1"):
+    with pytest.raises(ValueError, match=rf"{field}: got 0, expected an integer of at least 1"):
         PredictorConfig(**{field: 0})
 
 
 def test_wrong_inputs():
-    with pytest.raises(ValueError, match="pooling: got 'max', expected one of attention, mean"):
+    with pytest.raises(ValueError, match="pooling: got 'max', expected 'attention' or 'mean'"):
         PredictorConfig(pooling="max")
     with pytest.raises(ValueError, match="quantiles: got 7, expected a divisor of the 1024 weights"):
         PredictorConfig(encoding=Encoding(quantiles=7))

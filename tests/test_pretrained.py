@@ -131,5 +131,5 @@ def test_it_has_learned_which_way_things_point(default, numbers, rises):
 
 
 def test_another_name_is_refused():
-    with pytest.raises(ValueError, match="name: got 'large', expected one of default, paper"):
+    with pytest.raises(ValueError, match="name: got 'large', expected 'default' or 'paper'"):
         sfj.Predictor.pretrained("large")

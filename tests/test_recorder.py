@@ -138,7 +138,7 @@ class TestRefusals:
             Recorder(LAYERS, TAILORING, START | {"second": {"kernel": jnp.full((5, 3), jnp.inf)}}, record_every=5)
 
     def test_record_every(self):
-        with pytest.raises(ValueError, match="record_every: got 0, expected at least 1"):
+        with pytest.raises(ValueError, match="record_every: got 0, expected an integer of at least 1"):
             recorder(record_every=0)
 
     def test_missing_outputs(self):

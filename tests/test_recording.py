@@ -63,7 +63,7 @@ class TestRecording:
             ({"steps": np.array([10, 20, 20, 30])}, "step: got 20 after 20, expected 30"),
             ({"steps": np.array([10, 20, 40, 50])}, "step: got 40 after 20, expected 30: records are record_every, 10"),
             ({"steps": np.array([5, 15, 25, 35])}, "step: got 5, expected a multiple of record_every, 10"),
-            ({"record_every": 0}, "record_every: got 0, expected at least 1"),
+            ({"record_every": 0}, "record_every: got 0, expected an integer of at least 1"),
             ({"total_steps": 39}, "total_steps: got 39"),
             ({"cka": np.array([[0, 0], [0, 0], [0, np.nan], [0, 0]])}, "cka: not finite for layer 'second' at step 30"),
             ({"own_cka": np.full((4, 2), np.inf)}, "own_cka: not finite for layer 'first' at step 10"),

@@ -226,7 +226,7 @@ def test_order_within_a_sample_is_random():
 @pytest.mark.parametrize("size", [0, -1])
 def test_wrong_size(size):
     layers, params = made_of(a=((4, 5),))
-    with pytest.raises(ValueError, match=rf"size: got {size}, expected at least 1"):
+    with pytest.raises(ValueError, match=rf"size: got {size}, expected an integer of at least 1"):
         Tailoring.create(layers, params, size=size)
 
 

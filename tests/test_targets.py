@@ -94,7 +94,7 @@ class TestCriterionInput:
             criterion(cka)
 
     def test_options(self, criterion):
-        with pytest.raises(ValueError, match="window: got 1, expected at least 2"):
+        with pytest.raises(ValueError, match="window: got 1, expected an integer of at least 2"):
             criterion(np.ones((9, 1)), window=1)
         for bad in (-0.1, np.nan):
             with pytest.raises(ValueError, match="tolerance: got"):
