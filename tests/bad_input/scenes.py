@@ -120,6 +120,10 @@ def optimizer(**options: Any) -> sfj.nnx.Optimizer:
     return sfj.nnx.Optimizer(module(), TX, **{"layers": nnx_layers()} | options)
 
 
+def block() -> nnx.Module:
+    return nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+
+
 def another_model() -> nnx.Module:
     return nnx.Linear(3, 3, rngs=nnx.Rngs(0))
 
