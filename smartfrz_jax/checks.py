@@ -7,6 +7,7 @@ What is of another type is a ``TypeError``, what is out of range a ``ValueError`
 from __future__ import annotations
 
 import os
+import types
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -37,7 +38,7 @@ def _is_plain(value: Any) -> bool:
     return value is None or isinstance(value, bool | int | float | complex | str | bytes)
 
 
-def instance(value: Any, kind: type | tuple[type, ...], argument: str, expected: str) -> None:
+def instance(value: Any, kind: type | types.UnionType, argument: str, expected: str) -> None:
     """Raises ``TypeError`` unless ``value`` is an instance of ``kind``, which the text ``expected`` describes."""
     if not isinstance(value, kind):
         raise TypeError(f"{argument}: got {got(value)}, expected {expected}")
@@ -59,7 +60,7 @@ def choice(value: Any, argument: str, choices: Iterable[str]) -> None:
 
 def flag(value: Any, argument: str) -> None:
     """Raises ``TypeError`` unless ``value`` is a boolean."""
-    instance(value, bool | np.bool_, argument, "True or False")  # pyright: ignore[reportArgumentType]
+    instance(value, bool | np.bool_, argument, "True or False")
 
 
 def scalar(value: Any, argument: str, expected: str) -> None:
@@ -157,7 +158,7 @@ def transformation(value: Any, argument: str = "tx") -> None:
 
 def numbers(value: Any, argument: str, expected: str) -> None:
     """Raises ``TypeError`` unless ``value`` is an array of real numbers, traced or not."""
-    dtype = getattr(value, "dtype", None)
+    dtype = getattr(value, "dtype", object)
     real = (np.bool_, np.integer, np.floating)
     if not hasattr(value, "shape") or not any(jax.numpy.issubdtype(dtype, kind) for kind in real):
         raise TypeError(f"{argument}: got {got(value)}, expected {expected}")
@@ -165,7 +166,7 @@ def numbers(value: Any, argument: str, expected: str) -> None:
 
 def booleans(value: Any, argument: str, expected: str) -> None:
     """Raises ``TypeError`` unless ``value`` is an array of booleans, traced or not."""
-    if not hasattr(value, "shape") or not jax.numpy.issubdtype(getattr(value, "dtype", None), np.bool_):
+    if not hasattr(value, "shape") or not jax.numpy.issubdtype(getattr(value, "dtype", object), np.bool_):
         raise TypeError(f"{argument}: got {got(value)}, expected {expected}")
 
 

@@ -219,7 +219,7 @@ def make_examples(
     if criterion is not None:
         checks.function(criterion, "criterion", "a function of a Recording to an array of bool, such as Settled()")
     expected = "a sequence of smartfrz_jax.Recording"
-    checks.instance(recordings, Sequence, "recordings", expected)  # pyright: ignore[reportArgumentType]
+    checks.instance(recordings, Sequence, "recordings", expected)
     for recording in recordings:
         checks.instance(recording, Recording, "recordings", expected)
     sizes = sorted({recording.weights.shape[2] for recording in recordings})

@@ -243,7 +243,7 @@ def class_factors(target: np.ndarray, class_weights: ClassWeights) -> np.ndarray
         return len(target) / (2 * counts)
     expected = "'balanced', None or two numbers above 0, for keep and for freeze"
     weights = (1.0, 1.0) if class_weights is None else class_weights
-    checks.instance(weights, Sequence | np.ndarray, "class_weights", expected)  # pyright: ignore[reportArgumentType]
+    checks.instance(weights, Sequence | np.ndarray, "class_weights", expected)
     is_text = isinstance(weights, str)
     if (
         is_text

@@ -28,7 +28,7 @@ def by_run(examples: Examples, runs: Iterable[int]) -> Bool[np.ndarray, " n"]:
         ValueError: If there is no such recording.
     """
     check_examples(examples)
-    checks.instance(runs, Iterable, "runs", "numbers of recordings, a sequence of integers")  # pyright: ignore[reportArgumentType]
+    checks.instance(runs, Iterable, "runs", "numbers of recordings, a sequence of integers")
     runs, known = list(dict.fromkeys(runs)), range(len(examples.recordings))
     for unknown in [run for run in runs if run not in known]:
         raise ValueError(f"runs: there is no recording {unknown}; the examples come from {len(known)}, counted from 0")

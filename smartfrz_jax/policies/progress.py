@@ -81,7 +81,7 @@ def progress(
 
 def _checked(coefficients: tuple[float, float, float]) -> tuple[float, float, float]:
     expected = "three finite numbers: intercept, weight of progress, weight of depth"
-    checks.instance(coefficients, Iterable, "coefficients", expected)  # pyright: ignore[reportArgumentType]
+    checks.instance(coefficients, Iterable, "coefficients", expected)
     values = tuple(checks.number(value, "coefficients", expected) for value in coefficients)
     if len(values) != 3 or not np.isfinite(values).all():
         raise ValueError(f"coefficients: got {coefficients}, expected {expected}")
