@@ -6,7 +6,6 @@ What is of another type is a ``TypeError``, what is out of range a ``ValueError`
 
 from __future__ import annotations
 
-import os
 import types
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -140,12 +139,6 @@ def names(value: Any, argument: str, *, of: str = "layers") -> tuple[str, ...]:
 def by_name(value: Any, argument: str, expected: str) -> None:
     """Raises ``TypeError`` unless ``value`` is a mapping, which ``expected`` describes."""
     instance(value, Mapping, argument, expected)
-
-
-def path(value: Any, argument: str = "path") -> None:
-    """Raises ``TypeError`` unless ``value`` is a path: a text or a path object."""
-    if not isinstance(value, str | os.PathLike):
-        raise TypeError(f"{argument}: got {got(value)}, expected a path, a string or a pathlib.Path")
 
 
 def transformation(value: Any, argument: str = "tx") -> None:
