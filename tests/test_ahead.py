@@ -1,6 +1,5 @@
 """Programs compiled ahead: decisions that take effect a fixed number of steps later, whatever the machine's speed."""
 
-import gc
 import threading
 import time
 
@@ -15,74 +14,9 @@ import smartfrz_jax as sfj
 import smartfrz_jax.step as step_module
 from smartfrz_jax import abstract
 from smartfrz_jax.checking import SavingWarning
+from tests.loops import DEPTH, NAMES, TX, WIDTH, Loop, X, decided, loss_fn
 
 pytestmark = pytest.mark.usefixtures("jax_defaults")
-
-WIDTH, DEPTH = 8, 4
-X = jax.random.normal(jax.random.key(1), (16, WIDTH))
-
-
-class Net(nnx.Module):
-    def __init__(self, rngs):
-        self.layers = nnx.List([nnx.Linear(WIDTH, WIDTH, rngs=rngs) for _ in range(DEPTH)])
-
-    def __call__(self, x):
-        for layer in self.layers:
-            x = jnp.tanh(layer(x))
-        return x
-
-
-def loss_fn(model, x):
-    return ((model(x) - 0.5) ** 2).mean()
-
-
-def decided(at: dict[int, tuple[str, ...]]) -> sfj.Policy:
-    """Freezes what it is told, from the steps on that it is told; the sets are whole sets, so they may shrink."""
-
-    def init(layers, params):
-        return {}
-
-    def update(state, layers, *, step, **signals):
-        names = [names for since, names in at.items() if step >= since]
-        return frozenset(names[-1] if names else ()), state
-
-    return sfj.Policy(init, update, "decided")
-
-
-NAMES = tuple(f"layers/{i}" for i in range(DEPTH))
-TX = optax.adam(0.01)
-
-
-class Loop:
-    """A training run."""
-
-    def __init__(self, policy, *, account=False, max_programs=8, **options):
-        self.model = Net(nnx.Rngs(0))
-        self.layers = sfj.nnx.find_layers(self.model, X)
-        self.optimizer = sfj.nnx.Optimizer(self.model, TX, layers=self.layers)
-        self.traces = 0
-
-        def train_step(model, optimizer, x):
-            self.traces += 1
-            loss, grads = optimizer.value_and_grad(loss_fn)(model, x)
-            optimizer.update(model, grads)
-            return loss
-
-        costs = sfj.nnx.account(self.model, self.layers, loss_fn, X, tx=TX) if account else None
-        self.step = sfj.TrainStep(train_step, account=costs, max_programs=max_programs)
-        self.freezer = sfj.nnx.Freezer(self.model, self.optimizer, policy, train_step=self.step, **options)
-        self.frozen = []
-
-    def run(self, steps):
-        for _ in range(steps):
-            loss = self.step(self.model, self.optimizer, X)
-            self.frozen.append(len(self.optimizer.frozen.names))
-            self.freezer.step(loss=loss)
-        return self
-
-    @property
-    def params(self):
-        return jax.tree.map(np.asarray, nnx.to_pure_dict(nnx.state(self.model)))
 
 
 def slowed(monkeypatch, seconds):
@@ -278,36 +212,6 @@ def test_a_saving_that_does_not_come_is_reported_once(wrong, recwarn):
         assert "norm" in str(found[0].message)
 
 
-def live_programs() -> int:
-    gc.collect()
-    return len(jax.devices()[0].client.live_executables())
-
-
-def live_bytes() -> int:
-    gc.collect()
-    return sum(array.nbytes for array in jax.live_arrays())
-
-
-@pytest.mark.slow
-def test_old_programs_and_old_optimizer_state_are_released():
-    loop = Loop(decided({}), max_programs=1).run(1)
-    programs, arrays = live_programs(), live_bytes()
-    one = WIDTH * (WIDTH + 1) * 4
-    for n in range(1, DEPTH):
-        loop.optimizer.freeze(loop.model, list(NAMES[:n]))
-        loop.step(loop.model, loop.optimizer, X)
-        assert live_bytes() == arrays - 2 * n * one  # Adam's two moments
-    # What moving the optimizer state compiled stays; the steps' programs do not.
-    assert len(loop.step.programs) == DEPTH
-    assert live_programs() <= programs
-    many = Loop(decided({}), max_programs=DEPTH).run(1)
-    before = live_programs()
-    for n in range(1, DEPTH):
-        many.optimizer.freeze(many.model, list(NAMES[:n]))
-        many.step(many.model, many.optimizer, X)
-    assert live_programs() >= before + DEPTH - 1
-
-
 def test_errors():
     loop = Loop(decided({}))
     with pytest.raises(ValueError, match="owner: the step was not called yet"):
@@ -358,57 +262,3 @@ def test_sharded_runs_are_compiled_ahead_for_the_same_devices():
         assert leaf.sharding.device_set == whole.device_set
     for ours, expected in zip(jax.tree.leaves(loop.params), jax.tree.leaves(plain.params), strict=True):
         np.testing.assert_allclose(ours, expected, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.slow
-def test_a_batch_of_another_shape_is_another_program():
-    loop = Loop(decided({}))
-    for n in (16, 8, 16):
-        loop.step(loop.model, loop.optimizer, X[:n])
-    assert loop.traces == len(loop.step.programs) == 2
-
-
-@pytest.mark.slow
-def test_programs_are_prepared_for_the_usual_batch_and_not_for_the_last_of_an_epoch():
-    loop = Loop(decided({5: NAMES[:1]}), lead=2)
-    for n in (16, 16, 16, 8, 16, 16, 16, 16):
-        loop.step(loop.model, loop.optimizer, X[:n])
-        loop.freezer.step()
-    assert [(len(program.frozen.names), program.ahead) for program in loop.step.programs] == [
-        (0, False),
-        (0, False),
-        (1, True),
-    ]
-
-
-@pytest.mark.slow
-def test_the_program_in_use_is_not_released():
-    loop = Loop(decided({}), max_programs=2)
-    for n in (16, 16, 8, 16, 16, 4, 16):
-        loop.step(loop.model, loop.optimizer, X[:n])
-    assert loop.traces == 3
-
-
-@pytest.mark.slow
-def test_modules_inside_of_other_arguments_are_changed_and_programs_with_them_compiled_ahead():
-    loop = Loop(decided({}))
-    metric, average = nnx.metrics.Average(), nnx.clone(loop.model)
-
-    def train_step(model, optimizer, others, x):
-        loss, grads = optimizer.value_and_grad(loss_fn)(model, x)
-        optimizer.update(model, grads)
-        others["metric"].update(values=loss)
-        nnx.update(others["copies"][0], nnx.state(model))
-        return loss
-
-    step = sfj.TrainStep(train_step)
-    freezer = sfj.nnx.Freezer(loop.model, loop.optimizer, decided({3: NAMES[:1]}), train_step=step, lead=2)
-    for n in range(1, 8):
-        step(loop.model, loop.optimizer, {"metric": metric, "copies": [average]}, X)
-        freezer.step()
-        assert metric.count[...] == n
-        assert jax.tree.all(jax.tree.map(np.array_equal, nnx.state(average), nnx.state(loop.model)))
-    assert [program.ahead for program in step.programs] == [False, True]
-    other = nnx.metrics.Average()
-    step(loop.model, loop.optimizer, {"metric": other, "copies": [average]}, X)
-    assert (metric.count[...], other.count[...], len(step.programs)) == (7, 1, 2)
