@@ -134,7 +134,7 @@ def test_a_run_that_goes_on_with_a_policy_has_its_start_there(predictor, observe
         (lambda step: 2.0 if step > 3 else None, [np.nan, 2, 2], np.nan),
         (lambda step: None if step in (1, 5, 6) else float(step), [2.5, 4, 8], 2.5),
         (lambda step: None if 4 <= step <= 6 else 1.0, [1, np.nan, 1], 1),
-        (lambda step: np.nan if step == 5 else 1.0, [1, np.nan, 1], 1),
+        (lambda step: np.nan if step == 5 else 1.0, [1, 1, 1], 1),
         (lambda step: jnp.bfloat16(step), [2, 5, 8], 2),
         (lambda step: np.float64(step), [2, 5, 8], 2),
         (lambda step: step, [2, 5, 8], 2),
@@ -208,9 +208,9 @@ def test_a_restored_predictor_judges_weights_on_a_mesh(predictor, tmp_path):
 def test_frozen_layers_lose_their_history_but_not_their_start():
     state = SmartFrzState.create(LAYERS, START, window=3, size=SIZE, seed=0, keep_start=False)
     for step in (1, 2):
-        state = state.with_record(LAYERS, weights_at(step), step=step, policy="smartfrz")
+        state = state.with_record(LAYERS, weights_at(step), step=step, policy="smartfrz", max_consecutive_errors=0)
     state = state.replace(frozen=np.array([False, True, False, False]))
-    state = state.with_record(LAYERS, weights_at(3), step=3, policy="smartfrz")
+    state = state.with_record(LAYERS, weights_at(3), step=3, policy="smartfrz", max_consecutive_errors=0)
     assert state.history.count.tolist() == [3, 0, 3, 3]
     assert not np.asarray(state.history.values[1]).any()
     np.testing.assert_array_equal(state.start[:, 0], [0, 1, 2, 3])
@@ -382,8 +382,6 @@ def test_keeps_no_weights_for_a_predictor_that_reads_none(tmp_path):
     checkpoint.write(tmp_path / "state", state, "policy", {})
     restored = checkpoint.read(tmp_path / "state", policy.init(LAYERS, START), "policy")
     jax.tree.map(np.testing.assert_array_equal, restored, state)
-    with pytest.raises(FloatingPointError, match=r"loss: smartfrz got NaN up to step 3.* lower the learning rate"):
-        run(policy, 3, lambda step: np.float32(np.nan if step == 3 else 1))
 
 
 @pytest.mark.slow

@@ -11,7 +11,17 @@ import numpy as np
 
 from smartfrz_jax import checks, hosts
 from smartfrz_jax.layers import Layers, check_params
-from smartfrz_jax.policies.base import Policy, check_finite, check_update, freezable, kept, names_of, require
+from smartfrz_jax.policies.base import (
+    MAX_CONSECUTIVE_ERRORS,
+    Policy,
+    check_errors,
+    check_finite,
+    check_update,
+    freezable,
+    kept,
+    names_of,
+    require,
+)
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
@@ -27,18 +37,28 @@ class AutoFreezeState(NamedTuple):
     Attributes:
         accumulated: Sum of the gradients since the last evaluation, float32, by parameter name; a scalar zero for
             parameters of frozen layers.
+        counted: Gradients in that sum, int32 on the device.
+        errors: Steps in a row, up to now, of which a gradient was not finite, int32 on the device.
         norms: L1 norm of each layer's sum at the last evaluation, float32 of shape ``(layers,)``.
         evaluations: Evaluations so far, int32.
         frozen: Which layers are frozen, shape ``(layers,)``.
     """
 
     accumulated: dict[str, Float[Array, "..."]]
+    counted: Int[Array, ""]
+    errors: Int[Array, ""]
     norms: Float[np.ndarray, " layers"]
     evaluations: Int[np.ndarray, ""]
     frozen: Bool[np.ndarray, " layers"]
 
 
-def autofreeze(evaluate_every: int, *, percentile: float = 50, keep: Iterable[str] | None = None) -> Policy:
+def autofreeze(
+    evaluate_every: int,
+    *,
+    percentile: float = 50,
+    max_consecutive_errors: int = MAX_CONSECUTIVE_ERRORS,
+    keep: Iterable[str] | None = None,
+) -> Policy:
     r"""A policy that freezes the first layers whose gradients have stopped changing.
 
     The gradients of an interval are added up. At its end, G is the L1 norm of each layer's sum, and
@@ -50,11 +70,15 @@ def autofreeze(evaluate_every: int, *, percentile: float = 50, keep: Iterable[st
     L1, and a layer without any gradient has :math:`\eta = 0`. Kept layers count in the percentile, and are passed over.
     Layers that something else has frozen, of whose parameters none has a gradient, do not count.
 
+    A step with a gradient that is not finite is left out, as ``optax.apply_if_finite`` and loss scales of float16 do:
+    the sum of the others counts for the whole interval, and an interval without any is not evaluated.
+
     It needs the gradients after each step, and memory for their sum: a float32 copy of the active parameters.
 
     Args:
         evaluate_every: Train steps between evaluations: for the paper's four per epoch, a quarter of an epoch's steps.
         percentile: N of the paper, from 0 to 100; 50 there.
+        max_consecutive_errors: Steps in a row that may be left out; more end the run, at an evaluation.
         keep: Names of layers never to freeze; ``None`` keeps the head, ``()`` nothing.
 
     Returns:
@@ -63,7 +87,8 @@ def autofreeze(evaluate_every: int, *, percentile: float = 50, keep: Iterable[st
     Raises:
         ValueError: If an option is out of range; at ``init``, if ``keep`` names no layer of the network; in ``update``,
             if there is no gradient at all, or a layer has only some of its own.
-        FloatingPointError: In ``update``, if a norm is not finite.
+        FloatingPointError: In ``update``, if gradients were not finite in more than ``max_consecutive_errors`` steps in
+            a row, or a norm of their sum is not.
 
     Example:
         >>> from smartfrz_jax import find_layers
@@ -79,6 +104,7 @@ def autofreeze(evaluate_every: int, *, percentile: float = 50, keep: Iterable[st
     """
     checks.count(evaluate_every, "evaluate_every")
     checks.between(percentile, "percentile", "a number from 0 to 100", 0, 100)
+    checks.count(max_consecutive_errors, "max_consecutive_errors", least=0)
     keep = kept(keep)
 
     def init(layers: Layers, params: PyTree) -> AutoFreezeState:
@@ -86,6 +112,8 @@ def autofreeze(evaluate_every: int, *, percentile: float = 50, keep: Iterable[st
         leaves = check_params(params)
         return AutoFreezeState(
             {param: jnp.zeros_like(leaves[param], jnp.float32) for layer in layers for param in layer.params},
+            _zero(),
+            _zero(),
             np.zeros(len(layers), np.float32),
             np.zeros((), np.int32),
             np.zeros(len(layers), bool),
@@ -99,12 +127,14 @@ def autofreeze(evaluate_every: int, *, percentile: float = 50, keep: Iterable[st
         checks.by_name(grads, "grads", "a dict from parameter names to gradients, such as Frozen.active_leaves(grads)")
         state = state._replace(frozen=state.frozen | _frozen_by_others(layers, grads, state.frozen))
         active = _active_params(layers, state.frozen)
-        accumulated = state.accumulated | _add(
-            {p: state.accumulated[p] for p in active}, _select(grads, active, state.accumulated)
-        )
-        state = state._replace(accumulated=accumulated)
+        selected = _select(grads, active, state.accumulated)
+        added, counted, errors = _add({p: state.accumulated[p] for p in active}, state.counted, state.errors, selected)
+        state = state._replace(accumulated=state.accumulated | added, counted=counted, errors=errors)
         if step % evaluate_every == 0:
-            state = _evaluate(state, layers, freezable(layers, keep), percentile, step)
+            counted, errors = hosts.fetch((counted, errors))
+            check_errors(errors, max_consecutive_errors, what="grads", policy=_NAME, step=step)
+            if counted:
+                state = _evaluate(state, layers, freezable(layers, keep), percentile, step, counted / evaluate_every)
         return names_of(layers, state.frozen), state
 
     options = {
@@ -117,10 +147,12 @@ def autofreeze(evaluate_every: int, *, percentile: float = 50, keep: Iterable[st
 
 
 def _evaluate(
-    state: AutoFreezeState, layers: Layers, may_freeze: np.ndarray, percentile: float, step: int
+    state: AutoFreezeState, layers: Layers, may_freeze: np.ndarray, percentile: float, step: int, share: float
 ) -> AutoFreezeState:
+    """Compares the sums with the last ones; ``share`` is the part of the interval's steps that they are made of."""
     sums = hosts.fetch(_l1_norms({p: state.accumulated[p] for p in _active_params(layers, state.frozen)}))
     norms = np.array([sum(float(sums.get(param, 0.0)) for param in layer.params) for layer in layers], np.float32)
+    norms /= np.float32(share)
     check_finite(layers, ~np.isfinite(norms), what="grads", policy=_NAME, step=step)
     frozen = state.frozen
     if state.evaluations > 0:
@@ -131,6 +163,8 @@ def _evaluate(
     active = set(_active_params(layers, frozen))
     return AutoFreezeState(
         {p: jnp.zeros_like(x) if p in active else jnp.zeros((), jnp.float32) for p, x in state.accumulated.items()},
+        _zero(),
+        state.errors,
         norms,
         np.asarray(state.evaluations + 1, np.int32),
         frozen,
@@ -173,8 +207,18 @@ def _select(grads: Mapping[str, Any], params: list[str], like: Mapping[str, Any]
 
 
 @jax.jit
-def _add(accumulated: dict[str, jax.Array], grads: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return {name: total + grads[name].astype(jnp.float32) for name, total in accumulated.items()}
+def _add(
+    accumulated: dict[str, jax.Array], counted: jax.Array, errors: jax.Array, grads: dict[str, jax.Array]
+) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
+    finite = jnp.all(jnp.array([jnp.isfinite(grad).all() for grad in grads.values()]))
+    added = {
+        name: jnp.where(finite, total + grads[name].astype(jnp.float32), total) for name, total in accumulated.items()
+    }
+    return added, counted + finite.astype(jnp.int32), jnp.where(finite, 0, errors + 1)
+
+
+def _zero() -> jax.Array:
+    return jax.device_put(np.zeros((), np.int32))
 
 
 @jax.jit

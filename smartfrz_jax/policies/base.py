@@ -19,6 +19,9 @@ PyTree = Any
 # A step that no run reaches.
 NEVER = checks.LARGEST
 
+# Steps in a row with gradients or losses that are not finite, by default: loss scales of float16 start far too high.
+MAX_CONSECUTIVE_ERRORS = 20
+
 
 class InitFn(Protocol):
     """``init(layers, params) -> state``."""
@@ -272,4 +275,25 @@ def check_finite(layers: Layers, wrong: Bool[np.ndarray, " layers"], *, what: st
             f"{what}: not finite after step {step} in layer {', '.join(map(repr, names[:3]))}{more}, so the policy "
             f"{policy!r} cannot judge; the training has diverged, go back to an earlier checkpoint or lower the "
             "learning rate"
+        )
+
+
+def check_errors(errors: Any, most: int, *, what: str, policy: str, step: int) -> None:
+    """Stops a run of which too many steps in a row were skipped.
+
+    Args:
+        errors: Steps in a row, up to now, whose signal was not finite: an integer.
+        most: How many may be.
+        what: What is not finite.
+        policy: Name of the policy.
+        step: Number of train steps done.
+
+    Raises:
+        FloatingPointError: If they are more.
+    """
+    if errors > most:
+        raise FloatingPointError(
+            f"{what}: not finite in the {int(errors)} steps up to step {step}, so the policy {policy!r} cannot judge; "
+            "the training has diverged, go back to an earlier checkpoint or lower the learning rate. If the steps were "
+            f"skipped on purpose, raise max_consecutive_errors, which is {most}"
         )

@@ -12,6 +12,7 @@ from smartfrz_jax import checks
 from smartfrz_jax.contribution import PROBE_DEPTHS, Probe, check_probe
 from smartfrz_jax.layers import Layers
 from smartfrz_jax.policies.base import (
+    MAX_CONSECUTIVE_ERRORS,
     Policy,
     check_finite,
     check_update,
@@ -48,6 +49,7 @@ def smartfrz(
     first_probe: int | None = None,
     probe_depths: int = PROBE_DEPTHS,
     labels: Any = None,
+    max_consecutive_errors: int = MAX_CONSECUTIVE_ERRORS,
     seed: int = 0,
     keep: Iterable[str] | None = None,
 ) -> Policy:
@@ -100,6 +102,8 @@ def smartfrz(
         labels: Labels of the batch on which ``Freezer(features=...)`` gives the layers' outputs, training examples that
             are always the same: classes, integers of shape ``(examples,)``, or floats of shape ``(examples, ...)``.
             ``None`` does not measure alignments, and neither are they measured for a predictor that does not read them.
+        max_consecutive_errors: Losses in a row that may be other than finite, as of steps that a loss scale of float16
+            skips; they are left out of the record. More end the run, at a record.
         seed: Seed of the sample.
         keep: Names of layers never to freeze; ``None`` keeps the head, ``()`` nothing.
 
@@ -111,8 +115,8 @@ def smartfrz(
         ValueError: If an option is out of range, a weight of the predictor is not finite, or no layer could freeze
             before the run ends; at ``init``, if ``keep`` names no layer of the network; in ``update``, if the loss is
             not a scalar, or the probe's not a finite one, or if ``features`` lacks a layer or does not fit the labels.
-        FloatingPointError: In ``update``, if sampled weights or the predictor's confidence are not finite; for
-            a predictor that reads no weights, if the loss is NaN.
+        FloatingPointError: In ``update``, if sampled weights or the predictor's confidence are not finite, or more
+            losses in a row than ``max_consecutive_errors``.
 
     Example:
         >>> import jax.numpy as jnp
@@ -155,6 +159,7 @@ def smartfrz(
     first_probe = 2 * evaluate_every if first_probe is None else first_probe
     checks.count(first_probe, "first_probe")
     checks.count(probe_depths, "probe_depths")
+    checks.count(max_consecutive_errors, "max_consecutive_errors", least=0)
     if first_probe % evaluate_every:
         raise ValueError(
             f"first_probe: got {first_probe}, expected a multiple of evaluate_every, {evaluate_every}; it is asked for "
@@ -180,7 +185,9 @@ def smartfrz(
         if labels is not None and np.isnan(state.start_alignment).all():
             state = aligned(state, layers, step, signals)
         if step % record_every == 0:
-            state = state.with_record(layers, params(), step=step, policy=_NAME)
+            state = state.with_record(
+                layers, params(), step=step, policy=_NAME, max_consecutive_errors=max_consecutive_errors
+            )
         if step % evaluate_every == 0:
             state = evaluate(state, layers, step, params, signals)
         return names_of(layers, state.frozen), state

@@ -16,7 +16,7 @@ from smartfrz_jax.contribution import Probe, contributions, depths_of, spread
 from smartfrz_jax.history import History
 from smartfrz_jax.layers import Layers
 from smartfrz_jax.observation import Observation
-from smartfrz_jax.policies.base import check_finite
+from smartfrz_jax.policies.base import check_errors, check_finite
 from smartfrz_jax.tailoring import Tailoring
 
 if TYPE_CHECKING:
@@ -39,7 +39,8 @@ class SmartFrzState(struct.PyTreeNode):
             shape ``(window,)``; NaN where it is unknown.
         first_loss: Mean training loss over the first interval, float32; NaN if unknown.
         loss_sum: Sum of the losses since the last record, float32, on the device.
-        loss_count: How many they are, int32.
+        loss_count: How many of them are finite and in the sum, int32, on the device.
+        loss_errors: Losses in a row, up to now, that were not finite, int32, on the device.
         start_params: All parameters before the first step, on the host; ``None`` if contributions are not measured.
         contribution: What the layers up to each had contributed when it was last measured, float32 of shape
             ``(layers,)``; NaN where it was not.
@@ -57,7 +58,8 @@ class SmartFrzState(struct.PyTreeNode):
     losses: Float[np.ndarray, " window"]
     first_loss: Float[np.ndarray, ""]
     loss_sum: Float[Array, ""]
-    loss_count: Int[np.ndarray, ""]
+    loss_count: Int[Array, ""]
+    loss_errors: Int[Array, ""]
     start_params: PyTree
     contribution: Float[np.ndarray, " layers"]
     alignment: Float[np.ndarray, " layers"]
@@ -88,8 +90,9 @@ class SmartFrzState(struct.PyTreeNode):
             records=np.zeros((), np.int32),
             losses=np.full(window, np.nan, np.float32),
             first_loss=np.full((), np.nan, np.float32),
-            loss_sum=_zero(),
-            loss_count=np.zeros((), np.int32),
+            loss_sum=_zero(np.float32),
+            loss_count=_zero(np.int32),
+            loss_errors=_zero(np.int32),
             start_params=jax.tree.map(np.array, hosts.fetch(params)) if keep_start else None,
             contribution=np.full(len(layers), np.nan, np.float32),
             alignment=np.full(len(layers), np.nan, np.float32),
@@ -99,7 +102,7 @@ class SmartFrzState(struct.PyTreeNode):
         )
 
     def with_loss(self, loss: Any) -> SmartFrzState:
-        """Adds the loss of a step, without waiting for the device.
+        """Adds the loss of a step, without waiting for the device; one that is not finite is left out.
 
         Args:
             loss: A scalar; ``None`` if it is unknown.
@@ -112,11 +115,12 @@ class SmartFrzState(struct.PyTreeNode):
             return self
         checks.scalar(loss, "loss", "a scalar; pass the mean over the batch")
         loss = loss if isinstance(loss, jax.Array) else jax.device_put(np.float32(loss))
-        return self.replace(
-            loss_sum=_add(self.loss_sum, loss), loss_count=np.asarray(self.loss_count + 1, self.loss_count.dtype)
-        )
+        loss_sum, loss_count, loss_errors = _add(self.loss_sum, self.loss_count, self.loss_errors, loss)
+        return self.replace(loss_sum=loss_sum, loss_count=loss_count, loss_errors=loss_errors)
 
-    def with_record(self, layers: Layers, params: PyTree, *, step: int, policy: str) -> SmartFrzState:
+    def with_record(
+        self, layers: Layers, params: PyTree, *, step: int, policy: str, max_consecutive_errors: int
+    ) -> SmartFrzState:
         """Adds a record of every active layer, and drops those of frozen ones.
 
         Args:
@@ -124,27 +128,25 @@ class SmartFrzState(struct.PyTreeNode):
             params: Its parameter pytree.
             step: Number of train steps done, for the error.
             policy: Name of the policy, for the error.
+            max_consecutive_errors: Losses in a row that may be other than finite.
 
         Raises:
-            FloatingPointError: If a sampled weight of an active layer is not finite; if none is sampled, if the loss is
-                NaN.
+            FloatingPointError: If a sampled weight of an active layer is not finite, or more losses in a row were not.
         """
         weights = _sampled(self.tailoring, layers, params)
-        finite, loss_sum = jax.device_get((_rows_finite(weights), self.loss_sum))
+        finite, loss_sum, loss_count, loss_errors = jax.device_get(
+            (_rows_finite(weights), self.loss_sum, self.loss_count, self.loss_errors)
+        )
         check_finite(layers, ~self.frozen & ~np.asarray(finite), what="params", policy=policy, step=step)
-        loss = np.float32(loss_sum / self.loss_count if self.loss_count else np.nan)
-        if self.tailoring is None and self.loss_count and np.isnan(loss):
-            raise FloatingPointError(
-                f"loss: {policy} got NaN up to step {step}, so the training has diverged; lower the learning rate, or "
-                "go on from an earlier checkpoint"
-            )
+        check_errors(loss_errors, max_consecutive_errors, what="loss", policy=policy, step=step)
+        loss = np.float32(loss_sum / loss_count if loss_count else np.nan)
         return self.replace(
             history=self.history.record(weights, jax.device_put(~self.frozen)),
             records=np.asarray(self.records + 1, np.int32),
             losses=np.append(self.losses[1:], loss),
             first_loss=self.first_loss if self.records else np.asarray(loss),
-            loss_sum=_zero(),
-            loss_count=np.zeros((), np.int32),
+            loss_sum=_zero(np.float32),
+            loss_count=_zero(np.int32),
         )
 
     def with_contribution(self, layers: Layers, params: PyTree, probe: Probe, depths: int) -> SmartFrzState:
@@ -218,13 +220,17 @@ def _sampled(tailoring: Tailoring | None, layers: Layers, params: PyTree) -> jax
     return sampled if sampled.is_fully_addressable else jax.device_put(hosts.fetch(sampled))
 
 
-def _zero() -> jax.Array:
-    return jax.device_put(np.zeros((), np.float32))
+def _zero(dtype: Any) -> jax.Array:
+    return jax.device_put(np.zeros((), dtype))
 
 
 @jax.jit
-def _add(total: jax.Array, loss: jax.Array) -> jax.Array:
-    return total + loss.astype(jnp.float32)
+def _add(
+    total: jax.Array, count: jax.Array, errors: jax.Array, loss: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    finite = jnp.isfinite(loss)
+    added = jnp.where(finite, total + loss.astype(jnp.float32), total)
+    return added, count + finite.astype(jnp.int32), jnp.where(finite, 0, errors + 1)
 
 
 @jax.jit

@@ -1,0 +1,110 @@
+"""Steps that are skipped because a gradient or a loss is not finite are left out of what policies look at."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+from smartfrz_jax import Predictor, PredictorConfig, linen, policies
+from smartfrz_jax.policies.base import MAX_CONSECUTIVE_ERRORS
+from tests.optimizers.network import LAYERS, NAMES, PARAMS, loss
+
+pytestmark = pytest.mark.usefixtures("jax_defaults")
+
+
+def gradients(value):
+    return {f"{name}/{leaf}": jnp.full_like(PARAMS[name][leaf], value) for name in NAMES for leaf in PARAMS[name]}
+
+
+def autofreeze(values, **options):
+    """States after each step: the gradient of every parameter is one number."""
+    policy = policies.autofreeze(4, keep=(), **options)
+    state, states = policy.init(LAYERS, PARAMS), []
+    for step, value in enumerate(values, start=1):
+        _, state = policy.update(state, LAYERS, step=step, params=lambda: PARAMS, grads=gradients(value))
+        states.append(state)
+    return states
+
+
+SMALL = PredictorConfig(size=8, hidden=4, features=4, head_hidden=4)
+
+
+def smartfrz(values, **options):
+    """The state after steps with these losses."""
+    policy = policies.smartfrz(Predictor(SMALL, rngs=nnx.Rngs(0)), record_every=4, window=5, **options)
+    state = policy.init(LAYERS, PARAMS)
+    for step, value in enumerate(values, start=1):
+        _, state = policy.update(state, LAYERS, step=step, params=lambda: PARAMS, loss=jnp.float32(value))
+    return state
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_autofreeze_takes_the_steps_that_are_left_for_the_interval(bad):
+    whole, some = autofreeze([1.0, 2.0, 3.0, 2.0]), autofreeze([1.0, bad, 3.0, 2.0])
+    np.testing.assert_allclose(some[-1].norms, whole[-1].norms, rtol=1e-6)
+    np.testing.assert_array_equal(autofreeze([1.0, bad])[-1].accumulated["a/bias"], PARAMS["a"]["bias"] * 0 + 1)
+
+
+def test_an_interval_without_any_step_is_not_evaluated():
+    states = autofreeze([1.0] * 4 + [np.nan] * 4 + [1.0] * 4)
+    assert [int(state.evaluations) for state in states[3::4]] == [1, 1, 2]
+    assert not states[7].frozen.any()
+
+
+@pytest.mark.parametrize("bad", [np.nan, -np.inf])
+def test_smartfrz_takes_the_mean_of_the_losses_that_are_left(bad):
+    state = smartfrz([2.0, bad, 4.0, bad] + 4 * [bad] + [1.0, bad, bad, 2.0])
+    np.testing.assert_array_equal(state.losses, np.float32([np.nan, np.nan, 3.0, np.nan, 1.5]))
+    assert state.first_loss == 3
+
+
+RUNS = {"autofreeze": autofreeze, "smartfrz": smartfrz}
+
+
+@pytest.mark.parametrize("run", RUNS.values(), ids=RUNS.keys())
+@pytest.mark.parametrize(("options", "most"), [({}, MAX_CONSECUTIVE_ERRORS), ({"max_consecutive_errors": 8}, 8)])
+def test_only_a_lasting_nan_ends_the_run(run, options, most):
+    some = [1.0] + most * [np.nan]
+    run(3 * some, **options)
+    steps = 1 + most + 4 - (1 + most) % 4  # the next time that it is looked at
+    with pytest.raises(
+        FloatingPointError, match=rf"not finite in the {steps - 1} steps up to step {steps}, .*diverged"
+    ):
+        run([1.0] + (steps - 1) * [np.nan], **options)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda **options: policies.autofreeze(4, **options), lambda **options: smartfrz([], **options)]
+)
+def test_the_option_is_checked(make):
+    for wrong in (-1, 1.5):
+        with pytest.raises(ValueError, match=r"max_consecutive_errors: got .*, expected an integer of at least 0"):
+            make(max_consecutive_errors=wrong)
+
+
+@pytest.mark.parametrize("kind", ["autofreeze", "smartfrz"])
+def test_a_run_with_apply_if_finite_goes_on(kind):
+    """Every third batch overflows; the run and what the policy saw of it are those of the others."""
+    tx = optax.apply_if_finite(optax.sgd(0.1), 5)
+    policy = (
+        policies.autofreeze(3)
+        if kind == "autofreeze"
+        else policies.smartfrz(Predictor(SMALL, rngs=nnx.Rngs(0)), record_every=3, window=5)
+    )
+    state = linen.TrainState.create(apply_fn=None, params=PARAMS, tx=tx, layers=LAYERS, keep_grads=True)
+    freezer = linen.Freezer(state, policy)
+
+    @jax.jit
+    def step(state, factor):
+        value, grads = state.value_and_grad(lambda params: loss(params) * factor)(state.params)
+        return state.apply_gradients(grads=grads), value
+
+    for number in range(1, 10):
+        state, value = step(state, jnp.float32(np.inf if number % 3 == 0 else 1))
+        state = freezer.step(state, loss=value)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(state.params))
+    seen = freezer.policy_state.norms if kind == "autofreeze" else freezer.policy_state.losses[-3:]
+    assert np.isfinite(seen).all()
+    assert np.all(seen > 0)
