@@ -244,6 +244,11 @@ class Runner:
             for shadow in followed
         ]
 
+    def _config(self) -> dict[str, Any]:
+        case = self.bench.case
+        names = ("data", "weights", "batch_size", "optimizer", "weight_decay", "augment", "tokens")
+        return {"size": case.architecture.size} | {name: getattr(case, name) for name in names}
+
     def clean_up(self) -> None:
         """Removes what was needed to go on."""
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -261,6 +266,7 @@ class Runner:
             "strategy": self.job.name,
             "seed": self.job.seed,
             "rate": self.job.rate,
+            "config": self._config(),
             "epochs": self.total_steps / self._epoch,
             **figures,
             **fields,
