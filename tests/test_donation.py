@@ -18,6 +18,7 @@ OPTIMIZERS = {
     "momentum": optax.sgd(0.1, momentum=0.9),
     "hyperparameters": optax.inject_hyperparams(optax.adamw)(1e-2),
     "several": optax.MultiSteps(optax.adam(1e-2), 2),
+    "prodigy": optax.contrib.prodigy(0.1),
 }
 
 
