@@ -8,6 +8,7 @@ would get its ``k - m`` gradients divided by ``k``. Here its average is over its
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -42,9 +43,9 @@ def with_own_windows(tx: Any) -> optax.GradientTransformation:
     def init(params: PyTree) -> WindowState:
         return start_windows(tx.init(params), params)
 
-    def update(updates: PyTree, state: WindowState, params: PyTree | None = None, **extra_args: Any) -> Any:
+    def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any) -> Any:
         done, means = state.inner_state.mini_step, state.inner_state.acc_grads
-        updates = jax.tree.map(lambda *leaf: _weighted(*leaf, done), updates, means, state.missed)
+        updates = jax.tree.map(functools.partial(_weighted, done), updates, means, state.missed)
         updates, inner = tx.update(updates, state.inner_state, params, **extra_args)
         missed = jax.tree.map(lambda missed: jnp.where(inner.mini_step == 0, 0, missed), state.missed)
         return updates, WindowState(inner, missed)
@@ -84,7 +85,7 @@ def _accumulates(node: Any) -> bool:
     return isinstance(node, optax.ApplyEvery | optax.MultiStepsState)
 
 
-def _weighted(grad: jax.Array, mean: jax.Array, missed: jax.Array, done: jax.Array) -> jax.Array:
+def _weighted(done: jax.Array, grad: jax.Array, mean: jax.Array, missed: jax.Array) -> jax.Array:
     """What to give as gradient so that ``mean + (gradient - mean) / (done + 1)`` is the mean over the own steps."""
     weight = ((done + 1) / (done - missed + 1)).astype(mean.dtype)
     return jnp.where(missed == 0, grad, (mean + (grad.astype(mean.dtype) - mean) * weight).astype(grad.dtype))
