@@ -40,8 +40,8 @@ class Kept:
     correction. Adafactor's decay grows with the count of the run, ``1 - count**-0.8``, to which fresh factors are far
     too small; only its clipping of each update's RMS, which is on by default, bounds the steps then. What an optimizer
     computes anew every so many steps of the run, such as GaLore's projection and Sophia's curvature, is for a fresh
-    layer as at the start until the next time: with GaLore its kernels do not train until then. Gradients that wait for an
-    update, as in ``MultiSteps``, are never put aside.
+    layer as at the start until the next time: with GaLore its kernels do not train until then. Gradients that wait for
+    an update, as in ``MultiSteps``, are never put aside.
 
     Of several processes each puts aside all of it.
 
