@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import numpy as np
 
+from smartfrz_jax import paths
+
 # Steps are int32, which every checkpoint gives back as they were.
 LARGEST = int(np.iinfo(np.int32).max)
 
@@ -174,6 +176,36 @@ def finite(arrays: Mapping[str, Any], argument: str, way_out: str) -> None:
     for name, value in arrays.items():
         if not np.isfinite(array(value, argument, f"an array of numbers for {name!r}")).all():
             raise ValueError(f"{argument}: {name!r} is not finite, expected finite numbers; {way_out}")
+
+
+def same_leaves(tree: Any, like: Any, argument: str) -> None:
+    """Raises ``ValueError`` unless a pytree has the leaves of the parameters, by name and shape; names only on error.
+
+    Args:
+        tree: The pytree.
+        like: The parameters.
+        argument: What it is called.
+    """
+    leaves, structure = jax.tree.flatten(tree)
+    expected, structure_expected = jax.tree.flatten(like)
+    if structure == structure_expected and all(map(_same_shape, leaves, expected)):
+        return
+    found, wanted = paths.flatten(tree), paths.flatten(like)
+    for name, leaf in wanted.items():
+        if name not in found or not _same_shape(found[name], leaf):
+            has = got(found[name]) if name in found else f"{len(found)} leaves without it"
+            raise ValueError(
+                f"{argument}: got {has} for {name!r}, expected shape {np.shape(leaf)}, as the parameter has it; pass "
+                "those of this network"
+            )
+    for name in found:
+        if name not in wanted:
+            raise ValueError(f"{argument}: got {name!r}, which is no parameter, expected those of this network alone")
+
+
+def _same_shape(leaf: Any, like: Any) -> bool:
+    is_array = hasattr(leaf, "shape") or isinstance(leaf, int | float | complex)
+    return is_array and np.shape(leaf) == np.shape(like)
 
 
 def array(value: Any, argument: str, expected: str) -> np.ndarray:

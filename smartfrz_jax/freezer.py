@@ -138,6 +138,8 @@ class Freezer:
         checks.function(params, "params", "a function without arguments that gives the parameters after the step")
         if prepare is not None:
             checks.function(prepare, "prepare", "a function of the frozen set that will take effect")
+        if signals.get("loss") is not None:
+            checks.scalar(signals["loss"], "loss", "a scalar; pass the mean over the batch")
         self.steps += 1
         names, self.policy_state = _decision(
             self.policy.update(
@@ -296,6 +298,31 @@ def _decision(returned: Any) -> tuple[frozenset[str], PyTree]:
         if not isinstance(name, str):
             raise TypeError(f"policy: its update named a layer {checks.got(name)}, expected a string")
     return names, state
+
+
+def check_options(policy: Any, features: Any, train_step: Any, steps: tuple[type, ...]) -> None:
+    """Checks what both front doors are given.
+
+    Args:
+        policy: The policy.
+        features: A function to the layers' outputs, or ``None``.
+        train_step: The compiled step, or ``None``.
+        steps: The types that it may have.
+
+    Raises:
+        TypeError: If one is of another type.
+        ValueError: If the policy needs features, and there are none.
+    """
+    check_policy(policy)
+    expected = "a function to the layers' outputs on a probe batch, by layer name"
+    if features is not None:
+        checks.function(features, "features", expected)
+    elif "features" in policy.needs:
+        raise ValueError(f"features: got none, but the policy looks at them, expected {expected}")
+    if train_step is not None and not isinstance(train_step, steps):
+        raise TypeError(
+            f"train_step: got {checks.got(train_step)}, expected a {' or '.join(step.__name__ for step in steps)}"
+        )
 
 
 def _check_of_layers(params: PyTree, layers: Layers) -> None:

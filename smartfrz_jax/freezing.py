@@ -18,7 +18,7 @@ import numpy as np
 import optax
 
 from smartfrz_jax import checks, paths
-from smartfrz_jax.layers import Layers
+from smartfrz_jax.layers import Layers, check_layers
 from smartfrz_jax.partition import ACTIVE, FROZEN, partition
 
 PyTree = Any
@@ -48,6 +48,7 @@ class Frozen:
     names: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
+        check_layers(self.layers)
         object.__setattr__(self, "names", frozenset(self.layers.check(self.names, "names")))
 
     @classmethod
@@ -55,10 +56,13 @@ class Frozen:
         """The frozen set of a boolean mask of shape ``(layers,)``, true where frozen.
 
         Raises:
+            TypeError: If ``layers`` are no :class:`~smartfrz_jax.Layers`, or it is of no booleans.
             ValueError: If it has another shape.
         """
+        check_layers(layers)
         if np.shape(mask) != (len(layers),):
             raise ValueError(f"mask: got shape {np.shape(mask)}, expected {(len(layers),)}, a boolean for each layer")
+        checks.booleans(np.asarray(mask), "mask", "an array of bool, a boolean for each layer")
         return cls(layers, frozenset(name for name, frozen in zip(layers.names, mask, strict=True) if frozen))
 
     def add(self, names: Iterable[str]) -> Frozen:
@@ -143,7 +147,13 @@ def value_and_grad(loss_fn: Callable[..., Any], frozen: Frozen, *, has_aux: bool
 
     Returns:
         A function of the same arguments to ``(value, grads)``.
+
+    Raises:
+        TypeError: If ``loss_fn`` is no function, ``frozen`` no :class:`Frozen`, or ``has_aux`` no boolean.
     """
+    checks.function(loss_fn, "loss_fn", "a function of (params, *args) to a scalar loss")
+    check_frozen(frozen)
+    checks.flag(has_aux, "has_aux")
 
     def with_frozen(params: PyTree, *args: Any, **kwargs: Any) -> Any:
         return loss_fn(frozen.stop_gradient(params), *args, **kwargs)
@@ -165,11 +175,25 @@ def freeze(tx: optax.GradientTransformation, frozen: Frozen) -> optax.GradientTr
 
     Returns:
         ``optax.multi_transform`` with labels from ``frozen``. Transformations of equal ``tx`` and ``frozen`` are equal.
+
+    Raises:
+        TypeError: If ``tx`` is no transformation, or ``frozen`` no :class:`Frozen`.
     """
+    checks.transformation(tx)
+    check_frozen(frozen)
     return partition(tx, frozen)
 
 
 def apply_updates(params: PyTree, updates: PyTree, frozen: Frozen) -> PyTree:
-    """``optax.apply_updates`` that returns frozen leaves as they are, bit for bit and without touching their memory."""
+    """``optax.apply_updates`` that returns frozen leaves as they are, bit for bit and without touching their memory.
+
+    Raises:
+        TypeError: If ``frozen`` is no :class:`Frozen`.
+        ValueError: If ``updates`` have other leaves or shapes than ``params``, or these are of another network.
+    """
+    check_frozen(frozen)
+    checks.same_leaves(updates, params, "updates")
     updated = optax.apply_updates(params, updates)
-    return paths.tree_map(lambda name, old, new: old if name in frozen.params else new, params, updated)
+    return paths.tree_map(
+        lambda name, old, new: old if frozen.layers.holding(name) in frozen.names else new, params, updated
+    )

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from smartfrz_jax import dataflow, paths, stacks
+from smartfrz_jax import checks, dataflow, paths, stacks
 from smartfrz_jax.blocks import blocks
 from smartfrz_jax.layers import Layer, Layers, check_params
 
@@ -59,6 +59,7 @@ def find_layers(
         >>> find_layers(params, forward, jnp.ones((1, 4))).names
         ('z', 'a')
     """
+    checks.function(forward, "forward", "a function of (params, *inputs)")
     return group(check_params(params), dataflow.consumption(forward, params, *inputs), granularity)
 
 
@@ -82,7 +83,7 @@ def group(
     Raises:
         ValueError: If ``granularity`` is unknown.
     """
-    if not callable(granularity) and granularity not in ("layer", "block"):
+    if not callable(granularity) and (not isinstance(granularity, str) or granularity not in ("layer", "block")):
         raise ValueError(
             f"granularity: got {granularity!r}, expected 'layer', 'block' or a function of a parameter's name"
         )
@@ -96,6 +97,10 @@ def group(
         for name in names:
             if callable(granularity):
                 layer = granularity(name if name in leaves else kernel)
+                if not isinstance(layer, str):
+                    raise TypeError(
+                        f"granularity: got {checks.got(layer)} for {name!r}, expected a string, the name of its layer"
+                    )
             else:
                 layer = block_of.get(host, host)
             members.setdefault(layer, {})[name] = None

@@ -67,6 +67,12 @@ class Layers(Sequence[Layer]):
 
     entries: tuple[Layer, ...]
 
+    def __post_init__(self) -> None:
+        expected = "a tuple of smartfrz_jax.Layer"
+        checks.instance(self.entries, tuple, "entries", expected)
+        for layer in self.entries:
+            checks.instance(layer, Layer, "entries", expected)
+
     @functools.cached_property
     def names(self) -> tuple[str, ...]:
         """Layer names, front to back."""
@@ -88,10 +94,11 @@ class Layers(Sequence[Layer]):
         Raises:
             ValueError: If none does.
         """
+        checks.instance(param, str, "param", "the name of a parameter, a string")
         if param not in self.owner:
             raise ValueError(
-                f"params: {param!r} belongs to no layer; the layers were found for other parameters "
-                f"({', '.join(list(self.owner)[:3])}, ...). Call find_layers on the parameters that train"
+                f"params: {param!r} belongs to no layer, expected parameters that the layers were found for "
+                f"({', '.join(list(self.owner)[:3])}, ...); call find_layers on the parameters that train"
             )
         return self.owner[param]
 

@@ -10,9 +10,10 @@ import numpy as np
 import optax
 from jax.tree_util import keystr, tree_leaves_with_path
 
+from smartfrz_jax import checks
 from smartfrz_jax.accumulation import WindowState, averages, clock_of, partial_sums, start_windows
-from smartfrz_jax.freezing import Frozen, freeze
-from smartfrz_jax.layers import Layers
+from smartfrz_jax.freezing import Frozen, check_frozen, freeze
+from smartfrz_jax.layers import Layers, check_params
 from smartfrz_jax.partition import ACTIVE, FROZEN, unshared
 
 PyTree = Any
@@ -52,6 +53,14 @@ def migrate(
         ValueError: If a value is missing, left over, or has another shape or dtype than ``tx`` gives it for ``params``,
             or ``tx`` keeps state that cannot be split by layer, as ``optax.flatten`` does.
     """
+    checks.transformation(tx)
+    check_frozen(frozen)
+    check_params(params)
+    if kept is not None:
+        checks.by_name(kept, "kept", "what was dropped when the layers froze, by key path, or None")
+    for leaf in jax.tree.leaves(opt_state):
+        if not hasattr(leaf, "shape") and not isinstance(leaf, bool | int | float):
+            raise TypeError(f"opt_state: got {checks.got(leaf)} in it, expected the state of tx, a pytree of arrays")
     opt_state = _with_groups(opt_state, tx, params)
     old = by_path(opt_state)
     abstract = _abstract(opt_state, tx, params, frozen)
@@ -99,7 +108,7 @@ def unfrozen_opt_state(opt_state: Any, tx: optax.GradientTransformation, params:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from smartfrz_jax import find_layers
+        >>> from smartfrz_jax import checks, find_layers
         >>> params = {"a": {"kernel": jnp.ones((2, 2))}, "b": {"kernel": jnp.ones((2, 2))}}
         >>> layers = find_layers(params, lambda p, x: x @ p["a"]["kernel"] @ p["b"]["kernel"], jnp.ones((1, 2)))
         >>> tx = optax.inject_hyperparams(optax.adam)(learning_rate=0.1)

@@ -7,8 +7,9 @@ from typing import Any
 
 import jax
 
-from smartfrz_jax import abstract, freezer
+from smartfrz_jax import abstract, checks, freezer
 from smartfrz_jax.file_paths import PathLike
+from smartfrz_jax.freezer import check_options
 from smartfrz_jax.freezing import Frozen
 from smartfrz_jax.linen.train_state import TrainState
 from smartfrz_jax.policies.base import Policy
@@ -47,6 +48,7 @@ class Freezer(freezer.Freezer):
                 f"state: got {type(state).__module__}.{type(state).__name__}, expected a smartfrz_jax.linen.TrainState"
                 "; make it in place of Flax's, with layers=find_layers(...)"
             )
+        check_options(policy, features, train_step, (TrainStep,))
         account = None if train_step is None else train_step.account
         super().__init__(
             policy,
@@ -80,6 +82,7 @@ class Freezer(freezer.Freezer):
         Raises:
             ValueError: If layers train that the freezer has frozen: the state is not the one that it returned.
         """
+        checks.instance(state, TrainState, "state", "the smartfrz_jax.linen.TrainState after the step")
         self.adopt(state.frozen)
         make_features, train_step = self._features, self._train_step
         return state.freeze(

@@ -12,7 +12,7 @@ import jax
 from flax import linen as nn
 
 from smartfrz_jax import paths
-from smartfrz_jax.freezing import Frozen
+from smartfrz_jax.freezing import Frozen, check_frozen
 
 PyTree = Any
 
@@ -45,6 +45,7 @@ def hold(frozen: Frozen, params: PyTree = None) -> Iterator[None]:
         ValueError: If a module in training mode is in a network whose parameters are in no layer, and no other network
             is applied; or if it cannot be told whether the layer that it belongs to is frozen.
     """
+    check_frozen(frozen)
     if not frozen.names:
         yield
         return

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
+from smartfrz_jax import checks
 from smartfrz_jax.grouping import Granularity
 from smartfrz_jax.grouping import find_layers as find_layers_of_params
 from smartfrz_jax.layers import Layers
@@ -44,6 +45,12 @@ def find_layers(
         >>> find_layers(module, module.init(jax.random.key(0), x), x).names
         ('kernel',)
     """
+    checks.instance(module, nn.Module, "module", "a flax.linen.Module")
+    checks.by_name(variables, "variables", "what module.init returned, or {'params': params}")
+    if rngs is not None:
+        checks.by_name(rngs, "rngs", "a dict from streams to random keys")
+    if not inputs and not kwargs:
+        raise ValueError("inputs: got none, expected an example batch, for the forward order is traced")
     if "params" not in variables:
         raise ValueError(
             f"variables: got the keys {', '.join(map(repr, variables))}, expected 'params' among them; pass what "

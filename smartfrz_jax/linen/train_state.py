@@ -11,10 +11,10 @@ import optax
 from flax import struct
 from flax.training import train_state
 
-from smartfrz_jax import freezing, migration, paths
-from smartfrz_jax.freezing import Frozen
+from smartfrz_jax import checks, freezing, migration, paths
+from smartfrz_jax.freezing import Frozen, check_frozen
 from smartfrz_jax.kept import Kept, Returning, make_kept
-from smartfrz_jax.layers import Layers
+from smartfrz_jax.layers import Layers, check_layers, check_params
 from smartfrz_jax.linen.hold import hold
 
 PyTree = Any
@@ -84,6 +84,11 @@ class TrainState(train_state.TrainState):
         Raises:
             ValueError: If a parameter belongs to none of the layers, or ``returning`` is unknown.
         """
+        checks.function(apply_fn, "apply_fn", "a function, such as model.apply")
+        checks.transformation(tx)
+        check_layers(layers)
+        check_params(params)
+        checks.flag(keep_grads, "keep_grads")
         kept = make_kept(returning)
         frozen = Frozen(layers)
         grads = {name: jnp.zeros_like(leaf) for name, leaf in paths.flatten(params).items()} if keep_grads else {}
@@ -116,6 +121,7 @@ class TrainState(train_state.TrainState):
             A function of the same arguments to ``(value, grads)``; the gradients of frozen leaves are exact zeros. It
             raises what :func:`hold` raises.
         """
+        checks.function(loss_fn, "loss_fn", "a function of (params, *args) to a scalar loss")
 
         def held(params: PyTree, *args: Any, **kwargs: Any) -> Any:
             with hold(self.frozen, params):
@@ -133,6 +139,7 @@ class TrainState(train_state.TrainState):
         Returns:
             The state after one more step.
         """
+        checks.same_leaves(grads, self.params, "grads")
         updates, opt_state = self.tx.update(grads, self.opt_state, self.params)
         return self.replace(
             step=self.step + 1,
@@ -161,7 +168,9 @@ class TrainState(train_state.TrainState):
         Raises:
             ValueError: If a layer is not one of the network's, or ``kept`` has gone on with another state.
         """
-        new = frozen if isinstance(frozen, Frozen) else self.frozen.add(frozen)
+        new = frozen if isinstance(frozen, Frozen) else self.frozen.add(self.frozen.layers.check(frozen, "frozen"))
+        if new.layers.owner.keys() != self.frozen.layers.owner.keys():  # else it groups the same parameters otherwise
+            check_frozen(new, self.frozen.layers)
         if new == self.frozen:
             return self
         if self.kept is None:

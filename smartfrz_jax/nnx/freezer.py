@@ -11,8 +11,10 @@ from flax import nnx
 
 from smartfrz_jax import abstract, freezer
 from smartfrz_jax.file_paths import PathLike
+from smartfrz_jax.freezer import check_options
 from smartfrz_jax.freezing import Frozen
 from smartfrz_jax.nnx.cached_step import CachedStep
+from smartfrz_jax.nnx.layers import check_model
 from smartfrz_jax.nnx.optimizer import Optimizer
 from smartfrz_jax.policies.base import Policy
 from smartfrz_jax.step import TrainStep
@@ -53,6 +55,8 @@ class Freezer(freezer.Freezer):
                 f"optimizer: got {type(optimizer).__module__}.{type(optimizer).__name__}, expected a smartfrz_jax.nnx."
                 "Optimizer; make it in place of nnx.Optimizer, with the same arguments"
             )
+        check_model(model)
+        check_options(policy, features, train_step, (TrainStep, CachedStep))
         frozen, params = optimizer.frozen, _params(model, optimizer.wrt)
         account = None if train_step is None else train_step.account
         super().__init__(

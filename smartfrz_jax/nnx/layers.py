@@ -10,11 +10,17 @@ import jax
 from flax import nnx
 from jax.extend import core as jex
 
-from smartfrz_jax import dataflow, inlining, named_axes, paths, tapping
+from smartfrz_jax import checks, dataflow, inlining, named_axes, paths, tapping
 from smartfrz_jax.grouping import Granularity, group
-from smartfrz_jax.layers import Layers, check_params
+from smartfrz_jax.layers import Layers, check_layers, check_params
 
 PyTree = Any
+
+
+def check_model(model: Any) -> None:
+    """Raises ``TypeError`` unless ``model`` is an NNX module, or a container with one."""
+    if next(nnx.iter_modules(model), None) is None:
+        raise TypeError(f"model: got {checks.got(model)}, expected an nnx.Module")
 
 
 def find_layers(
@@ -52,6 +58,9 @@ def find_layers(
         >>> find_layers(model, jnp.ones((1, 2))).names
         ('layers/0', 'layers/1')
     """
+    check_model(model)
+    if forward is not None:
+        checks.function(forward, "forward", "a function of (model, *inputs)")
     if not inputs:
         raise ValueError("inputs: got none; the forward order is traced, so pass an example batch after the model")
     leaves = check_params(nnx.as_pure(nnx.state(model, wrt)))
@@ -98,6 +107,10 @@ def features(
     Raises:
         ValueError: If the layers are of other variables than those of ``wrt``, or there are no inputs.
     """
+    check_model(model)
+    check_layers(layers)
+    if forward is not None:
+        checks.function(forward, "forward", "a function of (model, *inputs)")
     trained = paths.flatten(nnx.state(model, wrt))
     foreign = next((param for param in layers.owner if param not in trained), None)
     if foreign is not None:

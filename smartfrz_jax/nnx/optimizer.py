@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -10,11 +10,12 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from smartfrz_jax import freezing, migration
-from smartfrz_jax.freezing import Frozen
+from smartfrz_jax import checks, freezing, migration, paths
+from smartfrz_jax.freezing import Frozen, check_frozen
 from smartfrz_jax.kept import Returning, make_kept
-from smartfrz_jax.layers import Layers
+from smartfrz_jax.layers import Layers, check_layers
 from smartfrz_jax.nnx.hold import check_held, hold
+from smartfrz_jax.nnx.layers import check_model
 
 PyTree = Any
 
@@ -67,6 +68,16 @@ class Optimizer(nnx.Optimizer):
         layers: Layers,
         returning: Returning = "fresh",
     ):
+        check_model(model)
+        checks.transformation(tx)
+        check_layers(layers)
+        params = paths.flatten(nnx.state(model, wrt))
+        foreign = next((name for name in layers.owner if name not in params), None)
+        if foreign is not None:
+            raise ValueError(
+                f"layers: got {foreign!r} of layer {layers.owner[foreign]!r}, which is not in the model, expected the "
+                "layers of this model: sfj.nnx.find_layers(model, ...) with the same wrt"
+            )
         self.frozen = Frozen(layers)
         self.unfrozen_tx = tx
         self.keep_grads = False
@@ -93,6 +104,8 @@ class Optimizer(nnx.Optimizer):
         Returns:
             A function of the same arguments to ``(value, grads)``; the gradients of frozen variables are exact zeros.
         """
+        checks.function(loss_fn, "loss_fn", "a function of (model, *args) to a scalar loss")
+        checks.flag(has_aux, "has_aux")
 
         def with_grads(model: nnx.Module, *args: Any, **kwargs: Any) -> Any:
             graphdef, params, rest = nnx.split(model, self.wrt, ...)
@@ -123,8 +136,11 @@ class Optimizer(nnx.Optimizer):
         Returns:
             The updates; zeros for frozen variables.
         """
+        check_model(model)
         params = nnx.as_pure(nnx.state(model, self.wrt))
+        checks.instance(grads, nnx.State | Mapping, "grads", "gradients, as from value_and_grad")
         pure_grads = nnx.as_pure(nnx.state(grads, self.wrt))
+        checks.same_leaves(pure_grads, params, "grads")
         updates, opt_state = self.tx.update(pure_grads, nnx.as_pure(self.opt_state), params, **nnx.as_pure(kwargs))
         nnx.update(model, freezing.apply_updates(params, updates, self.frozen))
         nnx.update(self.opt_state, nnx.state(opt_state))
@@ -156,7 +172,10 @@ class Optimizer(nnx.Optimizer):
         Raises:
             ValueError: If a layer is not one of the model's, or ``kept`` has gone on with a clone.
         """
-        new = frozen if isinstance(frozen, Frozen) else self.frozen.add(frozen)
+        check_model(model)
+        new = frozen if isinstance(frozen, Frozen) else self.frozen.add(self.frozen.layers.check(frozen, "frozen"))
+        if new.layers.owner.keys() != self.frozen.layers.owner.keys():  # else it groups the same parameters otherwise
+            check_frozen(new, self.frozen.layers)
         if new == self.frozen:
             return
         params, old = nnx.as_pure(nnx.state(model, self.wrt)), nnx.as_pure(self.opt_state)
@@ -175,6 +194,7 @@ class Optimizer(nnx.Optimizer):
 
     def record_grads(self, model: nnx.Module) -> None:
         """From now on keeps the gradients of the last step, in ``grads``, for policies that look at them."""
+        check_model(model)
         self.keep_grads = True
         active = self.frozen.active_leaves(nnx.as_pure(nnx.state(model, self.wrt)))
         self.grads = nnx.data({name: nnx.Variable(jnp.zeros_like(leaf)) for name, leaf in active.items()})

@@ -9,7 +9,9 @@ from typing import Any
 import jax
 from flax import nnx
 
+from smartfrz_jax import checks
 from smartfrz_jax.contribution import Probe
+from smartfrz_jax.nnx.layers import check_model
 from smartfrz_jax.policies.gain import Gradients
 
 PyTree = Any
@@ -36,6 +38,8 @@ def probe(model: nnx.Module, loss_fn: Callable[..., Any], *batch: Any, wrt: nnx.
         >>> float(loss({"kernel": jnp.full((2, 1), 0.5)}))
         1.0
     """
+    check_model(model)
+    checks.function(loss_fn, "loss_fn", "a function of (model, *batch) to a scalar loss")
 
     def loss(params: PyTree) -> jax.Array:
         graphdef, _, rest = nnx.split(model, wrt, ...)

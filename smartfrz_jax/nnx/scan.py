@@ -15,6 +15,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from smartfrz_jax import checks
+
 PyTree = Any
 
 
@@ -49,6 +51,11 @@ def scan_blocks(blocks: Sequence[nnx.Module], x: PyTree, *args: PyTree, live: bo
         >>> bool(jnp.allclose(scan_blocks(blocks, x), blocks[2](blocks[1](blocks[0](x))), atol=1e-6))
         True
     """
+    checks.instance(blocks, Iterable, "blocks", "a sequence of nnx modules")
+    checks.flag(live, "live")
+    blocks = tuple(blocks)
+    for block in blocks:
+        checks.function(block, "blocks", "modules that are called as block(x, *args)")
     for run in _runs(blocks):
         if not live and is_live(run[0]):
             x, run, live = _call(run[0], x, args), run[1:], True
@@ -65,7 +72,13 @@ def is_live(module: nnx.Module) -> bool:
 
 
 def _call(block: nnx.Module, x: PyTree, args: tuple[PyTree, ...]) -> PyTree:
-    return block(x, *args)  # pyright: ignore[reportCallIssue]
+    out = block(x, *args)  # pyright: ignore[reportCallIssue]
+    if jax.tree.structure(out) != jax.tree.structure(x) or jax.tree.map(jnp.shape, out) != jax.tree.map(jnp.shape, x):
+        raise ValueError(
+            f"blocks: got an output of shape {jax.tree.map(jnp.shape, out)} from a {type(block).__name__}, expected "
+            f"that of its input, {jax.tree.map(jnp.shape, x)}; call what changes the shape outside scan_blocks"
+        )
+    return out
 
 
 def _runs(blocks: Iterable[nnx.Module]) -> Iterator[list[nnx.Module]]:

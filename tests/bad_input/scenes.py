@@ -125,7 +125,7 @@ def block() -> nnx.Module:
 
 
 def another_model() -> nnx.Module:
-    return nnx.Linear(3, 3, rngs=nnx.Rngs(0))
+    return nnx.Linear(2, 3, rngs=nnx.Rngs(0))
 
 
 def nnx_freezer(policy: sfj.Policy | None = None) -> sfj.nnx.Freezer:

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 import smartfrz_jax as sfj
-from tests.bad_input import learning, policies, predictors, table
+from tests.bad_input import doors, learning, policies, predictors, table
 
-AREAS = [learning, policies, predictors]
+AREAS = [doors, learning, policies, predictors]
 DOORS = [door for area in AREAS for door in area.DOORS]
 CASES = [case for door in DOORS for case in table.wrong_types(door)] + [case for area in AREAS for case in area.CASES]
 
