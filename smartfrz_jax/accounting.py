@@ -16,11 +16,11 @@ from typing import Any
 import jax
 import optax
 
-from smartfrz_jax import equations, example_axis, flops, fusion, operations, step_trace
+from smartfrz_jax import checks, equations, example_axis, flops, fusion, operations, step_trace
 from smartfrz_jax.equations import Equation, Equations, Input, Trace
 from smartfrz_jax.flops import Flops
 from smartfrz_jax.freezing import Frozen
-from smartfrz_jax.layers import Layers
+from smartfrz_jax.layers import Layers, check_layers, check_params
 from smartfrz_jax.step_flops import Parts, StepFlops
 
 PyTree = Any
@@ -299,6 +299,9 @@ def account(
         >>> step.forward, step.weight_gradients, step.activation_gradients
         (8192.0, 4096.0, 0.0)
     """
+    checks.function(loss_fn, "loss_fn", "a function of (params, *inputs) to a scalar loss")
+    check_layers(layers)
+    check_params(params)
 
     def loss_of(frozen: Frozen) -> Callable[..., Any]:
         def run(params: PyTree, *inputs: Any) -> Any:
@@ -330,6 +333,8 @@ def assemble(
         tx: The optimizer, if any.
         backend: Platform.
     """
+    if tx is not None:
+        checks.transformation(tx)
     if not inputs:
         raise ValueError("inputs: got none; what depends on the data is traced, so pass the batch after the parameters")
     active, held = (

@@ -10,11 +10,12 @@ import jax
 import optax
 from flax import nnx
 
-from smartfrz_jax import accounting
+from smartfrz_jax import accounting, checks
 from smartfrz_jax.accounting import Account
 from smartfrz_jax.freezing import Frozen
-from smartfrz_jax.layers import Layers
+from smartfrz_jax.layers import Layers, check_layers
 from smartfrz_jax.nnx.hold import hold
+from smartfrz_jax.nnx.layers import check_model
 
 PyTree = Any
 
@@ -54,6 +55,9 @@ def account(
         >>> costs.macs["linear"] == 32 * (8 * 8 + 8 * 4)
         True
     """
+    check_model(model)
+    check_layers(layers)
+    checks.function(loss_fn, "loss_fn", "a function of (model, *inputs) to a scalar loss")
     graphdef, variables = nnx.split(model)
 
     def run(frozen: Frozen, variables: PyTree, *inputs: Any) -> Any:

@@ -158,7 +158,9 @@ CASES = [
     Case("record-loss-vector", "loss", ValueError, ("(2,)", "a number"), lambda: record(loss=np.ones(2))),
     Case("record-loss-text", "loss", TypeError, ("'1'", "a number"), lambda: record(loss="1")),
     Case("record-no-features", "features", ValueError, ("got none",), lambda: record(track_own=True)),
-    Case("reference-lacks", "reference_features", ValueError, ("'a'",), lambda: recorder(reference_features={})),
+    Case(
+        "recorder-reference-lacks", "reference_features", ValueError, ("'a'",), lambda: recorder(reference_features={})
+    ),
     Case("finish-nothing", "finish", ValueError, ("nothing was recorded",), lambda: recorder().finish(1)),
     Case("finish-too-short", "total_steps", ValueError, ("0", "at least"), lambda: recorded().finish(0)),
     Case("finish-metadata", "metadata", ValueError, ("JSON",), lambda: recorded().finish(1, seed=object())),
@@ -205,7 +207,7 @@ CASES = [
     Case("layer-unknown", "layers", ValueError, ("'z'", "'a'"), lambda: sfj.by_layer(examples(), ["z"])),
     Case("field-unknown", "seed", ValueError, ("recording 0",), lambda: sfj.by_metadata(examples(), seed=1)),
     Case("cka-vector", "cka", ValueError, ("(8,)", "(records, layers)"), lambda: sfj.settled(np.ones(8))),
-    Case("cka-nan", "cka", ValueError, ("1 values not finite",), lambda: sfj.settled(np.array([[NAN]]))),
+    Case("curves-nan", "cka", ValueError, ("1 values not finite",), lambda: sfj.settled(np.array([[NAN]]))),
     Case("window-2.5", "window", ValueError, ("2.5", "an integer"), lambda: sfj.settled(CURVES, window=2.5)),
     Case("tolerance-negative", "tolerance", ValueError, ("-1", "0 or more"), lambda: sfj.Settled(tolerance=-1)),
     Case("harmless-first-loss", "recording", ValueError, ("first_loss",), lambda: sfj.Harmless()(no_loss())),
