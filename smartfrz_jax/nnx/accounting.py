@@ -62,9 +62,9 @@ def account(
 
     def run(frozen: Frozen, variables: PyTree, *inputs: Any) -> Any:
         module = nnx.merge(graphdef, variables, copy=True)
-        for _ in hold(module, frozen):
-            pass
-        return loss_fn(module, *inputs), nnx.as_pure(nnx.state(module))
+        with hold(module, frozen):
+            out = loss_fn(module, *inputs)
+        return out, nnx.as_pure(nnx.state(module))
 
     return accounting.assemble(
         layers,

@@ -72,6 +72,7 @@ class Freezer(freezer.Freezer):
         self.model, self.optimizer = model, optimizer
         self._features = features
         self._train_step = train_step
+        self._last_step = optimizer.step.get_raw_value()
         if "grads" in policy.needs:
             optimizer.record_grads(model)
 
@@ -87,7 +88,8 @@ class Freezer(freezer.Freezer):
             The frozen set from now on.
 
         Raises:
-            ValueError: If layers train that the freezer has frozen.
+            ValueError: If layers train that the freezer has frozen, or a change is due and the optimizer has made no
+                step since the last one: a loop trains a copy of it, such as ``nnx.split`` makes.
         """
         self.adopt(self.optimizer.frozen)
         model, optimizer, make_features, train_step = self.model, self.optimizer, self._features, self._train_step
@@ -100,8 +102,21 @@ class Freezer(freezer.Freezer):
             grads={name: grad[...] for name, grad in optimizer.grads.items()} if optimizer.keep_grads else None,
             features=None if make_features is None else lambda: make_features(model),
         )
-        optimizer.freeze(model, frozen)
+        self._freeze(frozen)
         return frozen
+
+    def _freeze(self, frozen: Frozen) -> None:
+        """Freezes, unless the optimizer has made no step since the last time: then it is a copy of it that trains."""
+        optimizer = self.optimizer
+        if frozen != optimizer.frozen and optimizer.step.get_raw_value() is self._last_step:
+            raise ValueError(
+                "optimizer: has made no step since its frozen set changed last, so the loop trains a copy of it and of "
+                "the model, of which the layers to be frozen would go on training; call the step with the model and "
+                "the optimizer themselves, or before every call put the loop's state into them, by "
+                "nnx.update((model, optimizer), state), and split them again where the frozen set has changed"
+            )
+        optimizer.freeze(self.model, frozen)
+        self._last_step = optimizer.step.get_raw_value()
 
     def save(self, path: PathLike, *, overwrite: bool = False) -> None:
         """Writes model, optimizer, policy state and frozen set as one Orbax checkpoint.

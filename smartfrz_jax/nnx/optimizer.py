@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
@@ -14,8 +15,9 @@ from smartfrz_jax import checks, freezing, migration, paths
 from smartfrz_jax.freezing import Frozen, check_frozen
 from smartfrz_jax.kept import Returning, make_kept
 from smartfrz_jax.layers import Layers, check_layers
-from smartfrz_jax.nnx.hold import check_held, hold
+from smartfrz_jax.nnx.hold import hold
 from smartfrz_jax.nnx.layers import check_model
+from smartfrz_jax.nnx.superseded import supersede
 
 PyTree = Any
 
@@ -86,44 +88,100 @@ class Optimizer(nnx.Optimizer):
         self.kept_version = None if self.kept is None else nnx.OptState(jnp.zeros((), jnp.int32))
         super().__init__(model, freezing.freeze(tx, self.frozen), wrt=wrt)
 
-    def value_and_grad(self, loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Callable[..., Any]:
-        """``nnx.value_and_grad`` with respect to the model, without the work for frozen layers.
+    def with_frozen(self, loss_fn: Callable[..., Any], *, argnum: int = 0) -> Callable[..., Any]:
+        """``loss_fn`` with the frozen set in it, for any function that differentiates.
 
-        Frozen layers run in evaluation mode: their BatchNorms use and keep their running statistics, and the dropouts
-        that follow them are off. A dropout that is called behind several layers is off once all of them are frozen; one
-        without a random stream of its own, which is called with ``rngs``, stays as it is, for nothing tells which layer
-        it follows. Modules with an attribute ``frozen_params`` find in it, as a static
-        ``frozenset[str]``, the names of their own frozen parameters, relative to the module: a model that scans over
-        stacked weights can keep frozen and live ones apart by it.
+        ``stop_gradient`` is on the variables of frozen layers, and these run in evaluation mode: their BatchNorms use
+        and keep their running statistics, and the dropouts that follow them are off. A dropout that is called behind
+        several layers is off once all of them are frozen; one without a random stream of its own, which is called with
+        ``rngs``, stays as it is, for nothing tells which layer it follows. Whatever else the loss assigns to variables
+        of frozen layers is taken back at its end; only random streams, ``nnx.Cache`` and ``nnx.Intermediate`` go on.
+
+        Modules with an attribute ``frozen_params`` find in it, as a static ``frozenset[str]``, the names of their own
+        frozen parameters, relative to the module: a model that scans over stacked weights can keep frozen and live
+        ones apart by it.
 
         Args:
-            loss_fn: A function of ``(model, *args, **kwargs)`` to a scalar, or to ``(scalar, aux)`` with ``has_aux``.
-                Modules among the further arguments must not be changed by it.
+            loss_fn: A function of the model, and of whatever else, to anything.
+            argnum: Which of its positional arguments is the model.
+
+        Returns:
+            A function of the same arguments. It raises what ``loss_fn`` raises, and a ``ValueError`` if a BatchNorm of
+            a frozen layer is called with ``use_running_average=False``.
+
+        Example:
+            >>> import jax
+            >>> from smartfrz_jax.nnx import find_layers
+            >>> model, x = nnx.Sequential(nnx.Linear(2, 3, rngs=nnx.Rngs(0))), jnp.ones((1, 2))
+            >>> optimizer = Optimizer(model, optax.sgd(0.1), layers=find_layers(model, x))
+            >>> optimizer.freeze(model, ["layers/0"])
+            >>> graphdef, params = nnx.split(model)
+            >>> def loss_fn(params, x):  # of arrays, for jax.value_and_grad, DynamicScale, jax.vjp, ...
+            ...     return optimizer.with_frozen(lambda model, x: model(x).sum())(nnx.merge(graphdef, params), x)
+            >>> value, grads = jax.value_and_grad(loss_fn)(params, x)
+            >>> float(jnp.abs(grads["layers"][0]["kernel"][...]).max())
+            0.0
+        """
+
+        @functools.wraps(loss_fn)
+        def of_frozen(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = _positional(loss_fn, args, kwargs)
+            model = args[argnum]
+            with hold(model, self.frozen):
+                nnx.update(model, self.frozen.stop_gradient(nnx.state(model, self.wrt)))
+                return loss_fn(*args, **kwargs)
+
+        return of_frozen
+
+    def value_and_grad(
+        self,
+        loss_fn: Callable[..., Any],
+        *,
+        argnums: int | nnx.DiffState | Sequence[int | nnx.DiffState] = 0,
+        has_aux: bool = False,
+        **options: Any,
+    ) -> Callable[..., Any]:
+        """``nnx.value_and_grad`` with respect to the model, without the work for frozen layers.
+
+        It is that function, of :meth:`with_frozen`. Modules among the arguments may be changed by the loss, and so may
+        the model's variables, those that train among them.
+
+        Args:
+            loss_fn: A function of the model, and of whatever else, to a scalar, or to ``(scalar, aux)`` with
+                ``has_aux``.
+            argnums: As in ``nnx.value_and_grad``; of several, the first is the optimizer's model. An integer in its
+                place stands for the variables of ``wrt``.
             has_aux: As in ``nnx.value_and_grad``.
+            **options: As in ``nnx.value_and_grad``: ``holomorphic``, ``allow_int``.
 
         Returns:
             A function of the same arguments to ``(value, grads)``; the gradients of frozen variables are exact zeros.
         """
         checks.function(loss_fn, "loss_fn", "a function of (model, *args) to a scalar loss")
         checks.flag(has_aux, "has_aux")
+        several = isinstance(argnums, Sequence)
+        first, *others = argnums if several else (argnums,)
+        model = first if isinstance(first, nnx.DiffState) else nnx.DiffState(first, self.wrt)
+        held = self.with_frozen(loss_fn, argnum=model.argnum)
 
-        def with_grads(model: nnx.Module, *args: Any, **kwargs: Any) -> Any:
-            graphdef, params, rest = nnx.split(model, self.wrt, ...)
+        def of_positional(*args: Any) -> Any:
+            return held(*args[:-1], **args[-1])
 
-            def pure_loss(params: PyTree, rest: PyTree) -> Any:
-                # A copy, so that the modes set here end with the trace.
-                module = nnx.merge(graphdef, self.frozen.stop_gradient(params), rest, copy=True)
-                statistics = list(hold(module, self.frozen))
-                out = loss_fn(module, *args, **kwargs)
-                check_held(statistics)
-                loss, aux = out if has_aux else (out, None)
-                return loss, (aux, nnx.split(module, self.wrt, ...)[2])
+        with_grads = nnx.value_and_grad(
+            of_positional,
+            argnums=(model, *others) if several else model,
+            has_aux=has_aux,
+            graph=True,
+            graph_updates=True,
+            **options,
+        )
 
-            (loss, (aux, rest)), grads = jax.value_and_grad(pure_loss, has_aux=True)(params, rest)
-            nnx.update(model, rest)
-            return ((loss, aux) if has_aux else loss), grads
+        @functools.wraps(loss_fn)
+        def of_arguments(*args: Any, **kwargs: Any) -> Any:
+            args, kwargs = _positional(loss_fn, args, kwargs)
+            return with_grads(*args, kwargs)
 
-        return with_grads
+        return of_arguments
 
     def update(self, model: nnx.Module, grads: PyTree, /, **kwargs: Any) -> PyTree:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Updates the active layers of the model; frozen ones stay as they are, bit for bit.
@@ -165,6 +223,11 @@ class Optimizer(nnx.Optimizer):
     def freeze(self, model: nnx.Module, frozen: Frozen | Iterable[str]) -> None:
         """Changes the frozen set; the state of layers that stay active is kept exactly.
 
+        A step that was bound to the optimizer before, by ``nnx.cached_partial`` or ``nnx.jit_partial``, raises a
+        ``ValueError`` from then on, and so does one that is called with what ``nnx.split`` gave. A loop that hands on
+        states of its own from step to step must put the last one into model and optimizer first, by ``nnx.update``, and
+        split them again afterwards.
+
         Args:
             model: The model.
             frozen: The new frozen set, or names of layers to add to the present one.
@@ -189,6 +252,7 @@ class Optimizer(nnx.Optimizer):
         opt_state = nnx.Optimizer(model, tx, wrt=self.wrt).opt_state  # for its Variables
         nnx.update(opt_state, nnx.state(migrated))
         self.frozen, self.tx, self.opt_state = new, tx, nnx.data(opt_state)
+        self.step = supersede(self.step)
         if self.keep_grads:
             self.record_grads(model)
 
@@ -198,3 +262,13 @@ class Optimizer(nnx.Optimizer):
         self.keep_grads = True
         active = self.frozen.active_leaves(nnx.as_pure(nnx.state(model, self.wrt)))
         self.grads = nnx.data({name: nnx.Variable(jnp.zeros_like(leaf)) for name, leaf in active.items()})
+
+
+def _positional(
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The arguments of a call, as many by position as can be."""
+    if not kwargs or isinstance(function, functools.partial):
+        return args, kwargs
+    bound = inspect.signature(function).bind(*args, **kwargs)
+    return bound.args, bound.kwargs

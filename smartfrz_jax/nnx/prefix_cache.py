@@ -81,9 +81,8 @@ class PrefixCache(prefix_cache.PrefixCache):
     def _traceable(self, key: Any) -> Callable[..., tuple[Any, dict[str, Any]]]:
         def run(variables: PyTree, *inputs: Any) -> tuple[Any, dict[str, Any]]:
             module = nnx.merge(key, variables, copy=True)
-            for _ in hold(module, self.frozen):
-                pass
-            out = self._loss_fn(module, *inputs)
+            with hold(module, self.frozen):
+                out = self._loss_fn(module, *inputs)
             return out, paths.flatten(nnx.as_pure(nnx.state(module)))
 
         return run
