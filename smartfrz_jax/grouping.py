@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from smartfrz_jax import checks, dataflow, paths, stacks
+from smartfrz_jax import checks, dataflow, overwritten, paths, stacks
 from smartfrz_jax.blocks import blocks
 from smartfrz_jax.layers import Layer, Layers, check_params
 
@@ -126,7 +126,7 @@ def _modules(leaves: Mapping[str, Any], state: Collection[str]) -> dict[str, lis
 
     So do variables that do not train, where the module has no parameters.
     """
-    parents = {name: name.rpartition(paths.SEPARATOR)[0] for name in leaves}
+    parents = overwritten.homes(leaves)
     with_children = {""}
     for parent in parents.values():
         while parent:

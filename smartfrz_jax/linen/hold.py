@@ -1,10 +1,11 @@
-"""Evaluation mode for the modules of frozen layers alone."""
+"""Frozen layers of a Linen module as they are to run: in evaluation mode, with variables that nothing changes."""
 
 from __future__ import annotations
 
 import collections
 import contextlib
 import inspect
+import operator
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -26,15 +27,21 @@ _FLAGS = {
     nn.MultiHeadDotProductAttention: "deterministic",
 }
 
+# Collections that a call may write whatever is frozen: they say nothing of what a layer computes.
+_PASSING = frozenset({"cache", "intermediates", "perturbations"})
+
 
 @contextlib.contextmanager
 def hold(frozen: Frozen, params: PyTree = None) -> Iterator[None]:
     """Within it, Linen modules that belong to frozen layers run in evaluation mode.
 
     That is every BatchNorm whose parameters are in a frozen layer, attention in which all layers are frozen, and every
-    Dropout, or BatchNorm without parameters, that is called next after a frozen layer. Modules may be applied to a part
-    of the parameters, such as ``params["backbone"]``: a layer's parameter is one whose name ends in the path from the
-    module that is applied.
+    Dropout, or BatchNorm without parameters, that is called next after a frozen layer. Variables of any other module
+    that belongs to frozen layers in the same way, or calls nothing but these, end with the values that they began with,
+    whatever it assigns to them; but for the collections ``"cache"``, ``"intermediates"`` and ``"perturbations"``.
+
+    Modules may be applied to a part of the parameters, such as ``params["backbone"]``: a layer's parameter is one whose
+    name ends in the path from the module that is applied.
 
     Args:
         frozen: The frozen set.
@@ -68,34 +75,44 @@ class _Holder:
         self._networks: list[tuple[Any, list[dict[str, str]]]] = []  # by the scope of what is applied
         self._around: list[dict[str, str]] = []  # readings of the network that is running
         self._last: set[str] = set()  # layers that the last call may have been of
+        self._called: set[str] = set()  # layers of what has been called inside the call that is running
         self._strange = ""
 
     def intercept(
         self, next_fun: Callable[..., Any], args: Any, kwargs: Any, context: nn.module.InterceptorContext
     ) -> Any:
         """Calls a module, in evaluation mode if its layer is frozen."""
-        module = context.module
-        if context.method_name != "__call__" or module.scope is None:
+        module, is_call = context.module, context.method_name == "__call__"
+        if context.method_name == "setup" or module.scope is None:
             return next_fun(*args, **kwargs)
         root = module.scope.root
         around, readings = self._around, self._readings(root)
-        flag = next((flag for kind, flag in _FLAGS.items() if isinstance(module, kind)), None)
+        flag = next((flag for kind, flag in _FLAGS.items() if is_call and isinstance(module, kind)), None)
         if flag is not None and not readings and _params(root) and _trains(module, flag, args, kwargs):
             self._strange = f"{type(module).__name__} {paths.SEPARATOR.join(module.path)!r}"
+        before, last = _changeable(module), [{layer} for layer in self._last]
+        outside, self._called = self._called, set[str]()
         self._around = readings
         try:
-            if flag is not None and self._is_held(module, readings):
+            if flag is not None and self._is_held(module, readings, last):
                 result = _call_with(module, flag, next_fun, args, kwargs)
             else:
                 result = next_fun(*args, **kwargs)
         finally:
             self._around = around
+        after = _changeable(module)
+        changed = [key for key, value in before.items() if not _is_same(value, after[key])]
+        if changed and self._is_held(module, readings, [self._called] if self._called else last):
+            for key in changed:
+                module.scope.put_variable(*key, before[key])
         path = paths.SEPARATOR.join(module.path)
         own = [
             [layer for param, layer in reading.items() if param.rpartition(paths.SEPARATOR)[0] == path]
             for reading in readings
         ]
-        self._last = {layers[-1] for layers in own if layers} or self._last
+        self._called = outside.union(self._called, *own)
+        if is_call:
+            self._last = {layers[-1] for layers in own if layers} or self._last
         return result
 
     def check(self) -> None:
@@ -109,13 +126,13 @@ class _Holder:
                 "mode or outside of loss_fn"
             )
 
-    def _is_held(self, module: nn.Module, readings: list[dict[str, str]]) -> bool:
+    def _is_held(self, module: nn.Module, readings: list[dict[str, str]], otherwise: list[set[str]]) -> bool:
         path = paths.SEPARATOR.join(module.path)
         inside = [
             {layer for param, layer in reading.items() if param.startswith(path and path + paths.SEPARATOR)}
             for reading in readings
         ]
-        possible = [layers for layers in inside if layers] or [{layer} for layer in self._last]
+        possible = [layers for layers in inside if layers] or otherwise
         answers = {layers <= self._frozen.names for layers in possible}
         if len(answers) > 1:
             named = " or ".join(sorted({repr(", ".join(sorted(layers))) for layers in possible}))
@@ -159,6 +176,24 @@ def _params(root: Any) -> dict[str, Any]:
     """Parameters that a module is applied to, by their paths from it, also if this scope is of a part of it."""
     leaves = paths.flatten(root.variables().get("params", {}))
     return {paths.SEPARATOR.join((*root.path, name)): leaf for name, leaf in leaves.items()}
+
+
+def _changeable(module: nn.Module) -> dict[tuple[str, str], Any]:
+    """Variables of a module and of those in it that its call may write, by collection and name."""
+    assert module.scope is not None
+    collections = module.scope.mutable_variables().items()
+    return {
+        (collection, name): jax.tree.map(lambda leaf: leaf, value)
+        for collection, values in collections
+        if collection not in _PASSING
+        for name, value in values.items()
+    }
+
+
+def _is_same(old: PyTree, new: PyTree) -> bool:
+    """Whether two pytrees have the very same leaves."""
+    old_leaves, new_leaves = jax.tree.leaves(old), jax.tree.leaves(new)
+    return len(old_leaves) == len(new_leaves) and all(map(operator.is_, old_leaves, new_leaves))
 
 
 def _bind(module: nn.Module, args: Any, kwargs: Any) -> inspect.BoundArguments:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 from flax import linen as nn
+from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 
 from smartfrz_jax import checks
 from smartfrz_jax.grouping import Granularity
@@ -35,7 +36,9 @@ def find_layers(
         **kwargs: Further arguments of the module's ``__call__``, such as ``train=False``. The module is only traced.
 
     Returns:
-        The layers of ``variables["params"]``, front to back.
+        The layers of ``variables["params"]``, front to back. If there are values that are overwritten by their
+        gradients (of operations in fp8), the layers are those of ``{"params": ..., "_overwrite_with_gradient": ...}``,
+        for that is what ``TrainState`` takes as ``params`` then.
 
     Raises:
         ValueError: If ``variables`` has no ``"params"``, these are empty, or ``granularity`` is unknown.
@@ -56,10 +59,14 @@ def find_layers(
             f"variables: got the keys {', '.join(map(repr, variables))}, expected 'params' among them; pass what "
             "module.init returned, or {'params': params}"
         )
-    others = {name: collection for name, collection in variables.items() if name != "params"}
+    trained = {name: variables[name] for name in ("params", OVERWRITE_WITH_GRADIENT) if name in variables}
+    others = {name: collection for name, collection in variables.items() if name not in trained}
+    are_both = len(trained) > 1
 
     def forward(params: PyTree, *inputs: Any) -> Any:
         streams = {"dropout": jax.random.key(0), **(rngs or {})}
-        return module.apply({"params": params, **others}, *inputs, rngs=streams, mutable=list(others), **kwargs)
+        given = params if are_both else {"params": params}
+        return module.apply({**given, **others}, *inputs, rngs=streams, mutable=list(others), **kwargs)
 
-    return find_layers_of_params(variables["params"], forward, *inputs, granularity=granularity)
+    params = trained if are_both else variables["params"]
+    return find_layers_of_params(params, forward, *inputs, granularity=granularity)

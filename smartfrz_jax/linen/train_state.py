@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -11,7 +12,7 @@ import optax
 from flax import struct
 from flax.training import train_state
 
-from smartfrz_jax import checks, freezing, migration, paths
+from smartfrz_jax import checks, freezing, migration, overwritten, paths
 from smartfrz_jax.freezing import Frozen, check_frozen
 from smartfrz_jax.kept import Kept, Returning, make_kept
 from smartfrz_jax.layers import Layers, check_layers, check_params
@@ -91,13 +92,14 @@ class TrainState(train_state.TrainState):
         checks.flag(keep_grads, "keep_grads")
         kept = make_kept(returning)
         frozen = Frozen(layers)
+        frozen_tx = freezing.freeze(tx, overwritten.optimized_frozen(frozen))
         grads = {name: jnp.zeros_like(leaf) for name, leaf in paths.flatten(params).items()} if keep_grads else {}
         return cls(
             step=jnp.zeros((), jnp.int32),
             apply_fn=apply_fn,
             params=params,
-            tx=freezing.freeze(tx, frozen),
-            opt_state=freezing.freeze(tx, frozen).init(params),
+            tx=frozen_tx,
+            opt_state=frozen_tx.init(overwritten.optimized(params)),
             frozen=frozen,
             unfrozen_tx=tx,
             keep_grads=keep_grads,
@@ -107,11 +109,44 @@ class TrainState(train_state.TrainState):
             **kwargs,
         )
 
+    def with_frozen(self, loss_fn: Callable[..., Any]) -> Callable[..., Any]:
+        """``loss_fn`` with the frozen set in it, for any function that differentiates.
+
+        ``stop_gradient`` is on the parameters of frozen layers, and their Linen modules run in evaluation mode: their
+        BatchNorms use and keep their running statistics, and the dropouts that follow them are off. Whatever else they
+        assign to variables is taken back; see :func:`hold`.
+
+        Args:
+            loss_fn: A function of ``(params, *args, **kwargs)`` to anything.
+
+        Returns:
+            A function of the same arguments. It raises what ``loss_fn`` and :func:`hold` raise.
+
+        Example:
+            >>> from flax.training.dynamic_scale import DynamicScale
+            >>> from smartfrz_jax import find_layers
+            >>> params, apply_fn = {"a": jnp.ones((2, 2)), "b": jnp.ones((2, 2))}, lambda p, x: x @ p["a"] @ p["b"]
+            >>> layers = find_layers(params, apply_fn, jnp.ones((1, 2)))
+            >>> state = TrainState.create(apply_fn=apply_fn, params=params, tx=optax.sgd(0.1), layers=layers)
+            >>> loss_fn = state.freeze(["a"]).with_frozen(lambda params: apply_fn(params, jnp.ones((1, 2))).sum())
+            >>> _, is_finite, loss, grads = DynamicScale().value_and_grad(loss_fn)(params)
+            >>> float(grads["a"].max()), float(grads["b"].max())
+            (0.0, 2.0)
+        """
+        checks.function(loss_fn, "loss_fn", "a function of (params, *args)")
+
+        @functools.wraps(loss_fn)
+        def of_frozen(params: PyTree, *args: Any, **kwargs: Any) -> Any:
+            params = self.frozen.stop_gradient(params)
+            with hold(self.frozen, params):
+                return loss_fn(params, *args, **kwargs)
+
+        return of_frozen
+
     def value_and_grad(self, loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Callable[..., Any]:
         """``jax.value_and_grad`` with respect to the parameters, without the work for frozen layers.
 
-        Linen modules of frozen layers run in evaluation mode: their BatchNorms use and keep their running statistics,
-        and the dropouts that follow them are off; see :func:`hold`.
+        It is that function, of :meth:`with_frozen`.
 
         Args:
             loss_fn: A function of ``(params, *args, **kwargs)`` to a scalar, or to ``(scalar, aux)`` with ``has_aux``.
@@ -122,12 +157,8 @@ class TrainState(train_state.TrainState):
             raises what :func:`hold` raises.
         """
         checks.function(loss_fn, "loss_fn", "a function of (params, *args) to a scalar loss")
-
-        def held(params: PyTree, *args: Any, **kwargs: Any) -> Any:
-            with hold(self.frozen, params):
-                return loss_fn(params, *args, **kwargs)
-
-        return freezing.value_and_grad(held, self.frozen, has_aux=has_aux)
+        checks.flag(has_aux, "has_aux")
+        return jax.value_and_grad(self.with_frozen(loss_fn), has_aux=has_aux)
 
     def apply_gradients(self, *, grads: PyTree, **kwargs: Any) -> TrainState:
         """Updates the active layers; frozen ones stay as they are, bit for bit.
@@ -140,10 +171,12 @@ class TrainState(train_state.TrainState):
             The state after one more step.
         """
         checks.same_leaves(grads, self.params, "grads")
-        updates, opt_state = self.tx.update(grads, self.opt_state, self.params)
+        params, frozen = overwritten.optimized(self.params), overwritten.optimized_frozen(self.frozen)
+        updates, opt_state = self.tx.update(overwritten.optimized(grads), self.opt_state, params)
+        updated = freezing.apply_updates(params, updates, frozen)
         return self.replace(
             step=self.step + 1,
-            params=freezing.apply_updates(self.params, updates, self.frozen),
+            params=overwritten.overwrite(self.params, updated, grads, self.frozen),
             opt_state=opt_state,
             grads=self.frozen.active_leaves(grads) if self.keep_grads else {},
             **kwargs,
@@ -173,16 +206,17 @@ class TrainState(train_state.TrainState):
             check_frozen(new, self.frozen.layers)
         if new == self.frozen:
             return self
+        params, optimized = overwritten.optimized(self.params), overwritten.optimized_frozen(new)
         if self.kept is None:
-            opt_state, version = migration.migrate(self.opt_state, self.unfrozen_tx, self.params, new), None
+            opt_state, version = migration.migrate(self.opt_state, self.unfrozen_tx, params, optimized), None
         else:
             opt_state, version = self.kept.migrate(
-                self.kept_version, self.opt_state, self.unfrozen_tx, self.params, new
+                self.kept_version, self.opt_state, self.unfrozen_tx, params, optimized
             )
         zeros = {name: jnp.zeros_like(leaf) for name, leaf in new.active_leaves(self.params).items()}
         return self.replace(
             frozen=new,
-            tx=freezing.freeze(self.unfrozen_tx, new),
+            tx=freezing.freeze(self.unfrozen_tx, optimized),
             opt_state=opt_state,
             grads=zeros if self.keep_grads else {},
             kept_version=version,

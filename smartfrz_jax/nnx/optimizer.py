@@ -122,6 +122,7 @@ class Optimizer(nnx.Optimizer):
             >>> float(jnp.abs(grads["layers"][0]["kernel"][...]).max())
             0.0
         """
+        checks.function(loss_fn, "loss_fn", "a function of (model, *args)")
 
         @functools.wraps(loss_fn)
         def of_frozen(*args: Any, **kwargs: Any) -> Any:
