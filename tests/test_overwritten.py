@@ -69,6 +69,7 @@ def test_a_step_is_the_stock_one(tx):
     for name, leaf in expected.items():
         np.testing.assert_array_equal(actual[name], leaf, err_msg=name)
     history = "_overwrite_with_gradient/z_first/Fp8DirectDotGeneralOp_0/input_amax_history"
+    assert jax.tree.structure(ours(tx).unfrozen_opt_state) == jax.tree.structure(stock.opt_state)
     assert np.any(actual[history]), "nothing was overwritten, so nothing is tested"
 
 

@@ -190,7 +190,8 @@ class TrainState(train_state.TrainState):
         optimizer would start with, so that ``optax.contrib.schedule_free_eval_params(state.unfrozen_opt_state,
         state.params)`` leaves their weights as they are.
         """
-        return migration.unfrozen_opt_state(self.opt_state, self.unfrozen_tx, self.params, self.frozen.layers)
+        params, frozen = overwritten.optimized(self.params), overwritten.optimized_frozen(self.frozen)
+        return migration.unfrozen_opt_state(self.opt_state, self.unfrozen_tx, params, frozen.layers)
 
     def freeze(self, frozen: Frozen | Iterable[str]) -> TrainState:
         """The state for another frozen set; what the optimizer holds of layers that stay active is kept exactly.
