@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -72,7 +73,7 @@ class Freezer(freezer.Freezer):
         self.model, self.optimizer = model, optimizer
         self._features = features
         self._train_step = train_step
-        self._last_step = optimizer.step.get_raw_value()
+        self._last_step = weakref.ref(optimizer.step.get_raw_value())
         if "grads" in policy.needs:
             optimizer.record_grads(model)
 
@@ -108,7 +109,7 @@ class Freezer(freezer.Freezer):
     def _freeze(self, frozen: Frozen) -> None:
         """Freezes, unless the optimizer has made no step since the last time: then it is a copy of it that trains."""
         optimizer = self.optimizer
-        if frozen != optimizer.frozen and optimizer.step.get_raw_value() is self._last_step:
+        if frozen != optimizer.frozen and optimizer.step.get_raw_value() is self._last_step():
             raise ValueError(
                 "optimizer: has made no step since its frozen set changed last, so the loop trains a copy of it and of "
                 "the model, of which the layers to be frozen would go on training; call the step with the model and "
@@ -116,7 +117,7 @@ class Freezer(freezer.Freezer):
                 "nnx.update((model, optimizer), state), and split them again where the frozen set has changed"
             )
         optimizer.freeze(self.model, frozen)
-        self._last_step = optimizer.step.get_raw_value()
+        self._last_step = weakref.ref(optimizer.step.get_raw_value())
 
     def save(self, path: PathLike, *, overwrite: bool = False) -> None:
         """Writes model, optimizer, policy state and frozen set as one Orbax checkpoint.
