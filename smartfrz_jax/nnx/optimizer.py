@@ -123,6 +123,7 @@ class Optimizer(nnx.Optimizer):
             0.0
         """
         checks.function(loss_fn, "loss_fn", "a function of (model, *args)")
+        checks.count(argnum, "argnum", least=0)
 
         @functools.wraps(loss_fn)
         def of_frozen(*args: Any, **kwargs: Any) -> Any:
@@ -160,8 +161,11 @@ class Optimizer(nnx.Optimizer):
         """
         checks.function(loss_fn, "loss_fn", "a function of (model, *args) to a scalar loss")
         checks.flag(has_aux, "has_aux")
-        several = isinstance(argnums, Sequence)
-        first, *others = argnums if several else (argnums,)
+        several = isinstance(argnums, list | tuple) and len(argnums) > 0
+        given: Any = argnums if several else (argnums,)
+        first, *others = given
+        for each in (first, *others):
+            checks.instance(each, int | nnx.DiffState, "argnums", "an integer, an nnx.DiffState, or several of these")
         model = first if isinstance(first, nnx.DiffState) else nnx.DiffState(first, self.wrt)
         held = self.with_frozen(loss_fn, argnum=model.argnum)
 
