@@ -85,7 +85,8 @@ class TrainState(train_state.TrainState):
         Raises:
             ValueError: If a parameter belongs to none of the layers, or ``returning`` is unknown.
         """
-        checks.function(apply_fn, "apply_fn", "a function, such as model.apply")
+        if apply_fn is not None:
+            checks.function(apply_fn, "apply_fn", "a function, such as model.apply, or None")
         checks.transformation(tx)
         check_layers(layers)
         check_params(params)

@@ -84,6 +84,7 @@ DOORS = [
     Door(
         "linen.TrainState.create",
         lambda: {"apply_fn": forward, "params": params(), "tx": TX, "layers": layers()},
+        unchecked={"apply_fn=None": "a loop need not call it"},
     ),
     Door("linen.TrainState.value_and_grad", lambda: {"loss_fn": loss}, on=scenes.train_state),
     Door("linen.TrainState.apply_gradients", lambda: {"grads": zeros()}, on=scenes.train_state),
