@@ -7,7 +7,7 @@ What is of another type is a ``TypeError``, what is out of range a ``ValueError`
 from __future__ import annotations
 
 import types
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import jax
@@ -178,21 +178,31 @@ def finite(arrays: Mapping[str, Any], argument: str, way_out: str) -> None:
             raise ValueError(f"{argument}: {name!r} is not finite, expected finite numbers; {way_out}")
 
 
-def same_leaves(tree: Any, like: Any, argument: str) -> None:
+def same_leaves(tree: Any, like: Any, argument: str, *, but: Collection[str] = (), per_example: bool = False) -> None:
     """Raises ``ValueError`` unless a pytree has the leaves of the parameters, by name and shape; names only on error.
 
     Args:
         tree: The pytree.
         like: The parameters.
         argument: What it is called.
+        but: Names of parameters of which the shape does not matter.
+        per_example: Whether there may be an axis of examples in front, as ``optax.contrib`` has it for privacy.
     """
+
+    def fits(leaf: Any, like: Any) -> bool:
+        is_array = hasattr(leaf, "shape") or isinstance(leaf, int | float | complex)
+        shape, expected = np.shape(leaf), np.shape(like)
+        return is_array and (
+            shape == expected or (per_example and shape[1:] == expected and len(shape) > len(expected))
+        )
+
     leaves, structure = jax.tree.flatten(tree)
     expected, structure_expected = jax.tree.flatten(like)
-    if structure == structure_expected and all(map(_same_shape, leaves, expected)):
+    if structure == structure_expected and all(map(fits, leaves, expected)):
         return
     found, wanted = paths.flatten(tree), paths.flatten(like)
     for name, leaf in wanted.items():
-        if name not in found or not _same_shape(found[name], leaf):
+        if name not in found or not (name in but or fits(found[name], leaf)):
             has = got(found[name]) if name in found else f"{len(found)} leaves without it"
             raise ValueError(
                 f"{argument}: got {has} for {name!r}, expected shape {np.shape(leaf)}, as the parameter has it; pass "
@@ -201,11 +211,6 @@ def same_leaves(tree: Any, like: Any, argument: str) -> None:
     for name in found:
         if name not in wanted:
             raise ValueError(f"{argument}: got {name!r}, which is no parameter, expected those of this network alone")
-
-
-def _same_shape(leaf: Any, like: Any) -> bool:
-    is_array = hasattr(leaf, "shape") or isinstance(leaf, int | float | complex)
-    return is_array and np.shape(leaf) == np.shape(like)
 
 
 def array(value: Any, argument: str, expected: str) -> np.ndarray:

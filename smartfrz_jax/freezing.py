@@ -192,7 +192,7 @@ def apply_updates(params: PyTree, updates: PyTree, frozen: Frozen) -> PyTree:
         ValueError: If ``updates`` have other leaves or shapes than ``params``, or these are of another network.
     """
     check_frozen(frozen)
-    checks.same_leaves(updates, params, "updates")
+    checks.same_leaves(updates, params, "updates", but=frozen.params)
     updated = optax.apply_updates(params, updates)
     return paths.tree_map(
         lambda name, old, new: old if frozen.layers.holding(name) in frozen.names else new, params, updated

@@ -171,7 +171,7 @@ class TrainState(train_state.TrainState):
         Returns:
             The state after one more step.
         """
-        checks.same_leaves(grads, self.params, "grads")
+        checks.same_leaves(grads, self.params, "grads", per_example=True)
         params, frozen = overwritten.optimized(self.params), overwritten.optimized_frozen(self.frozen)
         updates, opt_state = self.tx.update(overwritten.optimized(grads), self.opt_state, params)
         updated = freezing.apply_updates(params, updates, frozen)

@@ -203,7 +203,7 @@ class Optimizer(nnx.Optimizer):
         params = nnx.as_pure(nnx.state(model, self.wrt))
         checks.instance(grads, nnx.State | Mapping, "grads", "gradients, as from value_and_grad")
         pure_grads = nnx.as_pure(nnx.state(grads, self.wrt))
-        checks.same_leaves(pure_grads, params, "grads")
+        checks.same_leaves(pure_grads, params, "grads", per_example=True)
         updates, opt_state = self.tx.update(pure_grads, nnx.as_pure(self.opt_state), params, **nnx.as_pure(kwargs))
         nnx.update(model, freezing.apply_updates(params, updates, self.frozen))
         nnx.update(self.opt_state, nnx.state(opt_state))
