@@ -35,8 +35,14 @@ class Stock:
     def grads_of(self, optimizer, loss_fn, **kwargs):
         return nnx.value_and_grad(loss_fn, argnums=nnx.DiffState(0, optimizer.wrt), **kwargs)
 
+    def loss_of(self, optimizer, loss_fn, argnum):
+        return loss_fn
+
     def train_state(self, cls=TrainState, *, layers, **kwargs):
         return cls.create(**kwargs)
+
+    def loss_of_params(self, state, loss_fn):
+        return loss_fn
 
     def grads_of_params(self, state, loss_fn, **kwargs):
         return jax.value_and_grad(loss_fn, **kwargs)
@@ -60,8 +66,14 @@ class Freezing:
     def grads_of(self, optimizer, loss_fn, **kwargs):
         return optimizer.value_and_grad(loss_fn, **kwargs)
 
+    def loss_of(self, optimizer, loss_fn, argnum):
+        return optimizer.with_frozen(loss_fn, argnum=argnum)
+
     def train_state(self, cls=TrainState, *, layers, **kwargs):
         return cls.create(layers=layers(), **kwargs)
+
+    def loss_of_params(self, state, loss_fn):
+        return state.with_frozen(loss_fn)
 
     def grads_of_params(self, state, loss_fn, **kwargs):
         return state.value_and_grad(loss_fn, **kwargs)

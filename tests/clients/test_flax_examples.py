@@ -8,6 +8,7 @@ from tests.clients import (
     linen_examples,
     linen_imagenet,
     linen_language,
+    nnx_arguments,
     nnx_language,
     nnx_models,
 )
@@ -18,6 +19,7 @@ MODULES = (
     linen_examples,
     linen_imagenet,
     linen_language,
+    nnx_arguments,
     nnx_language,
     nnx_models,
 )
