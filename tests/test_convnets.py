@@ -586,6 +586,7 @@ def test_every_policy_decides():
             if optimizer.keep_grads:
                 for param, grad in optimizer.grads.items():  # those of front layers change least
                     grad[...] = jnp.full_like(grad[...], 1 + layers.names.index(layers.owner[param]) / step)
+            optimizer.step[...] += 1
             freezer.step(loss=jnp.float32(1))
         assert bool(freezer.frozen.names) == (name != "never"), name
         assert layers.head not in freezer.frozen.names

@@ -643,12 +643,21 @@ class Norms(nnx.Module):
 
 
 @pytest.mark.parametrize("kind", ["count", "average"])
-def test_variables_that_frozen_layers_change(kind):
+def test_variables_that_frozen_layers_change_are_held_so_activations_can_be_kept(kind):
     model = Norms(nnx.Rngs(0), kind)
     layers = sfj.nnx.find_layers(model, X)
-    frozen = sfj.Frozen(layers, frozenset({"first", "second"}))
-    with pytest.raises(ValueError, match="'seen'"):
-        NNXPrefixCache(model, frozen, lambda model, x: model(x).mean(), X)
+    optimizer = sfj.nnx.Optimizer(model, optax.sgd(0.1), layers=layers)
+    optimizer.freeze(model, ["first", "second"])
+    before = np.asarray(model.seen[...])
+
+    def loss_fn(model, x):
+        return model(x).mean()
+
+    cache = NNXPrefixCache(model, optimizer.frozen, loss_fn, X)
+    for _ in range(2):
+        got = cache.loss(model, cache.activations(model, X), X)
+        assert_close(got, optimizer.with_frozen(loss_fn)(model, X))
+        np.testing.assert_array_equal(model.seen[...], before)
 
 
 def test_a_batch_norm_told_to_train_is_refused():
@@ -662,7 +671,7 @@ def test_a_batch_norm_told_to_train_is_refused():
 
     model = Net(nnx.Rngs(0))
     frozen = sfj.Frozen(sfj.nnx.find_layers(model, X), frozenset({"first", "second"}))
-    with pytest.raises(ValueError, match=r"second.*over the examples.*evaluation mode"):
+    with pytest.raises(ValueError, match=r"BatchNorm of 'norm/mean' with use_running_average=False, .* model.eval\(\)"):
         NNXPrefixCache(model, frozen, lambda model, x: model(x).mean(), X)
 
 

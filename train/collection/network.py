@@ -243,9 +243,8 @@ class Network:
         frozen: sfj.Frozen | None = None,
     ) -> tuple[Any, tuple[PyTree, PyTree]]:
         module = nnx.merge(self._graphdef, params, statistics, streams, copy=True)
-        for _ in hold(module, sfj.Frozen(self.layers) if frozen is None else frozen):
-            pass
-        logits = module(*inputs)  # pyright: ignore[reportCallIssue]
+        with hold(module, sfj.Frozen(self.layers) if frozen is None else frozen):
+            logits = module(*inputs)  # pyright: ignore[reportCallIssue]
         loss = optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
         _, _, statistics, streams = nnx.split(module, nnx.Param, nnx.BatchStat, ...)
         return loss, (nnx.as_pure(statistics), nnx.as_pure(streams))
