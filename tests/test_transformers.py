@@ -385,5 +385,6 @@ def test_every_policy_freezes_them():
         for step in range(4):
             for name, grad in optimizer.grads.items():  # the further back, the more they change
                 grad[...] = jnp.full_like(grad[...], 1 + step * layers.names.index(layers.owner[name]))
+            optimizer.step[...] += 1
             freezer.step(loss=jnp.float32(1))
         assert bool(optimizer.frozen.names) == (policy is not policies[0]), policy
