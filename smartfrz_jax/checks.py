@@ -98,14 +98,15 @@ def positive(value: Any, argument: str) -> None:
         raise ValueError(f"{argument}: got {value}, expected {expected}")
 
 
-def count(value: Any, argument: str, *, least: int = 1) -> None:
-    """Raises ``ValueError`` unless ``value`` is an integer of at least ``least`` that int32 can hold."""
+def count(value: Any, argument: str, *, least: int = 1, most: int = LARGEST - 1) -> None:
+    """Raises ``ValueError`` unless ``value`` is an integer from ``least`` to ``most``."""
     expected = f"an integer of at least {least}"
     number(value, argument, expected)
     if not jax.numpy.issubdtype(getattr(value, "dtype", type(value)), np.integer):
         raise ValueError(f"{argument}: got {value!r}, expected {expected}; round it, if it is a quotient")
-    if not least <= value < LARGEST:
-        raise ValueError(f"{argument}: got {value!r}, expected {expected}")
+    if not least <= value <= most:
+        upper = f", at most {most}" if value > most else ""
+        raise ValueError(f"{argument}: got {value!r}, expected {expected}{upper}")
 
 
 def fraction(value: Any, argument: str, *, zero: bool = True) -> None:
@@ -116,8 +117,8 @@ def fraction(value: Any, argument: str, *, zero: bool = True) -> None:
 
 
 def seed(value: Any, argument: str = "seed") -> None:
-    """Raises unless ``value`` is an integer from 0 up, which JAX and NumPy take."""
-    count(value, argument, least=0)
+    """Raises ``ValueError`` unless ``value`` is an integer of 32 bits from 0 up, which JAX and NumPy take as it is."""
+    count(value, argument, least=0, most=2**32 - 1)
 
 
 def names(value: Any, argument: str, *, of: str = "layers") -> tuple[str, ...]:

@@ -27,7 +27,7 @@ def frozen_share(policy, layers, params, total_steps, weights):
 @given(
     budget=st.floats(0, 1),
     n=st.integers(1, 12),
-    seed=st.integers(0, 2**31),
+    seed=st.integers(0, 2**32 - 1),
     costs=st.lists(st.floats(0.01, 100), min_size=12, max_size=12),
 )
 def test_frozen_share_is_the_budget(budget, n, seed, costs):

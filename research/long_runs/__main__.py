@@ -16,6 +16,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ import jax
 from research.long_runs.bench import Bench
 from research.long_runs.cases import CASES
 from research.long_runs.run import Job, Runner, strategy_of
-from research.long_runs.strategies import STRATEGIES
+from research.long_runs.strategies import FIRST, STRATEGIES
 from train import json_lines
 from train.paths import local_path
 
@@ -33,24 +34,20 @@ Row = Mapping[str, Any]
 
 
 def jobs(rows: Sequence[Row], cases: Sequence[str], seeds: int) -> Iterator[Job]:
-    """What is missing, most valuable first: seed by seed, case by case, strategy by strategy."""
-    done = {(row["case"], row["strategy"], row["seed"]) for row in rows}
+    """What is missing, most valuable first: the first strategies seed by seed and case by case, then the others."""
+    done = _done(rows)
     tried = {(row["case"], row["rate"]) for row in rows if row["strategy"] == "tune"}
-    for seed in range(seeds):
-        for case in cases:
-            missing = [rate for rate in CASES[case].rates if (case, rate) not in tried]
-            if missing:
-                yield from (Job(case, "tune", 0, rate) for rate in missing)
-                return  # the rest depends on what comes out
-            rate = best_rate(rows, case)
-            for name, strategy in STRATEGIES.items():
-                if (case, name, seed) in done:
-                    continue
-                if strategy.reference and not any(
-                    (case, "never", other) in done for other in range(seeds) if other != seed
-                ):
-                    continue  # there is nothing to compare with yet
-                yield Job(case, name, seed, rate * strategy.rate)
+    every = list(STRATEGIES)
+    for names, seed, case in product((every[:FIRST], every[FIRST:]), range(seeds), cases):
+        missing = [rate for rate in CASES[case].rates if (case, rate) not in tried]
+        if missing:
+            yield from (Job(case, "tune", 0, rate) for rate in missing)
+            return  # the rest depends on what comes out
+        finished = [other for other in range(seeds) if other != seed and (case, "never", other) in done]
+        for name in names:
+            strategy = STRATEGIES[name]
+            if (case, name, seed) not in done and (finished or not strategy.reference):  # else nothing to compare with
+                yield Job(case, name, seed, best_rate(rows, case) * strategy.rate)
 
 
 def best_rate(rows: Sequence[Row], case: str) -> float:

@@ -76,7 +76,7 @@ def _never(length: float = 1.0, rate: float = 1.0) -> Strategy:
     return Strategy(lambda s: sfj.never(), length=length, rate=rate)
 
 
-# Most valuable first; a run of the queue takes them in this order.
+# Most valuable first; the queue takes them in this order, and the first ones with all seeds before the others.
 STRATEGIES: dict[str, Strategy] = {
     "never": _never(),
     "static:half": _static((0.0, 0.5)),
@@ -85,8 +85,8 @@ STRATEGIES: dict[str, Strategy] = {
     "paper": _smartfrz("paper", caution=0.5, order="any", patience=1),
     "shorter:0.5": _never(0.5),
     "gain:0.5": _gain(0.5),
-    "freezeout": Strategy(lambda s: sfj.linear(s.total_steps, t0=0.5), freezeout=True),
     "progress": Strategy(lambda s: sfj.progress(s.total_steps)),
+    "freezeout": Strategy(lambda s: sfj.linear(s.total_steps, t0=0.5), freezeout=True),
     "smartfrz:0.5": _smartfrz("default", caution=0.5),
     "progress:0.5": Strategy(lambda s: sfj.progress(s.total_steps, caution=0.5)),
     "autofreeze": Strategy(lambda s: sfj.autofreeze(max(1, s.steps_per_epoch // 4))),
@@ -102,6 +102,7 @@ STRATEGIES: dict[str, Strategy] = {
     "shorter:0.7": _never(0.7),
     "shorter:0.3": _never(0.3),
 }
+FIRST = 8
 
 
 def _known(situation: Situation) -> Mapping[str, Any]:
