@@ -29,7 +29,7 @@ from flax import nnx
 import smartfrz_jax as sfj
 from models.deit import DeiT
 from models.resnet import BasicBlock, ResNet
-from smartfrz_jax import paths
+from smartfrz_jax.pytrees import paths
 
 SHARES = (0.0, 0.25, 0.5, 0.75, 1.0)
 

@@ -29,7 +29,7 @@ import smartfrz_jax as sfj
 from benchmarks.networks import CLASSES, NETWORKS, loss_fn, train_step
 from benchmarks.networks import batch as random_batch
 from train.log import Log, Run
-from train.run import training
+from train.loop import training
 
 CIFAR10_STEPS = 10 * (50_000 // 32)
 

@@ -14,9 +14,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.checks import check_rate
-from models.torch_names import torch_name
-from models.transformer import at_least_float32, attend, layer_norm, make_dropout
+from models.layers.checks import check_rate
+from models.layers.torch_names import torch_name
+from models.layers.transformer import at_least_float32, attend, layer_norm, make_dropout
 from smartfrz_jax.nnx.scan import is_live, scan_blocks
 
 if TYPE_CHECKING:

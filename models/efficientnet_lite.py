@@ -15,11 +15,11 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
 
-from models.batch_norm import BatchNorm
-from models.checks import check_images, check_rate, check_stem
-from models.depthwise import depthwise_convolution
+from models.layers.batch_norm import BatchNorm
+from models.layers.checks import check_images, check_rate, check_stem
+from models.layers.depthwise import depthwise_convolution
+from models.layers.torch_names import torch_name
 from models.mobilenetv2 import rounded_width
-from models.torch_names import torch_name
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -182,7 +182,7 @@ class EfficientNetLite(nnx.Module):
         """Name that the PyTorch port has for a variable.
 
         Args:
-            name: Path of a parameter or a statistic, as ``smartfrz_jax.paths`` gives it.
+            name: Path of a parameter or a statistic, as ``smartfrz_jax.pytrees.paths`` gives it.
 
         Returns:
             The name.

@@ -13,11 +13,11 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
 
-from models.batch_norm import BatchNorm
-from models.checks import check_images, check_rate, check_stem
-from models.depthwise import depthwise_convolution
-from models.sequential import Sequential
-from models.torch_names import torch_name
+from models.layers.batch_norm import BatchNorm
+from models.layers.checks import check_images, check_rate, check_stem
+from models.layers.depthwise import depthwise_convolution
+from models.layers.sequential import Sequential
+from models.layers.torch_names import torch_name
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -142,7 +142,7 @@ class MobileNetV2(nnx.Module):
         """Name that torchvision has for a variable.
 
         Args:
-            name: Path of a parameter or a statistic, as ``smartfrz_jax.paths`` gives it.
+            name: Path of a parameter or a statistic, as ``smartfrz_jax.pytrees.paths`` gives it.
 
         Returns:
             The name.

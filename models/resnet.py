@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 from flax.typing import Dtype
 
-from models.batch_norm import BatchNorm
-from models.checks import check_images, check_stem
-from models.torch_names import torch_name
+from models.layers.batch_norm import BatchNorm
+from models.layers.checks import check_images, check_stem
+from models.layers.torch_names import torch_name
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -160,7 +160,7 @@ class ResNet(nnx.Module):
         """Name that torchvision has for a variable.
 
         Args:
-            name: Path of a parameter or a statistic, as ``smartfrz_jax.paths`` gives it.
+            name: Path of a parameter or a statistic, as ``smartfrz_jax.pytrees.paths`` gives it.
 
         Returns:
             The name.

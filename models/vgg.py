@@ -14,10 +14,10 @@ from flax import nnx
 from flax.typing import Dtype
 from jax import lax
 
-from models.batch_norm import BatchNorm
-from models.checks import check_images, check_rate
-from models.sequential import Sequential
-from models.torch_names import torch_name
+from models.layers.batch_norm import BatchNorm
+from models.layers.checks import check_images, check_rate
+from models.layers.sequential import Sequential
+from models.layers.torch_names import torch_name
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
@@ -102,7 +102,7 @@ class VGG(nnx.Module):
         """Name that torchvision has for a variable.
 
         Args:
-            name: Path of a parameter or a statistic, as ``smartfrz_jax.paths`` gives it.
+            name: Path of a parameter or a statistic, as ``smartfrz_jax.pytrees.paths`` gives it.
 
         Returns:
             The name.

@@ -28,7 +28,7 @@ from flax import nnx
 from jax.tree_util import keystr
 
 from models.deit import DeiT, resample_pos_embed
-from smartfrz_jax.file_paths import Path, PathLike, as_path, is_remote
+from smartfrz_jax.pytrees.file_paths import Path, PathLike, as_path, is_remote
 
 # Buffers that hold no weights: a counter, and indices 0, 1, 2, ...
 _IGNORED = re.compile(r"(^|\.)(num_batches_tracked|position_ids|token_type_ids)$")

@@ -3,7 +3,7 @@
 import gc
 import os
 
-from tests.programs import FAST
+from tests.support.programs import FAST
 
 os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count=8 {FAST}")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")

@@ -27,12 +27,12 @@ from tqdm import tqdm
 
 import smartfrz_jax as sfj
 from models.resnet import BasicBlock, ResNet
-from smartfrz_jax.contribution import Probe
+from smartfrz_jax.predictor.probe import Probe
 from train import fashion_mnist, report
 from train.interrupt import Interrupt, exit_code
 from train.log import Evaluation, Log, Run
+from train.loop import batches, training
 from train.paths import local_path
-from train.run import batches, training
 
 BATCH_SIZE = 64
 LEARNING_RATE = 0.05
@@ -87,7 +87,7 @@ class Tuning(NamedTuple):
     Attributes:
         log: Its log.
         model: The model.
-        steps: Its steps, as :func:`train.run.training` makes them.
+        steps: Its steps, as :func:`train.loop.training` makes them.
     """
 
     log: Log

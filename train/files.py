@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from smartfrz_jax.file_paths import Path, is_remote
+from smartfrz_jax.pytrees.file_paths import Path, is_remote
 
 
 def write_whole(path: Path, text: str) -> None:

@@ -18,15 +18,15 @@ import smartfrz_jax as sfj
 from models import weights
 from train import report
 from train.data import Data, metrics
-from train.earlier_runs import check_agree, read_baseline, read_started, save_checkpoint
+from train.data.open import open_data
 from train.interrupt import Interrupt, exit_code
 from train.log import Evaluation, Log, Run
+from train.loop import make_step, training
 from train.networks import make_network
 from train.optimizers import make_optimizer
 from train.options import KeepActivations, Options, parse
 from train.policies import make_policy
-from train.run import make_step, training
-from train.splits import open_data
+from train.resume import check_agree, read_baseline, read_started, save_checkpoint
 
 
 def loss_fn(model: nnx.Module, inputs: tuple[jax.Array, ...], labels: jax.Array) -> jax.Array:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from types import FrameType, TracebackType
 from typing import TypeVar
 
-from smartfrz_jax.file_paths import Path, try_to_write
+from smartfrz_jax.pytrees.file_paths import Path, try_to_write
 
 T = TypeVar("T")
 

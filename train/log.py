@@ -11,7 +11,7 @@ from typing import Any, NamedTuple, TextIO
 import numpy as np
 
 import smartfrz_jax as sfj
-from smartfrz_jax.file_paths import Path, is_remote
+from smartfrz_jax.pytrees.file_paths import Path, is_remote
 from train.files import write_whole
 
 

@@ -14,7 +14,7 @@ from models.efficientnet_lite import efficientnet_lite0
 from models.mobilenetv2 import mobilenetv2
 from models.resnet import resnet50
 from models.vgg import vgg11
-from train.data import augment
+from train.data.augment import images
 
 if TYPE_CHECKING:
     from train.options import Options
@@ -42,8 +42,8 @@ def is_text(name: Name) -> bool:
 def normalisation(name: Name) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of the channels, on a scale from 0 to 1, that the published weights expect."""
     if name == "efficientnet-lite0":
-        return augment.LITE_MEAN, augment.LITE_STD
-    return augment.IMAGENET_MEAN, augment.IMAGENET_STD
+        return images.LITE_MEAN, images.LITE_STD
+    return images.IMAGENET_MEAN, images.IMAGENET_STD
 
 
 def make_network(options: Options, *, num_classes: int, seed: int) -> nnx.Module:

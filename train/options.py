@@ -7,7 +7,7 @@ import dataclasses
 import os
 from typing import Literal, get_args
 
-from smartfrz_jax.file_paths import Path
+from smartfrz_jax.pytrees.file_paths import Path
 from train.data.wordpiece import MIN_LENGTH
 from train.networks import Name
 from train.optimizers import OptimizerName

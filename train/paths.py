@@ -7,7 +7,7 @@ import pathlib
 from collections.abc import Callable
 from typing import TypeVar
 
-from smartfrz_jax import file_paths
+from smartfrz_jax.pytrees import file_paths
 
 T = TypeVar("T")
 

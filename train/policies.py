@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import jax
 
 import smartfrz_jax as sfj
-from smartfrz_jax.contribution import Probe
+from smartfrz_jax.predictor.probe import Probe
 
 if TYPE_CHECKING:
     from train.options import Options

@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
 
-from smartfrz_jax.file_paths import Path
+from smartfrz_jax.pytrees.file_paths import Path
 from train.log import Run
 
 mpl.use("Agg")

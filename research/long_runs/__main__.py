@@ -22,11 +22,11 @@ from typing import Any
 
 import jax
 
+from research import json_lines
 from research.long_runs.bench import Bench
 from research.long_runs.cases import CASES
 from research.long_runs.run import Job, Runner, strategy_of
 from research.long_runs.strategies import FIRST, STRATEGIES
-from train import json_lines
 from train.paths import local_path
 
 RESULTS = Path(__file__).parent / "results.jsonl"

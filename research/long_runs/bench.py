@@ -17,13 +17,13 @@ import smartfrz_jax as sfj
 from models import weights
 from research.long_runs.cases import Case
 from research.long_runs.strategies import Situation, Strategy
-from train.collection.pretraining import published_file
-from train.collection.schedules import learning_rates
-from train.collection.sets import Arrays, Batches, DataSet, open_set
+from research.recordings.pretraining import published_file
+from research.recordings.schedules import learning_rates
+from research.recordings.sets import Arrays, Batches, DataSet, open_set
+from research.trials.classification import loss_fn
 from train.data.metrics import confusion, metrics_of
+from train.loop import make_step
 from train.optimizers import directions
-from train.run import make_step
-from train.trials.classification import loss_fn
 
 _PROBE = 128  # examples on which contributions are measured and layers' outputs compared
 _HELD_OUT = 0.1  # share of the training examples on which learning rates are chosen: the last ones

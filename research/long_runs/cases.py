@@ -8,7 +8,7 @@ from typing import NamedTuple
 from models.bert import minilm
 from models.efficientnet_lite import efficientnet_lite0
 from models.resnet import BasicBlock, ResNet
-from train.collection.architectures import Architecture
+from research.recordings.architectures import Architecture
 from train.optimizers import OptimizerName
 
 

@@ -14,10 +14,10 @@ from typing import Any, NamedTuple
 import matplotlib as mpl
 import numpy as np
 
+from research import json_lines
 from research.long_runs.__main__ import RESULTS, best_rate, figure_of
 from research.long_runs.cases import CASES
 from research.long_runs.strategies import STRATEGIES
-from train import json_lines
 from train.files import write_whole
 from train.paths import local_path
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import smartfrz_jax as sfj
 from smartfrz_jax.policies.gain import Gradients
-from smartfrz_jax.predictor import Pretrained
+from smartfrz_jax.predictor.predictor import Pretrained
 
 
 class Situation(NamedTuple):

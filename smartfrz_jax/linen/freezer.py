@@ -7,13 +7,15 @@ from typing import Any
 
 import jax
 
-from smartfrz_jax import abstract, checks, freezer
-from smartfrz_jax.file_paths import PathLike
-from smartfrz_jax.freezer import check_options
-from smartfrz_jax.freezing import Frozen
+from smartfrz_jax.freezing import freezer
+from smartfrz_jax.freezing.freezer import check_options
+from smartfrz_jax.freezing.transform import Frozen
 from smartfrz_jax.linen.train_state import TrainState
 from smartfrz_jax.policies.base import Policy
-from smartfrz_jax.step import TrainStep
+from smartfrz_jax.programs import arguments
+from smartfrz_jax.programs.train_step import TrainStep
+from smartfrz_jax.pytrees import checks
+from smartfrz_jax.pytrees.file_paths import PathLike
 
 
 class Freezer(freezer.Freezer):
@@ -133,4 +135,4 @@ def _run(state: TrainState) -> Any:
 def _abstract(state: TrainState, frozen: Frozen) -> TrainState:
     """The state as it will be with another frozen set, with shapes, and where they lie, in place of arrays."""
     shapes = jax.eval_shape(lambda state: state.freeze(frozen), state)
-    return abstract.placed(shapes, state, state.params)
+    return arguments.placed(shapes, state, state.params)

@@ -12,8 +12,8 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from smartfrz_jax import paths
-from smartfrz_jax.freezing import Frozen, check_frozen
+from smartfrz_jax.freezing.transform import Frozen, check_frozen
+from smartfrz_jax.pytrees import paths
 
 PyTree = Any
 

@@ -9,10 +9,10 @@ import jax
 from flax import linen as nn
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 
-from smartfrz_jax import checks
-from smartfrz_jax.grouping import Granularity
-from smartfrz_jax.grouping import find_layers as find_layers_of_params
-from smartfrz_jax.layers import Layers
+from smartfrz_jax.layers.find import Granularity
+from smartfrz_jax.layers.find import find_layers as find_layers_of_params
+from smartfrz_jax.layers.layers import Layers
+from smartfrz_jax.pytrees import checks
 
 PyTree = Any
 

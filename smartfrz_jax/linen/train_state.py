@@ -12,11 +12,12 @@ import optax
 from flax import struct
 from flax.training import train_state
 
-from smartfrz_jax import checks, freezing, migration, overwritten, paths
-from smartfrz_jax.freezing import Frozen, check_frozen
-from smartfrz_jax.kept import Kept, Returning, make_kept
-from smartfrz_jax.layers import Layers, check_layers, check_params
+from smartfrz_jax.freezing import migrate, overwritten, transform
+from smartfrz_jax.freezing.returning import Kept, Returning, make_kept
+from smartfrz_jax.freezing.transform import Frozen, check_frozen
+from smartfrz_jax.layers.layers import Layers, check_layers, check_params
 from smartfrz_jax.linen.hold import hold
+from smartfrz_jax.pytrees import checks, paths
 
 PyTree = Any
 
@@ -79,7 +80,7 @@ class TrainState(train_state.TrainState):
             keep_grads: Whether to keep each step's gradients in ``grads``, which some policies need.
             returning: What the optimizer starts from for layers that train again: ``"fresh"`` state, or what it
                 ``"kept"`` of them, on the host, from the moment at which they froze. See
-                :class:`smartfrz_jax.kept.Kept`, above all for Adam.
+                :class:`smartfrz_jax.freezing.returning.Kept`, above all for Adam.
             **kwargs: Further fields, of a subclass.
 
         Raises:
@@ -93,7 +94,7 @@ class TrainState(train_state.TrainState):
         checks.flag(keep_grads, "keep_grads")
         kept = make_kept(returning)
         frozen = Frozen(layers)
-        frozen_tx = freezing.freeze(tx, overwritten.optimized_frozen(frozen))
+        frozen_tx = transform.freeze(tx, overwritten.optimized_frozen(frozen))
         grads = {name: jnp.zeros_like(leaf) for name, leaf in paths.flatten(params).items()} if keep_grads else {}
         return cls(
             step=jnp.zeros((), jnp.int32),
@@ -174,7 +175,7 @@ class TrainState(train_state.TrainState):
         checks.same_leaves(grads, self.params, "grads", per_example=True)
         params, frozen = overwritten.optimized(self.params), overwritten.optimized_frozen(self.frozen)
         updates, opt_state = self.tx.update(overwritten.optimized(grads), self.opt_state, params)
-        updated = freezing.apply_updates(params, updates, frozen)
+        updated = transform.apply_updates(params, updates, frozen)
         return self.replace(
             step=self.step + 1,
             params=overwritten.overwrite(self.params, updated, grads, self.frozen),
@@ -187,12 +188,12 @@ class TrainState(train_state.TrainState):
     def unfrozen_opt_state(self) -> Any:
         """The state of ``unfrozen_tx`` for all parameters, for code that reads it, such as optax's own functions.
 
-        See :func:`smartfrz_jax.migration.unfrozen_opt_state`, also for how to change it: frozen layers have what their
-        optimizer would start with, so that ``optax.contrib.schedule_free_eval_params(state.unfrozen_opt_state,
+        See :func:`smartfrz_jax.freezing.migrate.unfrozen_opt_state`, also for how to change it: frozen layers have what
+        their optimizer would start with, so that ``optax.contrib.schedule_free_eval_params(state.unfrozen_opt_state,
         state.params)`` leaves their weights as they are.
         """
         params, frozen = overwritten.optimized(self.params), overwritten.optimized_frozen(self.frozen)
-        return migration.unfrozen_opt_state(self.opt_state, self.unfrozen_tx, params, frozen.layers)
+        return migrate.unfrozen_opt_state(self.opt_state, self.unfrozen_tx, params, frozen.layers)
 
     def freeze(self, frozen: Frozen | Iterable[str]) -> TrainState:
         """The state for another frozen set; what the optimizer holds of layers that stay active is kept exactly.
@@ -210,7 +211,7 @@ class TrainState(train_state.TrainState):
             return self
         params, optimized = overwritten.optimized(self.params), overwritten.optimized_frozen(new)
         if self.kept is None:
-            opt_state, version = migration.migrate(self.opt_state, self.unfrozen_tx, params, optimized), None
+            opt_state, version = migrate.migrate(self.opt_state, self.unfrozen_tx, params, optimized), None
         else:
             opt_state, version = self.kept.migrate(
                 self.kept_version, self.opt_state, self.unfrozen_tx, params, optimized
@@ -218,7 +219,7 @@ class TrainState(train_state.TrainState):
         zeros = {name: jnp.zeros_like(leaf) for name, leaf in new.active_leaves(self.params).items()}
         return self.replace(
             frozen=new,
-            tx=freezing.freeze(self.unfrozen_tx, optimized),
+            tx=transform.freeze(self.unfrozen_tx, optimized),
             opt_state=opt_state,
             grads=zeros if self.keep_grads else {},
             kept_version=version,

@@ -10,12 +10,13 @@ import jax
 import optax
 from flax import nnx
 
-from smartfrz_jax import accounting, checks
-from smartfrz_jax.accounting import Account
-from smartfrz_jax.freezing import Frozen
-from smartfrz_jax.layers import Layers, check_layers
+from smartfrz_jax.cost import account as cost_account
+from smartfrz_jax.cost.account import Account
+from smartfrz_jax.freezing.transform import Frozen
+from smartfrz_jax.layers.layers import Layers, check_layers
 from smartfrz_jax.nnx.hold import hold
 from smartfrz_jax.nnx.layers import check_model
+from smartfrz_jax.pytrees import checks
 
 PyTree = Any
 
@@ -66,7 +67,7 @@ def account(
             out = loss_fn(module, *inputs)
         return out, nnx.as_pure(nnx.state(module))
 
-    return accounting.assemble(
+    return cost_account.assemble(
         layers,
         lambda frozen: functools.partial(run, frozen),
         nnx.as_pure(variables),

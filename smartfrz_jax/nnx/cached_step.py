@@ -10,16 +10,18 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from flax import nnx
 from jax.typing import DTypeLike
 
-from smartfrz_jax import abstract, example_axis, paths
-from smartfrz_jax.accounting import Account
-from smartfrz_jax.activation_cache import stored_shapes
-from smartfrz_jax.break_even import break_even
-from smartfrz_jax.checking import SavingWarning
-from smartfrz_jax.freezing import Frozen
+from smartfrz_jax.caching.break_even import break_even
+from smartfrz_jax.caching.store import stored_shapes
+from smartfrz_jax.caching.traced_loss import INPUTS
+from smartfrz_jax.cost.account import Account
+from smartfrz_jax.cost.check import SavingWarning
+from smartfrz_jax.freezing.transform import Frozen
+from smartfrz_jax.jaxprs import example_axis
 from smartfrz_jax.nnx.optimizer import Optimizer
 from smartfrz_jax.nnx.prefix_cache import PrefixCache
-from smartfrz_jax.step import Program, TrainStep
-from smartfrz_jax.traced_loss import INPUTS
+from smartfrz_jax.programs import arguments
+from smartfrz_jax.programs.train_step import Program, TrainStep
+from smartfrz_jax.pytrees import paths
 
 if TYPE_CHECKING:
     import numpy as np
@@ -197,7 +199,7 @@ class CachedStep:
     def _follow(self, model: nnx.Module, optimizer: Optimizer, inputs: tuple[Any, ...]) -> None:
         """Makes the cache and the step for the frozen set of the optimizer, if that has changed."""
         if self._usual is None:
-            self._usual, self._done = abstract.of((model, *inputs)), int(optimizer.step[...])
+            self._usual, self._done = arguments.of((model, *inputs)), int(optimizer.step[...])
         if optimizer.frozen == self._frozen:
             return
         start = time.perf_counter()

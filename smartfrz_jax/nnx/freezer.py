@@ -10,15 +10,16 @@ from typing import Any
 import jax
 from flax import nnx
 
-from smartfrz_jax import abstract, freezer
-from smartfrz_jax.file_paths import PathLike
-from smartfrz_jax.freezer import check_options
-from smartfrz_jax.freezing import Frozen
+from smartfrz_jax.freezing import freezer
+from smartfrz_jax.freezing.freezer import check_options
+from smartfrz_jax.freezing.transform import Frozen
 from smartfrz_jax.nnx.cached_step import CachedStep
 from smartfrz_jax.nnx.layers import check_model
 from smartfrz_jax.nnx.optimizer import Optimizer
 from smartfrz_jax.policies.base import Policy
-from smartfrz_jax.step import TrainStep
+from smartfrz_jax.programs import arguments
+from smartfrz_jax.programs.train_step import TrainStep
+from smartfrz_jax.pytrees.file_paths import PathLike
 
 PyTree = Any
 
@@ -172,4 +173,4 @@ def _abstract(model: nnx.Module, optimizer: Optimizer, frozen: Frozen) -> Optimi
 
     new, shapes = nnx.split(nnx.eval_shape(freeze, state))
     before, params = nnx.as_pure(nnx.state(optimizer)), _params(model, optimizer.wrt)
-    return nnx.merge(new, abstract.placed(nnx.as_pure(shapes), before, params))
+    return nnx.merge(new, arguments.placed(nnx.as_pure(shapes), before, params))

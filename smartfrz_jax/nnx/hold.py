@@ -8,9 +8,9 @@ from typing import Any
 
 from flax import nnx
 
-from smartfrz_jax import paths
-from smartfrz_jax.freezing import Frozen
-from smartfrz_jax.layers import Layers
+from smartfrz_jax.freezing.transform import Frozen
+from smartfrz_jax.layers.layers import Layers
+from smartfrz_jax.pytrees import paths
 
 # Variables that a call may write whatever is frozen: they say nothing of what a layer computes.
 _PASSING = (nnx.RngState, nnx.Cache, nnx.Intermediate)

@@ -10,9 +10,12 @@ import jax
 from flax import nnx
 from jax.extend import core as jex
 
-from smartfrz_jax import checks, dataflow, inlining, named_axes, paths, tapping
-from smartfrz_jax.grouping import Granularity, group
-from smartfrz_jax.layers import Layers, check_layers, check_params
+from smartfrz_jax.jaxprs import inline, named_axes
+from smartfrz_jax.layers import dataflow
+from smartfrz_jax.layers.find import Granularity, group
+from smartfrz_jax.layers.layers import Layers, check_layers, check_params
+from smartfrz_jax.layers.outputs import tapped
+from smartfrz_jax.pytrees import checks, paths
 
 PyTree = Any
 
@@ -128,7 +131,7 @@ def features(
             return _call(module, forward, inputs)
 
         groups = {layer.name: layer.params for layer in layers}
-        return tapping.tapped(run, groups, params, *inputs)(params, *inputs)
+        return tapped(run, groups, params, *inputs)(params, *inputs)
 
     jitted = jax.jit(outputs)
 
@@ -163,7 +166,7 @@ def _before(
     carried = dict(zip(params, [frozenset({name}) for name in names], strict=True))  # by values without data
     behind: dict[Any, frozenset[str]] = dict.fromkeys(data, frozenset())  # by values that depend on the data
     before: dict[str, list[frozenset[str]]] = {name: [] for name in names}
-    for eqn in inlining.inline(closed, params, data).jaxpr.eqns:
+    for eqn in inline.inline(closed, params, data).jaxpr.eqns:
         ins = [var for var in eqn.invars if not isinstance(var, jex.Literal)]
         weights = frozenset[str]().union(*(carried.get(var, ()) for var in ins))
         if not any(var in behind for var in ins):

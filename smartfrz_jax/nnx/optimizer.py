@@ -11,13 +11,14 @@ import jax.numpy as jnp
 import optax
 from flax import nnx
 
-from smartfrz_jax import checks, freezing, migration, paths
-from smartfrz_jax.freezing import Frozen, check_frozen
-from smartfrz_jax.kept import Returning, make_kept
-from smartfrz_jax.layers import Layers, check_layers
+from smartfrz_jax.freezing import migrate, transform
+from smartfrz_jax.freezing.returning import Returning, make_kept
+from smartfrz_jax.freezing.transform import Frozen, check_frozen
+from smartfrz_jax.layers.layers import Layers, check_layers
 from smartfrz_jax.nnx.hold import hold
 from smartfrz_jax.nnx.layers import check_model
 from smartfrz_jax.nnx.superseded import supersede
+from smartfrz_jax.pytrees import checks, paths
 
 PyTree = Any
 
@@ -36,8 +37,8 @@ class Optimizer(nnx.Optimizer):
         wrt: Filter of the variables that train.
         layers: The model's layers, from :func:`find_layers`.
         returning: What the optimizer starts from for layers that train again: ``"fresh"`` state, or what it ``"kept"``
-            of them, on the host, from the moment at which they froze. See :class:`smartfrz_jax.kept.Kept`, above all
-            for Adam.
+            of them, on the host, from the moment at which they froze. See
+            :class:`smartfrz_jax.freezing.returning.Kept`, above all for Adam.
 
     Attributes:
         frozen: The frozen set.
@@ -86,7 +87,7 @@ class Optimizer(nnx.Optimizer):
         self.grads = nnx.data({})
         self.kept = make_kept(returning)
         self.kept_version = None if self.kept is None else nnx.OptState(jnp.zeros((), jnp.int32))
-        super().__init__(model, freezing.freeze(tx, self.frozen), wrt=wrt)
+        super().__init__(model, transform.freeze(tx, self.frozen), wrt=wrt)
 
     def with_frozen(self, loss_fn: Callable[..., Any], *, argnum: int = 0) -> Callable[..., Any]:
         """``loss_fn`` with the frozen set in it, for any function that differentiates.
@@ -205,7 +206,7 @@ class Optimizer(nnx.Optimizer):
         pure_grads = nnx.as_pure(nnx.state(grads, self.wrt))
         checks.same_leaves(pure_grads, params, "grads", per_example=True)
         updates, opt_state = self.tx.update(pure_grads, nnx.as_pure(self.opt_state), params, **nnx.as_pure(kwargs))
-        nnx.update(model, freezing.apply_updates(params, updates, self.frozen))
+        nnx.update(model, transform.apply_updates(params, updates, self.frozen))
         nnx.update(self.opt_state, nnx.state(opt_state))
         self.step[...] += 1
         if self.keep_grads:
@@ -215,15 +216,15 @@ class Optimizer(nnx.Optimizer):
     def unfrozen_opt_state(self, model: nnx.Module) -> Any:
         """The state of ``unfrozen_tx`` for all parameters, as arrays, for code that reads it, such as optax's own.
 
-        See :func:`smartfrz_jax.migration.unfrozen_opt_state`: frozen layers have what their optimizer would start with,
-        so that ``optax.contrib.schedule_free_eval_params(optimizer.unfrozen_opt_state(model), params)``, with ``params
-        = nnx.as_pure(nnx.state(model, nnx.Param))``, leaves their weights as they are.
+        See :func:`smartfrz_jax.freezing.migrate.unfrozen_opt_state`: frozen layers have what their optimizer would
+        start with, so that ``optax.contrib.schedule_free_eval_params(optimizer.unfrozen_opt_state(model), params)``,
+        with ``params = nnx.as_pure(nnx.state(model, nnx.Param))``, leaves their weights as they are.
 
         Args:
             model: The model.
         """
         params, opt_state = nnx.as_pure(nnx.state(model, self.wrt)), nnx.as_pure(self.opt_state)
-        return migration.unfrozen_opt_state(opt_state, self.unfrozen_tx, params, self.frozen.layers)
+        return migrate.unfrozen_opt_state(opt_state, self.unfrozen_tx, params, self.frozen.layers)
 
     def freeze(self, model: nnx.Module, frozen: Frozen | Iterable[str]) -> None:
         """Changes the frozen set; the state of layers that stay active is kept exactly.
@@ -248,12 +249,12 @@ class Optimizer(nnx.Optimizer):
             return
         params, old = nnx.as_pure(nnx.state(model, self.wrt)), nnx.as_pure(self.opt_state)
         if self.kept is None or self.kept_version is None:
-            migrated = migration.migrate(old, self.unfrozen_tx, params, new)
+            migrated = migrate.migrate(old, self.unfrozen_tx, params, new)
         else:
             version = self.kept_version[...]
             migrated, version = self.kept.migrate(version, old, self.unfrozen_tx, params, new)
             self.kept_version = nnx.OptState(version)
-        tx = freezing.freeze(self.unfrozen_tx, new)
+        tx = transform.freeze(self.unfrozen_tx, new)
         opt_state = nnx.Optimizer(model, tx, wrt=self.wrt).opt_state  # for its Variables
         nnx.update(opt_state, nnx.state(migrated))
         self.frozen, self.tx, self.opt_state = new, tx, nnx.data(opt_state)

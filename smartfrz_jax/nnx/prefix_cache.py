@@ -8,9 +8,10 @@ from typing import Any
 import jax
 from flax import nnx
 
-from smartfrz_jax import paths, prefix_cache
-from smartfrz_jax.freezing import Frozen
+from smartfrz_jax.caching import prefix_cache
+from smartfrz_jax.freezing.transform import Frozen
 from smartfrz_jax.nnx.hold import hold
+from smartfrz_jax.pytrees import paths
 
 PyTree = Any
 

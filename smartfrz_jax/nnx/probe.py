@@ -9,10 +9,10 @@ from typing import Any
 import jax
 from flax import nnx
 
-from smartfrz_jax import checks
-from smartfrz_jax.contribution import Probe
 from smartfrz_jax.nnx.layers import check_model
 from smartfrz_jax.policies.gain import Gradients
+from smartfrz_jax.predictor.probe import Probe
+from smartfrz_jax.pytrees import checks
 
 PyTree = Any
 

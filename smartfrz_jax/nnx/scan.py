@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from smartfrz_jax import checks
+from smartfrz_jax.pytrees import checks
 
 PyTree = Any
 

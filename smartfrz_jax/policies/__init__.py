@@ -2,10 +2,10 @@
 
 from smartfrz_jax.policies.autofreeze import autofreeze as autofreeze
 from smartfrz_jax.policies.base import Policy as Policy
+from smartfrz_jax.policies.freezeout import freezeout_schedules as freezeout_schedules
+from smartfrz_jax.policies.freezeout import linear as linear
+from smartfrz_jax.policies.freezeout import scale_by_layer_schedule as scale_by_layer_schedule
 from smartfrz_jax.policies.gain import gain as gain
-from smartfrz_jax.policies.linear import freezeout_schedules as freezeout_schedules
-from smartfrz_jax.policies.linear import linear as linear
-from smartfrz_jax.policies.linear import scale_by_layer_schedule as scale_by_layer_schedule
 from smartfrz_jax.policies.never import never as never
 from smartfrz_jax.policies.progress import progress as progress
 from smartfrz_jax.policies.random_order import random as random

@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from smartfrz_jax import checks, hosts
-from smartfrz_jax.layers import Layers, check_params
+from smartfrz_jax.layers.layers import Layers, check_params
 from smartfrz_jax.policies.base import (
     MAX_CONSECUTIVE_ERRORS,
     Policy,
@@ -22,6 +21,7 @@ from smartfrz_jax.policies.base import (
     names_of,
     require,
 )
+from smartfrz_jax.pytrees import checks, hosts
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
-from smartfrz_jax import checks
-from smartfrz_jax.layers import Layers, check_layers
+from smartfrz_jax.layers.layers import Layers, check_layers
+from smartfrz_jax.pytrees import checks
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int

@@ -9,8 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from smartfrz_jax import checks, hosts, paths
-from smartfrz_jax.layers import Layers, check_params
+from smartfrz_jax.layers.layers import Layers, check_params
 from smartfrz_jax.policies.base import (
     Policy,
     check_finite,
@@ -21,6 +20,7 @@ from smartfrz_jax.policies.base import (
     numbers_of,
     shares_of_cost,
 )
+from smartfrz_jax.pytrees import checks, hosts, paths
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int

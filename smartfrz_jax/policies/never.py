@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from smartfrz_jax.layers import Layers
+from smartfrz_jax.layers.layers import Layers
 from smartfrz_jax.policies.base import Policy
 
 PyTree = Any

@@ -6,12 +6,13 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from smartfrz_jax import checks
-from smartfrz_jax.layers import Layers
+from smartfrz_jax.layers.layers import Layers
 from smartfrz_jax.policies.base import NEVER, Policy, freezable, kept, scheduled
+from smartfrz_jax.pytrees import checks
 
 # Intercept and weights of progress and depth, fitted to what freezing would have cost in recorded runs: python -m
-# train.fit_predictor --target branch_harm prints them; parts of the recordings give 0.8 to 1.0, 5.0 to 5.1, -4.6 to -5.
+# ``research.predictors.fit --target branch_harm`` prints them; parts of the recordings give 0.8 to 1.0, 5.0 to 5.1,
+# -4.6 to -5.
 COEFFICIENTS = (0.8, 5.1, -4.6)
 
 # Moments are computed in float64; one that falls on a step exactly must not move to the next by the last bit.

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
-from smartfrz_jax import checks
-from smartfrz_jax.layers import Layers
+from smartfrz_jax.layers.layers import Layers
 from smartfrz_jax.policies.base import (
     NEVER,
     Policy,
@@ -17,6 +16,7 @@ from smartfrz_jax.policies.base import (
     scheduled,
     shares_of_cost,
 )
+from smartfrz_jax.pytrees import checks
 
 # Halvings after which the scale of the draws is exact to the last bit of a float64.
 _HALVINGS = 200

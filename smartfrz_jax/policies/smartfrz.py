@@ -8,9 +8,7 @@ from typing import Any, Literal, get_args
 import jax
 import numpy as np
 
-from smartfrz_jax import checks
-from smartfrz_jax.contribution import PROBE_DEPTHS, Probe, check_probe
-from smartfrz_jax.layers import Layers
+from smartfrz_jax.layers.layers import Layers
 from smartfrz_jax.policies.base import (
     MAX_CONSECUTIVE_ERRORS,
     Policy,
@@ -22,7 +20,9 @@ from smartfrz_jax.policies.base import (
     require,
 )
 from smartfrz_jax.policies.smartfrz_state import SmartFrzState
-from smartfrz_jax.predictor import Predictor, check_trained, freeze_probability
+from smartfrz_jax.predictor.predictor import Predictor, check_trained, freeze_probability
+from smartfrz_jax.predictor.probe import PROBE_DEPTHS, Probe, check_probe
+from smartfrz_jax.pytrees import checks
 
 PyTree = Any
 Order = Literal["front_to_back", "any"]
@@ -65,13 +65,13 @@ def smartfrz(
     are among those that are with less; the same holds of ``patience``.
 
     With ``probe`` it also measures what the front of the network has contributed so far
-    (:mod:`smartfrz_jax.contribution`), for a predictor that reads that: after ``first_probe`` steps, and again whenever
-    twice as many are done. This takes up to ``probe_depths + 1`` forward passes each time, so by default 16 in a run
-    whose length is given, and keeps a copy of the parameters on the host.
+    (:mod:`smartfrz_jax.predictor.probe`), for a predictor that reads that: after ``first_probe`` steps, and again
+    whenever twice as many are done. This takes up to ``probe_depths + 1`` forward passes each time, so by default 16 in
+    a run whose length is given, and keeps a copy of the parameters on the host.
 
-    With ``labels`` it measures how well each layer's outputs tell the labels (:mod:`smartfrz_jax.alignment`), for a
-    predictor that reads that: after the first step, and then when it measures contributions. This takes a forward pass
-    each time, on the batch of the freezer's ``features``.
+    With ``labels`` it measures how well each layer's outputs tell the labels (:mod:`smartfrz_jax.learning.alignment`),
+    for a predictor that reads that: after the first step, and then when it measures contributions. This takes a forward
+    pass each time, on the batch of the freezer's ``features``.
 
     The paper does not say how often to record and to judge; the defaults are this project's. Its own rule is
     ``caution=0.5, order="any", patience=1``, with its predictor.
@@ -98,7 +98,7 @@ def smartfrz(
         first_probe: Train steps before the first measurement, a multiple of ``evaluate_every``. Default
             ``2 * evaluate_every``.
         probe_depths: Most depths at which to measure; between them contributions are taken to be linear. The predictor
-            must have learned from as many (:func:`smartfrz_jax.contribution.by_policy`).
+            must have learned from as many (:func:`smartfrz_jax.predictor.probe.by_policy`).
         labels: Labels of the batch on which ``Freezer(features=...)`` gives the layers' outputs, training examples that
             are always the same: classes, integers of shape ``(examples,)``, or floats of shape ``(examples, ...)``.
             ``None`` does not measure alignments, and neither are they measured for a predictor that does not read them.

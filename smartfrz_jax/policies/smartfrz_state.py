@@ -10,14 +10,14 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
-from smartfrz_jax import checks, hosts
-from smartfrz_jax.alignment import label_alignments
-from smartfrz_jax.contribution import Probe, contributions, depths_of, spread
-from smartfrz_jax.history import History
-from smartfrz_jax.layers import Layers
-from smartfrz_jax.observation import Observation
+from smartfrz_jax.layers.layers import Layers
+from smartfrz_jax.learning.alignment import label_alignments
 from smartfrz_jax.policies.base import check_errors, check_finite
-from smartfrz_jax.tailoring import Tailoring
+from smartfrz_jax.predictor.history import History
+from smartfrz_jax.predictor.observation import Observation
+from smartfrz_jax.predictor.probe import Probe, contributions, depths_of, spread
+from smartfrz_jax.predictor.sampling import Tailoring
+from smartfrz_jax.pytrees import checks, hosts
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int

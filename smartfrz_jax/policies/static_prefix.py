@@ -7,8 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
-from smartfrz_jax import checks
-from smartfrz_jax.layers import Layers
+from smartfrz_jax.layers.layers import Layers
 from smartfrz_jax.policies.base import (
     NEVER,
     Policy,
@@ -18,6 +17,7 @@ from smartfrz_jax.policies.base import (
     scheduled,
     shares_of_cost,
 )
+from smartfrz_jax.pytrees import checks
 
 # Costs are added up in float64; a share that is met exactly must not be missed by the last bit.
 _ROUNDING = 1e-9

@@ -9,7 +9,7 @@ import numpy as np
 from flax import nnx
 
 import smartfrz_jax as sfj
-from smartfrz_jax import paths
+from smartfrz_jax.pytrees import paths
 from tests.bad_input import scenes
 from tests.bad_input.scenes import frozen, layers, of_another_network, outputs, params, predictor, update
 from tests.bad_input.table import INF, NAN, Case, Door

@@ -13,7 +13,7 @@ from flax import nnx
 from flax.training import train_state
 
 import smartfrz_jax as sfj
-from smartfrz_jax import paths
+from smartfrz_jax.pytrees import paths
 
 
 class Bare(NamedTuple):

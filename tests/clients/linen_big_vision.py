@@ -8,8 +8,8 @@ import optax
 from flax import linen as nn
 
 import smartfrz_jax as sfj
-from smartfrz_jax import paths
 from smartfrz_jax.linen import find_layers
+from smartfrz_jax.pytrees import paths
 from tests.clients.doors import BareRun, Freezing, make_params
 
 IMAGES = jax.random.uniform(jax.random.key(0), (4, 8, 8, 3))

@@ -8,7 +8,7 @@ import pytest
 from flax.training import train_state
 
 import smartfrz_jax as sfj
-from smartfrz_jax import paths
+from smartfrz_jax.pytrees import paths
 from tests.differential.linen_models import MODELS
 
 pytestmark = pytest.mark.usefixtures("jax_defaults")

@@ -10,8 +10,9 @@ import optax
 import pytest
 from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 
-from smartfrz_jax import apply_updates, checkpoint, freeze, migrate
-from smartfrz_jax.migration import dropped, unfrozen_opt_state
+from smartfrz_jax import apply_updates, freeze, migrate
+from smartfrz_jax.freezing.migrate import dropped, unfrozen_opt_state
+from smartfrz_jax.pytrees import checkpoint
 from tests.optimizers.network import GRADS, LAYERS, NAMES, PARAMS, PER_EXAMPLE_GRADS, arrays, bits, frozen, loss
 from tests.optimizers.table import CASES, EXCEPTIONS, Case, public_names
 

@@ -21,14 +21,14 @@ Example:
 """
 
 from train.data import metrics
+from train.data.augment.mix import Mix
+from train.data.augment.rand_augment import RandAugment
+from train.data.augment.transform import ImageTransform
 from train.data.batch import Batch, Data
 from train.data.host import HostImages
 from train.data.images import DeviceImages, open_images
-from train.data.mix import Mix
-from train.data.rand_augment import RandAugment
 from train.data.source import Records, Split, evaluation_split, open_split
 from train.data.text import Sentences
-from train.data.transform import ImageTransform
 from train.data.wordpiece import Tokens, WordPiece
 
 __all__ = [

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import re
 
-from smartfrz_jax.file_paths import Path, as_path
+from smartfrz_jax.pytrees.file_paths import Path, as_path
 
 INFO = "dataset_info.json"
 _VERSION = re.compile(r"\d+\.\d+\.\d+")

@@ -12,11 +12,11 @@ import jax
 import numpy as np
 from absl import flags
 
-from train.data import boxes
+from train.data.augment import boxes
+from train.data.augment.transform import ImageTransform, check_images
 from train.data.batch import Batch, Data
 from train.data.order import Order, in_order
 from train.data.source import Split
-from train.data.transform import ImageTransform, check_images
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Int, Key

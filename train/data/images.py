@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from train.data.augment.transform import ImageTransform, check_images
 from train.data.batch import Batch, Data
 from train.data.host import HostImages
 from train.data.order import Order, in_order
 from train.data.source import Split
-from train.data.transform import ImageTransform, check_images
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Int, Key

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from smartfrz_jax.file_paths import Path, as_path
+from smartfrz_jax.pytrees.file_paths import Path, as_path
 from train.data import directory, grey_levels
 
 # Pairs whose order is not that of their names.

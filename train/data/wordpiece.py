@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from smartfrz_jax.file_paths import as_path
+from smartfrz_jax.pytrees.file_paths import as_path
 
 if TYPE_CHECKING:
     from jaxtyping import Int

@@ -1,0 +1,1 @@
+"""Predictors, fitted to recorded runs and judged on others."""

@@ -1,0 +1,1 @@
+"""Recorded runs, from which predictors learn."""

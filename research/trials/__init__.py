@@ -1,0 +1,1 @@
+"""Trainings with freezing, against the same ones without."""

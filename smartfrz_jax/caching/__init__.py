@@ -1,0 +1,1 @@
+"""The frozen front of a network, computed once for each example."""

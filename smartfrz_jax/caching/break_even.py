@@ -1,0 +1,77 @@
+"""Whether keeping the activations of frozen layers pays."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from smartfrz_jax.caching.prefix_cache import PrefixCache
+from smartfrz_jax.cost.account import Account
+
+
+class BreakEven(NamedTuple):
+    """What keeping activations costs and saves.
+
+    Attributes:
+        pays: Whether more is saved than spent, in the steps that remain, and what is kept fits.
+        build_flops: Spent once: the forward pass of the frozen layers on every view of every example, and writing.
+        saved_flops: Saved by each step, reading taken off.
+        steps: The least number of steps for which it pays; None if none is enough.
+        step_ratio: FLOPs of a step with the cache, as a share of those without.
+        nbytes: Bytes that are kept.
+    """
+
+    pays: bool
+    build_flops: float
+    saved_flops: float
+    steps: int | None
+    step_ratio: float
+    nbytes: int
+
+
+def break_even(
+    account: Account,
+    cache: PrefixCache,
+    *,
+    examples: int,
+    steps: int,
+    flops_per_byte: float = 0.0,
+    budget: int | None = None,
+) -> BreakEven:
+    r"""Whether keeping the activations of frozen layers pays.
+
+    With :math:`N` examples in :math:`V` views, :math:`f` FLOPs for an example's activations, :math:`r` of them computed
+    again in each step, :math:`b` bytes an example and :math:`w` FLOPs that the device could do while a byte is moved,
+    it pays in :math:`S` steps of :math:`n` examples if
+
+    .. math:: S n (f - r - b w) > N V (f + b w).
+
+    Steps in which activations are computed and stored on the way count among :math:`S`, so that with free storage it
+    pays from the second epoch on.
+
+    Args:
+        account: The account of the train step, of the same batch size as the steps.
+        cache: The cache.
+        examples: Examples in the data set.
+        steps: Steps that remain with this frozen set, at least.
+        flops_per_byte: FLOPs of a step over its seconds, times the seconds that a byte takes to where it is kept or
+            back; 0 if it is kept on the device.
+        budget: Most bytes to use.
+
+    Returns:
+        The answer, with the numbers.
+
+    Raises:
+        ValueError: If the account is of another network, or a number is negative.
+    """
+    for argument, number in (("examples", examples), ("steps", steps), ("flops_per_byte", flops_per_byte)):
+        if number < 0:
+            raise ValueError(f"{argument}: got {number}, expected 0 or more")
+    moved = cache.bytes_per_example * flops_per_byte
+    build = examples * cache.views * (cache.build_flops + moved)
+    saved = account.examples * (cache.saved_flops - moved)
+    least = math.floor(build / saved) + 1 if saved > 0 else None
+    whole = account.flops(cache.frozen).total
+    nbytes = examples * cache.views * cache.bytes_per_example
+    pays = least is not None and steps >= least and (budget is None or nbytes <= budget)
+    return BreakEven(pays, build, saved, least, (whole - saved) / whole, nbytes)

@@ -1,0 +1,218 @@
+"""A store of activations by example, on the device, in host memory or on disk."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.typing import DTypeLike
+
+from smartfrz_jax.caching.activation_store import OnDevice, OnDisk, OnHost, Store, empty_directory, free_bytes
+from smartfrz_jax.pytrees.file_paths import local_path
+
+if TYPE_CHECKING:
+    from jaxtyping import Array, Bool, Int
+
+Place = Literal["device", "host"] | Path
+
+_NARROW = ("float32", "bfloat16", "float16")
+
+
+def stored_shapes(
+    frontier: Sequence[jax.ShapeDtypeStruct], rows: int, dtype: DTypeLike | None
+) -> tuple[jax.ShapeDtypeStruct, ...]:
+    """Shapes and dtypes of the arrays that hold ``rows`` examples.
+
+    Args:
+        frontier: Shape and dtype of each value of one example.
+        rows: Number of examples, times views.
+        dtype: Type in which floating-point values wider than it are held; their own by default.
+
+    Raises:
+        ValueError: If ``dtype`` is not one to store activations in.
+    """
+    if dtype is not None and jnp.dtype(dtype).name not in _NARROW:
+        raise ValueError(f"dtype: got {jnp.dtype(dtype).name}, expected {', '.join(_NARROW)}, or None for what it is")
+
+    def narrow(own: Any) -> Any:
+        wider = dtype is not None and jnp.issubdtype(own, jnp.floating) and own.itemsize > jnp.dtype(dtype).itemsize
+        return jnp.dtype(dtype) if wider else own
+
+    return tuple(jax.ShapeDtypeStruct((rows, *value.shape), narrow(value.dtype)) for value in frontier)
+
+
+class ActivationCache:
+    """Activations of every example of a data set, of which some, or all, may still be missing.
+
+    Its size is predicted, and compared with what is free, before anything is allocated.
+
+    Args:
+        frontier: Shape and dtype of each value of one example.
+        examples: Number of examples in the data set.
+        place: ``"device"``, where looking up is a gather; ``"host"``, memory of the host; or a directory, new or
+            empty, for files that are mapped into memory. The files stay when the run ends.
+        dtype: Type in which wider floating-point values are held: ``"bfloat16"`` rounds them by at most 2^-8 of
+            their size, ``"float16"`` by at most 2^-11 of it (and 2^-25), and refuses those beyond 65504. By default
+            they are kept bit for bit.
+        views: Number of augmented views of each example, each with a slot.
+        budget: Most bytes to use; by default, what is free at the moment.
+
+    Attributes:
+        nbytes: Bytes that it takes.
+        filled: Boolean array of shape ``(examples, views)``, true where activations are stored.
+
+    Raises:
+        ValueError: If it would not fit, or ``place`` or ``dtype`` is unknown.
+        FileExistsError: If the directory is not empty.
+        NotADirectoryError: If it is a file.
+        PermissionError: If nothing can be written there.
+
+    Example:
+        >>> cache = ActivationCache([jax.ShapeDtypeStruct((4,), jnp.float32)], examples=10)
+        >>> cache.nbytes
+        160
+        >>> cache.put(np.array([3, 7]), [jnp.ones((2, 4))])
+        >>> cache.has(np.array([3, 7])), cache.has(np.array([0, 3]))
+        (True, False)
+        >>> cache.take(np.array([7]))[0].shape
+        (1, 4)
+    """
+
+    def __init__(
+        self,
+        frontier: Sequence[jax.ShapeDtypeStruct],
+        examples: int,
+        *,
+        place: Place | str = "device",
+        dtype: DTypeLike | None = None,
+        views: int = 1,
+        budget: int | None = None,
+    ):
+        for argument, number in (("examples", examples), ("views", views)):
+            if number < 1:
+                raise ValueError(f"{argument}: got {number}, expected at least 1")
+        self.frontier = tuple(frontier)
+        self._shapes = stored_shapes(frontier, examples * views, dtype)
+        self.nbytes = sum(math.prod(shape.shape) * shape.dtype.itemsize for shape in self._shapes)
+        make = {"device": OnDevice, "host": OnHost}.get(str(place))
+        directory = None if make else empty_directory(local_path(place, "place"))
+        free = free_bytes(directory, on_device=make is OnDevice) if budget is None else budget
+        if free is not None and self.nbytes > free:
+            raise ValueError(
+                f"examples: {examples:,} of {views} view(s) with {self.nbytes // (examples * views):,} bytes each take "
+                f"{self.nbytes:,} bytes, but {'the budget is' if budget is not None else 'free are'} {free:,}; store "
+                "them as bfloat16 (dtype), at another place, or freeze more layers first, where the frontier is smaller"
+            )
+        self.filled = np.zeros((examples, views), bool)
+        self._store: Store = OnDisk(self._shapes, directory) if directory else (make or OnHost)(self._shapes)
+
+    @property
+    def values(self) -> tuple[Any, ...]:
+        """The arrays that hold the activations, of shape ``(examples * views, ...)``, views of an example in a row.
+
+        Those on the device can be arguments of a jitted step that looks up its rows itself.
+        """
+        return tuple(self._store.values)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether nothing is missing."""
+        return bool(self.filled.all())
+
+    def has(self, indices: Int[np.ndarray, " n"], view: int = 0) -> bool:
+        """Whether the activations of all these examples are stored."""
+        return bool(self.stored(indices, view).all())
+
+    def stored(self, indices: Int[np.ndarray, " n"], view: int = 0) -> Bool[np.ndarray, " n"]:
+        """Of which of these examples activations are stored.
+
+        Args:
+            indices: Which examples.
+            view: Which view of them.
+
+        Raises:
+            ValueError: If an index is wrong.
+        """
+        return self.filled[self._checked(indices, view), view]
+
+    def put(self, indices: Int[np.ndarray, " n"], activations: Sequence[Array], view: int = 0) -> None:
+        """Stores activations.
+
+        Args:
+            indices: Which examples they are of.
+            activations: Arrays of shape ``(n, ...)``.
+            view: Which view of the examples.
+
+        Raises:
+            ValueError: If an index or a shape is wrong, or a value is too large for float16.
+        """
+        indices = self._checked(indices, view)
+        expected = [(len(indices), *shape.shape[1:]) for shape in self._shapes]
+        got = [tuple(value.shape) for value in activations]
+        if got != expected:
+            raise ValueError(
+                f"activations: got shapes {got}, expected {expected}; pass what PrefixCache.activations returns"
+            )
+        narrowed, overflows = _narrowed(list(activations), tuple(shape.dtype for shape in self._shapes))
+        if overflows is not None and bool(overflows):
+            raise ValueError("activations: some are beyond 65504, the largest float16; store them as bfloat16")
+        self._store.put(self._rows(indices, view), narrowed)
+        self.filled[indices, view] = True
+
+    def take(self, indices: Int[np.ndarray, " n"], view: int = 0) -> tuple[jax.Array, ...]:
+        """Looks activations up.
+
+        Args:
+            indices: Which examples, each any number of times.
+            view: Which view of them.
+
+        Returns:
+            Arrays of shape ``(n, ...)`` on the device, in the dtype in which they are stored.
+
+        Raises:
+            ValueError: If some are not stored.
+        """
+        indices = self._checked(indices, view)
+        missing = indices[~self.filled[indices, view]]
+        if len(missing):
+            raise ValueError(
+                f"indices: of view {view}, nothing is stored for {len(missing)} of {len(indices)} examples, such as "
+                f"{missing[:3].tolist()}; compute their activations and put them first"
+            )
+        return tuple(self._store.take(self._rows(indices, view)))
+
+    def clear(self) -> None:
+        """Forgets everything that is stored; the space stays taken."""
+        self.filled[:] = False
+
+    def _rows(self, indices: np.ndarray, view: int) -> np.ndarray:
+        return (indices * self.filled.shape[1] + view).astype(np.int32 if self.filled.size < 2**31 else np.int64)
+
+    def _checked(self, indices: Any, view: int) -> np.ndarray:
+        examples, views = self.filled.shape
+        array = np.asarray(indices)
+        if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+            raise ValueError(f"indices: got {array.dtype}{list(array.shape)}, expected a vector of integers")
+        if array.size and (array.min() < 0 or array.max() >= examples):
+            raise ValueError(f"indices: got {array.min()} to {array.max()}, expected 0 to {examples - 1}")
+        if not 0 <= view < views:
+            raise ValueError(f"view: got {view}, expected 0 to {views - 1}; say how many views there are (views)")
+        return array.astype(np.int64)
+
+
+@functools.partial(jax.jit, static_argnums=1)
+def _narrowed(values: list[jax.Array], dtypes: tuple[Any, ...]) -> tuple[list[jax.Array], jax.Array | None]:
+    """The values in other types, and whether some became infinite by it, where that can happen."""
+    narrow = [value.astype(dtype) for value, dtype in zip(values, dtypes, strict=True)]
+    became = [
+        jnp.any(jnp.isinf(new) & jnp.isfinite(old))
+        for old, new in zip(values, narrow, strict=True)
+        if new.dtype == jnp.float16 != old.dtype
+    ]
+    return narrow, functools.reduce(jnp.logical_or, became) if became else None

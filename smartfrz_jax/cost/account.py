@@ -1,0 +1,357 @@
+"""What a train step costs for any frozen set, predicted from one trace of the loss and without compiling.
+
+Every equation of the loss belongs to a layer and depends on the parameters of some. Its forward pass is always run; the
+gradients of its weights are computed if its layer is active; those of its other inputs, if an active layer lies
+anywhere before. So, once each equation has its price, any frozen set is a matter of adding up.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import functools
+from collections.abc import Callable, Collection, Iterator
+from typing import Any
+
+import jax
+import optax
+
+from smartfrz_jax.cost import equations, fusion, kinds, step_trace
+from smartfrz_jax.cost.equations import Equation, Equations, Input, Trace
+from smartfrz_jax.cost.step_flops import Parts, StepFlops
+from smartfrz_jax.freezing.transform import Frozen
+from smartfrz_jax.jaxprs import example_axis, flops
+from smartfrz_jax.jaxprs.flops import Flops
+from smartfrz_jax.layers.layers import Layers, check_layers, check_params
+from smartfrz_jax.pytrees import checks
+
+PyTree = Any
+
+
+class Account:
+    """Predicted costs of a train step; made by :func:`account`.
+
+    FLOPs are counted as XLA counts them in a compiled program (see :mod:`smartfrz_jax.jaxprs.flops`), multiply-adds as
+    they are published.
+
+    Attributes:
+        layers: The layers.
+        examples: Number of examples in the batch.
+        macs: Multiply-adds of one forward pass, by kind of operation: convolutions, linear maps and products of data.
+        elements: Elements of one forward pass that other operations work on, by kind.
+        params: Shapes of the parameters.
+        tx: The optimizer, if any.
+        backend: Platform that the step will run on.
+    """
+
+    def __init__(
+        self,
+        layers: Layers,
+        examples: int,
+        active: Equations,
+        held: Equations,
+        update: list[float],
+        trace_step: Callable[[Frozen], Any],
+        params: PyTree,
+        tx: optax.GradientTransformation | None,
+        backend: str,
+    ):
+        self.layers, self.examples, self.tx, self.backend = layers, examples, tx, backend
+        self.params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+        self.macs = collections.Counter[str]()
+        for equation in active.all:
+            self.macs[equation.kind] += flops.macs(equation.eqn)
+        self.elements = kinds.elements((e.eqn, e.kind) for e in active.all)
+        self._active, self._held, self._update = active, held, update
+        self._trace_step = trace_step
+        self._gradients: dict[Any, tuple[Flops, Flops]] = {}
+        self._steps: dict[tuple[frozenset[str], frozenset[str]], StepFlops] = {}
+        self._compiled: dict[frozenset[str], float] = {}
+
+    def flops(self, frozen: Frozen | None = None, *, stopped: Collection[str] = ()) -> StepFlops:
+        """Predicted FLOPs of one step.
+
+        Args:
+            frozen: The frozen set; none by default.
+            stopped: Names of layers that are used again behind others, such as an embedding that is the classifier
+                too, of which the gradient by way of the first use is not computed: its output goes through
+                ``jax.lax.stop_gradient``.
+
+        Returns:
+            The FLOPs, in all, by layer and by kind of operation.
+
+        Raises:
+            ValueError: If the frozen set is of another network, or a name of ``stopped`` is none of its layers.
+        """
+        frozen = self._checked(frozen)
+        key = frozen.names, frozenset(self.layers.check(stopped, "stopped"))
+        if key not in self._steps:
+            self._steps[key] = self._count(frozen, key[1])
+        return self._steps[key]
+
+    def reached_through(self, frozen: Frozen) -> tuple[tuple[str, ...], tuple[str, ...]]:
+        """Active layers whose gradients pass through frozen ones.
+
+        Args:
+            frozen: The frozen set.
+
+        Returns:
+            Their names, front to back; and those of them that gradients so reach by way of their first use alone: they
+            are used again behind the frozen layers, as an embedding that is the classifier too.
+
+        Raises:
+            ValueError: If the frozen set is of another network.
+        """
+        mask, n = self._checked(frozen).mask, len(self.layers)
+        held = (e for e in self._equations(frozen) if e.owner >= 0 and mask[e.owner])
+        inputs = (i.ancestors for e in held for i in e.inputs if not i.is_weight)
+        reached = functools.reduce(int.__or__, inputs, 0) & self._bits(frozen, ())
+        whole, first = ({name for i, name in enumerate(self.layers.names, at) if reached >> i & 1} for at in (0, n))
+        return self.layers.check(whole | first, "frozen"), self.layers.check(first - whole, "frozen")
+
+    @property
+    def scans(self) -> list[frozenset[str]]:
+        """Layers that one ``jax.lax.scan`` runs together, their weights stacked in the step."""
+        names = list(enumerate(self.layers.names))
+        return [frozenset(name for i, name in names if mask >> i & 1) for mask in self._active.scans]
+
+    def compiled_flops(self, frozen: Frozen | None = None) -> float:
+        """Predicted FLOPs of one step as it is compiled: those of :meth:`flops`, some of them several times.
+
+        XLA computes cheap values, such as normalised and activated ones, again in every loop that reads them; see
+        :mod:`smartfrz_jax.cost.fusion`. What ``jax.checkpoint`` computes a second time is counted here too.
+
+        Args:
+            frozen: The frozen set; none by default.
+
+        Returns:
+            The FLOPs that ``smartfrz_jax.program_cost`` will find in the compiled step. The first call for a frozen
+            set takes a trace of the whole step, so seconds. Only XLA's CPU backend is modelled: for others, the total
+            of :meth:`flops`.
+
+        Raises:
+            ValueError: If the frozen set is of another network.
+        """
+        frozen = self._checked(frozen)
+        if self.backend != "cpu":
+            return self.flops(frozen).total
+        if frozen.names not in self._compiled:
+            self._compiled[frozen.names] = fusion.compiled_flops(self.trace(frozen))
+        return self._compiled[frozen.names]
+
+    def trace(self, frozen: Frozen | None = None) -> Any:
+        """The jaxpr of a step that does what a frozen set asks for and no more; it takes seconds.
+
+        Args:
+            frozen: The frozen set; none by default.
+
+        Returns:
+            A ``ClosedJaxpr`` of ``(variables, params, opt_state, inputs)``, flattened.
+
+        Raises:
+            ValueError: If the frozen set is of another network.
+        """
+        return self._trace_step(self._checked(frozen))
+
+    def saving(self, frozen: Frozen, before: Frozen | None = None) -> float:
+        """Share of a step's FLOPs that freezing saves.
+
+        Args:
+            frozen: The frozen set.
+            before: The one to compare with; none by default.
+
+        Returns:
+            1 where the step became free, 0 where nothing was saved.
+        """
+        return 1 - self.flops(frozen).total / self.flops(before).total
+
+    @property
+    def counted(self) -> dict[str, float]:
+        """Multiply-adds per example of a forward pass as counters of modules (ptflops) give them, by kind.
+
+        Beside those of convolutions and linear maps they count 2 for an element that is normalised, and 1 for an
+        element of a bias, of an activation, or of the input of a pooling. Products of data with data, as in attention,
+        they do not see.
+        """
+        each = {kinds.BIAS: 1, kinds.NORMALISATION: 2, kinds.ACTIVATION: 1, kinds.POOLING: 1}
+        counts = {kind: self.macs[kind] for kind in (kinds.CONVOLUTION, kinds.LINEAR)}
+        counts |= {kind: n * self.elements.get(kind, 0) for kind, n in each.items()}
+        return {kind: count / self.examples for kind, count in counts.items()}
+
+    def table(self, examples: int) -> str:
+        """What training costs as papers have it, 3 forward passes of 2 FLOPs per multiply-add, a line for each kind.
+
+        Args:
+            examples: Number of examples trained on: size of the data set times epochs.
+
+        Returns:
+            The text; multiply-adds are those of :attr:`counted`. Below the sum stand the products that it leaves out.
+        """
+        products = self.macs[kinds.ATTENTION] / self.examples
+        rows = [*self.counted.items(), ("sum", sum(self.counted.values())), ("attention", products)]
+        lines = (f"{kind:14s}{macs:18,.0f}{6e-12 * macs * examples:12,.1f}" for kind, macs in rows)
+        return "\n".join((f"{'':14s}{'MACs an example':>18s}{'TFLOPs':>12s}", *lines))
+
+    def _checked(self, frozen: Frozen | None) -> Frozen:
+        frozen = Frozen(self.layers) if frozen is None else frozen
+        if frozen.layers != self.layers:
+            raise ValueError(
+                f"frozen: got a frozen set of a network of {len(frozen.layers)} layers "
+                f"({', '.join(frozen.layers.names[:2])}, ...), expected one of the {len(self.layers)} layers of this "
+                f"account ({', '.join(self.layers.names[:2])}, ...); make it with Frozen(account.layers, names)"
+            )
+        return frozen
+
+    def _bits(self, frozen: Frozen, stopped: Collection[str]) -> int:
+        """The active layers, as in ``Input.ancestors``."""
+        active = [i for i, is_frozen in enumerate(frozen.mask) if not is_frozen]
+        first = [i for i in active if self.layers.names[i] not in stopped]
+        return sum(1 << i for i in active) | sum(1 << i + len(self.layers) for i in first)
+
+    def _equations(self, frozen: Frozen) -> Iterator[Equation]:
+        """The equations, as those of frozen layers are when they are held."""
+        mask = frozen.mask
+        for is_held, trace in ((False, self._active), (True, self._held)):
+            for equation in trace.all:
+                if (equation.owner >= 0 and bool(mask[equation.owner])) == is_held:
+                    yield equation
+
+    def _count(self, frozen: Frozen, stopped: Collection[str]) -> StepFlops:
+        mask, active = frozen.mask, self._bits(frozen, stopped)
+        # One row for each (layer, kind), columns as in Parts.
+        cells: dict[tuple[int, str], list[float]] = collections.defaultdict(lambda: [0.0] * 5)
+        for equation in self._equations(frozen):
+            cell = cells[equation.owner, equation.kind]
+            weights, rest = self._gradient(equation, [i for i in equation.inputs if i.ancestors & active])
+            cell[0] += equation.forward.needed
+            cell[1] += weights.needed
+            cell[2] += rest.needed
+            cell[4] += equation.forward.added + weights.added + rest.added
+        for i, update in enumerate(self._update):
+            if not mask[i]:
+                cells[i, kinds.UPDATE][3] += update
+        names = ["", *self.layers.names]
+        by_layer = {name: Parts() for name in names}
+        by_kind = {kind: Parts() for kind in kinds.KINDS}
+        for (owner, kind), cell in cells.items():
+            by_layer[names[owner + 1]] = by_layer[names[owner + 1]].plus(cell)
+            by_kind[kind] = by_kind[kind].plus(cell)
+        return StepFlops(functools.reduce(Parts.plus, cells.values(), Parts()), by_layer, by_kind)
+
+    def _gradient(self, equation: Equation, wanted: list[Input]) -> tuple[Flops, Flops]:
+        """Price of the gradients of an equation's weights and of its other inputs, those that are wanted."""
+        if not wanted:
+            return flops.ZERO, flops.ZERO
+        key = equation.signature, tuple(i.position for i in wanted), tuple(i.is_weight for i in wanted)
+        if key not in self._gradients:
+            weights = {i.position for i in wanted if i.is_weight}
+            every = flops.of_gradient(equation.eqn, {i.position for i in wanted}, self.backend)
+            only = every if len(weights) == len(wanted) else flops.of_gradient(equation.eqn, weights, self.backend)
+            self._gradients[key] = only, every - only
+        weights, rest = self._gradients[key]
+        return (
+            weights + Flops(sum(i.added for i in wanted if i.is_weight)),
+            rest + Flops(sum(i.added for i in wanted if not i.is_weight)),
+        )
+
+
+def account(
+    loss_fn: Callable[..., Any],
+    layers: Layers,
+    params: PyTree,
+    *inputs: Any,
+    tx: optax.GradientTransformation | None = None,
+    hold: Callable[[Frozen, PyTree], contextlib.AbstractContextManager[Any]] | None = None,
+    backend: str | None = None,
+) -> Account:
+    """Predicts what a train step costs, for any frozen set.
+
+    Scanned blocks are counted one by one. What ``jax.checkpoint`` computes a second time is counted in
+    :meth:`Account.compiled_flops` alone.
+
+    Args:
+        loss_fn: A function of ``(params, *inputs)`` to a scalar, or to a tuple whose first leaf is one. It is only
+            traced. Axes that it names (``jax.pmap``, ``jax.shard_map``) are there for the trace; the batch is then one
+            device's.
+        layers: The network's layers.
+        params: Parameter pytree; arrays or ``jax.ShapeDtypeStruct``.
+        *inputs: The batch, or ``jax.ShapeDtypeStruct`` of its shape, and what else the loss depends on; the first axis
+            of the first that has one counts the examples.
+        tx: The optimizer; without it, updates are not counted.
+        hold: From a frozen set and the parameters to a context in which its layers run as they do when frozen, where
+            that is not as active ones do (BatchNorm, dropout): in Linen, ``smartfrz_jax.linen.hold``.
+        backend: Platform that the step will run on; JAX's default.
+
+    Returns:
+        The account. It is traced here, once; for a frozen set it takes milliseconds.
+
+    Raises:
+        ValueError: If there are no inputs, or none counts examples, the loss is not a scalar or depends on no
+            parameter, or with ``tx`` a parameter belongs to no layer or ``tx`` asks for more than gradients.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from smartfrz_jax import find_layers
+        >>> params = {"a": jnp.ones((8, 8)), "b": jnp.ones((8, 8))}
+        >>> def loss(params, x):
+        ...     return (x @ params["a"] @ params["b"]).sum()
+        >>> layers = find_layers(params, loss, jnp.ones((32, 8)))
+        >>> costs = account(loss, layers, params, jnp.ones((32, 8)))
+        >>> step = costs.flops(Frozen(layers, frozenset({"a"}))).by_kind["linear"]
+        >>> step.forward, step.weight_gradients, step.activation_gradients
+        (8192.0, 4096.0, 0.0)
+    """
+    checks.function(loss_fn, "loss_fn", "a function of (params, *inputs) to a scalar loss")
+    check_layers(layers)
+    check_params(params)
+
+    def loss_of(frozen: Frozen) -> Callable[..., Any]:
+        def run(params: PyTree, *inputs: Any) -> Any:
+            with contextlib.nullcontext() if hold is None else hold(frozen, params):
+                return loss_fn(params, *inputs)
+
+        return run
+
+    return assemble(layers, loss_of, params, params, inputs, tx, backend or jax.default_backend())
+
+
+def assemble(
+    layers: Layers,
+    loss_of: Callable[[Frozen], Callable[..., Any]],
+    variables: PyTree,
+    params: PyTree,
+    inputs: tuple[Any, ...],
+    tx: optax.GradientTransformation | None,
+    backend: str,
+) -> Account:
+    """An :class:`Account` from the loss of ``(variables, *inputs)`` under every frozen set.
+
+    Args:
+        layers: The layers.
+        loss_of: The loss for a frozen set.
+        variables: The parameters, and maybe other variables.
+        params: The parameters as the optimizer sees them.
+        inputs: The batch.
+        tx: The optimizer, if any.
+        backend: Platform.
+    """
+    if tx is not None:
+        checks.transformation(tx)
+    if not inputs:
+        raise ValueError("inputs: got none; what depends on the data is traced, so pass the batch after the parameters")
+    active, held = (
+        equations.equations(Trace(loss_of(frozen), variables, inputs), layers, backend)
+        for frozen in (Frozen(layers), Frozen(layers, frozenset(layers.names)))
+    )
+    update = (
+        [0.0] * len(layers)
+        if tx is None
+        else [step_trace.update_flops(tx, layers, name, params, backend) for name in layers.names]
+    )
+
+    def trace_step(frozen: Frozen) -> Any:
+        return step_trace.trace(loss_of(frozen), frozen, variables, params, inputs, tx)
+
+    account = Account(layers, example_axis.count(inputs), active, held, update, trace_step, params, tx, backend)
+    account.flops()  # prices almost all gradients there are, here and not in somebody's training loop
+    return account

@@ -1,0 +1,79 @@
+"""A whole train step, traced: the loss, its gradients for the active layers, and the optimizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from smartfrz_jax.freezing import transform
+from smartfrz_jax.freezing.transform import Frozen
+from smartfrz_jax.jaxprs import flops, inline, named_axes
+from smartfrz_jax.layers.layers import Layers
+from smartfrz_jax.pytrees import paths
+
+PyTree = Any
+
+
+def trace(
+    loss_fn: Callable[..., Any],
+    frozen: Frozen,
+    variables: PyTree,
+    params: PyTree,
+    inputs: tuple[Any, ...],
+    tx: optax.GradientTransformation | None,
+) -> Any:
+    """A whole step, as a ``ClosedJaxpr``.
+
+    Args:
+        loss_fn: A function of ``(variables, *inputs)`` to a tree whose first leaf is the loss.
+        frozen: The frozen set; ``loss_fn`` already runs as it does then.
+        variables: The parameters, and maybe other variables.
+        params: The parameters as the optimizer sees them.
+        inputs: The batch.
+        tx: The optimizer; without it, the gradients are results.
+    """
+    active = {name: leaf for name, leaf in paths.flatten(variables).items() if name in frozen.layers.owner}
+    active = frozen.active_leaves(active)
+
+    def loss(active: PyTree, variables: PyTree, inputs: tuple[Any, ...]) -> tuple[Any, Any]:
+        out = loss_fn(paths.tree_map(lambda name, leaf: active.get(name, leaf), variables), *inputs)
+        return jax.tree.leaves(out)[0], out
+
+    def step(variables: PyTree, params: PyTree, opt_state: Any, inputs: tuple[Any, ...]) -> Any:
+        values = {name: leaf for name, leaf in paths.flatten(variables).items() if name in active}
+        (_, out), grads = jax.value_and_grad(loss, has_aux=True)(values, variables, inputs)
+        if tx is None:
+            return out, grads
+        zeros = paths.tree_map(lambda name, leaf: grads.get(name, leaf), params)
+        updates, opt_state = transform.freeze(tx, frozen).update(zeros, opt_state, params)
+        return out, transform.apply_updates(params, updates, frozen), opt_state
+
+    opt_state = None if tx is None else jax.eval_shape(transform.freeze(tx, frozen).init, params)
+    return named_axes.make_jaxpr(step)(variables, params, opt_state, inputs)
+
+
+def update_flops(tx: optax.GradientTransformation, layers: Layers, layer: str, params: PyTree, backend: str) -> float:
+    """FLOPs of the optimizer for one layer.
+
+    Raises:
+        ValueError: If it cannot do with gradients and parameters.
+    """
+    # As a partition of optax's shows the optimizer the layers that it is for.
+    shown = paths.tree_map(lambda name, leaf: leaf if layers.holding(name) == layer else optax.MaskedNode(), params)
+
+    def update(params: PyTree, grads: PyTree, opt_state: PyTree) -> tuple[PyTree, PyTree]:
+        updates, opt_state = tx.update(grads, opt_state, params)
+        return optax.apply_updates(params, updates), opt_state
+
+    try:
+        closed = jax.make_jaxpr(update)(shown, shown, jax.eval_shape(tx.init, shown))
+    except TypeError as error:
+        raise ValueError(
+            f"tx: cannot be priced, as it asks for more than gradients and parameters ({error}); leave tx out, and "
+            "updates are not counted"
+        ) from error
+    flat = inline.inline(closed, (), ()).jaxpr
+    return sum(flops.of_equation(eqn, backend).needed for eqn in inline.needed(flat, flat.outvars))

@@ -1,0 +1,341 @@
+"""Runs a policy beside a training loop: shows it what every step did, and keeps what it decides."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple
+
+from smartfrz_jax.freezing.transform import Frozen, check_frozen
+from smartfrz_jax.layers.layers import Layers, check_layers, check_params
+from smartfrz_jax.policies.base import Policy, check_policy
+from smartfrz_jax.pytrees import checkpoint, checks
+from smartfrz_jax.pytrees.file_paths import PathLike
+
+PyTree = Any
+
+_KIND = "training run"
+
+
+class FreezeEvent(NamedTuple):
+    """Layers that froze, or train again, from the same moment on.
+
+    Attributes:
+        step: Number of train steps done before.
+        names: Names of the layers that froze, front to back.
+        returned: Names of the layers that train again.
+    """
+
+    step: int
+    names: tuple[str, ...]
+    returned: tuple[str, ...] = ()
+
+
+class Pending(NamedTuple):
+    """A decision that has not taken effect yet.
+
+    Attributes:
+        due: Number of train steps after which it does.
+        frozen: The frozen set from then on.
+    """
+
+    due: int
+    frozen: Frozen
+
+
+class Freezer:
+    """A policy at work on one network.
+
+    The front doors ``smartfrz_jax.nnx.Freezer`` and ``smartfrz_jax.linen.Freezer`` drive it from a training loop; use
+    it directly in a loop of another form.
+
+    Args:
+        policy: The policy.
+        layers: The network's layers.
+        params: Its parameter pytree at the start of the run.
+        step: Number of train steps already done.
+        frozen: Layers that are frozen already; they stay so, whatever the policy decides. So do those that are frozen
+            by hand later, see :meth:`adopt`.
+        lead: Steps from a decision to its effect: time in which the program for it can be compiled. What is decided
+            meanwhile waits for the next. So a run does not depend on how fast programs are compiled.
+        min_saving: Share of a step's FLOPs that a change must save; what saves less is gathered until it does. Layers
+            that are to train again do so at once.
+        saving: The share that going from the second frozen set to the first saves: an account's ``saving``.
+
+    Attributes:
+        frozen: The frozen set from now on.
+        pending: What will take effect next, if anything.
+        events: What froze when, in order.
+        policy_state: The policy's state.
+
+    Raises:
+        TypeError: If ``policy`` is not a :class:`~smartfrz_jax.Policy`, ``layers`` no
+            :class:`~smartfrz_jax.Layers`, ``frozen`` no :class:`~smartfrz_jax.Frozen` or ``saving`` no function.
+        ValueError: If the policy names a layer that the network does not have, ``params`` or ``frozen`` is of another
+            network, ``step`` or ``lead`` is no number of steps, or
+            ``min_saving`` is no share or there is nothing to predict it with.
+    """
+
+    def __init__(
+        self,
+        policy: Policy,
+        layers: Layers,
+        params: PyTree,
+        *,
+        step: int = 0,
+        frozen: Frozen | None = None,
+        lead: int = 0,
+        min_saving: float = 0.0,
+        saving: Callable[[Frozen, Frozen], float] | None = None,
+    ):
+        check_policy(policy)
+        check_layers(layers)
+        checks.count(step, "step", least=0)
+        checks.count(lead, "lead", least=0)
+        expected = "a share of a step's FLOPs, from 0 to below 1"
+        if not 0 <= checks.number(min_saving, "min_saving", expected) < 1:
+            raise ValueError(f"min_saving: got {min_saving}, expected {expected}")
+        if saving is not None:
+            checks.function(saving, "saving", "a function of two frozen sets, such as the account's saving")
+        if frozen is not None:
+            check_frozen(frozen, layers)
+        _check_of_layers(params, layers)
+        if min_saving and saving is None:
+            raise ValueError(
+                f"min_saving: got {min_saving}, but nothing predicts what freezing saves; give TrainStep the account"
+            )
+        self.policy = policy
+        self.layers = layers
+        self._lead, self._min_saving, self._saving = int(lead), min_saving, saving
+        self.pending: Pending | None = None
+        self._is_prepared = False
+        self.steps = step
+        self.frozen = Frozen(layers) if frozen is None else frozen
+        self._from_start = self.frozen.names
+        self.events: list[FreezeEvent] = []
+        self.policy_state = policy.init(layers, params)
+        # What a checkpoint may hold: by then the state may have dropped what an earlier one had.
+        self._initial_state = checkpoint.outline(self.policy_state)
+
+    def observe(
+        self, params: Callable[[], PyTree], *, prepare: Callable[[Frozen], None] | None = None, **signals: Any
+    ) -> Frozen:
+        """Shows the policy the outcome of one train step.
+
+        Args:
+            params: A function without arguments that gives the parameter pytree after the step.
+            prepare: Called with a frozen set that will take effect later, so that its program can be compiled.
+            **signals: Further signals, see ``smartfrz_jax.policies.base.UpdateFn``.
+
+        Returns:
+            The frozen set from now on: the same object if nothing changed.
+
+        Raises:
+            TypeError: If ``params`` or ``prepare`` is no function, or the policy does not return names of layers and
+                its state.
+            ValueError: If it names a layer that the network does not have.
+        """
+        checks.function(params, "params", "a function without arguments that gives the parameters after the step")
+        if prepare is not None:
+            checks.function(prepare, "prepare", "a function of the frozen set that will take effect")
+        if signals.get("loss") is not None:
+            checks.scalar(signals["loss"], "loss", "a scalar; pass the mean over the batch")
+        self.steps += 1
+        names, self.policy_state = _decision(
+            self.policy.update(
+                self.policy_state, self.layers, step=self.steps, params=params, frozen=self._from_start, **signals
+            )
+        )
+        names = names | self._from_start
+        if self.pending is None and names != self.frozen.names:
+            wanted = Frozen(self.layers, frozenset(self.layers.check(names, "policy's decision")))
+            if self._is_worth(wanted):
+                self.pending, self._is_prepared = Pending(self.steps + self._lead, wanted), self._lead == 0
+        if self.pending is not None:
+            if not self._is_prepared and prepare is not None:
+                prepare(self.pending.frozen)
+            self._is_prepared = True
+            if self.steps >= self.pending.due:
+                self._take_effect(self.pending.frozen)
+        return self.frozen
+
+    def adopt(self, frozen: Frozen) -> None:
+        """Takes over what was frozen by hand since the last step: it stays so, as what was frozen at the start.
+
+        Args:
+            frozen: The frozen set with which the loop works.
+
+        Raises:
+            ValueError: If it is of another network, or layers train that the freezer has frozen.
+        """
+        check_frozen(frozen)
+        if frozen == self.frozen:
+            return
+        if frozen.layers != self.layers:
+            raise ValueError(
+                f"frozen: is of a network with the layers {_text(frozen.layers.names)}, expected those of the freezer, "
+                f"{_text(self.layers.names)}; freeze by names, or make another Freezer"
+            )
+        if not self.frozen.names <= frozen.names:
+            raise ValueError(
+                f"frozen: got {_text(frozen.names)}, but the freezer has frozen {_text(self.frozen.names)}, and they "
+                "stay until the policy decides otherwise; go on from what its step returned, freeze its `frozen` "
+                "again, or make another Freezer"
+            )
+        by_hand = frozen.names - self.frozen.names
+        self._from_start |= by_hand
+        pending = self.pending
+        self._take_effect(frozen)
+        if pending is not None and (wanted := pending.frozen.add(by_hand)) != frozen:
+            self.pending, self._is_prepared = Pending(pending.due, wanted), False
+
+    def _is_worth(self, wanted: Frozen) -> bool:
+        if self._saving is None or not self.frozen.names <= wanted.names:
+            return True
+        return self._saving(wanted, self.frozen) >= self._min_saving
+
+    def _take_effect(self, frozen: Frozen) -> None:
+        before, after = self.frozen.names, frozen.names
+        names, returned = (
+            tuple(n for n in self.layers.names if n in some) for some in (after - before, before - after)
+        )
+        self.events.append(FreezeEvent(self.steps, names, returned))
+        self.frozen, self.pending = frozen, None
+
+    def save_run(self, path: PathLike, run: PyTree, *, overwrite: bool = False) -> None:
+        """Writes a pytree of the run's arrays together with the policy's state and the frozen set.
+
+        Args:
+            path: Directory to make.
+            run: Pytree of arrays: parameters, optimizer state, whatever else the run goes on with.
+            overwrite: Whether to replace a checkpoint that is there.
+
+        Raises:
+            FileExistsError: If ``path`` exists and ``overwrite`` is false.
+            TypeError: If the policy's state holds what is neither an array nor a number.
+        """
+        metadata = {
+            "layers": list(self.layers.names),
+            "frozen": sorted(self.frozen.names),
+            "from_start": sorted(self._from_start),
+            "policy": dict(self.policy.options),
+            "steps": self.steps,
+            "pending": self.pending and [self.pending.due, sorted(self.pending.frozen.names)],
+            "events": [[event.step, list(event.names), list(event.returned)] for event in self.events],
+        }
+        checkpoint.write(path, {"run": run, "policy": self.policy_state}, _KIND, metadata, overwrite=overwrite)
+
+    def saved_frozen(self, path: PathLike) -> Frozen:
+        """The frozen set of a checkpoint, which the arrays given to :meth:`restore_run` must have the structure of.
+
+        Raises:
+            FileNotFoundError: If there is no such directory.
+            ValueError: If it is not a complete checkpoint, or of a network with other layers or another policy.
+        """
+        metadata = checkpoint.read_metadata(path, _KIND)
+        if metadata["layers"] != list(self.layers.names):
+            differing = sorted(set(metadata["layers"]).symmetric_difference(self.layers.names))
+            raise ValueError(
+                f"path: {path} was saved with {len(metadata['layers'])} layers, this network has {len(self.layers)}; "
+                f"in only one of them: {', '.join(differing[:5]) or 'none, but the order differs'}. "
+                "Build the network and its layers as for the saved run"
+            )
+        _check_policy_of(path, metadata.get("policy", {}), json.loads(json.dumps(dict(self.policy.options))))
+        return Frozen(self.layers, frozenset(metadata["frozen"]))
+
+    def restore_run(self, path: PathLike, run: PyTree) -> PyTree:
+        """Reads what :meth:`save_run` wrote; the policy goes on from where it was.
+
+        Args:
+            path: Directory of the checkpoint.
+            run: Pytree of arrays or ``jax.ShapeDtypeStruct``, of the structure that was saved.
+
+        Returns:
+            The saved arrays.
+
+        Raises:
+            FileNotFoundError: If there is no such directory.
+            ValueError: If the checkpoint is damaged or does not fit; nothing has changed then.
+        """
+        frozen = self.saved_frozen(path)
+        policy = checkpoint.with_dropped(path, self._initial_state, _KIND, prefix="['policy']")
+        saved = checkpoint.read(path, {"run": run, "policy": policy}, _KIND)
+        metadata = checkpoint.read_metadata(path, _KIND)
+        self.frozen, self.policy_state, self.steps = frozen, saved["policy"], metadata["steps"]
+        self._from_start = frozenset(metadata["from_start"])
+        self.pending, self._is_prepared = None, False
+        if metadata["pending"] is not None:
+            due, names = metadata["pending"]
+            self.pending = Pending(due, Frozen(self.layers, frozenset(names)))
+        self.events = [FreezeEvent(step, tuple(names), tuple(back)) for step, names, back in metadata["events"]]
+        return saved["run"]
+
+
+def _check_policy_of(path: PathLike, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raises ``ValueError`` if a checkpoint is of a policy with other options, where both are known."""
+    differing = [name for name in saved.keys() | own.keys() if saved.get(name) != own.get(name)]
+    if saved and own and differing:
+        name = "name" if "name" in differing else min(differing)
+        raise ValueError(
+            f"path: {path} was saved with the policy {saved.get('name')!r} and {name}={checks.got(saved.get(name))}, "
+            f"expected {name}={checks.got(own.get(name))}, as this run's policy {own.get('name')!r} has it "
+            f"({len(differing)} options differ); make the policy as for the saved run, or begin a new run from its "
+            "weights"
+        )
+
+
+def _decision(returned: Any) -> tuple[frozenset[str], PyTree]:
+    """What a policy returned: names of layers, and its state."""
+    if not isinstance(returned, tuple | list) or len(returned) != 2:
+        raise TypeError(
+            f"policy: its update returned {checks.got(returned)}, expected the pair (names of layers, state)"
+        )
+    names, state = returned
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise TypeError(f"policy: its update decided on {checks.got(names)}, expected a frozenset of names of layers")
+    names = frozenset(names)
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"policy: its update named a layer {checks.got(name)}, expected a string")
+    return names, state
+
+
+def check_options(policy: Any, features: Any, train_step: Any, steps: tuple[type, ...]) -> None:
+    """Checks what both front doors are given.
+
+    Args:
+        policy: The policy.
+        features: A function to the layers' outputs, or ``None``.
+        train_step: The compiled step, or ``None``.
+        steps: The types that it may have.
+
+    Raises:
+        TypeError: If one is of another type.
+        ValueError: If the policy needs features, and there are none.
+    """
+    check_policy(policy)
+    expected = "a function to the layers' outputs on a probe batch, by layer name"
+    if features is not None:
+        checks.function(features, "features", expected)
+    elif "features" in policy.needs:
+        raise ValueError(f"features: got none, but the policy looks at them, expected {expected}")
+    if train_step is not None and not isinstance(train_step, steps):
+        raise TypeError(
+            f"train_step: got {checks.got(train_step)}, expected a {' or '.join(step.__name__ for step in steps)}"
+        )
+
+
+def _check_of_layers(params: PyTree, layers: Layers) -> None:
+    """Raises ``ValueError`` unless parameters are those of the layers."""
+    found = check_params(params)
+    for name in layers.owner:
+        if name not in found:
+            raise ValueError(
+                f"params: got {len(found)} without {name!r} of layer {layers.owner[name]!r}, expected those that the "
+                "layers were found for"
+            )
+
+
+def _text(names: Iterable[str]) -> str:
+    names = sorted(names)
+    return (", ".join(names[:5]) or "nothing") + (f" and {len(names) - 5} more" if len(names) > 5 else "")

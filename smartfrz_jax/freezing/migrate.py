@@ -1,0 +1,224 @@
+"""The state of an optimizer when the frozen set changes: what is dropped, what goes on, what starts afresh."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+from jax.tree_util import keystr, tree_leaves_with_path
+
+from smartfrz_jax.freezing.accumulation import WindowState, averages, clock_of, partial_sums, start_windows
+from smartfrz_jax.freezing.partition import ACTIVE, FROZEN, unshared
+from smartfrz_jax.freezing.transform import Frozen, check_frozen, freeze
+from smartfrz_jax.layers.layers import Layers, check_params
+from smartfrz_jax.pytrees import checks
+
+PyTree = Any
+
+
+def migrate(
+    opt_state: Any,
+    tx: optax.GradientTransformation,
+    params: PyTree,
+    frozen: Frozen,
+    *,
+    kept: Mapping[str, Any] | None = None,
+) -> Any:
+    """Optimizer state for a new frozen set, every value kept that the new state has a place for.
+
+    State of layers that freeze is dropped (its memory is free once the old state is), that of layers that stay active
+    is carried over unchanged, as the same arrays, that of layers that return is initialised afresh, or taken from
+    ``kept``. Shared state such as step counts goes on in either case;
+    :class:`~smartfrz_jax.freezing.returning.Kept` says what this means for Adam. Gradients that were accumulated for an
+    update to come, as ``optax.MultiSteps`` does, are of no use later: they start afresh even with ``kept``, and a layer
+    that returns amid a window of ``MultiSteps`` takes the average over what is left of it.
+
+    No two arrays of the new state share their memory, nor with ``params``, so that both can be donated.
+
+    Args:
+        opt_state: State of ``freeze(tx, other)`` for any other set, or of ``tx`` itself.
+        tx: The optax transformation.
+        params: Parameter pytree.
+        frozen: The new frozen set.
+        kept: What :func:`dropped` gave when the layers that return froze. It is placed as fresh state would be: with
+            the sharding of the parameter, as far as ``tx`` gives it that.
+
+    Returns:
+        State of ``freeze(tx, frozen)``.
+
+    Raises:
+        ValueError: If a value is missing, left over, or has another shape or dtype than ``tx`` gives it for ``params``,
+            or ``tx`` keeps state that cannot be split by layer, as ``optax.flatten`` does.
+    """
+    checks.transformation(tx)
+    check_frozen(frozen)
+    check_params(params)
+    if kept is not None:
+        checks.by_name(kept, "kept", "what was dropped when the layers froze, by key path, or None")
+    for leaf in jax.tree.leaves(opt_state):
+        if not hasattr(leaf, "shape") and not isinstance(leaf, bool | int | float):
+            raise TypeError(f"opt_state: got {checks.got(leaf)} in it, expected the state of tx, a pytree of arrays")
+    opt_state = _with_groups(opt_state, tx, params)
+    old = by_path(opt_state)
+    abstract = _abstract(opt_state, tx, params, frozen)
+    wanted = by_path(abstract)
+    unfit = _unfit(old, wanted, dropped=_masked(opt_state), absent=_masked(abstract))
+    if unfit is not None:
+        got = f"{unfit} is {_text(old.get(unfit))}, but tx makes it {_text(wanted.get(unfit))}"
+        if _is_of_all_layers(unfit, tx, params, frozen.layers):
+            raise ValueError(
+                f"opt_state: {got} with this frozen set; state that is not shaped like the parameters cannot be split "
+                "by layer. Leave out of tx what joins them: optax.flatten(optax.adam(0.1)) is optax.adam(0.1)"
+            )
+        raise ValueError(
+            f"opt_state: {got} for these params; pass the tx that made opt_state, and the params it was made for"
+        )
+    source = old
+    if wanted.keys() - old.keys():  # a layer returns
+        fresh = {path: leaf for path, leaf in by_path(freeze(tx, frozen).init(params)).items() if path not in old}
+        if kept is not None:
+            worth = _worth_keeping(abstract)
+            fresh |= {path: _put_back(kept, path, leaf) for path, leaf in fresh.items() if path in worth}
+        fresh |= {path: old[clock] for path in fresh if (clock := clock_of(path)) in old}
+        source = old | fresh
+    return unshared(jax.tree_util.tree_map_with_path(lambda path, _: source[keystr(path)], abstract), params)
+
+
+def unfrozen_opt_state(opt_state: Any, tx: optax.GradientTransformation, params: PyTree, layers: Layers) -> Any:
+    """The optimizer's own state, as ``tx`` makes it for all parameters, for code that reads or changes that.
+
+    Frozen layers have what ``tx`` would start with from their present weights. So
+    ``optax.contrib.schedule_free_eval_params`` gives their weights as they are, and the gradient that
+    ``optax.value_and_grad_from_state`` finds for them is zero.
+
+    Args:
+        opt_state: State of ``freeze(tx, frozen)`` for any frozen set.
+        tx: The optax transformation.
+        params: Parameter pytree.
+        layers: The network's layers.
+
+    Returns:
+        State of ``tx``; :func:`migrate` takes it back.
+
+    Raises:
+        ValueError: As :func:`migrate` does.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from smartfrz_jax import find_layers
+        >>> from smartfrz_jax.pytrees import checks
+        >>> params = {"a": {"kernel": jnp.ones((2, 2))}, "b": {"kernel": jnp.ones((2, 2))}}
+        >>> layers = find_layers(params, lambda p, x: x @ p["a"]["kernel"] @ p["b"]["kernel"], jnp.ones((1, 2)))
+        >>> tx = optax.inject_hyperparams(optax.adam)(learning_rate=0.1)
+        >>> frozen = Frozen(layers, frozenset({"a"}))
+        >>> opt_state = freeze(tx, frozen).init(params)
+        >>> own = unfrozen_opt_state(opt_state, tx, params, layers)
+        >>> own.hyperparams["learning_rate"] = jnp.float32(0.01)
+        >>> opt_state = migrate(own, tx, params, frozen)
+    """
+    own = migrate(opt_state, tx, params, Frozen(layers)).inner_states[ACTIVE].inner_state
+    return own.inner_state if isinstance(own, WindowState) else own
+
+
+def dropped(opt_state: Any, tx: optax.GradientTransformation, params: PyTree, frozen: Frozen) -> dict[str, Any]:
+    """What :func:`migrate` to a new frozen set drops and can take back: state of layers that freeze, by key path.
+
+    Args:
+        opt_state: State of ``freeze(tx, other)`` for any other set, or of ``tx`` itself.
+        tx: The optax transformation.
+        params: Parameter pytree.
+        frozen: The new frozen set.
+    """
+    opt_state = _with_groups(opt_state, tx, params)
+    wanted = by_path(_abstract(opt_state, tx, params, frozen))
+    kept = _worth_keeping(opt_state)
+    return {path: leaf for path, leaf in by_path(opt_state).items() if path in kept and path not in wanted}
+
+
+def by_path(tree: Any) -> dict[str, Any]:
+    """Leaves of a pytree by key path, as ``jax.tree_util.keystr`` writes it."""
+    return {keystr(path): leaf for path, leaf in tree_leaves_with_path(tree)}
+
+
+def _abstract(opt_state: Any, tx: optax.GradientTransformation, params: PyTree, frozen: Frozen) -> Any:
+    """The state for another frozen set, with shapes in place of arrays."""
+
+    def is_monitor(node: Any) -> bool:
+        return isinstance(node, optax.MonitorState)
+
+    # What is measured is in the state from the first update on, not as it is made.
+    states = tree_leaves_with_path(opt_state, is_leaf=is_monitor)
+    measured = {keystr(path): node.measurements for path, node in states if is_monitor(node)}
+
+    def with_measurements(path: Any, node: Any) -> Any:
+        return node._replace(measurements=measured.get(keystr(path), {})) if is_monitor(node) else node
+
+    made = jax.eval_shape(freeze(tx, frozen).init, params)
+    return jax.tree_util.tree_map_with_path(with_measurements, made, is_leaf=is_monitor)
+
+
+def _with_groups(opt_state: Any, tx: optax.GradientTransformation, params: PyTree) -> Any:
+    """A state of ``tx`` itself as one of ``freeze(tx, nothing)``; one of ``freeze(tx, other)`` as it is."""
+    # Where tx itself is a multi_transform, the type alone does not tell its own state from that of freeze(tx, other).
+    if not isinstance(opt_state, optax.MultiTransformState) or (
+        by_path(opt_state).keys() == by_path(jax.eval_shape(tx.init, params)).keys()
+    ):
+        if averages(tx) and isinstance(opt_state, optax.MultiStepsState):
+            opt_state = start_windows(opt_state, params)
+        return optax.MultiTransformState(
+            {ACTIVE: optax.MaskedState(opt_state), FROZEN: optax.MaskedState(optax.EmptyState())}
+        )
+    return opt_state
+
+
+def _worth_keeping(opt_state: Any) -> set[str]:
+    """Paths of a state without those of gradients that wait for an update, and of the clock that they go by."""
+    waiting, paths = tuple(partial_sums(opt_state)), by_path(opt_state).keys()
+    return {path for path in paths if not path.startswith(waiting) and clock_of(path) not in paths}
+
+
+def _put_back(kept: Mapping[str, Any], path: str, fresh: Any) -> jax.Array:
+    """A value that was put aside, on the devices on which a fresh one would be."""
+    if _text(kept.get(path)) != _text(fresh):
+        raise ValueError(
+            f"kept: {path} is {_text(kept.get(path))}, but tx makes it {_text(fresh)}; pass all that was dropped when "
+            "the layers that return froze, or None to let them start afresh"
+        )
+    # A copy: on a CPU the array could share its memory with NumPy's, which a step that donates it would write over.
+    value = jax.numpy.array(kept[path])
+    return jax.device_put(value, fresh.sharding) if fresh.committed else value
+
+
+def _unfit(old: dict[str, Any], wanted: dict[str, Any], *, dropped: list[str], absent: list[str]) -> str | None:
+    """Path at which the two differ, beside the leaves of layers that return (``dropped``) or freeze (``absent``)."""
+    for path in [*wanted, *(path for path in old if path not in wanted)]:
+        got, expected = _text(old.get(path)), _text(wanted.get(path))
+        masked = dropped if path not in old else absent if path not in wanted else ()
+        if got != expected and not any(path.startswith(prefix) for prefix in masked):
+            return path
+    return None
+
+
+def _is_of_all_layers(path: str, tx: optax.GradientTransformation, params: PyTree, layers: Layers) -> bool:
+    """Whether ``tx`` makes the value at a path for all active layers together: it has another shape for fewer."""
+    if len(layers) < 2:
+        return False
+    some = (Frozen(layers), Frozen(layers, frozenset(layers.names[:1])))
+    values = [by_path(jax.eval_shape(freeze(tx, frozen).init, params)).get(path) for frozen in some]
+    return None not in values and _text(values[0]) != _text(values[1])
+
+
+def _masked(tree: Any) -> list[str]:
+    """Paths at which a transformation has dropped the state of a parameter."""
+
+    def is_masked(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode)
+
+    return [keystr(path) for path, node in tree_leaves_with_path(tree, is_leaf=is_masked) if is_masked(node)]
+
+
+def _text(leaf: Any) -> str:
+    return "missing" if leaf is None else f"{jax.numpy.result_type(leaf)}{list(np.shape(leaf))}"

@@ -1,0 +1,199 @@
+"""Freezing layers so that the compiled step really gets cheaper.
+
+Three things make it so. ``stop_gradient`` on the frozen leaves before differentiation, so that nothing downstream (a
+global norm, a clip) can ask for their gradients. ``optax.multi_transform`` over the whole, unchanged parameter tree, so
+that weight decay and momentum cannot move them and their optimizer state goes. And a frozen set that is *static*: a
+mask known only at run time saves nothing, for the program must then be able to do the full work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+import optax
+
+from smartfrz_jax.freezing.partition import ACTIVE, FROZEN, partition
+from smartfrz_jax.layers.layers import Layers, check_layers
+from smartfrz_jax.pytrees import checks, paths
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Frozen:
+    """Which layers of a network are frozen: immutable and hashable, to be a static argument of the train step.
+
+    Attributes:
+        layers: The layers of the network.
+        names: Names of the frozen ones.
+
+    Raises:
+        ValueError: If a name is not a layer of the network.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from smartfrz_jax import find_layers
+        >>> params = {"a": {"kernel": jnp.ones((2, 2))}, "b": {"kernel": jnp.ones((2, 2))}}
+        >>> layers = find_layers(params, lambda p, x: x @ p["a"]["kernel"] @ p["b"]["kernel"], jnp.ones((1, 2)))
+        >>> Frozen(layers).add(["a"]).active
+        ('b',)
+    """
+
+    layers: Layers
+    names: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        check_layers(self.layers)
+        object.__setattr__(self, "names", frozenset(self.layers.check(self.names, "names")))
+
+    @classmethod
+    def of_mask(cls, layers: Layers, mask: np.ndarray) -> Frozen:
+        """The frozen set of a boolean mask of shape ``(layers,)``, true where frozen.
+
+        Raises:
+            TypeError: If ``layers`` are no :class:`~smartfrz_jax.Layers`, or it is of no booleans.
+            ValueError: If it has another shape.
+        """
+        check_layers(layers)
+        if np.shape(mask) != (len(layers),):
+            raise ValueError(f"mask: got shape {np.shape(mask)}, expected {(len(layers),)}, a boolean for each layer")
+        checks.booleans(np.asarray(mask), "mask", "an array of bool, a boolean for each layer")
+        return cls(layers, frozenset(name for name, frozen in zip(layers.names, mask, strict=True) if frozen))
+
+    def add(self, names: Iterable[str]) -> Frozen:
+        """This set and the layers of ``names``."""
+        return Frozen(self.layers, self.names.union(self.layers.check(names, "names")))
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """Names of the layers that train, front to back."""
+        return tuple(name for name in self.layers.names if name not in self.names)
+
+    @property
+    def mask(self) -> np.ndarray:
+        """Boolean array of shape ``(layers,)``, true where frozen."""
+        return np.array([name in self.names for name in self.layers.names], bool)
+
+    @functools.cached_property
+    def params(self) -> frozenset[str]:
+        """Names of the frozen parameters."""
+        return frozenset(param for layer in self.layers if layer.name in self.names for param in layer.params)
+
+    def labels(self, params: PyTree) -> PyTree:
+        """``'frozen'`` or ``'train'`` for every leaf of ``params``: labels for ``optax.multi_transform``."""
+        return paths.tree_map(lambda name, _: FROZEN if self._is_frozen(name) else ACTIVE, params)
+
+    def stop_gradient(self, params: PyTree) -> PyTree:
+        """``params`` with ``jax.lax.stop_gradient`` on the frozen leaves."""
+        return paths.tree_map(lambda name, leaf: jax.lax.stop_gradient(leaf) if self._is_frozen(name) else leaf, params)
+
+    def active_leaves(self, tree: PyTree) -> dict[str, Any]:
+        """Leaves of the layers that train, by name, of a tree shaped like the parameters."""
+        return {name: leaf for name, leaf in paths.flatten(tree).items() if not self._is_frozen(name)}
+
+    def _is_frozen(self, param: str) -> bool:
+        return self.layers.holding(param) in self.names
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.layers, self.names))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"layers": self.layers, "names": self.names}  # not what is cached, as of Layers
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (
+            isinstance(other, Frozen) and self.names == other.names and self.layers == other.layers
+        )
+
+
+def check_frozen(frozen: Any, layers: Layers | None = None) -> None:
+    """Checks that a frozen set is one, and of a network.
+
+    Args:
+        frozen: The frozen set.
+        layers: The layers of the network; ``None`` for any.
+
+    Raises:
+        TypeError: If it is something else.
+        ValueError: If it is of a network with other layers.
+    """
+    checks.instance(frozen, Frozen, "frozen", "a smartfrz_jax.Frozen; make it with Frozen(layers, names)")
+    if layers is not None and frozen.layers != layers:
+        raise ValueError(
+            f"frozen: got a set of a network of {len(frozen.layers)} layers ({', '.join(frozen.layers.names[:2])}, "
+            f"...), expected one of the {len(layers)} layers of this network ({', '.join(layers.names[:2])}, ...); "
+            "make it with Frozen(layers, names)"
+        )
+
+
+def value_and_grad(loss_fn: Callable[..., Any], frozen: Frozen, *, has_aux: bool = False) -> Callable[..., Any]:
+    """``jax.value_and_grad`` with respect to the first argument, without the work for frozen layers.
+
+    The gradients of frozen leaves are exact zeros, so norms and clips over all gradients are over the active layers.
+
+    Args:
+        loss_fn: A function of ``(params, *args, **kwargs)`` to a scalar, or to ``(scalar, aux)`` with ``has_aux``.
+        frozen: The frozen set; static.
+        has_aux: As in ``jax.value_and_grad``.
+
+    Returns:
+        A function of the same arguments to ``(value, grads)``.
+
+    Raises:
+        TypeError: If ``loss_fn`` is no function, ``frozen`` no :class:`Frozen`, or ``has_aux`` no boolean.
+    """
+    checks.function(loss_fn, "loss_fn", "a function of (params, *args) to a scalar loss")
+    check_frozen(frozen)
+    checks.flag(has_aux, "has_aux")
+
+    def with_frozen(params: PyTree, *args: Any, **kwargs: Any) -> Any:
+        return loss_fn(frozen.stop_gradient(params), *args, **kwargs)
+
+    return jax.value_and_grad(with_frozen, has_aux=has_aux)
+
+
+def freeze(tx: optax.GradientTransformation, frozen: Frozen) -> optax.GradientTransformationExtraArgs:
+    """``tx`` for the active layers, nothing for the frozen ones, over the whole parameter tree.
+
+    Everything that belongs to the optimizer (clipping, weight decay, averaging) goes inside ``tx``. Of further
+    arguments of ``update``, such as ``grad`` and ``value_fn`` of ``optax.lbfgs``, ``tx`` sees the active layers alone;
+    take them from :func:`value_and_grad`. Functions that read an optimizer's state, such as
+    ``optax.value_and_grad_from_state``, need what :func:`~smartfrz_jax.freezing.migrate.unfrozen_opt_state` gives.
+
+    Args:
+        tx: Any optax gradient transformation.
+        frozen: The frozen set.
+
+    Returns:
+        ``optax.multi_transform`` with labels from ``frozen``. Transformations of equal ``tx`` and ``frozen`` are equal.
+
+    Raises:
+        TypeError: If ``tx`` is no transformation, or ``frozen`` no :class:`Frozen`.
+    """
+    checks.transformation(tx)
+    check_frozen(frozen)
+    return partition(tx, frozen)
+
+
+def apply_updates(params: PyTree, updates: PyTree, frozen: Frozen) -> PyTree:
+    """``optax.apply_updates`` that returns frozen leaves as they are, bit for bit and without touching their memory.
+
+    Raises:
+        TypeError: If ``frozen`` is no :class:`Frozen`.
+        ValueError: If ``updates`` have other leaves or shapes than ``params``, or these are of another network.
+    """
+    check_frozen(frozen)
+    checks.same_leaves(updates, params, "updates", but=frozen.params)
+    updated = optax.apply_updates(params, updates)
+    return paths.tree_map(
+        lambda name, old, new: old if frozen.layers.holding(name) in frozen.names else new, params, updated
+    )

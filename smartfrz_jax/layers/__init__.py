@@ -1,0 +1,1 @@
+"""What a layer is, how layers are found, and their outputs."""

@@ -1,0 +1,202 @@
+"""The layers of a network, the unit in which training is frozen.
+
+Every parameter is in exactly one layer, and layers are in forward order.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, overload
+
+import jax
+import jax.numpy as jnp
+
+from smartfrz_jax.pytrees import checks, paths
+
+PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """A group of parameters that freezes as one.
+
+    Attributes:
+        name: Name, unique in the network; usually the path of the module that holds the kernel.
+        params: Names of its parameters (see :mod:`smartfrz_jax.pytrees.paths`).
+        kernels: Those of them whose weights stand for the layer where it is sampled; never empty.
+        state: Names of the variables beside the parameters that belong to it (NNX only): the statistics of its
+            BatchNorm, the random streams of the dropout behind it (of one behind several layers, in each of them).
+    """
+
+    name: str
+    params: tuple[str, ...]
+    kernels: tuple[str, ...]
+    state: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Layers(Sequence[Layer]):
+    """The layers of a network, front to back: an immutable, hashable sequence of :class:`Layer`.
+
+    A layer that is used again behind others, such as an embedding that is the classifier too, comes where it is used
+    last, so policies that go by depth freeze it late, and keep it if it is the head. The layers in between save less
+    then: gradients pass through them, frozen or not, to its first use. To have it freeze early, freeze it by name. To
+    freeze the first use alone, put its output through ``jax.lax.stop_gradient``, under a flag that is static (an
+    argument of the loss, an attribute of the module): then the layers in between save all that they could, and the
+    parameter goes on training by way of its last use.
+
+    Example:
+        >>> from smartfrz_jax import Frozen, account, find_layers
+        >>> params, tokens = {"embed": jnp.ones((9, 8)), "body": jnp.ones((8, 8))}, jnp.arange(4)
+        >>> def loss(params, tokens, stop=False):
+        ...     x = params["embed"][tokens]
+        ...     x = jax.lax.stop_gradient(x) if stop else x
+        ...     return (x @ params["body"] @ params["embed"].T).mean()
+        >>> layers = find_layers(params, loss, tokens)
+        >>> layers.names
+        ('body', 'embed')
+        >>> frozen = Frozen(layers, frozenset({"body"}))
+        >>> costs = account(loss, layers, params, tokens)
+        >>> stopped = account(functools.partial(loss, stop=True), layers, params, tokens)
+        >>> [costs.flops(frozen).by_layer["body"].activation_gradients for costs in (costs, stopped)]
+        [512.0, 0.0]
+    """
+
+    entries: tuple[Layer, ...]
+
+    def __post_init__(self) -> None:
+        expected = "a tuple of smartfrz_jax.Layer"
+        checks.instance(self.entries, tuple, "entries", expected)
+        for layer in self.entries:
+            checks.instance(layer, Layer, "entries", expected)
+
+    @functools.cached_property
+    def names(self) -> tuple[str, ...]:
+        """Layer names, front to back."""
+        return tuple(layer.name for layer in self.entries)
+
+    @functools.cached_property
+    def owner(self) -> Mapping[str, str]:
+        """Name of the layer that holds a parameter, by parameter name."""
+        return {param: layer.name for layer in self.entries for param in layer.params}
+
+    @property
+    def head(self) -> str:
+        """Name of the layer that is used last; its weights are the classifier, even if they are an embedding too."""
+        return self.names[-1]
+
+    def holding(self, param: str) -> str:
+        """Name of the layer that holds a parameter.
+
+        Raises:
+            ValueError: If none does.
+        """
+        checks.instance(param, str, "param", "the name of a parameter, a string")
+        if param not in self.owner:
+            raise ValueError(
+                f"params: {param!r} belongs to no layer, expected parameters that the layers were found for "
+                f"({', '.join(list(self.owner)[:3])}, ...); call find_layers on the parameters that train"
+            )
+        return self.owner[param]
+
+    def check(self, names: Iterable[str], argument: str) -> tuple[str, ...]:
+        """Returns the layer names in forward order.
+
+        Args:
+            names: Layer names.
+            argument: What to call ``names`` in the error.
+
+        Raises:
+            TypeError: If they are no names.
+            ValueError: If one of them is not a layer of this network.
+        """
+        wanted = set(checks.names(names, argument))
+        for unknown in sorted(wanted.difference(self.names)):
+            near = difflib.get_close_matches(unknown, self.names, n=3, cutoff=0.4) or self.names[:3]
+            raise ValueError(
+                f"{argument}: no layer is called {unknown!r}; did you mean {' or '.join(map(repr, near))}? "
+                f"The network's {len(self)} layers are in its Layers' `names`"
+            )
+        return tuple(name for name in self.names if name in wanted)
+
+    @overload
+    def __getitem__(self, index: int) -> Layer: ...
+    @overload
+    def __getitem__(self, index: slice) -> tuple[Layer, ...]: ...
+    def __getitem__(self, index: int | slice) -> Layer | tuple[Layer, ...]:
+        return self.entries[index]
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def __iter__(self) -> Iterator[Layer]:
+        return iter(self.entries)
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash(self.entries)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"entries": self.entries}  # not what is cached: another process hashes strings to other numbers
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Layers) and self.entries == other.entries)
+
+
+def check_layers(layers: Any, argument: str = "layers") -> None:
+    """Raises ``TypeError`` unless ``layers`` are :class:`Layers`."""
+    checks.instance(
+        layers,
+        Layers,
+        argument,
+        "a smartfrz_jax.Layers; find them with find_layers, of smartfrz_jax, smartfrz_jax.nnx or smartfrz_jax.linen",
+    )
+
+
+def check_leaves(tree: PyTree, argument: str) -> dict[str, Any]:
+    """Leaves of a pytree of arrays by name.
+
+    Raises:
+        TypeError: If one is no array.
+        ValueError: If there are none.
+    """
+    leaves = paths.flatten(tree)
+    if not leaves:
+        raise ValueError(f"{argument}: got a pytree without leaves ({jax.tree.structure(tree)}), expected arrays")
+    for name, leaf in leaves.items():
+        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+            raise TypeError(f"{argument}: leaf {name!r} is {type(leaf).__name__}, expected an array")
+    return leaves
+
+
+def check_params(params: PyTree) -> dict[str, Any]:
+    """Leaves of a parameter pytree by name.
+
+    Raises:
+        ValueError: If there are none.
+        TypeError: If a leaf is not an array of floating-point, or complex, numbers.
+    """
+    leaves = paths.flatten(params)
+    if not leaves:
+        raise ValueError(
+            f"params: got a pytree without leaves ({jax.tree.structure(params)}), expected the network's parameters, "
+            "for example variables['params'] of a Linen model"
+        )
+    for name, leaf in leaves.items():
+        if not hasattr(leaf, "shape"):
+            raise TypeError(
+                f"params: leaf {name!r} is {type(leaf).__name__}, expected an array; leave out what does not train"
+            )
+        if not jnp.issubdtype(leaf.dtype, jnp.inexact):
+            raise TypeError(
+                f"params: leaf {name!r} is {leaf.dtype}{list(leaf.shape)}, expected floating-point numbers: JAX "
+                "differentiates nothing else, frozen or not; let the function close over it, or make it an input (in "
+                "NNX, an nnx.Variable that is no nnx.Param)"
+            )
+    return leaves

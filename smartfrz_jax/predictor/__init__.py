@@ -1,0 +1,1 @@
+"""The SmartFRZ network, and what it reads."""

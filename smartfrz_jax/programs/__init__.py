@@ -1,0 +1,1 @@
+"""Compiled train steps: made ahead of need, called, kept on disk."""

@@ -1,0 +1,1 @@
+"""Names of leaves, arrays on several hosts, checkpoints, and checks of arguments."""

@@ -1,0 +1,218 @@
+"""Orbax checkpoints of pytrees, with JSON metadata, and errors that say what does not fit."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from typing import Any
+
+import jax
+import numpy as np
+from jax.tree_util import keystr
+from orbax.checkpoint import v1 as ocp
+
+from smartfrz_jax.pytrees import checkpoint_leaves
+from smartfrz_jax.pytrees.file_paths import Path, PathLike, as_path, is_remote
+
+PyTree = Any
+
+# Where the metadata have the notes on leaves that Orbax does not hold as they are, the checksums of those that it does,
+# and that of all the metadata.
+_SPECIAL, _ARRAYS, _ALL = "special_leaves", "checksums", "checksum"
+
+
+def write(path: PathLike, tree: PyTree, kind: str, metadata: dict[str, Any], *, overwrite: bool = False) -> None:
+    """Writes a pytree and JSON metadata as an Orbax checkpoint, atomically, with checksums.
+
+    Args:
+        path: Directory to make.
+        tree: Pytree of arrays of JAX or NumPy; numbers and strings of Python may be among them.
+        kind: What it is a checkpoint of.
+        metadata: What JSON can hold.
+        overwrite: Whether to replace a checkpoint that is there.
+
+    Raises:
+        FileExistsError: If ``path`` exists and ``overwrite`` is false.
+        TypeError: If a leaf is neither an array nor a number nor a string.
+        ValueError: If there is no array with elements, without which Orbax writes nothing.
+    """
+    target = _location(path)
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"path: {target} exists; choose another directory or pass overwrite=True")
+    leaves = _by_name(tree, "tree")
+    arrays = {
+        name: checkpoint_leaves.stored(leaf) for name, leaf in leaves.items() if checkpoint_leaves.is_stored(leaf)
+    }
+    if not arrays:
+        raise ValueError(f"tree: the {kind} has no array with elements, expected at least one; add what it is for")
+    special = {name: note for name, leaf in leaves.items() if (note := checkpoint_leaves.note(leaf)) is not None}
+    metadata = {"kind": kind} | metadata | ({_SPECIAL: special} if special else {})
+    metadata[_ARRAYS] = {name: checkpoint_leaves.checksum(array) for name, array in arrays.items()}
+    metadata[_ALL] = _checksum(metadata)
+    ocp.save(str(target), arrays, overwrite=overwrite, custom_metadata=metadata)
+
+
+def read_metadata(path: PathLike, kind: str) -> dict[str, Any]:
+    """The JSON metadata of a checkpoint.
+
+    Args:
+        path: Directory of the checkpoint.
+        kind: What it should be a checkpoint of, for the error.
+
+    Raises:
+        FileNotFoundError: If there is no such directory.
+        ValueError: If it is not a complete checkpoint of that kind.
+    """
+    return _own(_metadata(_location(path), kind).custom_metadata)
+
+
+def read(path: PathLike, like: PyTree, kind: str) -> PyTree:
+    """Reads a pytree that :func:`write` wrote.
+
+    Args:
+        path: Directory of the checkpoint.
+        like: Pytree of the expected structure; its leaves have a shape, a dtype and perhaps a sharding. Leaves come
+            onto those devices; without a sharding, or in place of an array that is not committed to one, onto the
+            default device, not committed either; in place of NumPy arrays come NumPy arrays. Numbers of Python, and
+            NumPy's of 64 bits, fit what ``jax.jit`` makes of them, and the other way round: what was saved comes.
+        kind: What it should be a checkpoint of, for the error.
+
+    Returns:
+        A pytree with the structure of ``like``.
+
+    Raises:
+        FileNotFoundError: If there is no such directory.
+        TypeError: If a leaf is neither an array nor a number nor a string.
+        ValueError: If the checkpoint is damaged, or a leaf is missing, is left over, or has another shape or dtype.
+    """
+    source = _location(path)
+    metadata, wanted = _metadata(source, kind), _by_name(like, "like")
+    arrays = metadata.metadata
+    saved = {name: {"shape": leaf.shape, "dtype": str(leaf.dtype)} for name, leaf in arrays.items()}
+    saved |= metadata.custom_metadata.get(_SPECIAL, {})
+    _check_fit(saved, wanted, f"the {kind} in {source}")
+    try:
+        loaded = ocp.load(str(source), {name: checkpoint_leaves.abstract(saved[name], wanted[name]) for name in arrays})
+    except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
+        raise ValueError(_damaged(source, kind, error)) from error
+    for name, checksum in metadata.custom_metadata.get(_ARRAYS, {}).items():
+        if checksum is not None and checkpoint_leaves.checksum(loaded[name]) not in (checksum, None):
+            raise ValueError(_damaged(source, kind, ValueError(f"the values of {name} are not those that were saved")))
+
+    def restored(path: Any, leaf: Any) -> Any:
+        name = keystr(path)
+        return checkpoint_leaves.restored(saved[name], loaded.get(name), leaf)
+
+    return jax.tree_util.tree_map_with_path(restored, like)
+
+
+def outline(tree: PyTree) -> PyTree:
+    """The same with shapes in place of device arrays: what :func:`read` needs of it, without their memory."""
+
+    def shape(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array):
+            return leaf
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding if leaf.committed else None)
+
+    return jax.tree.map(shape, tree)
+
+
+def with_dropped(path: PathLike, like: PyTree, kind: str, *, prefix: str) -> PyTree:
+    """``like``, with shape ``()`` for the leaves that were saved as a scalar because they were no longer needed.
+
+    Args:
+        path: Directory of the checkpoint.
+        like: Pytree of arrays or ``jax.ShapeDtypeStruct``.
+        kind: What it should be a checkpoint of.
+        prefix: Where ``like`` is in the saved pytree, as ``jax.tree_util.keystr`` writes it.
+    """
+    saved = _metadata(_location(path), kind).metadata
+
+    def dropped(path: Any, leaf: Any) -> Any:
+        there = saved.get(prefix + keystr(path))
+        is_dropped = there is not None and tuple(there.shape) == () != np.shape(leaf)
+        return np.zeros((), leaf.dtype) if is_dropped else leaf
+
+    return jax.tree_util.tree_map_with_path(dropped, like)
+
+
+def _location(path: PathLike) -> Path:
+    found = as_path(path)
+    return found if is_remote(found) else found.absolute()  # of others Orbax takes only that
+
+
+def _metadata(source: Path, kind: str) -> Any:
+    if not source.is_dir():
+        file = ", it is a file" if source.exists() else ""
+        raise FileNotFoundError(f"path: there is no directory {source}{file}; expected the checkpoint of a {kind}")
+    try:
+        metadata = ocp.metadata(str(source))
+    except Exception as error:  # as above
+        raise ValueError(_damaged(source, kind, error)) from error
+    if not isinstance(metadata.custom_metadata, dict) or metadata.custom_metadata.get("kind") != kind:
+        there = _own(metadata.custom_metadata) if isinstance(metadata.custom_metadata, dict) else None
+        raise ValueError(f"path: {source} is not the checkpoint of a {kind}; its metadata are {there!s:.300}")
+    if metadata.custom_metadata.get(_ALL, _checksum(metadata.custom_metadata)) != _checksum(metadata.custom_metadata):
+        raise ValueError(_damaged(source, kind, ValueError("its metadata are not those that were saved")))
+    if not isinstance(metadata.metadata, dict):  # Orbax only logs that it could not read them
+        raise ValueError(_damaged(source, kind, ValueError("the list of its arrays cannot be read")))
+    return metadata
+
+
+def _own(metadata: dict[str, Any]) -> dict[str, Any]:
+    """Without what :func:`write` adds."""
+    return {name: value for name, value in metadata.items() if name not in (_SPECIAL, _ARRAYS, _ALL)}
+
+
+def _checksum(metadata: dict[str, Any]) -> int:
+    rest = {name: value for name, value in metadata.items() if name != _ALL}
+    return zlib.crc32(json.dumps(rest, sort_keys=True).encode())
+
+
+def _damaged(source: Path, kind: str, error: Exception) -> str:
+    first_line = (str(error) or "no message").splitlines()[0]
+    return (
+        f"path: {source} is not a complete checkpoint of a {kind} ({type(error).__name__}: {first_line}); "
+        "restore another copy, or save it again"
+    )
+
+
+def _check_fit(saved: dict[str, checkpoint_leaves.Note], wanted: dict[str, Any], what: str) -> None:
+    """Checks that every leaf that was saved can come in place of one that is wanted, and that none is missing."""
+    got = {name: (tuple(note["shape"]), note["dtype"]) for name, note in saved.items()}
+    expected = {name: checkpoint_leaves.expected(saved.get(name), leaf) for name, leaf in wanted.items()}
+    both = expected.keys() & got.keys()
+    wrong = sorted(expected.keys() ^ got.keys())
+    wrong = sorted([*wrong, *(name for name in both if not checkpoint_leaves.fits(saved[name], wanted[name]))])
+    if wrong:
+        name = wrong[0]
+        raise ValueError(
+            f"path: {what} does not fit: {name} is {_text(got.get(name))} there, expected "
+            f"{_text(expected.get(name))} ({len(wrong)} of {len(expected)} arrays differ); restore it with the "
+            "configuration it was saved with"
+        )
+    for name, leaf in wanted.items():
+        if checkpoint_leaves.needs_x64(saved[name], leaf):
+            raise ValueError(
+                f"path: {what} has {_text(got[name])} for {name}, which would lose half of its bits on a device; "
+                "restore it under jax.enable_x64(True), or in place of an array of NumPy"
+            )
+
+
+def _text(leaf: tuple[tuple[int, ...], str] | None) -> str:
+    return "missing" if leaf is None else f"{leaf[1]}{list(leaf[0])}"
+
+
+def _by_name(tree: PyTree, argument: str) -> dict[str, Any]:
+    leaves = {keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+    for name, leaf in leaves.items():
+        if not checkpoint_leaves.can_be_saved(leaf):
+            raise TypeError(
+                f"{argument}: {name} is {type(leaf).__name__}{_of(leaf)}, expected an array or a number; make it a "
+                "NumPy array of numbers, or keep it out of what is saved"
+            )
+    return leaves
+
+
+def _of(leaf: Any) -> str:
+    return f" of {leaf.dtype}" if hasattr(leaf, "dtype") else ""

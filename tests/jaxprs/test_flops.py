@@ -1,0 +1,202 @@
+"""Prices of single equations, against what XLA counts in programs compiled for them."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from smartfrz_jax.cost.kinds import kind_of
+from smartfrz_jax.jaxprs import flops, inline
+from tests.support.programs import AS_FOR_USERS
+
+
+def shape(*dims: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(dims, dtype)
+
+
+def compiled(function, *shapes) -> float:
+    analysis = jax.jit(function, compiler_options=AS_FOR_USERS).lower(*shapes).compile().cost_analysis()
+    return (analysis[0] if isinstance(analysis, list) else analysis).get("flops", 0.0)
+
+
+def equation(function, *shapes):
+    flat = inline.inline(jax.make_jaxpr(function)(*shapes), (), ()).jaxpr
+    (eqn,) = flat.eqns
+    return eqn
+
+
+def total(price: flops.Flops) -> float:
+    return price.needed + price.added
+
+
+def check(function, *shapes, gradients=()) -> None:
+    """The price of an equation, and of its gradients for these inputs, must be XLA's."""
+    eqn = equation(function, *shapes)
+    assert total(flops.of_equation(eqn, "cpu")) == compiled(function, *shapes)
+    for at in gradients:
+
+        def gradient(cotangent, *values, at=at):
+            def of_one(value):
+                return function(*values[:at], value, *values[at + 1 :])
+
+            return jax.vjp(of_one, values[at])[1](cotangent)[0]
+
+        out = jax.eval_shape(function, *shapes)
+        assert total(flops.of_gradient(eqn, {at}, "cpu")) == compiled(gradient, out, *shapes)
+
+
+def convolution(stride=1, padding="SAME", groups=1, dilation=1):
+    def run(x, w):
+        return lax.conv_general_dilated(
+            x,
+            w,
+            (stride, stride),
+            padding,
+            rhs_dilation=(dilation, dilation),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=groups,
+        )
+
+    return run
+
+
+CONVOLUTIONS = {
+    "valid": ({"padding": "VALID"}, 3, 8),
+    "same": ({}, 3, 8),
+    "stride": ({"stride": 2}, 3, 8),
+    "explicit": ({"stride": 2, "padding": ((3, 3), (3, 3))}, 7, 8),
+    "one": ({"padding": "VALID"}, 1, 16),
+    "one_strided": ({"stride": 2, "padding": "VALID"}, 1, 16),
+    "dilated": ({"dilation": 2}, 3, 8),
+    "grouped": ({"groups": 2}, 3, 8),
+    "depthwise": ({"groups": 8}, 3, 8),
+    "depthwise_strided": ({"groups": 8, "stride": 2}, 5, 8),
+}
+
+
+@pytest.mark.parametrize(("options", "kernel", "features"), CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+def test_convolutions_and_their_gradients(options, kernel, features):
+    w = shape(kernel, kernel, 8 // options.get("groups", 1), features)
+    check(convolution(**options), shape(4, 14, 13, 8), w, gradients=(0, 1))
+
+
+def test_positions_on_padding_are_left_out_but_published():
+    eqn = equation(convolution(), shape(1, 4, 4, 1), shape(3, 3, 1, 1))
+    # Along each axis the kernel covers 2 + 3 + 3 + 2 pixels of the image.
+    assert flops.of_equation(eqn, "cpu").needed == 2 * 10 * 10
+    assert flops.macs(eqn) == 9 * 16
+
+
+def test_what_the_backend_adds_is_apart():
+    eqn = equation(convolution(groups=8), shape(4, 14, 14, 8), shape(3, 3, 1, 8))
+    forward = flops.of_equation(eqn, "cpu")
+    assert forward.added == 0
+    on_cpu, elsewhere = (flops.of_gradient(eqn, {1}, backend) for backend in ("cpu", "gpu"))
+    assert on_cpu.needed == elsewhere.needed == forward.needed
+    assert on_cpu.added > 6 * forward.needed
+    assert elsewhere.added == 0
+
+
+def shifted(x, w):
+    padded = lax.pad(x, jnp.zeros(()), ((0, 0, 0), (1, 1, 0), (0, 0, 0)))
+    first, second, third = (padded[:, i : i + 14] * w[i] for i in range(3))
+    return first + second + third
+
+
+def scaled(x, w):
+    return x * w[0]
+
+
+def biased(x, w):
+    return shifted(x, w) + w[0]
+
+
+def squared(x, w):
+    return shifted(shifted(x, w), w)
+
+
+def rectified(x, w):
+    return jnp.maximum(x, 0) * w[0] + x * w[1]
+
+
+@pytest.mark.parametrize(
+    ("function", "products"), [(shifted, 3), (scaled, 0), (biased, 0), (squared, 0), (rectified, 0)]
+)
+def test_convolutions_that_are_written_out(function, products):
+    whole = jax.custom_vjp(jax.jit(function))
+    whole.defvjp(lambda x, w: (function(x, w), (x, w)), lambda residuals, dy: jax.vjp(function, *residuals)[1](dy))
+    shapes = shape(4, 14, 8), shape(3, 1, 1, 8)
+    eqn = equation(whole, *shapes)
+    assert len(flops.written_out(eqn)) == products
+    assert flops.macs(eqn) == products * 4 * 14 * 8
+    if products:
+        check(whole, *shapes, gradients=(0, 1))
+        kinds = {
+            kind_of(eqn, [False, True], [True, False]),
+            kind_of(eqn, [False, False], [True, True]),
+        }
+        assert kinds == {"convolution", "attention"}
+
+
+def test_products():
+    check(lambda x, y: x @ y, shape(8, 16), shape(16, 4), gradients=(0, 1))
+    check(lambda x, y: lax.dot_general(x, y, (((2,), (2,)), ((0,), (0,)))), shape(3, 5, 8), shape(3, 7, 8))
+
+
+ELEMENTWISE = {
+    "tanh": lax.tanh,
+    "exp": lax.exp,
+    "erf": lax.erf,
+    "logistic": lax.logistic,
+    "rsqrt": lax.rsqrt,
+    "negative": lax.neg,
+    "fifth_power": lambda x: lax.integer_pow(x, 5),
+    "square": lax.square,
+    "relu": jax.nn.relu,
+    "sum": lambda x: lax.reduce_sum(x, (0,)),
+    "largest": lambda x: lax.reduce_max(x, (1,)),
+    "cast": lambda x: x.astype(jnp.bfloat16),
+    "transpose": lambda x: x.T,
+}
+
+
+@pytest.mark.parametrize("function", ELEMENTWISE.values(), ids=ELEMENTWISE)
+def test_elementwise_functions_and_reductions(function):
+    check(function, shape(32, 64))
+
+
+def test_gradient_of_relu():
+    check(jax.nn.relu, shape(32, 64), gradients=(0,))
+
+
+@pytest.mark.parametrize(("window", "stride"), [(2, 2), (3, 2)])
+def test_max_pooling_and_its_gradient(window, stride):
+    def pool(x):
+        return lax.reduce_window(x, -np.inf, lax.max, (1, window, window, 1), (1, stride, stride, 1), "VALID")
+
+    check(pool, shape(4, 13, 13, 8), gradients=(0,))
+
+
+def test_loops_count_as_often_as_they_run():
+    def loop(x):
+        return lax.scan(lambda x, _: (x @ x, None), x, None, length=7)[0]
+
+    def choice(x):
+        return lax.cond(True, lambda x: x @ x, lambda x: x, x)
+
+    assert flops.of_equation(equation(loop, shape(4, 4)), "cpu").needed == 7 * 2 * 4**3
+    eqn = next(eqn for eqn in jax.make_jaxpr(choice)(shape(4, 4)).eqns if eqn.primitive.name == "cond")
+    assert flops.of_equation(eqn, "cpu").needed == 2 * 4**3
+
+
+def test_the_unknown_is_asked_of_xla():
+    for function, tolerance in ((lax.erfc, 0.05), (lambda x: lax.argmax(x, 0, jnp.int32), 0.0)):
+        price = flops.of_equation(equation(function, shape(64)), "cpu").needed
+        assert price == pytest.approx(compiled(function, shape(64)), rel=tolerance)
+        assert price > 5 * 64
+
+
+def test_gradients_of_nothing_cost_nothing():
+    eqn = equation(lambda x, y: x @ y, shape(8, 16), shape(16, 4))
+    assert flops.of_gradient(eqn, (), "cpu") == flops.ZERO

@@ -1,0 +1,466 @@
+import dataclasses
+import functools
+import pickle
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from smartfrz_jax import Layer, Layers, find_layers
+from smartfrz_jax.nnx import features
+from smartfrz_jax.nnx import find_layers as nnx_find_layers
+from smartfrz_jax.policies.base import freezable
+from smartfrz_jax.pytrees import paths
+from tests.support.rounding import assert_close
+
+IMAGE = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
+
+
+class Bottleneck(nn.Module):
+    """Names sort against forward order, and the branches are interleaved in the code."""
+
+    train: bool
+    downsample: bool
+
+    @nn.compact
+    def __call__(self, x):
+        def norm(name, x):
+            return nn.BatchNorm(use_running_average=not self.train, name=name)(x)
+
+        y = nn.relu(norm("z_bn1", nn.Conv(4, (1, 1), use_bias=False, name="z_conv1")(x)))
+        y = nn.relu(norm("y_bn2", nn.Conv(4, (3, 3), use_bias=False, name="y_conv2")(y)))
+        y = nn.Conv(8, (1, 1), use_bias=False, name="x_conv3")(y)
+        if self.downsample:
+            x = nn.Conv(8, (1, 1), use_bias=False, name="w_shortcut")(x)
+        y = norm("a_bn3", y)
+        if self.downsample:
+            x = norm("b_bn_shortcut", x)
+        return nn.relu(x + y)
+
+
+class ResNet(nn.Module):
+    train: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(8, (3, 3), use_bias=False, name="zz_stem")(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=not self.train, name="aa_stem_bn")(x))
+        for i in range(11):  # so that block10 sorts before block2
+            x = Bottleneck(self.train, downsample=i % 5 == 0, name=f"block{i}")(x)
+        return nn.Dense(3, name="a_head")(x.mean((1, 2)))
+
+
+def resnet_layers() -> list[str]:
+    names = ["zz_stem"]
+    for i in range(11):
+        names += [f"block{i}/{conv}" for conv in ("z_conv1", "y_conv2", "x_conv3")]
+        names += [f"block{i}/w_shortcut"] if i % 5 == 0 else []
+    return [*names, "a_head"]
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.checkpoint], ids=["bare", "jit", "remat"])
+def test_resnet_in_linen(train, wrap):
+    net = ResNet(train)
+    variables = jax.eval_shape(net.init, jax.random.key(0), IMAGE)
+    stats = jax.tree.map(lambda leaf: jnp.ones(leaf.shape, leaf.dtype), variables["batch_stats"])
+
+    @wrap
+    def forward(params, x):
+        return net.apply({"params": params, "batch_stats": stats}, x, mutable=["batch_stats"])[0]
+
+    layers = find_layers(variables["params"], forward, IMAGE)
+    assert list(layers.names) == resnet_layers()
+    owner = layers.owner
+    assert owner["aa_stem_bn/scale"] == owner["aa_stem_bn/bias"] == "zz_stem"
+    for i in range(11):
+        for leaf in ("scale", "bias"):
+            assert owner[f"block{i}/z_bn1/{leaf}"] == f"block{i}/z_conv1"
+            assert owner[f"block{i}/y_bn2/{leaf}"] == f"block{i}/y_conv2"
+            assert owner[f"block{i}/a_bn3/{leaf}"] == f"block{i}/x_conv3"
+            if i % 5 == 0:
+                assert owner[f"block{i}/b_bn_shortcut/{leaf}"] == f"block{i}/w_shortcut"
+    assert layers.head == "a_head"
+    assert layers[0].kernels == ("zz_stem/kernel",)
+
+
+def test_running_statistics_may_be_an_input():
+    net = ResNet()
+    variables = jax.eval_shape(net.init, jax.random.key(0), IMAGE)
+
+    def forward(params, x, stats):
+        return net.apply({"params": params, "batch_stats": stats}, x)
+
+    layers = find_layers(variables["params"], forward, IMAGE, variables["batch_stats"])
+    assert list(layers.names) == resnet_layers()
+    assert layers.owner["block5/a_bn3/scale"] == "block5/x_conv3"
+    assert layers.owner["block5/b_bn_shortcut/scale"] == "block5/w_shortcut"
+
+
+class NNXBlock(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.zconv = nnx.Conv(4, 4, (3, 3), rngs=rngs)
+        self.adown = nnx.Conv(4, 4, (1, 1), rngs=rngs)
+        self.bnz = nnx.BatchNorm(4, rngs=rngs)
+        self.bna = nnx.BatchNorm(4, rngs=rngs)
+
+    def __call__(self, x):
+        y, x = self.zconv(x), self.adown(x)
+        y = self.bnz(y)
+        return nnx.relu(self.bna(x) + y)
+
+
+class NNXNet(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.z_stem = nnx.Conv(3, 4, (3, 3), rngs=rngs)
+        self.blocks = nnx.List([NNXBlock(rngs) for _ in range(11)])
+        self.a_head = nnx.Linear(4, 2, rngs=rngs)
+
+    def __call__(self, x):
+        x = self.z_stem(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.a_head(x.mean((1, 2)))
+
+
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("pure", [False, True], ids=["state", "pure"])
+def test_nnx_split_and_merge(train, pure):
+    model = NNXNet(nnx.Rngs(0))
+    model.train() if train else model.eval()
+    graphdef, params, rest = nnx.split(model, nnx.Param, ...)
+    if pure:
+        params, rest = nnx.as_pure((params, rest))
+    layers = find_layers(params, lambda params, x: nnx.merge(graphdef, params, rest, copy=True)(x), IMAGE)
+    names = ["z_stem"]
+    for i in range(11):
+        names += [f"blocks/{i}/zconv", f"blocks/{i}/adown"]
+    assert list(layers.names) == [*names, "a_head"]
+    assert layers.owner["blocks/10/bnz/scale"] == "blocks/10/zconv"
+    assert layers.owner["blocks/10/bna/scale"] == "blocks/10/adown"
+
+
+class TransformerBlock(nn.Module):
+    @nn.compact
+    def __call__(self, x):
+        y = nn.LayerNorm(name="norm1")(x)
+        q, k, v = (nn.Dense(8, name=name)(y) for name in ("query", "key", "value"))
+        y = jax.nn.softmax(q @ k.swapaxes(-1, -2)) @ v
+        x = x + nn.Dense(8, name="out")(y)
+        y = nn.LayerNorm(name="norm2")(x)
+        return x + nn.Dense(8, name="fc2")(nn.gelu(nn.Dense(16, name="fc1")(y)))
+
+
+class Transformer(nn.Module):
+    @nn.compact
+    def __call__(self, tokens):
+        x = nn.Embed(11, 8, name="z_embed")(tokens)
+        x = x + self.param("position", nn.initializers.normal(), (1, 5, 8))
+        for i in range(12):
+            x = TransformerBlock(name=f"encoderblock_{i}")(x)
+        return nn.Dense(3, name="a_head")(nn.LayerNorm(name="encoder_norm")(x)[:, 0])
+
+
+def transformer_layers(granularity) -> Layers:
+    tokens = jnp.zeros((2, 5), int)
+    net = Transformer()
+    params = jax.eval_shape(net.init, jax.random.key(0), tokens)["params"]
+    return find_layers(params, lambda params, x: net.apply({"params": params}, x), tokens, granularity=granularity)
+
+
+@pytest.mark.slow
+def test_pre_norm_transformer():
+    layers = transformer_layers("layer")
+    inner = [f"encoderblock_{i}/{name}" for i in range(12) for name in ("query", "key", "value", "out", "fc1", "fc2")]
+    assert list(layers.names) == ["z_embed", "position", *inner, "a_head"]
+    owner = layers.owner
+    assert owner["z_embed/embedding"] == "z_embed"
+    for i in range(1, 12):  # fed by the residual stream: the kernel in the same block
+        assert owner[f"encoderblock_{i}/norm1/scale"] == f"encoderblock_{i}/query"
+    for i in range(12):
+        assert owner[f"encoderblock_{i}/norm2/bias"] == f"encoderblock_{i}/out"
+    assert owner["encoder_norm/scale"] == owner["encoder_norm/bias"] == "encoderblock_11/fc2"
+
+
+def test_granularity_block():
+    layers = transformer_layers("block")
+    assert list(layers.names) == ["z_embed", "position", *[f"encoderblock_{i}" for i in range(12)], "a_head"]
+    assert len(layers[-2].kernels) == 6
+    assert all(kernel.endswith("/kernel") for kernel in layers[-2].kernels)
+
+
+def test_granularity_of_nested_lists_is_the_inner_block():
+    block = {"conv2": {"kernel": jnp.eye(2)}, "conv1": {"kernel": jnp.eye(2)}}
+    params = {"stages": [[block] * 2] * 2, "head": {"kernel": jnp.eye(2)}}
+
+    def forward(p, x):
+        for stage in p["stages"]:
+            for block in stage:
+                x = x @ block["conv1"]["kernel"] @ block["conv2"]["kernel"]
+        return x @ p["head"]["kernel"]
+
+    layers = find_layers(params, forward, ROW, granularity="block")
+    assert layers.names == ("stages/0/0", "stages/0/1", "stages/1/0", "stages/1/1", "head")
+
+
+def of_names(*names):
+    """Layers, as blocks, of products with one matrix for each name."""
+    tree: dict = {}
+    for name in names:
+        *parents, last = name.split("/")
+        functools.reduce(lambda inner, part: inner.setdefault(part, {}), parents, tree)[last] = {"kernel": jnp.eye(2)}
+
+    def forward(params, x):
+        return functools.reduce(lambda x, name: x @ paths.flatten(params)[f"{name}/kernel"], names, x)
+
+    return find_layers(tree, forward, ROW, granularity="block").names
+
+
+def test_a_number_in_a_name_makes_no_block_of_a_whole_network():
+    assert of_names("resnet18/stem", "resnet18/a", "head") == ("resnet18/stem", "resnet18/a", "head")
+    inner = [f"resnet18/block{i}/conv{j}" for i in (1, 2) for j in (1, 2)]
+    assert of_names("resnet18/stem", *inner, "head") == ("resnet18/stem", "resnet18/block1", "resnet18/block2", "head")
+
+
+def test_blocks_of_numbered_stages():
+    inner = [f"stage{i}/block{j}/conv{k}" for i in (1, 2) for j in (1, 2) for k in (1, 2)]
+    names = ("stage1/block1", "stage1/block2", "stage2/block1", "stage2/block2", "head")
+    assert of_names(*inner, "head") == names
+    # Parts of a block: one layer each, or beside others.
+    assert of_names(*[f"Block_{i}/Conv_{j}/conv" for i in (0, 1) for j in (0, 1)]) == ("Block_0", "Block_1")
+    parts = [
+        f"Block_{i}/{part}" for i in (0, 1) for part in ("Attn_0/q", "Attn_0/k", "Attn_1/q", "Attn_1/k", "Mlp_0/a")
+    ]
+    assert of_names(*parts) == ("Block_0", "Block_1")
+
+
+@pytest.mark.slow
+def test_granularity_of_a_user():
+    layers = transformer_layers(lambda name: "body" if name.startswith("encoder") else name.split("/")[0])
+    assert layers.names == ("z_embed", "position", "body", "a_head")
+    assert len(layers[2].kernels) == 12 * 6
+
+
+def linear(p, x):
+    return x @ p["b"]["kernel"] @ p["a"]["kernel"]
+
+
+LINEAR = {"a": {"kernel": jnp.eye(2)}, "b": {"kernel": jnp.eye(2)}, "c": {"kernel": jnp.eye(2)}}
+ROW = jnp.ones((1, 2))
+
+
+def test_unused_parameters_come_first():
+    assert find_layers(LINEAR, linear, ROW).names == ("c", "b", "a")
+
+
+class Tied(nnx.Module):
+    def __init__(self, rngs: nnx.Rngs):
+        self.embed, self.norm = nnx.Embed(9, 4, rngs=rngs), nnx.LayerNorm(4, rngs=rngs)
+        self.blocks = nnx.List([nnx.Linear(4, 4, rngs=rngs) for _ in range(2)])
+
+    def __call__(self, tokens):
+        x = self.norm(self.embed(tokens))
+        for block in self.blocks:
+            x = nnx.relu(block(x))
+        return self.embed.attend(x)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("jax_defaults")
+def test_an_embedding_that_is_the_classifier_too_is_the_head():
+    model, tokens = Tied(nnx.Rngs(0)), jnp.arange(6)
+    layers = nnx_find_layers(model, tokens)
+    assert layers.names == ("blocks/0", "blocks/1", "embed")
+    assert layers.owner["norm/scale"] == layers.head == "embed"
+    assert freezable(layers, None).tolist() == [True, True, False]
+    assert freezable(layers, ["blocks/0"]).tolist() == [False, True, True]
+    outputs = features(model, layers, tokens)(model, tokens)
+    assert_close(outputs["embed"], model.norm(model.embed(tokens)))
+
+
+def test_layers_for_two_inputs_come_where_they_are_used_first():
+    def siamese(p, x, y):  # the second input does not come from the first's head, c
+        return x @ p["a"]["kernel"] @ p["b"]["kernel"] @ p["c"]["kernel"], y @ p["a"]["kernel"] @ p["b"]["kernel"]
+
+    assert find_layers(LINEAR, siamese, ROW, ROW).names == ("a", "b", "c")
+
+
+def test_order_follows_the_code_and_not_the_dict():
+    first = find_layers(LINEAR, lambda p, x: x @ p["a"]["kernel"] @ p["b"]["kernel"] @ p["c"]["kernel"], ROW)
+    second = find_layers(LINEAR, lambda p, x: x @ p["c"]["kernel"] @ p["b"]["kernel"] @ p["a"]["kernel"], ROW)
+    assert first.names == second.names[::-1] == ("a", "b", "c")
+
+
+def test_bfloat16_casts_and_control_flow_are_looked_through():
+    def forward(p, x):
+        p = jax.tree.map(lambda w: w.astype(jnp.bfloat16), p)
+        x = jax.checkpoint(lambda p, x: jax.nn.relu(x @ p["c"]["kernel"]))(p, x.astype(jnp.bfloat16))
+        x = jax.lax.scan(lambda x, _: (x @ p["a"]["kernel"], None), x, None, length=2)[0]
+        return jax.lax.cond(x[0, 0] > 0, lambda: x @ p["b"]["kernel"], lambda: x)
+
+    assert find_layers(LINEAR, jax.jit(forward), ROW).names == ("c", "a", "b")
+
+
+def test_norms_without_any_kernel_are_layers_themselves():
+    params = {"n2": {"scale": jnp.ones(2), "bias": jnp.ones(2)}, "n1": {"scale": jnp.ones(2)}}
+    layers = find_layers(params, lambda p, x: x * p["n1"]["scale"][None] * p["n2"]["scale"][None], ROW)
+    assert layers.names == ("n1", "n2")  # though n2/bias is not used at all
+    assert layers[1].kernels == layers[1].params == ("n2/bias", "n2/scale")
+
+
+def test_norm_before_the_first_kernel_joins_it():
+    params = {"norm": {"scale": jnp.ones(2)}, "fc": {"kernel": jnp.eye(2)}}
+    layers = find_layers(params, lambda p, x: (x * p["norm"]["scale"][None]) @ p["fc"]["kernel"], ROW)
+    assert layers.names == ("fc",)
+    assert layers[0].kernels == ("fc/kernel",)
+
+
+@st.composite
+def networks(draw):
+    """A nested parameter tree with unlike leaves, and the order in which its modules are used."""
+    width = 3
+    leaf = st.sampled_from(["kernel", "bias", "scale", "w", "embedding"])
+    module = st.dictionaries(leaf, st.integers(1, 2), min_size=1, max_size=3)
+    tree = draw(
+        st.recursive(
+            module,
+            lambda inner: st.dictionaries(st.text("abz019", min_size=1, max_size=3), inner, min_size=1, max_size=4),
+            max_leaves=8,
+        )
+    )
+    params = jax.tree.map(lambda ndim: jnp.ones((width,) * ndim), tree)
+    names = draw(st.permutations(list(paths.flatten(params))))
+    used = names[: draw(st.integers(0, len(names)))]
+    return params, used
+
+
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None)
+@given(networks(), st.sampled_from(["layer", "block", lambda name: name[:1]]))
+def test_every_parameter_is_in_exactly_one_layer(network, granularity):
+    params, used = network
+
+    def forward(params, x):
+        leaves = paths.flatten(params)
+        for name in used:
+            leaf = leaves[name]
+            x = x @ leaf if leaf.ndim == 2 else x * leaf[None]
+        return x
+
+    layers = find_layers(params, forward, jnp.ones((2, 3)), granularity=granularity)
+    leaves = paths.flatten(params)
+    assert sorted(param for layer in layers for param in layer.params) == sorted(leaves)
+    assert len(set(layers.names)) == len(layers)
+    assert layers.owner == {param: layer.name for layer in layers for param in layer.params}
+    rank = {name: position for position, name in enumerate(used)}
+    positions = [min((rank[param] for param in layer.params if param in rank), default=-1) for layer in layers]
+    assert positions == sorted(positions)
+    for layer in layers:
+        assert layer.kernels
+        assert set(layer.kernels) <= set(layer.params)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.permutations([f"layer{i}" for i in range(12)]))
+def test_mlp_layers_come_in_the_order_of_use(names):
+    params = {name: {"kernel": jnp.eye(2), "bias": jnp.ones(2)} for name in names}
+
+    def forward(p, x):
+        for name in names:
+            x = jax.nn.relu(x @ p[name]["kernel"] + p[name]["bias"][None])
+        return x
+
+    layers = find_layers(params, forward, ROW)
+    assert layers.names == tuple(names)
+    assert all(layer.params == (f"{layer.name}/bias", f"{layer.name}/kernel") for layer in layers)
+
+
+def test_layers_are_a_sequence_equal_and_hashable_by_value():
+    layers, same = find_layers(LINEAR, linear, ROW), find_layers(LINEAR, linear, ROW)
+    assert layers == same
+    assert hash(layers) == hash(same)
+    assert len({layers, same}) == 1
+    other = find_layers(LINEAR, lambda p, x: x @ p["a"]["kernel"], ROW)
+    assert layers != other
+    assert layers != layers.entries
+    assert len(layers) == 3
+    assert [layer.name for layer in layers] == list(layers.names)
+    assert layers[-1] == Layer("a", ("a/kernel",), ("a/kernel",))
+    assert layers[:2] == layers.entries[:2]
+    assert layers.head == "a"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        layers.entries = ()
+
+
+def test_layers_hash_anew_where_they_are_unpickled():
+    layers = find_layers(LINEAR, linear, ROW)
+    hash(layers), layers.names, layers.owner  # all of it is cached
+    copy = pickle.loads(pickle.dumps(layers))
+    assert vars(copy) == {"entries": layers.entries}
+    assert copy == layers
+    assert hash(copy) == hash(layers)
+
+
+def test_equal_layers_do_not_recompile():
+    traces = []
+
+    @jax.tree_util.Partial
+    def count(x, layers):
+        traces.append(layers)
+        return x
+
+    jitted = jax.jit(count, static_argnums=1)
+    for _ in range(3):
+        jitted(1.0, find_layers(LINEAR, linear, ROW))
+    assert len(traces) == 1
+
+
+def test_check_orders_names_and_suggests():
+    layers = find_layers(
+        {"encoder": {"conv1": {"w": jnp.eye(2)}, "conv2": {"w": jnp.eye(2)}}, "decoder": {"w": jnp.eye(2)}},
+        lambda p, x: x @ p["encoder"]["conv2"]["w"] @ p["encoder"]["conv1"]["w"] @ p["decoder"]["w"],
+        ROW,
+    )
+    assert layers.check(["decoder", "encoder/conv2", "decoder"], "names") == ("encoder/conv2", "decoder")
+    assert layers.check("decoder", "names") == ("decoder",)
+    assert layers.check((), "names") == ()
+    with pytest.raises(
+        ValueError, match=r"keep: no layer is called 'encoder/conv3'; did you mean 'encoder/conv[12]' or"
+    ):
+        layers.check(["encoder/conv3"], "keep")
+    with pytest.raises(ValueError, match=r"keep: no layer is called '@@@'; did you mean 'encoder/conv2'.*3 layers"):
+        layers.check(["@@@"], "keep")
+
+
+@pytest.mark.parametrize("granularity", ["layers", "", None, 3])
+def test_wrong_granularity(granularity):
+    with pytest.raises(ValueError, match=r"granularity: got .*expected 'layer', 'block' or a function"):
+        find_layers(LINEAR, linear, ROW, granularity=granularity)
+
+
+def test_empty_pytree():
+    with pytest.raises(ValueError, match=r"params: got a pytree without leaves .*variables\['params'\]"):
+        find_layers({}, lambda p, x: x, ROW)
+
+
+@pytest.mark.parametrize("leaf", ["relu", 3, 0.5])
+def test_leaf_that_is_no_array(leaf):
+    with pytest.raises(TypeError, match=r"params: leaf 'b' is (str|int|float), expected an array"):
+        find_layers({"a": jnp.ones(2), "b": leaf}, lambda p, x: x, ROW)
+
+
+@pytest.mark.parametrize("leaf", [jnp.arange(2), jnp.ones(2, bool), jax.random.key(0)], ids=["int", "bool", "key"])
+def test_leaf_that_cannot_be_differentiated(leaf):
+    with pytest.raises(TypeError, match=r"params: leaf 'b' is .*expected floating-point numbers.*make it an input"):
+        find_layers({"a": jnp.ones(2), "b": leaf}, lambda p, x: x, ROW)
+
+
+def test_numpy_and_abstract_parameters():
+    concrete = jax.tree.map(np.asarray, LINEAR)
+    abstract = jax.eval_shape(lambda: LINEAR)
+    assert find_layers(concrete, linear, ROW) == find_layers(abstract, linear, ROW) == find_layers(LINEAR, linear, ROW)

@@ -1,0 +1,439 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import smartfrz_jax as sfj
+from smartfrz_jax.pytrees import paths
+
+pytestmark = pytest.mark.usefixtures("jax_defaults")
+
+
+class Block(nnx.Module):
+    """Attributes set in an order that is not the forward order, nor is the alphabetical one."""
+
+    def __init__(self, width, rngs):
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.norm = nnx.BatchNorm(width, rngs=rngs)
+        self.plain_norm = nnx.BatchNorm(width, use_scale=False, use_bias=False, rngs=rngs)
+        self.a_second = nnx.Conv(width, width, (3, 3), use_bias=False, rngs=rngs)
+        self.b_first = nnx.Conv(width, width, (3, 3), use_bias=False, rngs=rngs)
+
+    def __call__(self, x):
+        y = nnx.relu(self.plain_norm(self.b_first(x)))
+        return x + nnx.relu(self.dropout(self.norm(self.a_second(y))))
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs, blocks=2, width=4):
+        self.head = nnx.Linear(width, 3, rngs=rngs)
+        self.stem = nnx.Conv(1, width, (3, 3), rngs=rngs)
+        self.stem_norm = nnx.BatchNorm(width, rngs=rngs)
+        self.blocks = nnx.List([Block(width, rngs) for _ in range(blocks)])
+
+    def __call__(self, x):
+        x = nnx.relu(self.stem_norm(self.stem(x)))
+        for block in self.blocks:
+            x = block(x)
+        return self.head(x.mean((1, 2)))
+
+
+NAMES = ("stem", "blocks/0/b_first", "blocks/0/a_second", "blocks/1/b_first", "blocks/1/a_second", "head")
+X = jax.random.normal(jax.random.key(0), (8, 6, 6, 1))
+Y = jax.random.normal(jax.random.key(1), (8, 3))
+
+
+# One object for all tests: another one would be another program.
+TX = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(1e-2, weight_decay=0.1))
+
+
+def loss_fn(model, x, y):
+    out = model(x)
+    return jnp.square(out - y).mean(), out
+
+
+@nnx.jit
+def train_step(model, optimizer, x, y):
+    (loss, _), grads = optimizer.value_and_grad(loss_fn, has_aux=True)(model, x, y)
+    optimizer.update(model, grads)
+    return loss, optax.tree.norm(grads)
+
+
+def make(optimizer_tx=None):
+    model = Net(nnx.Rngs(0))
+    layers = sfj.nnx.find_layers(model, X)
+    return model, sfj.nnx.Optimizer(model, optimizer_tx or TX, layers=layers)
+
+
+def arrays(module):
+    """Every variable by path, random keys as their bits."""
+    return {
+        name: np.asarray(jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf)
+        for name, leaf in paths.flatten(nnx.as_pure(nnx.state(module))).items()
+    }
+
+
+def belongs(layers, frozen):
+    return {name for layer in layers if layer.name in frozen for name in (*layer.params, *layer.state)}
+
+
+def test_layers_are_in_forward_order_and_hold_their_statistics_and_streams():
+    model, optimizer = make()
+    layers = optimizer.frozen.layers
+    assert layers.names == NAMES
+    second = layers[2]
+    assert set(second.params) == {"blocks/0/a_second/kernel", "blocks/0/norm/scale", "blocks/0/norm/bias"}
+    assert {"blocks/0/norm/mean", "blocks/0/norm/var"} < set(second.state)
+    assert any(name.startswith("blocks/0/dropout") for name in second.state)
+    assert set(layers[1].state) == {"blocks/0/plain_norm/mean", "blocks/0/plain_norm/var"}
+    every = [name for layer in layers for name in (*layer.params, *layer.state)]
+    assert sorted(every) == sorted(arrays(model))
+
+
+def test_layers_of_an_abstract_model():
+    model = nnx.eval_shape(lambda: Net(nnx.Rngs(0)))
+    assert sfj.nnx.find_layers(model, jax.ShapeDtypeStruct(X.shape, X.dtype)).names == NAMES
+
+
+def test_layers_need_a_batch():
+    with pytest.raises(ValueError, match="example batch"):
+        sfj.nnx.find_layers(Net(nnx.Rngs(0)))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("frozen", [NAMES[:1], NAMES[:3], ("blocks/0/a_second", "blocks/1/b_first"), NAMES[:-1], NAMES])
+def test_frozen_variables_do_not_change_in_a_single_bit_and_others_do(frozen):
+    model, optimizer = make()
+    for _ in range(2):
+        train_step(model, optimizer, X, Y)
+    optimizer.freeze(model, list(frozen))
+    before = arrays(model)
+    for _ in range(3):
+        train_step(model, optimizer, X, Y)
+    after = arrays(model)
+    held = belongs(optimizer.frozen.layers, frozen)
+    for name, leaf in before.items():
+        if "dropout" in name and name.endswith("key"):
+            continue  # a stream's key never changes, only its count does
+        assert np.array_equal(leaf, after[name]) == (name in held), name
+
+
+@pytest.mark.slow
+def test_active_layers_follow_a_hand_written_step_exactly():
+    """The reference holds the frozen leaves and their modes by hand, with a plain optax loop over the active ones."""
+    model, optimizer = make(optax.sgd(0.1, momentum=0.9))
+    reference = nnx.clone(model)
+    frozen = NAMES[:3]
+    optimizer.freeze(model, list(frozen))
+    names = belongs(optimizer.frozen.layers, frozen)
+    for path, module in nnx.iter_modules(reference):
+        if any(name.startswith("/".join(map(str, path)) + "/") for name in names) and path[:1] != ("blocks",):
+            module.set_attributes(use_running_average=True, raise_if_not_found=False)
+    for module in (reference.blocks[0].norm, reference.blocks[0].plain_norm):
+        module.use_running_average = True
+    reference.blocks[0].dropout.deterministic = True
+
+    def active(path, value):
+        return isinstance(value, nnx.Param) and "/".join(map(str, path)) not in names
+
+    reference_tx = optax.sgd(0.1, momentum=0.9)
+    reference_optimizer = nnx.Optimizer(reference, reference_tx, wrt=active)
+
+    @nnx.jit
+    def reference_step(model, optimizer, x, y):
+        grads, _ = nnx.grad(loss_fn, argnums=nnx.DiffState(0, active), has_aux=True)(model, x, y)
+        optimizer.update(model, grads)
+
+    for _ in range(4):
+        train_step(model, optimizer, X, Y)
+        reference_step(reference, reference_optimizer, X, Y)
+    expected = arrays(reference)
+    for name, leaf in arrays(model).items():
+        np.testing.assert_allclose(leaf, expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
+
+
+@pytest.mark.slow
+def test_one_program_per_frozen_set_and_cost_falls():
+    model = Net(nnx.Rngs(0), width=16)
+    optimizer = sfj.nnx.Optimizer(model, TX, layers=sfj.nnx.find_layers(model, X))
+    counted = []
+
+    def step(model, optimizer, x, y):
+        counted.append(optimizer.frozen.names)
+        (loss, _), grads = optimizer.value_and_grad(loss_fn, has_aux=True)(model, x, y)
+        optimizer.update(model, grads)
+        return loss, optax.tree.norm(grads)  # a norm over all gradients, which must not bring their cost back
+
+    programs = sfj.TrainStep(step)
+    x = jnp.tile(X, (4, 4, 4, 1))
+    for frozen in (NAMES[:1], NAMES[:3], NAMES[:1], (), NAMES[:3]):
+        optimizer.freeze(model, sfj.Frozen(optimizer.frozen.layers, frozenset(frozen)))
+        for _ in range(2):
+            programs(model, optimizer, x, jnp.tile(Y, (4, 1)))
+    assert len(counted) == len(programs.programs) == 3
+    flops = {len(program.frozen.names): program.cost.flops for program in programs.programs}
+    memory = {len(program.frozen.names): program.cost.temp_bytes for program in programs.programs}
+    assert flops[3] < flops[1] < flops[0]
+    assert memory[3] < memory[1] < memory[0]
+    # Convolutions, as multiples of a pixel's 9 multiply-adds: the stem 16, the four of the blocks 256 each. Forward,
+    # two weight gradients in the live block, and one activation gradient between them; against everything.
+    forward = 16 + 4 * 256
+    assert flops[3] / flops[0] == pytest.approx((forward + 3 * 256) / (3 * forward - 16), rel=0.05)
+
+
+@pytest.mark.slow
+def test_a_norm_over_all_gradients_is_over_the_active_ones():
+    model, optimizer = make()
+    optimizer.freeze(model, list(NAMES[:-1]))
+    _, norm = train_step(model, optimizer, X, Y)
+    head = nnx.grad(lambda m: loss_fn(m, X, Y)[0], argnums=nnx.DiffState(0, nnx.PathContains("head")))
+    graphdef, state = nnx.split(make()[0])
+    assert norm > 0
+    assert set(arrays(model)) == set(arrays(nnx.merge(graphdef, state)))
+    held = nnx.view(make()[0], use_running_average=True, deterministic=True)
+    assert norm == pytest.approx(float(optax.tree.norm(head(held))), rel=1e-5)
+
+
+def test_the_model_is_left_in_its_own_mode():
+    model, optimizer = make()
+    optimizer.freeze(model, list(NAMES[:3]))
+    train_step(model, optimizer, X, Y)
+    assert model.stem_norm.use_running_average is False
+    assert model.blocks[0].dropout.deterministic is False
+    assert model.blocks[0].dropout.rate == 0.5
+
+
+@pytest.mark.slow
+def test_a_batch_norm_that_is_told_to_train_in_its_call_is_refused():
+    class Stubborn(nnx.Module):
+        def __init__(self, rngs):
+            self.linear = nnx.Linear(2, 2, rngs=rngs)
+            self.norm = nnx.BatchNorm(2, rngs=rngs)
+            self.head = nnx.Linear(2, 1, rngs=rngs)
+
+        def __call__(self, x):
+            return self.head(self.norm(self.linear(x), use_running_average=False))
+
+    model, x = Stubborn(nnx.Rngs(0)), jnp.ones((4, 2))
+    optimizer = sfj.nnx.Optimizer(model, optax.sgd(0.1), layers=sfj.nnx.find_layers(model, x))
+    optimizer.freeze(model, ["linear"])
+    with pytest.raises(ValueError, match=r"norm/.*use_running_average=False.*model.train\(\)"):
+        optimizer.value_and_grad(lambda model: model(x).sum())(model)
+
+
+@pytest.mark.slow
+def test_attention_dropout_is_off_when_all_of_it_is_frozen():
+    class Attend(nnx.Module):
+        def __init__(self, rngs):
+            self.attention = nnx.MultiHeadAttention(2, 4, dropout_rate=0.5, decode=False, rngs=rngs)
+            self.head = nnx.Linear(4, 1, rngs=rngs)
+
+        def __call__(self, x):
+            return self.head(self.attention(x))
+
+    model, x = Attend(nnx.Rngs(0)), jax.random.normal(jax.random.key(0), (2, 5, 4))
+    model.train()
+    optimizer = sfj.nnx.Optimizer(model, optax.sgd(0.0), layers=sfj.nnx.find_layers(model, x))
+
+    def losses():
+        value_and_grad = optimizer.value_and_grad(lambda model: model(x).sum())
+        return {float(value_and_grad(model)[0]) for _ in range(3)}
+
+    assert len(losses()) == 3
+    optimizer.freeze(model, list(optimizer.frozen.layers.names[:3]))
+    assert len(losses()) == 3  # one of its layers still trains
+    optimizer.freeze(model, [name for name in optimizer.frozen.layers.names if name != "head"])
+    assert len(losses()) == 1
+
+
+@pytest.mark.slow
+def test_features_are_the_outputs_of_the_layers_in_evaluation_mode():
+    model, optimizer = make()
+    train_step(model, optimizer, X, Y)
+    found = sfj.nnx.features(model, optimizer.frozen.layers, X)(model, X)
+    held = nnx.view(model, use_running_average=True, deterministic=True)
+    assert tuple(found) == NAMES
+    stem = held.stem_norm(held.stem(X))
+    np.testing.assert_allclose(found["stem"], stem, rtol=1e-5, atol=1e-6)
+    block = held.blocks[0]
+    first = block.b_first(nnx.relu(stem))  # the normalisation without parameters behind it is not part of the output
+    np.testing.assert_allclose(found["blocks/0/b_first"], first, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found["head"], held(X), rtol=1e-5, atol=1e-5)
+    assert model.stem_norm.use_running_average is False
+
+
+def test_features_of_variables_that_are_no_params():
+    class Weight(nnx.Variable):
+        pass
+
+    class Linear(nnx.Module):
+        def __init__(self, scale):
+            self.kernel = Weight(scale * jnp.eye(2))
+
+        def __call__(self, x):
+            return x @ self.kernel[...]
+
+    model, x = nnx.Sequential(Linear(2.0), Linear(3.0)), jnp.ones((4, 2))
+    layers = sfj.nnx.find_layers(model, x, wrt=Weight)
+    outputs = sfj.nnx.features(model, layers, x, wrt=Weight)(model, x)
+    assert {name: float(out[0, 0]) for name, out in outputs.items()} == {"layers/0": 2.0, "layers/1": 6.0}
+    with pytest.raises(ValueError, match=r"wrt: got .*Param.*leaves out 'layers/0/kernel'.*the same wrt"):
+        sfj.nnx.features(model, layers, x)
+
+
+@pytest.mark.slow
+def test_with_stock_gradients_weights_hold_still_but_nothing_else():
+    """As the docstring of the optimizer warns."""
+    model = nnx.Sequential(nnx.Linear(2, 2, rngs=nnx.Rngs(0)), nnx.BatchNorm(2, rngs=nnx.Rngs(0)))
+    x = jnp.array([[1.0, 2.0], [3.0, 4.0]])
+    optimizer = sfj.nnx.Optimizer(model, optax.sgd(0.1), layers=sfj.nnx.find_layers(model, x))
+    optimizer.freeze(model, ["layers/0"])
+    for value_and_grad, moves in ((optimizer.value_and_grad, ()), (nnx.value_and_grad, ("mean", "var"))):
+        before = arrays(model)
+        _, grads = value_and_grad(lambda model: (model(x) * x).sum())(model)
+        optimizer.update(model, grads)
+        for name, leaf in before.items():
+            assert np.array_equal(arrays(model)[name], leaf) == (not name.endswith(moves or "nothing")), name
+
+
+@pytest.mark.slow
+def test_policies_that_look_at_gradients_and_features_run():
+    model, optimizer = make()
+    freezer = sfj.nnx.Freezer(model, optimizer, sfj.autofreeze(evaluate_every=3, percentile=80))
+    for _ in range(20):
+        train_step(model, optimizer, X, Y)
+        freezer.step()
+    assert freezer.events
+    assert optimizer.frozen.names == set(NAMES[: len(optimizer.frozen.names)])
+    assert set(optimizer.grads) == set(optimizer.frozen.active_leaves(nnx.as_pure(nnx.state(model, nnx.Param))))
+
+    model, optimizer = make()
+    extract = sfj.nnx.features(model, optimizer.frozen.layers, X)
+    policy = sfj.similarity_guided(extract(model, X), evaluate_every=2, window=2, tolerance=0.9)
+    freezer = sfj.nnx.Freezer(model, optimizer, policy, features=lambda model: extract(model, X))
+    for _ in range(4):
+        train_step(model, optimizer, X, Y)
+        freezer.step()
+    assert optimizer.frozen.names == set(NAMES[:-1])
+
+
+def run_for(steps, model, optimizer, freezer):
+    for _ in range(steps):
+        train_step(model, optimizer, X, Y)
+        freezer.step()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["static_prefix", "random", "smartfrz", "autofreeze"])
+@pytest.mark.parametrize("at", [2, 9])
+def test_a_restored_run_goes_on_bit_identically_across_a_freeze(tmp_path, name, at):
+    def start():
+        policy = {
+            "static_prefix": lambda: sfj.static_prefix(14, [(0.4, 0.85)]),
+            "random": lambda: sfj.random(0.4, total_steps=14),
+            "smartfrz": lambda: sfj.smartfrz(
+                sfj.Predictor(sfj.PredictorConfig(size=8), rngs=nnx.Rngs(3)),
+                record_every=1, evaluate_every=3, window=3, caution=0.4,
+            ),
+            "autofreeze": lambda: sfj.autofreeze(2, percentile=80),
+        }[name]()  # fmt: skip
+        model, optimizer = make()
+        return model, optimizer, sfj.nnx.Freezer(model, optimizer, policy)
+
+    straight = start()
+    run_for(14, *straight)
+    assert straight[2].events, "nothing froze, so nothing is tested"
+
+    first = start()
+    run_for(at, *first)
+    first[2].save(tmp_path / "run")
+    expected = [arrays(module) for module in straight[:2]]
+    events = straight[2].events
+    for model, optimizer, freezer in (start(), straight):  # the latter goes back to what it had dropped since
+        freezer.restore(tmp_path / "run")
+        run_for(14 - at, model, optimizer, freezer)
+        assert freezer.events == events
+        assert freezer.steps == 14 == int(optimizer.step[...])
+        for module, leaves in zip((model, optimizer), expected, strict=True):
+            now = arrays(module)
+            assert now.keys() == leaves.keys()
+            for key, leaf in leaves.items():
+                np.testing.assert_array_equal(now[key], leaf, err_msg=key)
+
+
+@pytest.mark.slow
+def test_a_checkpoint_of_another_network_is_refused_and_nothing_changes(tmp_path):
+    model, optimizer = make()
+    freezer = sfj.nnx.Freezer(model, optimizer, sfj.never())
+    other = Net(nnx.Rngs(0), blocks=1)
+    other_optimizer = sfj.nnx.Optimizer(other, TX, layers=sfj.nnx.find_layers(other, X))
+    sfj.nnx.Freezer(other, other_optimizer, sfj.never()).save(tmp_path / "other")
+    before = arrays(model)
+    with pytest.raises(ValueError, match=r"4 layers.*6.*blocks/1"):
+        freezer.restore(tmp_path / "other")
+    with pytest.raises(FileNotFoundError, match="nowhere"):
+        freezer.restore(tmp_path / "nowhere")
+
+    wide = Net(nnx.Rngs(0), width=8)
+    wide_optimizer = sfj.nnx.Optimizer(wide, TX, layers=sfj.nnx.find_layers(wide, X))
+    wide_freezer = sfj.nnx.Freezer(wide, wide_optimizer, sfj.never())
+    run_for(1, wide, wide_optimizer, wide_freezer)
+    wide_freezer.save(tmp_path / "wide")
+    with pytest.raises(ValueError, match=r"float32\[3, 3, 8, 8\] there, expected float32\[3, 3, 4, 4\]"):
+        freezer.restore(tmp_path / "wide")
+    assert not optimizer.frozen.names
+    for key, leaf in arrays(model).items():
+        np.testing.assert_array_equal(leaf, before[key])
+    run_for(1, model, optimizer, freezer)
+
+
+def test_wrong_arguments_are_named():
+    model, optimizer = make()
+    with pytest.raises(TypeError, match=r"optimizer: got .*Optimizer.*expected a smartfrz_jax.nnx.Optimizer"):
+        sfj.nnx.Freezer(model, nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param), sfj.never())
+    with pytest.raises(TypeError, match=r"policy: got function"):
+        sfj.nnx.Freezer(model, optimizer, sfj.never)
+    with pytest.raises(ValueError, match=r"blocks/0/b_frist.*blocks/0/b_first"):
+        optimizer.freeze(model, ["blocks/0/b_frist"])
+    policy = sfj.similarity_guided(dict.fromkeys(NAMES, X), evaluate_every=1)
+    with pytest.raises(ValueError, match="features: got none, but the policy looks at them, expected a function"):
+        sfj.nnx.Freezer(model, optimizer, policy)
+
+
+def test_a_failed_restore_leaves_the_optimizer_as_it_was(tmp_path):
+    """Also where the checkpoint has layers frozen that are active now: their moments must not be lost."""
+    wide = Net(nnx.Rngs(0), width=8)
+    wide_optimizer = sfj.nnx.Optimizer(wide, TX, layers=sfj.nnx.find_layers(wide, X))
+    wide_optimizer.freeze(wide, ["stem"])
+    sfj.nnx.Freezer(wide, wide_optimizer, sfj.never()).save(tmp_path / "wide")
+    model, optimizer = make()
+    freezer = sfj.nnx.Freezer(model, optimizer, sfj.never())
+    run_for(2, model, optimizer, freezer)
+    before = arrays(optimizer)
+    with pytest.raises(ValueError, match="does not fit"):
+        freezer.restore(tmp_path / "wide")
+    after = arrays(optimizer)
+    assert after.keys() == before.keys()
+    for key, leaf in before.items():
+        np.testing.assert_array_equal(after[key], leaf, err_msg=key)
+
+
+@pytest.mark.slow
+def test_layers_frozen_by_hand_stay_frozen_under_a_policy(tmp_path):
+    def start(by_hand):
+        model, optimizer = make()
+        optimizer.freeze(model, list(by_hand))
+        return model, optimizer, sfj.nnx.Freezer(model, optimizer, sfj.static_prefix(1, [(0.0, 0.4)]))
+
+    model, optimizer, freezer = start(["blocks/1/b_first"])
+    train_step(model, optimizer, X, Y)
+    freezer.step()
+    assert optimizer.frozen.names == {"stem", "blocks/0/b_first", "blocks/1/b_first"}
+    assert freezer.events == [(1, ("stem", "blocks/0/b_first"), ())]
+    freezer.save(tmp_path / "run")
+    model, optimizer, freezer = start([])
+    freezer.restore(tmp_path / "run")
+    freezer.step()
+    assert optimizer.frozen.names == {"stem", "blocks/0/b_first", "blocks/1/b_first"}

@@ -1,0 +1,417 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from smartfrz_jax import Layer, Layers, Predictor, PredictorConfig, policies
+from smartfrz_jax.predictor.encoding import PAPER
+
+NAMES = ("a", "b", "c", "d")
+LAYERS = Layers(tuple(Layer(name, (name,), (name,)) for name in NAMES))
+SIZE = 8
+CONFIG = PredictorConfig(size=SIZE, hidden=4, features=4, head_hidden=4)
+START = {name: jnp.ones((4, 4)) for name in NAMES}
+PAPER_RULE = {"caution": 0.5, "order": "any", "patience": 1}
+
+
+class StillnessPredictor(Predictor):
+    """Confident if the records differ little from the newest: simple enough to say by hand what it must answer.
+
+    ``bound`` stands in a parameter, so that it goes through ``nnx.jit`` as weights do.
+    """
+
+    traces = 0
+
+    def __init__(self, bound=0.5, config=CONFIG):
+        super().__init__(config, rngs=nnx.Rngs(0))
+        self.bound = nnx.Param(jnp.float32(bound))
+
+    def __call__(self, observation):
+        type(self).traces += 1
+        records, mask = observation.records, observation.mask
+        moved = jnp.max(jnp.where(mask[:, None], jnp.abs(records - records[-1:]), 0.0))
+        return 100 * jnp.stack([moved, self.bound[...]])  # so large that it is sure, on either side
+
+
+class WeightPredictor(Predictor):
+    """The newest weight of a layer says how ready it is: it is the logit."""
+
+    def __init__(self):
+        super().__init__(CONFIG, rngs=nnx.Rngs(0))
+
+    def __call__(self, observation):
+        return jnp.stack([jnp.float32(0), observation.records[-1, 0]])
+
+
+@pytest.fixture
+def predictor():
+    StillnessPredictor.traces = 0
+    return StillnessPredictor()
+
+
+def params_at(step, speeds):
+    return {name: jnp.full((4, 4), step * speed, jnp.float32) for name, speed in zip(NAMES, speeds, strict=True)}
+
+
+def run(policy, steps, speeds=(0.0, 0.0, 0.0, 0.0)):
+    """``speeds``: how far a layer's weights move per step; a function of the step, or four numbers."""
+    state, decisions, states = policy.init(LAYERS, START), [], []
+    position = np.zeros(4)
+    for step in range(1, steps + 1):
+        position += speeds(step) if callable(speeds) else speeds
+        names, state = policy.update(
+            state, LAYERS, step=step, params=lambda position=position: params_at(1, position), loss=np.float32(1 / step)
+        )
+        decisions.append("".join(sorted(names)))
+        states.append(state)
+    return decisions, states
+
+
+@pytest.mark.slow
+def test_judges_each_layer_by_its_own_records(predictor):
+    """Over a window of 3 records, 2 steps apart, a layer moves by 4 times its speed; the bound is 0.5."""
+
+    def speeds(step):
+        return np.array([1.0, 0.0, 1.0 if step <= 8 else 0.1, 0.0])
+
+    policy = policies.smartfrz(predictor, record_every=2, evaluate_every=4, window=3, **PAPER_RULE)
+    decisions, _ = run(policy, 20, speeds)
+    # b has its three records at step 6, and is judged at 8; c's have been quiet since the record at step 8.
+    assert decisions == [""] * 7 + ["b"] * 4 + ["bc"] * 9
+
+
+def test_records_are_the_tailored_weights_at_the_stated_steps(predictor):
+    policy = policies.smartfrz(predictor, record_every=3, evaluate_every=100, window=4)
+    _, states = run(policy, 11, speeds=(1.0, 2.0, 0.0, 0.5))
+    records, mask = states[-1].history.chronological()
+    assert mask.tolist() == [[False, True, True, True]] * 4
+    expected = np.array([0, 3, 6, 9])[None, :, None] * np.array([1.0, 2.0, 0.0, 0.5])[:, None, None]
+    np.testing.assert_array_equal(records, np.broadcast_to(expected, (4, 4, SIZE)))
+    assert states[1].history.count.tolist() == [0] * 4
+    assert states[2].history.count.tolist() == [1] * 4
+
+
+def test_frozen_layers_lose_their_history_and_are_not_judged_again(predictor):
+    def speeds(step):  # b stands still until it freezes; were it judged later, it would be found moving
+        return np.array([1.0, 0.0 if step <= 4 else 9.0, 1.0, 1.0])
+
+    policy = policies.smartfrz(predictor, record_every=1, evaluate_every=4, window=3, **PAPER_RULE)
+    decisions, states = run(policy, 12, speeds)
+    assert decisions == [""] * 3 + ["b"] * 9
+    assert states[4].history.count.tolist() == [5, 0, 5, 5]
+    assert not np.asarray(states[4].history.values[1]).any()
+
+
+@pytest.mark.parametrize(
+    ("encoding", "window", "min_records", "first"),
+    [
+        ({}, 8, None, 6),
+        ({}, 3, None, 4),
+        ({}, 8, 1, 2),
+        ({}, 8, 7, 8),
+        ({"encoding": PAPER}, 8, None, 8),
+        ({"encoding": PAPER}, 8, 3, 4),
+    ],
+)
+def test_waits_for_min_records(encoding, window, min_records, first):
+    predictor = StillnessPredictor(config=dataclasses.replace(CONFIG, **encoding))
+    policy = policies.smartfrz(
+        predictor, record_every=1, evaluate_every=2, window=window, min_records=min_records, patience=1
+    )
+    decisions, _ = run(policy, 10)
+    assert decisions.index("abc") + 1 == first
+    assert set(decisions) == {"", "abc"}
+
+
+@pytest.mark.parametrize(("patience", "first"), [(1, 4), (2, 6), (3, 8)])
+def test_waits_for_patience(predictor, patience, first):
+    policy = policies.smartfrz(predictor, record_every=1, evaluate_every=2, window=3, patience=patience)
+    assert run(policy, 8)[0].index("abc") + 1 == first
+
+
+def rule(logits, *, caution, order, patience, min_records, keep):
+    """Frozen layers after each freezing stage, one loop after another; ``logits`` has shape (stages, layers)."""
+    frozen, found, decisions = set(), [0] * len(NAMES), []
+    for stage, row in enumerate(logits, start=1):
+        if stage >= min_records:
+            for i, logit in enumerate(row):
+                found[i] = found[i] + 1 if 1 / (1 + np.exp(-logit)) > caution else 0
+            for i, name in enumerate(NAMES):
+                if found[i] >= patience and name not in keep:
+                    frozen.add(name)
+                elif name not in frozen and name not in keep and order == "front_to_back":
+                    break
+        decisions.append("".join(sorted(frozen)))
+    return decisions
+
+
+@pytest.mark.slow
+@settings(max_examples=60, deadline=None)
+@given(
+    logits=st.lists(st.tuples(*[st.sampled_from([-3.0, -1.0, 1.0, 3.0])] * 4), min_size=12, max_size=12),
+    caution=st.sampled_from([0.0, 0.1, 0.5, 0.9, 1.0]),
+    order=st.sampled_from(["front_to_back", "any"]),
+    patience=st.integers(1, 3),
+    min_records=st.integers(1, 3),
+    keep=st.sets(st.sampled_from(NAMES)),
+)
+def test_decides_by_the_rule(logits, caution, order, patience, min_records, keep):
+    options = {"caution": caution, "order": order, "patience": patience, "min_records": min_records, "keep": keep}
+    policy = policies.smartfrz(WeightPredictor(), record_every=1, evaluate_every=1, window=3, **options)
+    state, decisions = policy.init(LAYERS, START), []
+    for step, row in enumerate(logits, start=1):
+        names, state = policy.update(state, LAYERS, step=step, params=lambda row=row: params_at(1, row))
+        decisions.append("".join(sorted(names)))
+    assert decisions == rule(logits, **options)
+
+
+def test_front_to_back_waits_for_the_layers_before(predictor):
+    """b is quiet from the start, a from step 5 on; c never; d is kept in one case only."""
+
+    def speeds(step):
+        return np.array([1.0 if step < 5 else 0.0, 0.0, 1.0, 0.0])
+
+    def last(**options):
+        policy = policies.smartfrz(predictor, record_every=1, evaluate_every=1, window=2, patience=1, **options)
+        return run(policy, 8, speeds)[0]
+
+    assert last() == [""] * 4 + ["ab"] * 4
+    assert last(order="any") == ["", *["b"] * 3, *["ab"] * 4]
+    assert last(keep=["a"]) == ["", *["b"] * 7]
+    assert last(keep=["c"]) == [""] * 4 + ["abd"] * 4
+    assert last(keep=["c"], order="any") == ["", *["bd"] * 3, *["abd"] * 4]
+
+
+def test_caution_is_the_confidence_that_is_asked_for():
+    """Still layers have logits (0, 0.5): a confidence of 0.622."""
+
+    def last(caution):
+        policy = policies.smartfrz(
+            StillnessPredictor(0.005), record_every=1, evaluate_every=2, window=2, caution=caution
+        )
+        return run(policy, 6)[0][-1]
+
+    assert [last(c) for c in (0.0, 0.5, 0.62, 0.63, 1.0)] == ["abc", "abc", "abc", "", ""]
+
+
+def numbers_frozen(seed, cautions, order, patiences):
+    """How many layers froze in a random run under two settings; the second ones' must always be among the first's."""
+    rng = np.random.default_rng(seed)
+    predictor = random_predictor(rng)
+    speeds = rng.lognormal(size=4) * np.linspace(1, rng.uniform(), 16)[:, None]
+    movements = rng.normal(size=(16, 4)) * speeds
+    bold, careful = (
+        run_observed(
+            policies.smartfrz(
+                predictor, total_steps=16, caution=caution, order=order, patience=patience,
+                record_every=1, evaluate_every=2, window=6, min_records=2,
+            ),
+            movements,
+        )
+        for caution, patience in zip(cautions, patiences, strict=True)
+    )  # fmt: skip
+    assert all(after <= before for before, after in zip(bold, careful, strict=True))
+    return len(bold[-1]), len(careful[-1])
+
+
+@pytest.mark.slow
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 10**6),
+    cautions=st.tuples(st.floats(0, 1), st.floats(0, 1)),
+    order=st.sampled_from(["front_to_back", "any"]),
+    patiences=st.tuples(st.integers(1, 4), st.integers(1, 4)),
+)
+def test_more_caution_and_more_patience_freeze_a_subset(seed, cautions, order, patiences):
+    numbers_frozen(seed, sorted(cautions), order, sorted(patiences))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["front_to_back", "any"])
+def test_the_runs_of_the_test_above_tell_settings_apart(order):
+    outcomes = [numbers_frozen(seed, (0.3, 0.7), order, (1, 2)) for seed in range(24)]
+    assert sum(careful < bold for bold, careful in outcomes) >= 2
+    assert any(careful > 0 for _, careful in outcomes)
+    assert any(bold < 3 for bold, _ in outcomes)
+
+
+@functools.cache
+def split_predictor():
+    return nnx.split(Predictor(CONFIG, rngs=nnx.Rngs(0)))
+
+
+def random_predictor(rng):
+    """One with weights so large that it is sometimes sure."""
+    graphdef, state = split_predictor()
+    return nnx.merge(
+        graphdef, jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape) * 1.5, jnp.float32), state)
+    )
+
+
+def run_observed(policy, movements):
+    state, decisions, position = policy.init(LAYERS, START), [], np.ones(4)
+    for step, moved in enumerate(movements, start=1):
+        position = position + moved
+        names, state = policy.update(
+            state, LAYERS, step=step, params=lambda position=position: params_at(1, position), loss=np.float32(3 / step)
+        )
+        decisions.append(names)
+    return decisions
+
+
+def test_a_tie_keeps_training():
+    """argmax of equal logits is the first: keep."""
+    policy = policies.smartfrz(StillnessPredictor(bound=0.0), record_every=1, evaluate_every=2, window=2)
+    assert run(policy, 6)[0][-1] == ""
+
+
+def test_compiles_the_predictor_once(predictor):
+    """However many layers are frozen and records there are; after the first round nothing at all is compiled."""
+    compiled = []
+
+    def listener(event, duration, **kwargs):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(kwargs.get("fun_name"))
+
+    def speeds(step):
+        return np.array([step < 10, step < 20, step < 30, 1.0], np.float64)
+
+    policy = policies.smartfrz(predictor, total_steps=40, record_every=1, evaluate_every=2, window=6, min_records=2)
+    assert run(policy, 4, speeds)[0][-1] == ""
+    assert StillnessPredictor.traces == 1
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        decisions, _ = run(policy, 40, speeds)
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+    assert sorted(set(decisions)) == ["", "a", "ab", "abc"]
+    assert StillnessPredictor.traces == 1
+    assert compiled == []
+
+
+def test_listener_of_the_test_above_hears_compilations():
+    compiled = []
+
+    def listener(event, duration, **kwargs):
+        compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        jax.jit(lambda x: x * 3.25 - 1.125)(jnp.ones(7))
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+    assert "/jax/core/compile/backend_compile_duration" in compiled
+
+
+def test_no_implicit_transfers(predictor):
+    policy = policies.smartfrz(predictor, record_every=1, evaluate_every=2, window=2)
+    state, on_device = policy.init(LAYERS, START), jnp.float32(3)
+    for guard in ("allow", "disallow"):  # constants go to the device when programs are compiled
+        with jax.transfer_guard(guard):
+            for step in (1, 2, 3, 4):
+                for loss in (np.float32(1), 2.0, on_device, None):
+                    names, later = policy.update(state, LAYERS, step=step, params=lambda: START, loss=loss)
+                state = later
+        assert names == {"a", "b", "c"}
+        state = policy.init(LAYERS, START)
+
+
+@pytest.mark.slow
+def test_defaults_follow_from_the_length_of_the_run(predictor):
+    policy = policies.smartfrz(predictor, total_steps=400, window=10)  # a record every 10 steps, a stage every 50
+    decisions, states = run(policy, 100)
+    assert [int(s.history.count[0]) for s in states[8:20]] == [0, *[1] * 10, 2]
+    assert decisions.index("abc") + 1 == 100
+
+
+def test_paper_defaults():
+    predictor = Predictor(CONFIG, rngs=nnx.Rngs(0))
+    state = policies.smartfrz(predictor, total_steps=1000).init(LAYERS, START)
+    assert state.history.values.shape == (4, 30, SIZE)
+
+
+def test_seed_draws_the_sample(predictor):
+    def positions(seed):
+        state = policies.smartfrz(predictor, record_every=1, seed=seed).init(LAYERS, START)
+        return [np.asarray(p).tolist() for p in jax.tree.leaves(state.tailoring)]
+
+    assert positions(0) == positions(0)
+    assert positions(0) != positions(1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"record_every": None}, "record_every: got none; pass it, or total_steps for the default"),
+        ({"record_every": 0}, "record_every: got 0"),
+        ({"evaluate_every": 0}, "evaluate_every: got 0"),
+        ({"record_every": 5, "evaluate_every": 4}, "evaluate_every: got 4, expected at least record_every, 5"),
+        ({"window": 0}, "window: got 0"),
+        ({"min_records": 0}, "min_records: got 0"),
+        ({"min_records": 31}, "min_records: got 31, expected at most the window, 30"),
+        ({"caution": 1.5}, "caution: got 1.5"),
+        ({"caution": -0.1}, "caution: got -0.1"),
+        ({"caution": float("nan")}, "caution: got nan"),
+        ({"order": "back_to_front"}, "order: got 'back_to_front', expected 'front_to_back' or 'any'"),
+        ({"patience": 0}, "patience: got 0, expected an integer of at least 1"),
+        ({"patience": 1.5}, "patience: got 1.5, expected an integer of at least 1"),
+        ({"total_steps": 0}, "total_steps: got 0"),
+        ({"size": 16}, "size: got 16, but the predictor was made for 8 weights per layer"),
+        ({"total_steps": 9}, r"5 records, one every 1 steps, and then 2 freezing stage\(s\), .* a run of 9 steps"),
+        ({"total_steps": 50, "min_records": 1, "evaluate_every": 51}, "one every 51 steps, do not fit in a run of 50"),
+    ],
+)
+def test_refuses_bad_options(predictor, options, message):
+    with pytest.raises(ValueError, match=message):
+        policies.smartfrz(predictor, **({"record_every": 1} | options))
+
+
+@pytest.mark.slow
+@settings(max_examples=15, deadline=None)
+@given(
+    record_every=st.integers(2, 4),
+    longer=st.integers(0, 5),
+    min_records=st.integers(1, 4),
+    patience=st.integers(1, 3),
+)
+def test_a_run_is_refused_exactly_if_it_is_too_short_for_anything_to_freeze(
+    record_every, longer, min_records, patience
+):
+    make = functools.partial(
+        policies.smartfrz, WeightPredictor(), caution=0.0, window=4, record_every=record_every,
+        evaluate_every=record_every + longer, min_records=min_records, patience=patience,
+    )  # fmt: skip
+    policy, frozen, step = make(), frozenset(), 0
+    state = policy.init(LAYERS, START)
+    while not frozen:
+        step += 1
+        frozen, state = policy.update(state, LAYERS, step=step, params=lambda: START)
+    make(total_steps=step)
+    with pytest.raises(ValueError, match=f"do not fit in a run of {step - 1} steps"):
+        make(total_steps=step - 1)
+
+
+def test_refuses_what_is_not_a_predictor():
+    with pytest.raises(TypeError, match="predictor: got str 'resnet50', expected a smartfrz_jax"):
+        policies.smartfrz("resnet50", total_steps=1000)
+
+
+def test_stops_at_weights_that_are_not_finite(predictor):
+    policy = policies.smartfrz(predictor, record_every=2, window=4)
+    broken = START | {"b": jnp.full((4, 4), jnp.nan), "d": jnp.full((4, 4), jnp.inf)}
+    state = policy.init(LAYERS, START)
+    _, state = policy.update(state, LAYERS, step=1, params=lambda: broken)  # not recorded
+    with pytest.raises(FloatingPointError, match="params: not finite after step 2 in layer 'b', 'd', so the policy"):
+        policy.update(state, LAYERS, step=2, params=lambda: broken)
+
+
+def test_stops_at_a_confidence_that_is_not_finite():
+    policy = policies.smartfrz(StillnessPredictor(bound=3e38), record_every=1, evaluate_every=2, window=2)
+    with pytest.raises(FloatingPointError, match="confidence: not finite after step 2 in layer 'a', 'b', 'c', so"):
+        run(policy, 2)

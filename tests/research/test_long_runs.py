@@ -1,0 +1,144 @@
+"""Long runs: a policy that leaves the path of never is the policy run from the start; interruptions change nothing."""
+
+import jax
+import numpy as np
+import pytest
+from flax import nnx
+
+import smartfrz_jax as sfj
+from research import json_lines
+from research.long_runs.__main__ import RESULTS, best_rate, jobs
+from research.long_runs.bench import Bench
+from research.long_runs.cases import CASES, Case
+from research.long_runs.report import lines, page
+from research.long_runs.run import LEAD, Job, Runner
+from research.long_runs.strategies import STRATEGIES, Strategy
+from research.recordings.architectures import ARCHITECTURES
+
+pytestmark = pytest.mark.usefixtures("jax_defaults")
+
+# As long as a decision, its effect and a few steps behind take.
+_EPOCHS = 3 * LEAD / 62
+_FOLLOWERS = {
+    "progress:0.5": Strategy(lambda s: sfj.progress(s.total_steps, caution=0.3)),
+    "static": Strategy(lambda s: sfj.static_prefix(s.total_steps, [(0.2, 0.5)], costs=s.costs)),
+    "late": Strategy(lambda s: sfj.static_prefix(s.total_steps, [(0.99, 1.0)], costs=s.costs)),
+}
+
+
+@pytest.fixture(scope="module")
+def bench(tmp_path_factory):
+    case = Case(ARCHITECTURES["resnet8"], "fashion_mnist", None, _EPOCHS, 32, "sgd", (0.05,), 1, 5e-4, augment=True)
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        return Bench("tiny", case, state=tmp_path_factory.mktemp("state"), data_dir=None, weights_dir=None)
+
+
+def _job(name):
+    return Job("tiny", name, 1, 0.05)
+
+
+def _finished(runner):
+    assert runner.run()
+    state = nnx.to_pure_dict(nnx.state((runner.model, runner.optimizer)))
+    return jax.tree.map(np.asarray, state), runner.result()
+
+
+def _stopped_twice(make):
+    for _ in range(2):
+        assert not make(deadline=0.0).run()
+    return make()
+
+
+@pytest.fixture(scope="module")
+def followed(bench, tmp_path_factory):
+    """The folder of a run of never that policies watched, and its results; interrupted after steps 1 and 2."""
+    folder = tmp_path_factory.mktemp("followed")
+
+    def make(**options):
+        runner = Runner(bench, _job("never"), STRATEGIES["never"], state=folder, **options)
+        runner.watch(_FOLLOWERS)
+        return runner
+
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        runner = _stopped_twice(make)
+        arrays, row = _finished(runner)
+        return folder, arrays, row, runner.rows_of_followers(row)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["progress:0.5", "static"])
+def test_a_policy_that_left_never_is_the_policy_run_from_the_start(bench, followed, tmp_path, name):
+    folder, *_ = followed
+    alone, row = _finished(Runner(bench, _job(name), _FOLLOWERS[name], state=tmp_path))
+    branch = _stopped_twice(lambda **o: Runner(bench, _job(name), _FOLLOWERS[name], state=folder, **o))
+    branched, branched_row = _finished(branch)
+    jax.tree.map(np.testing.assert_array_equal, branched, alone)
+    assert branched_row["branched_at"] == row["frozen"][0][0]  # where the first layer freezes
+    assert 0 < branched_row["branched_at"] < branched_row["steps"] == row["steps"]
+    assert row["branched_at"] is None
+    same = ("frozen", "flops", "loss", "accuracy", "curve", "flops_share")
+    assert {key: branched_row[key] for key in same} == {key: row[key] for key in same}
+    assert [program[:3] for program in branched_row["programs"]] == [program[:3] for program in row["programs"]]
+    assert row["flops_share"] < 1
+
+
+@pytest.mark.slow
+def test_interrupted_never_is_never(bench, followed, tmp_path):
+    _, arrays, row, _ = followed
+    alone, alone_row = _finished(Runner(bench, _job("never"), STRATEGIES["never"], state=tmp_path))
+    jax.tree.map(np.testing.assert_array_equal, arrays, alone)
+    assert alone_row["curve"] == row["curve"]
+    assert (row["steps"], len(row["programs"]), row["frozen"]) == (alone_row["steps"], 1, [])
+
+
+@pytest.mark.slow
+def test_who_never_leaves_has_the_row_of_never(followed):
+    *_, row, followers = followed
+    assert [one["strategy"] for one in followers] == ["late"]
+    assert followers[0]["accuracy"] == row["accuracy"]
+    assert followers[0]["decide_seconds"] != row["decide_seconds"]
+
+
+def test_the_rate_is_chosen_first_then_seed_by_seed():
+    case = "lite0-cifar10"
+    rows = []
+    tune = [job.rate for job in jobs(rows, [case], 2)]
+    assert tune == list(CASES[case].rates)
+    tried = zip(tune, (1, 3, 2), strict=True)
+    rows = [{"case": case, "strategy": "tune", "seed": 0, "rate": rate, "accuracy": right} for rate, right in tried]
+    assert best_rate(rows, case) == tune[1]
+    wanted = list(jobs(rows, [case], 2))
+    assert wanted[0] == Job(case, "never", 0, tune[1])
+    names = [job.name for job in wanted if job.seed == 0]
+    assert names == [name for name in STRATEGIES if not STRATEGIES[name].reference]  # with nothing to refer to
+    assert {job.rate for job in wanted if job.name == "shorter:0.5,2"} == {2 * tune[1]}
+    rows.append({"case": case, "strategy": "never", "seed": 1, "rate": tune[1], "accuracy": 1})
+    assert Job(case, "similarity_guided", 0, tune[1]) in list(jobs(rows, [case], 2))
+    assert Job(case, "never", 1, tune[1]) not in list(jobs(rows, [case], 2))
+
+
+def test_results_are_rows_of_known_cases_and_strategies():
+    rows = json_lines.read(RESULTS, dict)
+    assert {row["case"] for row in rows} <= CASES.keys()
+    assert {row["strategy"] for row in rows} <= {*STRATEGIES, "tune"}
+
+
+def _row(strategy, seed, **fields):
+    fields = {"accuracy": 0.9, "flops": 100.0, "train_seconds": 8.0, "wait_seconds": 1.0, **fields}
+    costs = {"decide_seconds": 1.0, "train_cpu_seconds": 10.0, "steps": 50, "frozen": []}
+    return {"case": "lite0-cifar10", "strategy": strategy, "seed": seed, **costs, **fields}
+
+
+def test_a_line_is_the_mean_of_paired_differences():
+    rows = [_row("never", 0), _row("never", 1, accuracy=0.8), _row("static:half", 5)]
+    rows += [_row("progress", seed, accuracy=a, flops=60.0, wait_seconds=0.0) for seed, a in ((0, 0.89), (1, 0.81))]
+    rows[-1]["frozen"] = [[10, ["a"], []], [20, ["b"], []]]
+    never, progress = lines(rows, "lite0-cifar10")
+    assert (never.strategy, never.difference) == ("never", 0)
+    assert (progress.seeds, progress.flops, progress.time, progress.first) == (2, 0.6, pytest.approx(0.9), 0.2)
+    assert progress.difference == pytest.approx(0, abs=1e-9)  # -1 and +1
+    assert progress.error == pytest.approx(1)
+
+
+def test_the_page_is_that_of_the_results():
+    assert (RESULTS.parent / "results.md").read_text() == page(json_lines.read_with_commit(RESULTS))

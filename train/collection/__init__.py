@@ -1,1 +1,0 @@
-"""How the predictor's training set is made: what ``python -m train.collect`` runs."""
