@@ -39,7 +39,7 @@ class Case(NamedTuple):
 
     model: nnx.Module
     run: Callable[[], jax.Array]
-    cost: sfj.ProgramCost
+    cost: sfj.cost.ProgramCost
 
 
 def loss_fn(model: nnx.Module, images: jax.Array, labels: jax.Array) -> jax.Array:

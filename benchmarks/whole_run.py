@@ -1,6 +1,6 @@
 """Whole runs with everything in them: does the time saved come up to what the FLOPs say, and what does deciding cost?
 
-For each network a run in which nothing freezes and one in which ``linear`` (FreezeOut) freezes layer by layer, on a
+For each network a run in which nothing freezes and one in which ``freezeout`` (FreezeOut) freezes layer by layer, on a
 random batch, the same number of steps in turns of one after the other. Programs are compiled ahead (``--lead``), small
 savings gathered (``--min-saving``); waiting for programs, moving the optimizer state and the policy count as time.
 
@@ -95,9 +95,9 @@ def main(argv: list[str] | None = None) -> None:
     print("|---" + "|--:" * 8 + "|")
     for name in args.only:
         case = Case(name, args.batch, args.size)
-        linear = sfj.linear(args.steps, t0=0.3)
-        plain, plain_seconds = case.train("never", sfj.never(), args.steps, args.lead, args.min_saving)
-        frozen, seconds = case.train("linear", linear, args.steps, args.lead, args.min_saving)
+        freezeout = sfj.freezeout(total_steps=args.steps, t0=0.3)
+        plain, plain_seconds = case.train("never", sfj.policies.never(), args.steps, args.lead, args.min_saving)
+        frozen, seconds = case.train("freezeout", freezeout, args.steps, args.lead, args.min_saving)
         step = float(np.median([s.seconds for s in plain.steps]))
         flops_saved, time_saved = 1 - frozen.tflops / plain.tflops, 1 - seconds / plain_seconds
         waiting = frozen.wait_seconds - frozen.programs[0].waited

@@ -30,7 +30,7 @@ _FULL_RUNS = Path(__file__).resolve().parents[1] / "benchmarks" / "rehearsals" /
 
 def compare(args: argparse.Namespace, interrupt: Interrupt) -> None:
     """Measures what is missing, and writes the table."""
-    sfj.keep_programs(args.out / "programs")
+    sfj.enable_compilation_cache(args.out / "programs")
     file = args.out / "gradient_signal.jsonl"
     signals, results = json_lines.read(file, Signal.parse), json_lines.read(args.full_runs, Result.parse)
     known = {(signal.case, signal.seed, signal.steps) for signal in signals}

@@ -1,26 +1,22 @@
 """Layer freezing for JAX that saves in the compiled step, by rules or predictors (SmartFRZ, arXiv 2401.16720)."""
 
+import importlib as _importlib
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+
+from smartfrz_jax import caching as caching
+from smartfrz_jax import cost as cost
 from smartfrz_jax import linen as linen
 from smartfrz_jax import nnx as nnx
-from smartfrz_jax.caching.break_even import BreakEven as BreakEven
-from smartfrz_jax.caching.break_even import break_even as break_even
+from smartfrz_jax import policies as policies
+from smartfrz_jax import predictor as predictor
 from smartfrz_jax.caching.prefix_cache import PrefixCache as PrefixCache
-from smartfrz_jax.caching.store import ActivationCache as ActivationCache
 from smartfrz_jax.cost.account import Account as Account
 from smartfrz_jax.cost.account import account as account
-from smartfrz_jax.cost.check import Finding as Finding
-from smartfrz_jax.cost.check import Measured as Measured
-from smartfrz_jax.cost.check import SavingCheck as SavingCheck
 from smartfrz_jax.cost.check import SavingWarning as SavingWarning
-from smartfrz_jax.cost.check import check_saving as check_saving
-from smartfrz_jax.cost.check import jaxpr_of as jaxpr_of
-from smartfrz_jax.cost.measured import ProgramCost as ProgramCost
 from smartfrz_jax.cost.measured import program_cost as program_cost
-from smartfrz_jax.cost.step_flops import Parts as Parts
-from smartfrz_jax.cost.step_flops import StepFlops as StepFlops
 from smartfrz_jax.freezing.freezer import FreezeEvent as FreezeEvent
 from smartfrz_jax.freezing.freezer import Freezer as Freezer
-from smartfrz_jax.freezing.migrate import migrate as migrate
+from smartfrz_jax.freezing.migrate import migrate_opt_state as migrate_opt_state
 from smartfrz_jax.freezing.transform import Frozen as Frozen
 from smartfrz_jax.freezing.transform import apply_updates as apply_updates
 from smartfrz_jax.freezing.transform import freeze as freeze
@@ -28,55 +24,27 @@ from smartfrz_jax.freezing.transform import value_and_grad as value_and_grad
 from smartfrz_jax.layers.find import find_layers as find_layers
 from smartfrz_jax.layers.layers import Layer as Layer
 from smartfrz_jax.layers.layers import Layers as Layers
-from smartfrz_jax.layers.outputs import tapped as tapped
-from smartfrz_jax.learning.evaluation import Evaluation as Evaluation
-from smartfrz_jax.learning.evaluation import evaluate as evaluate
-from smartfrz_jax.learning.examples import Examples as Examples
-from smartfrz_jax.learning.examples import make_examples as make_examples
-from smartfrz_jax.learning.fitting import Fit as Fit
-from smartfrz_jax.learning.fitting import fit as fit
-from smartfrz_jax.learning.fitting import predict as predict
-from smartfrz_jax.learning.harm import branch_harm as branch_harm
-from smartfrz_jax.learning.harm import swap_harm as swap_harm
-from smartfrz_jax.learning.hiding import Hiding as Hiding
-from smartfrz_jax.learning.inputs import encode_examples as encode_examples
-from smartfrz_jax.learning.recorder import Recorder as Recorder
-from smartfrz_jax.learning.recording import Recording as Recording
-from smartfrz_jax.learning.splits import by_layer as by_layer
-from smartfrz_jax.learning.splits import by_metadata as by_metadata
-from smartfrz_jax.learning.splits import by_run as by_run
-from smartfrz_jax.learning.splits import moments as moments
-from smartfrz_jax.learning.targets import Harmless as Harmless
-from smartfrz_jax.learning.targets import Settled as Settled
-from smartfrz_jax.learning.targets import settled as settled
-from smartfrz_jax.learning.targets import stabilised as stabilised
-from smartfrz_jax.policies import Policy as Policy
-from smartfrz_jax.policies import autofreeze as autofreeze
-from smartfrz_jax.policies import freezeout_schedules as freezeout_schedules
-from smartfrz_jax.policies import gain as gain
-from smartfrz_jax.policies import linear as linear
-from smartfrz_jax.policies import never as never
-from smartfrz_jax.policies import progress as progress
-from smartfrz_jax.policies import random as random
-from smartfrz_jax.policies import scale_by_layer_schedule as scale_by_layer_schedule
-from smartfrz_jax.policies import similarity_guided as similarity_guided
-from smartfrz_jax.policies import smartfrz as smartfrz
-from smartfrz_jax.policies import static_prefix as static_prefix
-from smartfrz_jax.policies.rehearsal import Harm as Harm
-from smartfrz_jax.policies.rehearsal import Rehearsal as Rehearsal
+from smartfrz_jax.layers.outputs import layer_outputs as layer_outputs
+from smartfrz_jax.policies.autofreeze import autofreeze as autofreeze
+from smartfrz_jax.policies.base import Policy as Policy
+from smartfrz_jax.policies.freezeout import freezeout as freezeout
+from smartfrz_jax.policies.progress import progress as progress
 from smartfrz_jax.policies.rehearsal import rehearse as rehearse
-from smartfrz_jax.predictor.cka import layer_cka as layer_cka
-from smartfrz_jax.predictor.cka import linear_cka as linear_cka
-from smartfrz_jax.predictor.encoding import Encoding as Encoding
-from smartfrz_jax.predictor.history import History as History
-from smartfrz_jax.predictor.observation import Observation as Observation
+from smartfrz_jax.policies.smartfrz import smartfrz as smartfrz
+from smartfrz_jax.policies.static_prefix import static_prefix as static_prefix
 from smartfrz_jax.predictor.predictor import Predictor as Predictor
-from smartfrz_jax.predictor.predictor import PredictorConfig as PredictorConfig
-from smartfrz_jax.predictor.predictor import freeze_probability as freeze_probability
-from smartfrz_jax.predictor.sampling import Tailoring as Tailoring
-from smartfrz_jax.programs.on_disk import keep_programs as keep_programs
+from smartfrz_jax.programs.on_disk import enable_compilation_cache as enable_compilation_cache
 from smartfrz_jax.programs.train_step import Program as Program
 from smartfrz_jax.programs.train_step import TrainStep as TrainStep
-from smartfrz_jax.pytrees import paths as paths
+
+if _TYPE_CHECKING:
+    from smartfrz_jax import learning as learning
 
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> object:
+    """``smartfrz_jax.learning`` is imported when it is asked for, as training does not need it."""
+    if name == "learning":
+        return _importlib.import_module("smartfrz_jax.learning")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

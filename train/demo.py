@@ -126,7 +126,7 @@ class Demo:
         images, labels = (part[self.train_split.labels < 5] for part in self.train_split)
         tx = sgd(self.pretrain_epochs * (len(labels) // BATCH_SIZE))
         optimizer = sfj.nnx.Optimizer(model, tx, wrt=nnx.Param, layers=self.layers)
-        freezer, step = sfj.nnx.Freezer(model, optimizer, sfj.never()), self.train_step(tx)
+        freezer, step = sfj.nnx.Freezer(model, optimizer, sfj.policies.never()), self.train_step(tx)
         indices = self.interrupt.checked(batches(len(labels), BATCH_SIZE, self.pretrain_epochs, self.seed))
         data = ((images[i], labels[i]) for i in indices)
         log = Log(self.out / "pretrain.jsonl", Run("pretrain", self.layers.names, {"seed": self.seed}))
@@ -189,14 +189,14 @@ def demo(args: argparse.Namespace, say: Callable[[str], None], interrupt: Interr
     def guided(model: nnx.Module) -> sfj.Policy:
         return sfj.smartfrz(sfj.Predictor.pretrained(), total_steps=steps, probe=demo.probe(model), seed=args.seed)
 
-    schedules = sfj.freezeout_schedules(demo.layers, learning_rate=LEARNING_RATE, total_steps=steps)
-    freezeout = optax.chain(optax.trace(0.9), sfj.scale_by_layer_schedule(demo.layers, schedules))
+    schedules = sfj.policies.freezeout_schedules(demo.layers, learning_rate=LEARNING_RATE, total_steps=steps)
+    freezeout = optax.chain(optax.trace(0.9), sfj.policies.scale_by_layer_schedule(demo.layers, schedules))
     runs = demo.fine_tune(
         [
-            demo.tuning("never", lambda model: sfj.never(), sgd(steps)),
+            demo.tuning("never", lambda model: sfj.policies.never(), sgd(steps)),
             demo.tuning("smartfrz", guided, sgd(steps)),
-            demo.tuning("progress", lambda model: sfj.progress(steps), sgd(steps)),
-            demo.tuning("linear", lambda model: sfj.linear(steps), freezeout),
+            demo.tuning("progress", lambda model: sfj.progress(total_steps=steps), sgd(steps)),
+            demo.tuning("freezeout", lambda model: sfj.freezeout(total_steps=steps), freezeout),
         ]
     )
 

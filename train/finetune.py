@@ -112,7 +112,7 @@ def finetune(options: Options, say: Callable[[str], None], interrupt: Interrupt)
     if options.resume and started is None:
         say(f"{options.out} holds no checkpoint yet: the run starts again from its first step")
     if options.keep_programs is not None:
-        sfj.keep_programs(options.keep_programs)
+        sfj.enable_compilation_cache(options.keep_programs)
     train_data, evaluation_data = open_data(options)
     steps_per_epoch = train_data.steps_per_epoch
     total_steps = options.epochs * steps_per_epoch
@@ -132,10 +132,10 @@ def finetune(options: Options, say: Callable[[str], None], interrupt: Interrupt)
     account = sfj.nnx.account(model, layers, loss_fn, example, first.labels, tx=tx)
     features, reference = None, None
     if options.reference is not None:
-        layer_outputs = sfj.nnx.features(model, layers, *example)
+        outputs_of = sfj.nnx.features(model, layers, *example)
         known = make_network(options, num_classes=train_data.num_classes, seed=options.seed)
         weights.load(known, options.reference)
-        features, reference = (lambda model: layer_outputs(model, *example)), layer_outputs(known, *example)
+        features, reference = (lambda model: outputs_of(model, *example)), outputs_of(known, *example)
     policy = make_policy(
         options,
         steps_per_epoch=steps_per_epoch,

@@ -19,7 +19,7 @@ OptimizerName = Literal["sgd", "adamw"]
 def make_optimizer(options: Options, layers: sfj.Layers, total_steps: int) -> optax.GradientTransformation:
     """SGD with momentum, or AdamW, under a cosine schedule; clipping inside, so that it is over active layers only.
 
-    With the policy ``linear`` every layer has the schedule of FreezeOut, which ends when it freezes.
+    With the policy ``freezeout`` every layer has the schedule of FreezeOut, which ends when it freezes.
 
     Args:
         options: The command line.
@@ -33,20 +33,20 @@ def make_optimizer(options: Options, layers: sfj.Layers, total_steps: int) -> op
         ValueError: If the warm-up is longer than the run, or is asked for together with FreezeOut.
     """
     warmup = round(options.warmup_epochs * total_steps / options.epochs)
-    if warmup >= total_steps or (warmup and options.policy == "linear"):
+    if warmup >= total_steps or (warmup and options.policy == "freezeout"):
         raise ValueError(
             f"warmup_epochs: got {options.warmup_epochs} of {options.epochs} epochs with policy {options.policy!r}; "
-            "expected fewer than the epochs, and 0 with 'linear', which has a schedule of its own for every layer"
+            "expected fewer than the epochs, and 0 with 'freezeout', which has a schedule of its own for every layer"
         )
-    if options.policy == "linear":
-        schedules = sfj.freezeout_schedules(
+    if options.policy == "freezeout":
+        schedules = sfj.policies.freezeout_schedules(
             layers,
             learning_rate=options.learning_rate,
             total_steps=total_steps,
             t0=options.t0,
             spacing=options.spacing,  # pyright: ignore[reportArgumentType]  # argparse has checked it
         )
-        step = sfj.scale_by_layer_schedule(layers, schedules)
+        step = sfj.policies.scale_by_layer_schedule(layers, schedules)
     else:
         peak = options.learning_rate
         rate = (

@@ -20,7 +20,7 @@ _DESCRIPTION = """\
 Fine-tunes (or trains) a network on a TFDS data set while a policy freezes its layers.
 
   python -m train.finetune --model efficientnet-lite0 --weights efficientnet_lite0.safetensors \\
-      --data cifar10 --data-dir ~/tensorflow_datasets --policy linear --epochs 10 --out runs/linear
+      --data cifar10 --data-dir ~/tensorflow_datasets --policy freezeout --epochs 10 --out runs/freezeout
 
 The output folder gets log.jsonl (a line for every step), checkpoints/ (restored with --resume), model.safetensors (the
 trained weights, under the names they were loaded by), report.md and report.png.
@@ -165,8 +165,8 @@ def parse(argv: list[str] | None) -> Options:
     )
     add("--patience", type=int, default=2, help="smartfrz: decisions in a row that it takes; the paper's is 1")
     add("--window", type=int, default=30, help="smartfrz: records that the predictor sees")
-    add("--t0", type=float, default=0.5, help="linear: share of training after which the first layer freezes")
-    add("--spacing", choices=["linear", "cubic"], default="linear", help="linear: of the moments of freezing")
+    add("--t0", type=float, default=0.5, help="freezeout: share of training after which the first layer freezes")
+    add("--spacing", choices=["linear", "cubic"], default="linear", help="freezeout: of the moments of freezing")
     add("--evaluations-per-epoch", type=int, default=4, help="autofreeze, similarity_guided: decisions in an epoch")
     add(
         "--percentile", type=float, default=50, help="autofreeze: share of active layers taken as converged, in percent"

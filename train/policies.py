@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from train.options import Options
 
 PolicyName = Literal[
-    "never", "smartfrz", "progress", "linear", "autofreeze", "similarity_guided", "static_prefix", "random"
+    "never", "smartfrz", "progress", "freezeout", "autofreeze", "similarity_guided", "static_prefix", "random"
 ]
 
 
@@ -47,7 +47,7 @@ def make_policy(
     caution: dict[str, Any] = {} if options.caution is None else {"caution": options.caution}
     match options.policy:
         case "never":
-            return sfj.never()
+            return sfj.policies.never()
         case "smartfrz":
             return sfj.smartfrz(
                 _predictor(options.predictor),
@@ -60,19 +60,19 @@ def make_policy(
                 seed=options.seed,
             )
         case "progress":
-            return sfj.progress(total_steps, **caution)
-        case "linear":
+            return sfj.progress(total_steps=total_steps, **caution)
+        case "freezeout":
             spacing = "cubic" if options.spacing == "cubic" else "linear"
-            return sfj.linear(total_steps, t0=options.t0, spacing=spacing)
+            return sfj.freezeout(total_steps=total_steps, t0=options.t0, spacing=spacing)
         case "autofreeze":
             return sfj.autofreeze(evaluate_every, percentile=options.percentile)
         case "similarity_guided":
             assert reference is not None
-            return sfj.similarity_guided(reference, evaluate_every, tolerance=options.tolerance)
+            return sfj.policies.similarity_guided(reference, evaluate_every, tolerance=options.tolerance)
         case "static_prefix":
-            return sfj.static_prefix(total_steps, options.stages, costs=costs)
+            return sfj.static_prefix(options.stages, total_steps=total_steps, costs=costs)
         case "random":
-            return sfj.random(options.budget, total_steps=total_steps, seed=options.seed, costs=costs)
+            return sfj.policies.random(options.budget, total_steps=total_steps, seed=options.seed, costs=costs)
 
 
 def _predictor(name: str) -> sfj.Predictor:

@@ -14,7 +14,7 @@ from train.log import Run
 
 mpl.use("Agg")
 
-_COLOURS = {"never": "#4d4d4d", "smartfrz": "#d1495b", "progress": "#3a8f5c", "linear": "#2e86ab"}
+_COLOURS = {"never": "#4d4d4d", "smartfrz": "#d1495b", "progress": "#3a8f5c", "freezeout": "#2e86ab"}
 
 
 def table(runs: Sequence[Run]) -> str:

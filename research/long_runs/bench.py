@@ -58,7 +58,7 @@ class Bench:
         self.layers = sfj.nnx.find_layers(model, *self._probe)
         self._features = sfj.nnx.features(model, self.layers, *self._probe)
         first = self.data.train[np.arange(case.batch_size)]
-        tx = self._optimizer(Strategy(lambda s: sfj.never()), 1, case.rates[0])
+        tx = self._optimizer(Strategy(lambda s: sfj.policies.never()), 1, case.rates[0])
         self.account = sfj.nnx.account(model, self.layers, loss_fn, first.inputs, first.labels, tx=tx)
         self.metrics = metrics_of(case.data)
 
@@ -143,8 +143,8 @@ class Bench:
     def _optimizer(self, strategy: Strategy, steps: int, rate: float) -> optax.GradientTransformation:
         case = self.case
         if strategy.freezeout:
-            schedules = sfj.freezeout_schedules(self.layers, learning_rate=rate, total_steps=steps)
-            scaled = sfj.scale_by_layer_schedule(self.layers, schedules)
+            schedules = sfj.policies.freezeout_schedules(self.layers, learning_rate=rate, total_steps=steps)
+            scaled = sfj.policies.scale_by_layer_schedule(self.layers, schedules)
         else:
             values = jnp.asarray(learning_rates("cosine", rate, steps))
             scaled = optax.scale_by_learning_rate(lambda count: values[jnp.minimum(count, steps - 1)])

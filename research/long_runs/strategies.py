@@ -56,7 +56,7 @@ class Strategy(NamedTuple):
 
 
 def _static(*stages: tuple[float, float]) -> Strategy:
-    return Strategy(lambda s: sfj.static_prefix(s.total_steps, stages, costs=s.costs))
+    return Strategy(lambda s: sfj.static_prefix(stages, total_steps=s.total_steps, costs=s.costs))
 
 
 def _smartfrz(name: Pretrained, **options: Any) -> Strategy:
@@ -69,11 +69,11 @@ def _smartfrz(name: Pretrained, **options: Any) -> Strategy:
 
 
 def _gain(factor: float) -> Strategy:
-    return Strategy(lambda s: sfj.gain(s.gradients, s.total_steps, factor=factor, costs=s.costs))
+    return Strategy(lambda s: sfj.policies.gain(s.gradients, total_steps=s.total_steps, factor=factor, costs=s.costs))
 
 
 def _never(length: float = 1.0, rate: float = 1.0) -> Strategy:
-    return Strategy(lambda s: sfj.never(), length=length, rate=rate)
+    return Strategy(lambda s: sfj.policies.never(), length=length, rate=rate)
 
 
 # Most valuable first; the queue takes them in this order, and the first ones with all seeds before the others.
@@ -85,19 +85,19 @@ STRATEGIES: dict[str, Strategy] = {
     "paper": _smartfrz("paper", caution=0.5, order="any", patience=1),
     "shorter:0.5": _never(0.5),
     "gain:0.5": _gain(0.5),
-    "progress": Strategy(lambda s: sfj.progress(s.total_steps)),
-    "freezeout": Strategy(lambda s: sfj.linear(s.total_steps, t0=0.5), freezeout=True),
+    "progress": Strategy(lambda s: sfj.progress(total_steps=s.total_steps)),
+    "freezeout": Strategy(lambda s: sfj.freezeout(total_steps=s.total_steps, t0=0.5), freezeout=True),
     "smartfrz:0.5": _smartfrz("default", caution=0.5),
-    "progress:0.5": Strategy(lambda s: sfj.progress(s.total_steps, caution=0.5)),
+    "progress:0.5": Strategy(lambda s: sfj.progress(total_steps=s.total_steps, caution=0.5)),
     "autofreeze": Strategy(lambda s: sfj.autofreeze(max(1, s.steps_per_epoch // 4))),
     "gain:0.25": _gain(0.25),
     "gain:1": _gain(1.0),
     "shorter:0.5,2": _never(0.5, 2.0),
     "static:all:0.5": _static((0.5, 1.0)),
     "similarity_guided": Strategy(
-        lambda s: sfj.similarity_guided(_known(s), max(1, s.steps_per_epoch // 4)), reference=True
+        lambda s: sfj.policies.similarity_guided(_known(s), max(1, s.steps_per_epoch // 4)), reference=True
     ),
-    "random": Strategy(lambda s: sfj.random(0.5, total_steps=s.total_steps, seed=s.seed, costs=s.costs)),
+    "random": Strategy(lambda s: sfj.policies.random(0.5, total_steps=s.total_steps, seed=s.seed, costs=s.costs)),
     "static:half,all:0.4": _static((0.0, 0.5), (0.4, 1.0)),
     "shorter:0.7": _never(0.7),
     "shorter:0.3": _never(0.3),

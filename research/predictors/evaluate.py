@@ -77,10 +77,10 @@ def evaluate(args: argparse.Namespace, interrupt: Interrupt) -> None:
         if variant in CONTROLS:
             probability = CONTROLS[variant](train, test)
         else:
-            probability = sfj.predict(VARIANTS[variant].fit(train, seed=seed), test)
+            probability = sfj.learning.predict(VARIANTS[variant].fit(train, seed=seed), test)
         seconds = time.perf_counter() - start
-        score = sfj.evaluate(probability, test.target, groups=moments(test))
-        within_runs = sfj.evaluate(probability, test.target, groups=test.run).moment_auc
+        score = sfj.learning.evaluate(probability, test.target, groups=moments(test))
+        within_runs = sfj.learning.evaluate(probability, test.target, groups=test.run).moment_auc
         row = Figures(
             target,
             split,
@@ -143,10 +143,10 @@ class Prepared:
 
     def _make(self, form: str, plain: Examples) -> tuple[Examples, Examples]:
         if form == "control":
-            encoded = sfj.encode_examples(plain, all_context(plain))
+            encoded = sfj.learning.encode_examples(plain, all_context(plain))
             return encoded, encoded
         encoding = VARIANTS[form].encoding
-        test = plain if encoding.weights == "raw" else sfj.encode_examples(plain, encoding)
+        test = plain if encoding.weights == "raw" else sfj.learning.encode_examples(plain, encoding)
         return VARIANTS[form].prepared(plain), test
 
 

@@ -76,13 +76,13 @@ def main(argv: list[str] | None = None) -> int:
         if args.held_out is not None:
             rest = [recorded for recorded in recordings if _about(recorded) & set(args.without)]
             unseen = make_examples(rest, criterion=TARGETS[args.target], stride=_HELD_OUT_STRIDE)
-            held_out.write(args.held_out, sfj.encode_examples(unseen, variant.encoding))
+            held_out.write(args.held_out, sfj.learning.encode_examples(unseen, variant.encoding))
         predictor = variant.fit(variant.prepared(examples, seed=args.seed), seed=args.seed)
         predictor.save(args.out)
     except (OSError, ValueError) as error:
         print(error, file=sys.stderr)
         return 2
-    score = sfj.evaluate(sfj.predict(predictor, examples), examples.target)
+    score = sfj.learning.evaluate(sfj.learning.predict(predictor, examples), examples.target)
     print(
         f"{args.out}: {args.variant}, {args.target}, {len(chosen)} of {len(recordings)} recordings "
         f"({len(left_out)} more of networks that hardly learned are left out), {len(examples)} "

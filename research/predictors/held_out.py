@@ -32,11 +32,11 @@ def write(path: Path, examples: EncodedExamples) -> None:
         known=encoded.known,
         step=encoded.step,
         target=target,
-        moment=sfj.moments(examples),
+        moment=sfj.learning.moments(examples),
     )
 
 
-def judge(path: Path, predictor: sfj.Predictor) -> sfj.Evaluation:
+def judge(path: Path, predictor: sfj.Predictor) -> sfj.learning.Evaluation:
     """Evaluates a predictor on such a file.
 
     Args:
@@ -46,5 +46,5 @@ def judge(path: Path, predictor: sfj.Predictor) -> sfj.Evaluation:
     with np.load(path) as file:
         records = np.zeros((*file["mask"].shape, 0), np.float32)
         parts = (records, file["mask"], file["context"], file["known"], file["step"])
-        probability = np.asarray(sfj.freeze_probability(predictor, Encoded(*map(jnp.asarray, parts))))
-        return sfj.evaluate(probability, file["target"], groups=file["moment"])
+        probability = np.asarray(sfj.predictor.freeze_probability(predictor, Encoded(*map(jnp.asarray, parts))))
+        return sfj.learning.evaluate(probability, file["target"], groups=file["moment"])

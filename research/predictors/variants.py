@@ -61,7 +61,7 @@ class Variant(NamedTuple):
         """
         if self.encoding.weights == "raw":
             return examples
-        return sfj.encode_examples(examples, self.encoding, hiding=self.hiding, copies=self.copies, seed=seed)
+        return sfj.learning.encode_examples(examples, self.encoding, hiding=self.hiding, copies=self.copies, seed=seed)
 
     def fit(self, prepared: Examples, *, seed: int) -> sfj.Predictor:
         """Trains the predictor on all the examples.
@@ -70,14 +70,14 @@ class Variant(NamedTuple):
             prepared: The examples, as :meth:`prepared` gives them.
             seed: Of its initialisation and the order of the examples.
         """
-        config = sfj.PredictorConfig(
+        config = sfj.predictor.PredictorConfig(
             size=prepared.size,
             hidden=self.hidden,
             features=self.features,
             encoding=self.encoding,
             pooling=self.pooling,
         )
-        return sfj.fit(
+        return sfj.learning.fit(
             sfj.Predictor(config, rngs=nnx.Rngs(seed)),
             prepared,
             held_out=None,

@@ -31,7 +31,7 @@ def main(argv: list[str] | None = None) -> int:
     begin = time.perf_counter()
     run = shortened(next(run for run in runs() if run.name == args.name), args.steps)
     try:
-        sfj.keep_programs(args.out / "programs")
+        sfj.enable_compilation_cache(args.out / "programs")
         recorded = record(run, args.out, args.data_dir, args.weights, lambda text: print(text, flush=True))
         recording_files.save(recorded, args.out, run.name)
     except KeyboardInterrupt:

@@ -183,7 +183,7 @@ def prepare(run: Run, out: Path, data_dir: Path, weights_dir: Path | None, say: 
 def _train(setting: Setting) -> Trained:
     run, network = setting.run, setting.network
     state = setting.start(run.seed)
-    tailoring = sfj.Tailoring.create(network.layers, state.params)
+    tailoring = sfj.predictor.Tailoring.create(network.layers, state.params)
     start = np.asarray(tailoring(state.params))
     kept = set(setting.moments((*_SWAP_MOMENTS, *_BRANCH_MOMENTS, *_TRUE_MOMENTS)))
     losses: list[Any] = []

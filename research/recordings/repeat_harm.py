@@ -94,7 +94,7 @@ def measure_again(recorded: Recording, args: argparse.Namespace) -> np.ndarray:
 
 def repeat(args: argparse.Namespace, interrupt: Interrupt) -> None:
     """Measures what is missing, and writes the table."""
-    sfj.keep_programs(args.out / "programs")
+    sfj.enable_compilation_cache(args.out / "programs")
     recordings, _ = learning_runs.load(args.recordings)
     file = args.out / "harm.jsonl"
     again = dict(json_lines.read(file, lambda row: (row["name"], np.array(row["harm"], np.float32))))
@@ -127,13 +127,13 @@ def table(recordings: list[Recording], second: dict[int, np.ndarray], stride: in
     ]
     targets = make_examples(repeated, criterion=TARGETS[_TARGET], stride=stride).select(held_out).target
     rows = [("the harm, measured again", _score(-_harm(test, repeated), test))]
-    plain = sfj.encode_examples(examples, all_context(examples))
+    plain = sfj.learning.encode_examples(examples, all_context(examples))
     control = CONTROLS[_CONTROL](plain.select(~held_out), plain.select(held_out))
     rows.append((f"{_CONTROL} (logistic)", _score(control, test)))
     for name in _VARIANTS:
         variant = VARIANTS[name]
         predictor = variant.fit(variant.prepared(examples.select(~held_out)), seed=0)
-        rows.append((name, _score(sfj.predict(predictor, test), test)))
+        rows.append((name, _score(sfj.learning.predict(predictor, test), test)))
     lines = ["| told by | AUC | AUC, across layers |", "|---|--:|--:|"]
     lines += [f"| {name} | {score.auc:.3f} | {score.moment_auc:.3f} |" for name, score in rows]
     agree = float(np.mean(targets == test.target))
@@ -157,7 +157,7 @@ def _harm(examples: Examples, recordings: list[Recording]) -> np.ndarray:
 def _score(value: np.ndarray, test: Examples) -> Evaluation:
     """How well a number tells the targets: it is replaced by its rank, as a probability is asked for."""
     _, rank = np.unique(value, return_inverse=True)
-    return sfj.evaluate(rank / max(1, rank.max()), test.target, groups=moments(test))
+    return sfj.learning.evaluate(rank / max(1, rank.max()), test.target, groups=moments(test))
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:

@@ -81,7 +81,7 @@ def find_predictor(args: argparse.Namespace, case: str, kind: str) -> Path | Non
 
 def compare(args: argparse.Namespace, interrupt: Interrupt) -> None:
     """Runs what is missing, and writes the report."""
-    sfj.keep_programs(args.out / "programs")
+    sfj.enable_compilation_cache(args.out / "programs")
     file = args.out / "results.jsonl"
     results = json_lines.read(file, Result.parse)
     for missing, names in left_out(args).items():

@@ -26,7 +26,7 @@ from train.interrupt import Interrupt, resumable
 
 def compare(args: argparse.Namespace, interrupt: Interrupt) -> None:
     """Runs what is missing, and writes the tables."""
-    sfj.keep_programs(args.out / "programs")
+    sfj.enable_compilation_cache(args.out / "programs")
     file, every = args.out / "runs.jsonl", strategies()
     runs = json_lines.read(file, KeptRun.parse)
     known = {(run.case, run.strategy, run.seed, run.kept) for run in runs}

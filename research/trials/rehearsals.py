@@ -46,7 +46,7 @@ def cases() -> dict[str, Case]:
 
 def compare(args: argparse.Namespace, interrupt: Interrupt) -> None:
     """Runs what is missing, and writes the tables."""
-    sfj.keep_programs(args.out / "programs")
+    sfj.enable_compilation_cache(args.out / "programs")
     files = args.out / "rehearsals.jsonl", args.out / "results.jsonl"
     rehearsals, results = json_lines.read(files[0], Rehearsed.parse), json_lines.read(files[1], Result.parse)
     for name in interrupt.checked(name for name in cases() if _matches(name, args.cases)):

@@ -26,15 +26,17 @@ class Rehearsed(NamedTuple):
     seed: int
     share: float
     compute: float
-    rehearsal: sfj.Rehearsal
+    rehearsal: sfj.policies.Rehearsal
 
     @classmethod
     def parse(cls, fields: dict[str, Any]) -> Rehearsed:
         """From a JSON object."""
         of = fields["rehearsal"]
-        harms = {name: sfj.Harm(*np.array(harm, float).tolist()) for name, harm in of["harms"].items()}  # null is NaN
+        harms = {
+            name: sfj.policies.Harm(*np.array(harm, float).tolist()) for name, harm in of["harms"].items()
+        }  # null is NaN
         rehearsal: dict[str, Any] = of | {"harms": harms}
-        parsed: dict[str, Any] = fields | {"rehearsal": sfj.Rehearsal(**rehearsal)}
+        parsed: dict[str, Any] = fields | {"rehearsal": sfj.policies.Rehearsal(**rehearsal)}
         return cls(**parsed)
 
     def as_json(self) -> dict[str, Any]:
@@ -55,7 +57,7 @@ class Plan(NamedTuple):
     ready: str
     otherwise: str
 
-    def chosen(self, rehearsal: sfj.Rehearsal) -> str:
+    def chosen(self, rehearsal: sfj.policies.Rehearsal) -> str:
         """What the long run does."""
         return self.otherwise if rehearsal.chosen is None else self.ready
 
@@ -74,10 +76,10 @@ def report(rehearsals: Sequence[Rehearsed], results: Sequence[Result], plan: Pla
 
     Columns of the first: seeds rehearsed, and with how many of them freezing was harmless; its harm in rehearsals, the
     mean over those in which enough was learned to tell, and how many were left out as it was not (NaN in
-    :class:`smartfrz_jax.Harm`); the price of a rehearsal. Then how many of these seeds were run in full, and the mean
-    over them of held-out loss, and accuracy in points, less those of ``never`` with the same seed. Everywhere ``+-`` is
-    the standard error over seeds. The last table has all full runs; its *time* is the median of the quotients with
-    ``never``, of seconds in which other things may have run, too.
+    :class:`smartfrz_jax.policies.Harm`); the price of a rehearsal. Then how many of these seeds were run in full, and
+    the mean over them of held-out loss, and accuracy in points, less those of ``never`` with the same seed. Everywhere
+    ``+-`` is the standard error over seeds. The last table has all full runs; its *time* is the median of the
+    quotients with ``never``, of seconds in which other things may have run, too.
 
     In full runs harm is not given as a share of what was learned, as in rehearsals: their loss before the first step is
     not known on the same examples, and where ``never`` hardly learns it would be a share of next to nothing.

@@ -64,14 +64,16 @@ class Strategy(NamedTuple):
 def strategies() -> dict[str, Strategy]:
     """All strategies by name; ``never`` comes first."""
     found = {
-        "never": Strategy(lambda situation: sfj.never()),
-        "linear": Strategy(lambda situation: sfj.linear(situation.total_steps, t0=0.5), freezeout=True),
+        "never": Strategy(lambda situation: sfj.policies.never()),
+        "linear": Strategy(lambda situation: sfj.freezeout(total_steps=situation.total_steps, t0=0.5), freezeout=True),
         "autofreeze": Strategy(lambda situation: sfj.autofreeze(max(1, situation.total_steps // _DECISIONS))),
         "similarity_guided": Strategy(
-            lambda situation: sfj.similarity_guided(situation.reference(), max(1, situation.total_steps // _DECISIONS))
+            lambda situation: sfj.policies.similarity_guided(
+                situation.reference(), max(1, situation.total_steps // _DECISIONS)
+            )
         ),
         "random": Strategy(
-            lambda situation: sfj.random(
+            lambda situation: sfj.policies.random(
                 0.5, total_steps=situation.total_steps, seed=situation.seed, costs=situation.costs
             )
         ),
@@ -86,11 +88,13 @@ def strategies() -> dict[str, Strategy]:
     }
     for name, chosen in stages.items():
         found[name] = Strategy(
-            lambda situation, chosen=chosen: sfj.static_prefix(situation.total_steps, chosen, costs=situation.costs)
+            lambda situation, chosen=chosen: sfj.static_prefix(
+                chosen, total_steps=situation.total_steps, costs=situation.costs
+            )
         )
     for caution in _CAUTION:
         found[f"progress:{caution}"] = Strategy(
-            lambda situation, caution=caution: sfj.progress(situation.total_steps, caution=caution)
+            lambda situation, caution=caution: sfj.progress(total_steps=situation.total_steps, caution=caution)
         )
         for name, needs in _PREDICTORS.items():
             found[f"{name}:{caution}"] = Strategy(
@@ -104,7 +108,9 @@ def strategies() -> dict[str, Strategy]:
     )
     for length in _SHORTER:
         for rate in _RATE_FACTORS:
-            found[f"shorter:{length},{rate}"] = Strategy(lambda situation: sfj.never(), length=length, rate=rate)
+            found[f"shorter:{length},{rate}"] = Strategy(
+                lambda situation: sfj.policies.never(), length=length, rate=rate
+            )
     return found
 
 

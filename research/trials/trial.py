@@ -156,7 +156,9 @@ class Bench:
             frozen,
         )
 
-    def rehearse(self, strategies: Mapping[str, Strategy], share: float, seed: int) -> tuple[sfj.Rehearsal, float]:
+    def rehearse(
+        self, strategies: Mapping[str, Strategy], share: float, seed: int
+    ) -> tuple[sfj.policies.Rehearsal, float]:
         """Tries strategies in a share of the full run's steps, on the training examples alone.
 
         The last of these are held out, so that the examples on which full runs are measured have no part in the choice.
@@ -225,7 +227,7 @@ class Bench:
         """Outputs of a network that was trained to the end, from another seed."""
         if self._reference is None:
             model = self.model(_REFERENCE_SEED)
-            self._train("reference", Strategy(_never), sfj.never(), model, _REFERENCE_SEED, self.data.train)
+            self._train("reference", Strategy(_never), sfj.policies.never(), model, _REFERENCE_SEED, self.data.train)
             self._reference = self._features(model, *self._probe)
         return self._reference
 
@@ -261,8 +263,8 @@ class Bench:
         setup, steps = self.setup, self.steps(strategy)
         peak = setup.learning_rate * strategy.rate
         if strategy.freezeout:
-            schedules = sfj.freezeout_schedules(self.layers, learning_rate=peak, total_steps=steps)
-            rate = sfj.scale_by_layer_schedule(self.layers, schedules)
+            schedules = sfj.policies.freezeout_schedules(self.layers, learning_rate=peak, total_steps=steps)
+            rate = sfj.policies.scale_by_layer_schedule(self.layers, schedules)
         else:
             values = jnp.asarray(learning_rates(setup.schedule, peak, steps))
             rate = optax.scale_by_learning_rate(lambda count: values[jnp.minimum(count, steps - 1)])
@@ -270,4 +272,4 @@ class Bench:
 
 
 def _never(situation: Situation) -> sfj.Policy:
-    return sfj.never()
+    return sfj.policies.never()

@@ -28,7 +28,7 @@ class PrefixCache(SplitLoss):
     the rest, with the same value and gradients. Since an example's activations are the same in every epoch, they are
     kept, and a step with :attr:`loss` computes no more than what trains::
 
-        cache = PrefixCache(loss_fn, frozen, params, images, labels)
+        cache = PrefixCache(params, frozen, loss_fn, images, labels)
         cache.keep(len(data), place="host")
         for indices, images, labels in batches:
             activations = cache.fetch(params, indices, images, labels)
@@ -43,10 +43,10 @@ class PrefixCache(SplitLoss):
     again from what is stored, or from inputs, is computed again, if fewer bytes are stored for it.
 
     Args:
+        params: Parameter pytree; arrays or ``jax.ShapeDtypeStruct``.
+        frozen: The frozen set.
         loss_fn: A function of ``(params, *inputs)`` to a scalar, or to anything else that a step needs, such as
             ``(loss, aux)``.
-        frozen: The frozen set.
-        params: Parameter pytree; arrays or ``jax.ShapeDtypeStruct``.
         *inputs: A batch of at least two examples, or ``jax.ShapeDtypeStruct`` of its shape.
         hold: From a frozen set and the parameters to a context in which its layers run as they do when frozen: in
             Linen, ``smartfrz_jax.linen.hold``.
@@ -71,7 +71,7 @@ class PrefixCache(SplitLoss):
         ...     return ((jnp.tanh(x @ params["a"]) @ params["b"] - y) ** 2).mean()
         >>> x, y = jnp.ones((16, 8)), jnp.ones((16, 2))
         >>> layers = find_layers(params, loss_fn, x, y)
-        >>> cache = PrefixCache(loss_fn, Frozen(layers, frozenset({"a"})), params, x, y)
+        >>> cache = PrefixCache(params, Frozen(layers, frozenset({"a"})), loss_fn, x, y)
         >>> cache.bytes_per_example, cache.needed
         (16, frozenset({'inputs:1'}))
         >>> bool(cache.loss(params, cache.activations(params, x, y), None, y) == loss_fn(params, x, y))
@@ -80,9 +80,9 @@ class PrefixCache(SplitLoss):
 
     def __init__(
         self,
-        loss_fn: Callable[..., Any],
-        frozen: Frozen,
         params: PyTree,
+        frozen: Frozen,
+        loss_fn: Callable[..., Any],
         *inputs: Any,
         hold: Callable[[Frozen, PyTree], contextlib.AbstractContextManager[Any]] | None = None,
         state_inputs: Collection[int] = (),
@@ -95,7 +95,7 @@ class PrefixCache(SplitLoss):
                 "loader draw from a fixed number of augmented views of each example and pass that number (views), or "
                 "augment nothing"
             )
-        super().__init__(loss_fn, frozen, params, *inputs, hold=hold, state_inputs=state_inputs)
+        super().__init__(params, frozen, loss_fn, *inputs, hold=hold, state_inputs=state_inputs)
         self.views = views
         self.store: ActivationCache | None = None
         self._source: _Source | None = None
@@ -268,7 +268,7 @@ class PrefixCache(SplitLoss):
     def _like(self, params: PyTree, frozen: Frozen) -> PrefixCache:
         hold, state = self._hold, self._state_inputs
         return PrefixCache(
-            self._loss_fn, frozen, params, *self._inputs, hold=hold, state_inputs=state, views=self.views
+            params, frozen, self._loss_fn, *self._inputs, hold=hold, state_inputs=state, views=self.views
         )
 
 

@@ -23,9 +23,9 @@ class SplitLoss:
     """A loss in two parts; see :class:`smartfrz_jax.PrefixCache`, which adds a store between them.
 
     Args:
-        loss_fn: A function of ``(params, *inputs)``.
-        frozen: The frozen set.
         params: Parameter pytree; arrays or ``jax.ShapeDtypeStruct``.
+        frozen: The frozen set.
+        loss_fn: A function of ``(params, *inputs)``.
         *inputs: A batch of at least two examples, or ``jax.ShapeDtypeStruct`` of its shape.
         hold: From a frozen set and the parameters to a context in which its layers run as they do when frozen.
         state_inputs: Positions of inputs that are variables of layers.
@@ -39,9 +39,9 @@ class SplitLoss:
 
     def __init__(
         self,
-        loss_fn: Callable[..., Any],
-        frozen: Frozen,
         params: PyTree,
+        frozen: Frozen,
+        loss_fn: Callable[..., Any],
         *inputs: Any,
         hold: Callable[[Frozen, PyTree], contextlib.AbstractContextManager[Any]] | None = None,
         state_inputs: Collection[int] = (),

@@ -256,9 +256,9 @@ class Account:
 
 
 def account(
-    loss_fn: Callable[..., Any],
-    layers: Layers,
     params: PyTree,
+    layers: Layers,
+    loss_fn: Callable[..., Any],
     *inputs: Any,
     tx: optax.GradientTransformation | None = None,
     hold: Callable[[Frozen, PyTree], contextlib.AbstractContextManager[Any]] | None = None,
@@ -270,11 +270,11 @@ def account(
     :meth:`Account.compiled_flops` alone.
 
     Args:
+        params: Parameter pytree; arrays or ``jax.ShapeDtypeStruct``.
+        layers: The network's layers.
         loss_fn: A function of ``(params, *inputs)`` to a scalar, or to a tuple whose first leaf is one. It is only
             traced. Axes that it names (``jax.pmap``, ``jax.shard_map``) are there for the trace; the batch is then one
             device's.
-        layers: The network's layers.
-        params: Parameter pytree; arrays or ``jax.ShapeDtypeStruct``.
         *inputs: The batch, or ``jax.ShapeDtypeStruct`` of its shape, and what else the loss depends on; the first axis
             of the first that has one counts the examples.
         tx: The optimizer; without it, updates are not counted.
@@ -296,7 +296,7 @@ def account(
         >>> def loss(params, x):
         ...     return (x @ params["a"] @ params["b"]).sum()
         >>> layers = find_layers(params, loss, jnp.ones((32, 8)))
-        >>> costs = account(loss, layers, params, jnp.ones((32, 8)))
+        >>> costs = account(params, layers, loss, jnp.ones((32, 8)))
         >>> step = costs.flops(Frozen(layers, frozenset({"a"}))).by_kind["linear"]
         >>> step.forward, step.weight_gradients, step.activation_gradients
         (8192.0, 4096.0, 0.0)

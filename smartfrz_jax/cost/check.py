@@ -95,7 +95,7 @@ def check_saving(account: Account, before: Measured, after: Measured, *, notable
         ...     frozen = sfj.Frozen(layers, frozenset(names))
         ...     step = jax.jit(sfj.value_and_grad(loss, frozen))
         ...     return Measured(frozen, sfj.program_cost(step, params, x), jaxpr_of(step.trace(params, x)))
-        >>> account = sfj.account(loss, layers, params, x)
+        >>> account = sfj.account(params, layers, loss, x)
         >>> check_saving(account, measured(), measured("a"))
         >>> check_saving(account, measured(), measured("b", "c")).cause
         'behind'

@@ -74,8 +74,8 @@ UPDATE_ONLY = Diagnosis(
 STATE_KEPT = Diagnosis(
     "optimizer",
     "the optimizer's state of frozen layers is still an argument of the step, and goes on moving their weights",
-    "use smartfrz_jax.freeze(tx, frozen) for the whole tree, and smartfrz_jax.migrate for its state; the optimizers of "
-    "smartfrz_jax.nnx and smartfrz_jax.linen do so",
+    "use smartfrz_jax.freeze(tx, frozen) for the whole tree, and smartfrz_jax.migrate_opt_state for its state; the "
+    "optimizers of smartfrz_jax.nnx and smartfrz_jax.linen do so",
 )
 _UPDATED = Diagnosis(
     "optimizer",

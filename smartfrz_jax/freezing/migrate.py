@@ -19,7 +19,7 @@ from smartfrz_jax.pytrees import checks
 PyTree = Any
 
 
-def migrate(
+def migrate_opt_state(
     opt_state: Any,
     tx: optax.GradientTransformation,
     params: PyTree,
@@ -117,9 +117,9 @@ def unfrozen_opt_state(opt_state: Any, tx: optax.GradientTransformation, params:
         >>> opt_state = freeze(tx, frozen).init(params)
         >>> own = unfrozen_opt_state(opt_state, tx, params, layers)
         >>> own.hyperparams["learning_rate"] = jnp.float32(0.01)
-        >>> opt_state = migrate(own, tx, params, frozen)
+        >>> opt_state = migrate_opt_state(own, tx, params, frozen)
     """
-    own = migrate(opt_state, tx, params, Frozen(layers)).inner_states[ACTIVE].inner_state
+    own = migrate_opt_state(opt_state, tx, params, Frozen(layers)).inner_states[ACTIVE].inner_state
     return own.inner_state if isinstance(own, WindowState) else own
 
 

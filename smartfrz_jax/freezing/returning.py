@@ -72,7 +72,7 @@ class Kept:
     def migrate(
         self, version: Any, opt_state: Any, tx: optax.GradientTransformation, params: PyTree, frozen: Frozen
     ) -> tuple[Any, Any]:
-        """:func:`smartfrz_jax.migrate` that puts aside the state of layers that freeze, and puts back what returns.
+        """:func:`smartfrz_jax.migrate_opt_state` that puts aside the state of what freezes, and puts back what returns.
 
         Under ``jax.eval_shape`` nothing is put aside.
 
@@ -90,7 +90,7 @@ class Kept:
             ValueError: If ``opt_state`` does not fit, or is older than what was put aside last.
         """
         if isinstance(version, Tracer | jax.ShapeDtypeStruct):
-            return migrate.migrate(opt_state, tx, params, frozen), version
+            return migrate.migrate_opt_state(opt_state, tx, params, frozen), version
         if int(version) != self.version:
             raise ValueError(
                 f"opt_state: is of version {int(version)}, but what was put aside for returning layers is of version "
@@ -98,7 +98,7 @@ class Kept:
                 "from that one, restore a checkpoint, or let layers return afresh"
             )
         dropped = migrate.dropped(opt_state, tx, params, frozen)
-        migrated = migrate.migrate(opt_state, tx, params, frozen, kept=self.arrays)
+        migrated = migrate.migrate_opt_state(opt_state, tx, params, frozen, kept=self.arrays)
         # Copies: on a CPU, NumPy would otherwise hold on to the optimizer's own memory.
         now = self.arrays | {path: np.array(leaf) for path, leaf in hosts.fetch(dropped).items()}
         back = migrate.by_path(migrated).keys()

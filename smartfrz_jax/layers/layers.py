@@ -59,8 +59,8 @@ class Layers(Sequence[Layer]):
         >>> layers.names
         ('body', 'embed')
         >>> frozen = Frozen(layers, frozenset({"body"}))
-        >>> costs = account(loss, layers, params, tokens)
-        >>> stopped = account(functools.partial(loss, stop=True), layers, params, tokens)
+        >>> costs = account(params, layers, loss, tokens)
+        >>> stopped = account(params, layers, functools.partial(loss, stop=True), tokens)
         >>> [costs.flops(frozen).by_layer["body"].activation_gradients for costs in (costs, stopped)]
         [512.0, 0.0]
     """

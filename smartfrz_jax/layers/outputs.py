@@ -12,14 +12,14 @@ from jax.extend import core as jex
 from smartfrz_jax.jaxprs import example_axis, inline
 from smartfrz_jax.jaxprs.example_rules import Axis
 from smartfrz_jax.layers import dataflow
-from smartfrz_jax.layers.layers import check_params
+from smartfrz_jax.layers.layers import Layers, check_params
 from smartfrz_jax.pytrees import checks
 
 PyTree = Any
 
 
-def tapped(
-    forward: Callable[..., Any], groups: Mapping[str, Iterable[str]], params: PyTree, *inputs: Any
+def layer_outputs(
+    params: PyTree, groups: Layers | Mapping[str, Iterable[str]], forward: Callable[..., Any], *inputs: Any
 ) -> Callable[..., dict[str, jax.Array]]:
     """A function of ``(params, *inputs)`` that returns the output of each group of parameters (of each layer).
 
@@ -29,10 +29,10 @@ def tapped(
     followed from the inputs, and put in front. Only what the outputs need is computed.
 
     Args:
+        params: Parameter pytree, arrays or ``jax.ShapeDtypeStruct``.
+        groups: The layers, or names of the parameters of each group, by group name.
         forward: A JAX-traceable function of ``(params, *inputs)``; the first axis of its first input that has one
             counts the examples, in the other inputs the first axis does if it is as long.
-        groups: Names of the parameters of each group, by group name.
-        params: Parameter pytree, arrays or ``jax.ShapeDtypeStruct``.
         *inputs: Data, or ``jax.ShapeDtypeStruct``, of the shapes with which the function will be called.
 
     Returns:
@@ -46,15 +46,17 @@ def tapped(
     Example:
         >>> import jax.numpy as jnp
         >>> params, x = {"w": jnp.ones((8, 3))}, jnp.ones((4, 3))
-        >>> tapped(lambda p, x: p["w"] @ x.T, {"w": ["w"]}, params, x)(params, x)["w"].shape
+        >>> layer_outputs(params, {"w": ["w"]}, lambda p, x: p["w"] @ x.T, x)(params, x)["w"].shape
         (4, 8)
     """
     checks.function(forward, "forward", "a function of (params, *inputs)")
+    if isinstance(groups, Layers):
+        groups = {layer.name: layer.params for layer in groups}
     checks.by_name(groups, "groups", "a dict from the name of each group to the names of its parameters")
     known = check_params(params)
     groups = {group: _members(group, members, known) for group, members in groups.items()}
     if not inputs:
-        raise ValueError("inputs: got none; layer outputs belong to a batch, so pass forward's inputs after params")
+        raise ValueError("inputs: got none; layer outputs belong to a batch, so pass forward's inputs after forward")
     jaxpr, names = dataflow.trace(forward, params, inputs)
     used = dataflow.consumed(jaxpr, names, data_is_closed_over=False)
     examples = example_axis.count(inputs)

@@ -141,7 +141,7 @@ def logistic_regression(
         inputs: Inputs, best of mean zero and variance one, shape ``(n, d)``.
         target: True or false, shape ``(n,)``; both must occur.
         ridge: Above 0, so that there is a minimum even if the classes can be told apart without error.
-        class_weights: As in :func:`~smartfrz_jax.fit`.
+        class_weights: As in :func:`~smartfrz_jax.learning.fit`.
 
     Returns:
         The weights, then the bias.

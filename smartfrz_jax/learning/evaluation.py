@@ -52,7 +52,7 @@ def evaluate(
         probability: Probability of *freeze*, shape ``(n,)``.
         target: True where the layer should be frozen, bool of shape ``(n,)``.
         groups: Number of the group of each example, shape ``(n,)``, for ``moment_auc``; see
-            :func:`~smartfrz_jax.moments`.
+            :func:`~smartfrz_jax.learning.moments`.
 
     Returns:
         The figures.

@@ -93,7 +93,7 @@ class Examples:
         Raises:
             ValueError: If it reads weights, and they hold none.
         """
-        checks.instance(encoding, Encoding, "encoding", "a smartfrz_jax.Encoding")
+        checks.instance(encoding, Encoding, "encoding", "a smartfrz_jax.predictor.Encoding")
         if encoding.reads_weights and not self.has_weights:
             raise ValueError(
                 f"examples: come from recordings without weights, but weights are read by {encoding}; record the runs "
@@ -174,7 +174,9 @@ class Examples:
 
 def check_examples(examples: Any) -> None:
     """Raises ``TypeError`` unless they are :class:`Examples`."""
-    checks.instance(examples, Examples, "examples", "smartfrz_jax.Examples; make them with make_examples(recordings)")
+    checks.instance(
+        examples, Examples, "examples", "smartfrz_jax.learning.Examples; make them with make_examples(recordings)"
+    )
 
 
 def make_examples(
@@ -192,7 +194,7 @@ def make_examples(
         window: Records in a history; 30 in the paper.
         min_records: Records that there must be before there is an example. A predictor may be asked from then on.
         criterion: When a layer should have been frozen: a function of a recording to bool of shape
-            ``(records, layers)``, true for *freeze*, such as :class:`~smartfrz_jax.Harmless`. Default
+            ``(records, layers)``, true for *freeze*, such as :class:`~smartfrz_jax.learning.Harmless`. Default
             ``Settled("cka")``, the paper's.
         stride: Distance of moments in records.
 
@@ -216,7 +218,7 @@ def make_examples(
         checks.count(value, argument)
     if criterion is not None:
         checks.function(criterion, "criterion", "a function of a Recording to an array of bool, such as Settled()")
-    expected = "a sequence of smartfrz_jax.Recording"
+    expected = "a sequence of smartfrz_jax.learning.Recording"
     checks.instance(recordings, Sequence, "recordings", expected)
     for recording in recordings:
         checks.instance(recording, Recording, "recordings", expected)

@@ -71,7 +71,7 @@ def fit(
 
     Args:
         predictor: The predictor to start from; it is not changed.
-        examples: The examples; faster if they are encoded already (:func:`~smartfrz_jax.encode_examples`).
+        examples: The examples; faster if they are encoded already (:func:`~smartfrz_jax.learning.encode_examples`).
         held_out: True for examples to evaluate on and not to train on, shape ``(n,)``; see :func:`by_run`,
             :func:`by_metadata` and :func:`by_layer`. ``None`` trains on all.
         epochs: Number of epochs.
@@ -97,7 +97,8 @@ def fit(
             of range, or the loss becomes NaN or infinite.
 
     Example:
-        >>> from smartfrz_jax import PredictorConfig, Recording, by_run, make_examples
+        >>> from smartfrz_jax.predictor import PredictorConfig
+        >>> from smartfrz_jax.learning import Recording, by_run, make_examples
         >>> run = Recording(
         ...     layers=("a",), steps=np.arange(8), record_every=1, total_steps=8, weights=np.ones((8, 1, 4)),
         ...     start=np.zeros((1, 4)), losses=np.ones(8), first_loss=1.0, cka=np.ones((8, 1)),
@@ -111,7 +112,7 @@ def fit(
     _check_fits(predictor, examples)
     checks.seed(seed)
     if hiding is not None:
-        checks.instance(hiding, Hiding, "hiding", "a smartfrz_jax.Hiding, or None to hide nothing")
+        checks.instance(hiding, Hiding, "hiding", "a smartfrz_jax.learning.Hiding, or None to hide nothing")
     if progress is not None:
         checks.function(progress, "progress", "a function of an iterable to an iterable, such as tqdm.tqdm")
     if hiding is not None and isinstance(examples, EncodedExamples):

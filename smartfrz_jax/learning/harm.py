@@ -10,7 +10,8 @@ measured, as an increase of the held-out loss, for the layers up to each of some
   frozen and with nothing frozen. It takes training, and says less than the true cost if the branch is much shorter than
   what was left of the run.
 
-Both give matrices with NaN where nothing was measured, for a :class:`~smartfrz_jax.Recording`; :func:`fill` fills them.
+Both give matrices with NaN where nothing was measured, for a :class:`~smartfrz_jax.learning.Recording`; :func:`fill`
+fills them.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from smartfrz_jax.pytrees import checks
 
 @dataclasses.dataclass(frozen=True)
 class Hiding:
-    """Shares of the examples from which something is hidden, drawn anew at every step; see :func:`~smartfrz_jax.fit`.
+    """Shares of the examples from which something is hidden, drawn anew at every step of ``fit``.
 
     Attributes:
         progress: Share whose progress is unknown, as in a run of unknown length.
@@ -46,7 +46,7 @@ class Hiding:
             observation: NumPy arrays with a leading batch axis; they are not changed.
             rng: Source of the draws; as many for every batch of a size, whatever the shares.
         """
-        checks.instance(observation, Observation, "observation", "a smartfrz_jax.Observation")
+        checks.instance(observation, Observation, "observation", "a smartfrz_jax.predictor.Observation")
         checks.instance(rng, np.random.Generator, "rng", "a generator, such as numpy.random.default_rng(0)")
         mask = np.asarray(observation.mask)
         no_progress, no_losses, cut, left, no_contribution, no_alignment = rng.random((6, len(mask)))

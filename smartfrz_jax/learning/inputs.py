@@ -92,7 +92,7 @@ def encode_examples(
             recordings do not hold.
 
     Example:
-        >>> from smartfrz_jax import Recording, make_examples
+        >>> from smartfrz_jax.learning import Recording, make_examples
         >>> run = Recording(
         ...     layers=("a",), steps=np.arange(6), record_every=1, total_steps=6, weights=np.ones((6, 1, 4)),
         ...     start=np.zeros((1, 4)), losses=np.ones(6), first_loss=1.0, cka=np.ones((6, 1)),
@@ -105,7 +105,7 @@ def encode_examples(
     checks.count(copies, "copies")
     checks.seed(seed)
     if hiding is not None:
-        checks.instance(hiding, Hiding, "hiding", "a smartfrz_jax.Hiding, or None to hide nothing")
+        checks.instance(hiding, Hiding, "hiding", "a smartfrz_jax.learning.Hiding, or None to hide nothing")
     examples.check_reads(encoding)
     rng, parts = np.random.default_rng(seed), []
     for _ in range(copies):

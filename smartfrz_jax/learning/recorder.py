@@ -28,7 +28,8 @@ class Recorder:
 
     Example:
         >>> import jax.numpy as jnp
-        >>> from smartfrz_jax import Tailoring, find_layers
+        >>> from smartfrz_jax.predictor import Tailoring
+        >>> from smartfrz_jax import find_layers
         >>> params = {"a": {"kernel": jnp.eye(2)}}
         >>> layers = find_layers(params, lambda p, x: x @ p["a"]["kernel"], jnp.eye(2))
         >>> tailoring = Tailoring.create(layers, params, size=8)
@@ -65,7 +66,7 @@ class Recorder:
         """
         check_layers(layers)
         checks.instance(
-            tailoring, Tailoring, "tailoring", "a smartfrz_jax.Tailoring, from Tailoring.create(layers, ...)"
+            tailoring, Tailoring, "tailoring", "a smartfrz_jax.predictor.Tailoring, from Tailoring.create(layers, ...)"
         )
         checks.count(record_every, "record_every")
         checks.flag(track_own, "track_own")
@@ -207,6 +208,6 @@ def _of_layers(layers: Layers, features: Mapping[str, jax.Array], argument: str)
     if missing:
         raise ValueError(
             f"{argument}: lacks the output of {len(missing)} of {len(layers)} layers: {', '.join(map(repr, missing))}; "
-            "smartfrz_jax.tapped makes a function that gives them all"
+            "smartfrz_jax.layer_outputs makes a function that gives them all"
         )
     return {name: features[name] for name in layers.names}

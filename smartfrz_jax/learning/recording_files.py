@@ -33,8 +33,8 @@ contributed to the fall of the training loss (:mod:`smartfrz_jax.predictor.probe
 Likewise ``alignment``, CKA of each layer's outputs with the labels (:mod:`smartfrz_jax.learning.alignment`), and
 ``start_alignment`` of shape ``(layers,)``, the same after the first step.
 
-Without its weights (:meth:`~smartfrz_jax.Recording.without_weights`) a recording takes kilobytes instead of megabytes;
-predictors that read no weights can learn from it.
+Without its weights (:meth:`~smartfrz_jax.learning.Recording.without_weights`) a recording takes kilobytes instead of
+megabytes; predictors that read no weights can learn from it.
 
 A data set grows by adding files; files that are there are never written to.
 """

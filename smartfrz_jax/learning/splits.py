@@ -46,7 +46,7 @@ def by_metadata(examples: Examples, **fields: Any) -> Bool[np.ndarray, " n"]:
         ValueError: If a recording lacks such a field, or none has such a value.
 
     Example:
-        >>> from smartfrz_jax import Recording, make_examples
+        >>> from smartfrz_jax.learning import Recording, make_examples
         >>> runs = [
         ...     Recording(
         ...         layers=("a",), steps=np.arange(6), record_every=1, total_steps=6, weights=np.ones((6, 1, 4)),

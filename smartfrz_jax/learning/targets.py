@@ -156,7 +156,7 @@ class Harmless:
 
 
 def _of(recording: Recording, supervision: str) -> np.ndarray:
-    checks.instance(recording, Recording, "recording", "a smartfrz_jax.Recording")
+    checks.instance(recording, Recording, "recording", "a smartfrz_jax.learning.Recording")
     array = getattr(recording, supervision)
     if array is None:
         raise ValueError(f"recording: has no {supervision}; record it, or choose a criterion by what was recorded")

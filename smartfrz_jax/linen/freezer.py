@@ -25,7 +25,7 @@ class Freezer(freezer.Freezer):
         state: The :class:`TrainState` at the start.
         policy: The policy.
         features: A function of the state to the layers' outputs on a probe batch (see
-            :func:`smartfrz_jax.tapped`), for policies that compare representations.
+            :func:`smartfrz_jax.layer_outputs`), for policies that compare representations.
         train_step: The step, to have the program for what is decided compiled ahead.
         lead: Steps from a decision to its effect; see :class:`smartfrz_jax.Freezer`.
         min_saving: Share of a step's FLOPs that a change must save; the train step's account predicts it.

@@ -211,7 +211,7 @@ class TrainState(train_state.TrainState):
             return self
         params, optimized = overwritten.optimized(self.params), overwritten.optimized_frozen(new)
         if self.kept is None:
-            opt_state, version = migrate.migrate(self.opt_state, self.unfrozen_tx, params, optimized), None
+            opt_state, version = migrate.migrate_opt_state(self.opt_state, self.unfrozen_tx, params, optimized), None
         else:
             opt_state, version = self.kept.migrate(
                 self.kept_version, self.opt_state, self.unfrozen_tx, params, optimized

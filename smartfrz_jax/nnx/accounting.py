@@ -10,8 +10,7 @@ import jax
 import optax
 from flax import nnx
 
-from smartfrz_jax.cost import account as cost_account
-from smartfrz_jax.cost.account import Account
+from smartfrz_jax.cost.account import Account, assemble
 from smartfrz_jax.freezing.transform import Frozen
 from smartfrz_jax.layers.layers import Layers, check_layers
 from smartfrz_jax.nnx.hold import hold
@@ -67,7 +66,7 @@ def account(
             out = loss_fn(module, *inputs)
         return out, nnx.as_pure(nnx.state(module))
 
-    return cost_account.assemble(
+    return assemble(
         layers,
         lambda frozen: functools.partial(run, frozen),
         nnx.as_pure(variables),

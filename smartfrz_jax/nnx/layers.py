@@ -14,7 +14,7 @@ from smartfrz_jax.jaxprs import inline, named_axes
 from smartfrz_jax.layers import dataflow
 from smartfrz_jax.layers.find import Granularity, group
 from smartfrz_jax.layers.layers import Layers, check_layers, check_params
-from smartfrz_jax.layers.outputs import tapped
+from smartfrz_jax.layers.outputs import layer_outputs
 from smartfrz_jax.pytrees import checks, paths
 
 PyTree = Any
@@ -131,7 +131,7 @@ def features(
             return _call(module, forward, inputs)
 
         groups = {layer.name: layer.params for layer in layers}
-        return tapped(run, groups, params, *inputs)(params, *inputs)
+        return layer_outputs(params, groups, run, *inputs)(params, *inputs)
 
     jitted = jax.jit(outputs)
 

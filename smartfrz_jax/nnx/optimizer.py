@@ -249,7 +249,7 @@ class Optimizer(nnx.Optimizer):
             return
         params, old = nnx.as_pure(nnx.state(model, self.wrt)), nnx.as_pure(self.opt_state)
         if self.kept is None or self.kept_version is None:
-            migrated = migrate.migrate(old, self.unfrozen_tx, params, new)
+            migrated = migrate.migrate_opt_state(old, self.unfrozen_tx, params, new)
         else:
             version = self.kept_version[...]
             migrated, version = self.kept.migrate(version, old, self.unfrozen_tx, params, new)

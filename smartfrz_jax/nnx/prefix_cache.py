@@ -56,7 +56,7 @@ class PrefixCache(prefix_cache.PrefixCache):
         augmented: bool = False,
         views: int = 1,
     ):
-        super().__init__(loss_fn, frozen, model, *inputs, augmented=augmented, views=views)
+        super().__init__(model, frozen, loss_fn, *inputs, augmented=augmented, views=views)
 
     def loss(self, params: nnx.Module, activations: tuple[jax.Array, ...], *inputs: Any) -> Any:
         """What ``loss_fn(model, *inputs)`` returns, from the activations; variables of the model change as there.

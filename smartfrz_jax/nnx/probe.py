@@ -63,7 +63,7 @@ def gradient_probe(
         wrt: What the optimizer trains.
 
     Returns:
-        The function of ``(params, number)``, for :func:`smartfrz_jax.gain`.
+        The function of ``(params, number)``, for :func:`smartfrz_jax.policies.gain`.
 
     Example:
         >>> import jax.numpy as jnp

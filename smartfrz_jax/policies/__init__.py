@@ -2,13 +2,16 @@
 
 from smartfrz_jax.policies.autofreeze import autofreeze as autofreeze
 from smartfrz_jax.policies.base import Policy as Policy
+from smartfrz_jax.policies.freezeout import freezeout as freezeout
 from smartfrz_jax.policies.freezeout import freezeout_schedules as freezeout_schedules
-from smartfrz_jax.policies.freezeout import linear as linear
 from smartfrz_jax.policies.freezeout import scale_by_layer_schedule as scale_by_layer_schedule
 from smartfrz_jax.policies.gain import gain as gain
 from smartfrz_jax.policies.never import never as never
 from smartfrz_jax.policies.progress import progress as progress
 from smartfrz_jax.policies.random_order import random as random
+from smartfrz_jax.policies.rehearsal import Harm as Harm
+from smartfrz_jax.policies.rehearsal import Rehearsal as Rehearsal
+from smartfrz_jax.policies.rehearsal import rehearse as rehearse
 from smartfrz_jax.policies.similarity_guided import similarity_guided as similarity_guided
 from smartfrz_jax.policies.smartfrz import smartfrz as smartfrz
 from smartfrz_jax.policies.static_prefix import static_prefix as static_prefix

@@ -25,8 +25,8 @@ PyTree = Any
 Spacing = Literal["linear", "cubic"]
 
 
-def linear(
-    total_steps: int, *, t0: float = 0.5, spacing: Spacing = "linear", keep: Iterable[str] | None = None
+def freezeout(
+    *, total_steps: int, t0: float = 0.5, spacing: Spacing = "linear", keep: Iterable[str] | None = None
 ) -> Policy:
     r"""A policy that freezes layers front to back at fixed moments.
 
@@ -51,7 +51,7 @@ def linear(
         >>> from smartfrz_jax import find_layers
         >>> params = {"a": {"kernel": jnp.ones((2, 2))}, "b": {"kernel": jnp.ones((2, 2))}}
         >>> layers = find_layers(params, lambda p, x: x @ p["a"]["kernel"] @ p["b"]["kernel"], jnp.ones((1, 2)))
-        >>> policy = linear(100, t0=0.5)
+        >>> policy = freezeout(total_steps=100, t0=0.5)
         >>> policy.update(policy.init(layers, params), layers, step=50, params=lambda: params)[0]
         frozenset({'a'})
     """
@@ -63,7 +63,7 @@ def linear(
         moments = np.ceil(np.round(_freeze_shares(layers, t0, spacing, keep) * total_steps, 6))
         return np.where(freezable(layers, keep), moments, NEVER)
 
-    options = {"name": "linear", "total_steps": int(total_steps), "t0": float(t0), "spacing": spacing, "keep": keep}
+    options = {"name": "freezeout", "total_steps": int(total_steps), "t0": float(t0), "spacing": spacing, "keep": keep}
     return scheduled(freeze_at, options)
 
 
@@ -77,7 +77,7 @@ def freezeout_schedules(
     scale_rate: bool = False,
     keep: Iterable[str] | None = None,
 ) -> dict[str, optax.Schedule]:
-    r"""Each layer's learning rate in FreezeOut: a cosine to zero at the moment at which :func:`linear` freezes it.
+    r"""Each layer's learning rate in FreezeOut: a cosine to zero at the moment at which :func:`freezeout` freezes it.
 
     .. math:: \alpha_i(t) = \tfrac12\, \alpha_i(0)\, (1 + \cos(\pi t / t_i))
 
@@ -85,11 +85,11 @@ def freezeout_schedules(
         layers: The network's layers.
         learning_rate: The rate at the start.
         total_steps: Train steps of the run.
-        t0: As in :func:`linear`.
-        spacing: As in :func:`linear`.
+        t0: As in :func:`freezeout`.
+        spacing: As in :func:`freezeout`.
         scale_rate: Whether a layer starts at ``learning_rate`` divided by its share of the run, so that all layers can
             go equally far.
-        keep: As in :func:`linear`; a layer that is kept anneals until the end of the run.
+        keep: As in :func:`freezeout`; a layer that is kept anneals until the end of the run.
 
     Returns:
         An optax schedule for each layer, by name, for :func:`scale_by_layer_schedule`.

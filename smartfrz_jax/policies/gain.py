@@ -52,8 +52,8 @@ class GainState(NamedTuple):
 
 def gain(
     gradients: Gradients,
-    total_steps: int,
     *,
+    total_steps: int,
     factor: float = 0.5,
     window: int = 8,
     measure_every: int | None = None,
@@ -104,7 +104,7 @@ def gain(
         >>> params = {"a": {"kernel": jnp.ones((2, 2))}, "b": {"kernel": jnp.ones((2, 2))}}
         >>> layers = find_layers(params, lambda p, x: x @ p["a"]["kernel"] @ p["b"]["kernel"], jnp.ones((1, 2)))
         >>> gradient = {"a": {"kernel": jnp.zeros((2, 2))}, "b": {"kernel": jnp.ones((2, 2))}}
-        >>> policy = gain(lambda params, number: gradient, 100, window=2, measure_every=2)
+        >>> policy = gain(lambda params, number: gradient, total_steps=100, window=2, measure_every=2)
         >>> state = policy.init(layers, params)
         >>> for step in range(1, 6):
         ...     params = jax.tree.map(lambda leaf: leaf - 0.1, params)

@@ -20,8 +20,8 @@ _ROUNDING = 1e-9
 
 
 def progress(
-    total_steps: int,
     *,
+    total_steps: int,
     coefficients: tuple[float, float, float] = COEFFICIENTS,
     caution: float = 0.95,
     keep: Iterable[str] | None = None,
@@ -54,7 +54,7 @@ def progress(
         >>> from smartfrz_jax import find_layers
         >>> params = {"a": {"kernel": jnp.ones((2, 2))}, "b": {"kernel": jnp.ones((2, 2))}}
         >>> layers = find_layers(params, lambda p, x: x @ p["a"]["kernel"] @ p["b"]["kernel"], jnp.ones((1, 2)))
-        >>> policy = progress(100)
+        >>> policy = progress(total_steps=100)
         >>> policy.update(policy.init(layers, params), layers, step=51, params=lambda: params)[0]
         frozenset({'a'})
     """

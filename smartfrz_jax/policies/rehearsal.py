@@ -107,7 +107,7 @@ def rehearse(
         ...         grads = sfj.value_and_grad(loss, frozen)(params)[1]
         ...         params = sfj.apply_updates(params, jax.tree.map(lambda g: -0.2 * g, grads), frozen)
         ...     return jnp.square(apply(params, x) - y)[:, 0]
-        >>> from_the_start = {"front": lambda steps: sfj.static_prefix(steps, [(0.0, 0.5)])}
+        >>> from_the_start = {"front": lambda steps: sfj.static_prefix([(0.0, 0.5)], total_steps=steps)}
         >>> rehearse(train, from_the_start, steps=8, tolerance=0.05).chosen
         'front'
     """

@@ -121,7 +121,8 @@ def smartfrz(
     Example:
         >>> import jax.numpy as jnp
         >>> from flax import nnx
-        >>> from smartfrz_jax import PredictorConfig, find_layers
+        >>> from smartfrz_jax.predictor import PredictorConfig
+        >>> from smartfrz_jax import find_layers
         >>> params = {"a": {"kernel": jnp.ones((2, 2))}, "b": {"kernel": jnp.ones((2, 2))}}
         >>> layers = find_layers(params, lambda p, x: x @ p["a"]["kernel"] @ p["b"]["kernel"], jnp.ones((1, 2)))
         >>> policy = smartfrz(Predictor(PredictorConfig(size=8), rngs=nnx.Rngs(0)), total_steps=1000)

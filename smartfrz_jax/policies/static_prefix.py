@@ -24,9 +24,9 @@ _ROUNDING = 1e-9
 
 
 def static_prefix(
-    total_steps: int,
     stages: Sequence[tuple[float, float]],
     *,
+    total_steps: int,
     costs: Mapping[str, float] | None = None,
     keep: Iterable[str] | None = None,
 ) -> Policy:
@@ -37,9 +37,9 @@ def static_prefix(
     half from the start; ``[(0.0, 0.5), (0.5, 1.0)]`` from half time on also the rest, but for the head.
 
     Args:
-        total_steps: Train steps of the run.
         stages: Moments, as shares of the run, with the share of the network's cost that is frozen from each on; neither
             may fall. Policies are asked after a step, so a moment of 0 is after the first one.
+        total_steps: Train steps of the run.
         costs: Cost of each layer in any unit, by layer name; ``None`` makes all equal.
         keep: Names of layers never to freeze; ``None`` keeps the head, ``()`` nothing.
 
@@ -54,7 +54,7 @@ def static_prefix(
         >>> from smartfrz_jax import find_layers
         >>> params = {"a": {"kernel": jnp.ones((2, 2))}, "b": {"kernel": jnp.ones((2, 2))}}
         >>> layers = find_layers(params, lambda p, x: x @ p["a"]["kernel"] @ p["b"]["kernel"], jnp.ones((1, 2)))
-        >>> policy = static_prefix(100, [(0.0, 0.5)])
+        >>> policy = static_prefix([(0.0, 0.5)], total_steps=100)
         >>> policy.update(policy.init(layers, params), layers, step=1, params=lambda: params)[0]
         frozenset({'a'})
     """

@@ -57,7 +57,7 @@ class PredictorConfig:
         for name in ("size", "hidden", "features", "head_hidden"):
             checks.count(getattr(self, name), name)
         checks.choice(self.pooling, "pooling", get_args(Pooling))
-        checks.instance(self.encoding, Encoding, "encoding", "a smartfrz_jax.Encoding")
+        checks.instance(self.encoding, Encoding, "encoding", "a smartfrz_jax.predictor.Encoding")
         self.encoding.width(self.size)
 
 
@@ -146,7 +146,7 @@ class Predictor(nnx.Module):
             observation: What is known of the layer; it may be in the form already that ``config.encoding`` says. Where
                 its mask is false, whatever stands there has no influence.
         """
-        checks.instance(observation, Observation | Encoded, "observation", "a smartfrz_jax.Observation")
+        checks.instance(observation, Observation | Encoded, "observation", "a smartfrz_jax.predictor.Observation")
         encoding = self.config.encoding
         encoded = observation if isinstance(observation, Encoded) else encode(encoding, observation)
         context = self._context(encoded)
@@ -287,12 +287,12 @@ def check_trained(predictor: Any) -> None:
 
 def _check_config(config: Any) -> None:
     if config is not None:
-        checks.instance(config, PredictorConfig, "config", "a smartfrz_jax.PredictorConfig")
+        checks.instance(config, PredictorConfig, "config", "a smartfrz_jax.predictor.PredictorConfig")
 
 
 def _check_observation(observation: Any, config: PredictorConfig) -> None:
     """Raises unless it is what is known of some layers, with as many weights as a predictor reads."""
-    checks.instance(observation, Observation | Encoded, "observation", "a smartfrz_jax.Observation")
+    checks.instance(observation, Observation | Encoded, "observation", "a smartfrz_jax.predictor.Observation")
     shape = np.shape(observation.mask)
     if len(shape) != 2:
         raise ValueError(

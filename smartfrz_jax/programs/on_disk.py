@@ -7,7 +7,7 @@ import jax
 from smartfrz_jax.pytrees.file_paths import PathLike, as_path, try_to_write
 
 
-def keep_programs(directory: PathLike) -> None:
+def enable_compilation_cache(directory: PathLike) -> None:
     """Keeps compiled programs in a directory, for this process and for later ones.
 
     A run that is resumed, or started again, then loads its programs in a fraction of the time that compiling them
@@ -22,7 +22,7 @@ def keep_programs(directory: PathLike) -> None:
 
     Example:
         >>> import tempfile
-        >>> keep_programs(tempfile.mkdtemp())
+        >>> enable_compilation_cache(tempfile.mkdtemp())
     """
     directory = as_path(directory, "directory")
     try:

@@ -67,7 +67,7 @@ class TrainStep:
         account: The account of the step, or of one of the networks that it trains, from
             :func:`smartfrz_jax.account`. With it, a program for a batch as that of
             the first that saves less than predicted is a ``SavingWarning``, once for each cause; see
-            :class:`smartfrz_jax.SavingCheck`.
+            :class:`smartfrz_jax.cost.SavingCheck`.
         donate: Which arguments a call may overwrite, so that old and new values do not lie in memory side by side:
             ``True`` for every module, optimizer and ``TrainState``, or names of arguments. Do not go on with what was
             donated: with arrays taken out of a module before the call, or with an old ``TrainState``.

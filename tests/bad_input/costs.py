@@ -30,11 +30,11 @@ DOORS = [
 
 def account(**changed: Any) -> Any:
     given = {"loss_fn": loss, "layers": layers(), "params": params()} | changed
-    return sfj.account(given["loss_fn"], given["layers"], given["params"], X, tx=given.get("tx"))
+    return sfj.account(given["params"], given["layers"], given["loss_fn"], X, tx=given.get("tx"))
 
 
 CASES = [
-    Case("account-no-inputs", "inputs", ValueError, ("none",), lambda: sfj.account(loss, layers(), params())),
+    Case("account-no-inputs", "inputs", ValueError, ("none",), lambda: sfj.account(params(), layers(), loss)),
     Case("account-names", "layers", TypeError, ("['a']", "find_layers"), lambda: account(layers=["a"])),
     Case("account-rate", "tx", TypeError, ("0.1", "optax"), lambda: account(tx=0.1)),
     Case("account-empty", "params", ValueError, ("without leaves",), lambda: account(params={})),

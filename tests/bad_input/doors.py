@@ -51,7 +51,7 @@ DOORS = [
         lambda: {"params": params(), "updates": zeros(), "frozen": frozen()},
         unchecked={"params": "the updates do not fit"},
     ),
-    Door("migrate", lambda: {"opt_state": state(), "tx": TX, "params": params(), "frozen": frozen("a")}),
+    Door("migrate_opt_state", lambda: {"opt_state": state(), "tx": TX, "params": params(), "frozen": frozen("a")}),
     Door("nnx.find_layers", lambda: {"model": scenes.module(), "inputs": (X,)}, unchecked={"wrt": "a filter"}),
     Door(
         "nnx.features",
@@ -77,7 +77,7 @@ DOORS = [
         unchecked={"frozen=text": "the name of a layer"},
     ),
     Door("nnx.Optimizer.record_grads", lambda: {"model": scenes.module()}, on=optimizer),
-    Door("nnx.Freezer", lambda: {"model": scenes.module(), "optimizer": optimizer(), "policy": sfj.never()}),
+    Door("nnx.Freezer", lambda: {"model": scenes.module(), "optimizer": optimizer(), "policy": sfj.policies.never()}),
     Door("nnx.Freezer.step", dict, on=scenes.nnx_freezer),
     Door("nnx.scan_blocks", lambda: {"blocks": [scenes.block()], "x": X}, unchecked={"x": "any pytree"}),
     Door("linen.find_layers", lambda: {"module": scenes.dense(), "variables": scenes.variables(), "inputs": (X,)}),
@@ -94,7 +94,7 @@ DOORS = [
         on=scenes.train_state,
         unchecked={"frozen=text": "the name of a layer"},
     ),
-    Door("linen.Freezer", lambda: {"state": scenes.train_state(), "policy": sfj.never()}),
+    Door("linen.Freezer", lambda: {"state": scenes.train_state(), "policy": sfj.policies.never()}),
     Door("linen.Freezer.step", lambda: {"state": scenes.train_state()}, on=scenes.linen_freezer),
 ]
 
@@ -151,9 +151,21 @@ CASES = [
     Case("updates-another", "updates", ValueError, ("'a/kernel'",), lambda: apply(of_another_network())),
     Case("updates-none", "updates", ValueError, ("'a/kernel'",), lambda: apply(None)),
     Case("apply-other-set", "params", ValueError, ("'a/kernel'",), lambda: apply(zeros(), sfj.Frozen(other_layers()))),
-    Case("migrate-foreign", "opt_state", ValueError, ("missing",), lambda: sfj.migrate((), TX, params(), frozen("a"))),
-    Case("migrate-adam", "opt_state", ValueError, ("tx",), lambda: migrate(optax.adam(0.1).init(params()))),
-    Case("migrate-another", "params", ValueError, ("'x/kernel'",), lambda: migrate(state(), of_another_network())),
+    Case(
+        "migrate-foreign",
+        "opt_state",
+        ValueError,
+        ("missing",),
+        lambda: sfj.migrate_opt_state((), TX, params(), frozen("a")),
+    ),
+    Case("migrate-adam", "opt_state", ValueError, ("tx",), lambda: migrate_opt_state(optax.adam(0.1).init(params()))),
+    Case(
+        "migrate-another",
+        "params",
+        ValueError,
+        ("'x/kernel'",),
+        lambda: migrate_opt_state(state(), of_another_network()),
+    ),
     Case(
         "nnx-no-inputs", "inputs", ValueError, ("none", "example batch"), lambda: sfj.nnx.find_layers(scenes.module())
     ),
@@ -212,9 +224,15 @@ CASES = [
         "optimizer",
         TypeError,
         ("Sequential", "Optimizer"),
-        lambda: sfj.nnx.Freezer(optimizer(), scenes.module(), sfj.never()),
+        lambda: sfj.nnx.Freezer(optimizer(), scenes.module(), sfj.policies.never()),
     ),
-    Case("nnx-freezer-policy", "policy", TypeError, ("function", "Policy"), lambda: scenes.nnx_freezer(sfj.never)),
+    Case(
+        "nnx-freezer-policy",
+        "policy",
+        TypeError,
+        ("function", "Policy"),
+        lambda: scenes.nnx_freezer(sfj.policies.never),
+    ),
     Case(
         "nnx-freezer-loss", "loss", ValueError, ("(4,)", "a scalar"), lambda: scenes.nnx_freezer().step(loss=np.ones(4))
     ),
@@ -297,8 +315,8 @@ def apply(updates: Any, other: sfj.Frozen | None = None) -> Any:
     return sfj.apply_updates(params(), updates, other or frozen("a"))
 
 
-def migrate(opt_state: Any, tree: Any = None) -> Any:
-    return sfj.migrate(opt_state, TX, params() if tree is None else tree, frozen("a"))
+def migrate_opt_state(opt_state: Any, tree: Any = None) -> Any:
+    return sfj.migrate_opt_state(opt_state, TX, params() if tree is None else tree, frozen("a"))
 
 
 def more_layers() -> sfj.Layers:
@@ -317,12 +335,12 @@ def broadcast_grads() -> Any:
 
 
 def plain_optimizer() -> Any:
-    return sfj.nnx.Freezer(scenes.module(), nnx.Optimizer(scenes.module(), TX, wrt=nnx.Param), sfj.never())
+    return sfj.nnx.Freezer(scenes.module(), nnx.Optimizer(scenes.module(), TX, wrt=nnx.Param), sfj.policies.never())
 
 
 def plain_state() -> Any:
     plain = flax_state.TrainState.create(apply_fn=forward, params=params(), tx=TX)
-    return sfj.linen.Freezer(plain, sfj.never())
+    return sfj.linen.Freezer(plain, sfj.policies.never())
 
 
 def held() -> None:
@@ -331,4 +349,4 @@ def held() -> None:
 
 
 def guided() -> sfj.Policy:
-    return sfj.similarity_guided(scenes.outputs(), evaluate_every=1)
+    return sfj.policies.similarity_guided(scenes.outputs(), evaluate_every=1)

@@ -22,27 +22,34 @@ from tests.bad_input.table import INF, NAN, Case, Door
 CURVES = np.ones((8, 2))
 
 
-def recorder(**options: Any) -> sfj.Recorder:
-    return sfj.Recorder(layers(), tailoring(), params(), **{"record_every": 1} | options)
+def recorder(**options: Any) -> sfj.learning.Recorder:
+    return sfj.learning.Recorder(layers(), tailoring(), params(), **{"record_every": 1} | options)
 
 
-def recorded() -> sfj.Recorder:
+def recorded() -> sfj.learning.Recorder:
     found = recorder(reference_features=outputs())
     found.record(1, params(), outputs(), 1.0)
     return found
 
 
 DOORS = [
-    Door("Recorder", lambda: {"layers": layers(), "tailoring": tailoring(), "params": params(), "record_every": 1}),
-    Door("Recorder.record", lambda: {"step": 1, "params": params(), "features": outputs()}, on=lambda: tracking()),
     Door(
-        "Recorder.finish",
+        "learning.Recorder",
+        lambda: {"layers": layers(), "tailoring": tailoring(), "params": params(), "record_every": 1},
+    ),
+    Door(
+        "learning.Recorder.record",
+        lambda: {"step": 1, "params": params(), "features": outputs()},
+        on=lambda: tracking(),
+    ),
+    Door(
+        "learning.Recorder.finish",
         lambda: {"total_steps": 8},
         on=recorded,
         unchecked={"metadata": "any field"},
     ),
     Door(
-        "Recording",
+        "learning.Recording",
         lambda: vars(recording()),
         unchecked={
             "alignment": "goes",
@@ -51,13 +58,13 @@ DOORS = [
             "first_loss=-7": "a loss",
         },
     ),
-    Door("make_examples", lambda: {"recordings": [recording()], "window": 2, "min_records": 2}),
-    Door("Examples.check_reads", lambda: {"encoding": sfj.Encoding()}, on=examples),
-    Door("Examples.batch", lambda: {"indices": np.arange(2)}, on=examples),
-    Door("Examples.select", lambda: {"chosen": np.arange(2)}, on=examples),
-    Door("encode_examples", lambda: {"examples": examples(), "encoding": sfj.Encoding()}),
+    Door("learning.make_examples", lambda: {"recordings": [recording()], "window": 2, "min_records": 2}),
+    Door("learning.Examples.check_reads", lambda: {"encoding": sfj.predictor.Encoding()}, on=examples),
+    Door("learning.Examples.batch", lambda: {"indices": np.arange(2)}, on=examples),
+    Door("learning.Examples.select", lambda: {"chosen": np.arange(2)}, on=examples),
+    Door("learning.encode_examples", lambda: {"examples": examples(), "encoding": sfj.predictor.Encoding()}),
     Door(
-        "fit",
+        "learning.fit",
         lambda: {
             "predictor": predictor(),
             "examples": two_targets(),
@@ -67,22 +74,26 @@ DOORS = [
         },
         unchecked={"class_weights=None": "stands for (1, 1)"},
     ),
-    Door("predict", lambda: {"predictor": predictor(), "examples": examples()}),
-    Door("evaluate", lambda: {"probability": np.ones(2), "target": np.ones(2, bool)}),
-    Door("by_run", lambda: {"examples": examples(), "runs": [0]}),
-    Door("by_layer", lambda: {"examples": examples(), "layers": ["a"]}),
-    Door("by_metadata", lambda: {"examples": examples()}, unchecked={"fields": "any field"}),
-    Door("moments", lambda: {"examples": examples()}),
-    Door("Settled", dict),
-    Door("Settled.__call__", lambda: {"recording": recording()}, on=sfj.Settled),
-    Door("Harmless", dict),
-    Door("Harmless.__call__", lambda: {"recording": recording(swap_harm=CURVES)}, on=sfj.Harmless),
-    Door("settled", lambda: {"cka": CURVES}),
-    Door("stabilised", lambda: {"cka": CURVES}),
-    Door("Hiding", dict),
-    Door("Hiding.__call__", lambda: {"observation": seen(), "rng": np.random.default_rng(0)}, on=sfj.Hiding),
+    Door("learning.predict", lambda: {"predictor": predictor(), "examples": examples()}),
+    Door("learning.evaluate", lambda: {"probability": np.ones(2), "target": np.ones(2, bool)}),
+    Door("learning.by_run", lambda: {"examples": examples(), "runs": [0]}),
+    Door("learning.by_layer", lambda: {"examples": examples(), "layers": ["a"]}),
+    Door("learning.by_metadata", lambda: {"examples": examples()}, unchecked={"fields": "any field"}),
+    Door("learning.moments", lambda: {"examples": examples()}),
+    Door("learning.Settled", dict),
+    Door("learning.Settled.__call__", lambda: {"recording": recording()}, on=sfj.learning.Settled),
+    Door("learning.Harmless", dict),
+    Door("learning.Harmless.__call__", lambda: {"recording": recording(swap_harm=CURVES)}, on=sfj.learning.Harmless),
+    Door("learning.settled", lambda: {"cka": CURVES}),
+    Door("learning.stabilised", lambda: {"cka": CURVES}),
+    Door("learning.Hiding", dict),
     Door(
-        "swap_harm",
+        "learning.Hiding.__call__",
+        lambda: {"observation": seen(), "rng": np.random.default_rng(0)},
+        on=sfj.learning.Hiding,
+    ),
+    Door(
+        "learning.swap_harm",
         lambda: {
             "layers": layers(),
             "steps": np.array([1, 2]),
@@ -92,7 +103,7 @@ DOORS = [
         },
     ),
     Door(
-        "branch_harm",
+        "learning.branch_harm",
         lambda: {
             "layers": layers(),
             "steps": np.array([1, 2]),
@@ -103,19 +114,19 @@ DOORS = [
 ]
 
 
-def tracking() -> sfj.Recorder:
+def tracking() -> sfj.learning.Recorder:
     return recorder(reference_features=outputs(), track_own=True)
 
 
-def seen() -> sfj.Observation:
+def seen() -> sfj.predictor.Observation:
     return examples().batch(np.arange(2))[0]
 
 
-def two_targets() -> sfj.Examples:
-    return sfj.make_examples([recording()], window=2, min_records=2, criterion=halves)
+def two_targets() -> sfj.learning.Examples:
+    return sfj.learning.make_examples([recording()], window=2, min_records=2, criterion=halves)
 
 
-def halves(recorded: sfj.Recording) -> np.ndarray:
+def halves(recorded: sfj.learning.Recording) -> np.ndarray:
     return np.arange(8)[:, None] >= np.array([4, 4])
 
 
@@ -125,24 +136,24 @@ def record(step: Any = 1, tree: Any = None, features: Any = None, loss: Any = No
 
 def fit(**options: Any) -> Any:
     given = {"predictor": predictor(), "examples": two_targets(), "held_out": None, "epochs": 1, "learning_rate": 0.1}
-    return sfj.fit(**given | options)
+    return sfj.learning.fit(**given | options)
 
 
 def swap(**options: Any) -> Any:
     given = {"steps": np.array([1, 2]), "snapshots": {1: params()}, "final": params(), "loss": lambda params: 1.0}
-    return sfj.swap_harm(layers(), **given | options)
+    return sfj.learning.swap_harm(layers(), **given | options)
 
 
 def branch(**options: Any) -> Any:
     given = {"steps": np.array([1]), "snapshots": {1: params()}, "train_branch": lambda snapshot, frozen: 1.0}
-    return sfj.branch_harm(layers(), **given | options)
+    return sfj.learning.branch_harm(layers(), **given | options)
 
 
 def make(**options: Any) -> Any:
-    return sfj.make_examples(**{"recordings": [recording()], "window": 2, "min_records": 2} | options)
+    return sfj.learning.make_examples(**{"recordings": [recording()], "window": 2, "min_records": 2} | options)
 
 
-def without_weights() -> sfj.Examples:
+def without_weights() -> sfj.learning.Examples:
     return make(recordings=[recording().without_weights()])
 
 
@@ -177,7 +188,11 @@ CASES = [
     Case("criterion-shape", "criterion", ValueError, ("(2,)", "(8, 2)"), lambda: make(criterion=lambda r: np.ones(2))),
     Case("criterion-none", "criterion", ValueError, ("object", "bool"), lambda: make(criterion=lambda r: None)),
     Case(
-        "criterion-lacks", "recordings", ValueError, ("has no own_cka",), lambda: make(criterion=sfj.Settled("own_cka"))
+        "criterion-lacks",
+        "recordings",
+        ValueError,
+        ("has no own_cka",),
+        lambda: make(criterion=sfj.learning.Settled("own_cka")),
     ),
     Case("indices-beyond", "indices", ValueError, ("99", "0 to"), lambda: examples().batch(np.array([99]))),
     Case("indices-float", "indices", TypeError, ("float64", "integers"), lambda: examples().batch(np.array([0.5]))),
@@ -196,22 +211,46 @@ CASES = [
     Case("class-weights-3", "class_weights", ValueError, ("two numbers",), lambda: fit(class_weights=(1, 2, 3))),
     Case("class-weights-one", "class_weights", TypeError, ("int 3", "two numbers"), lambda: fit(class_weights=3)),
     Case(
-        "predict-batch-0", "batch_size", ValueError, ("0",), lambda: sfj.predict(predictor(), examples(), batch_size=0)
+        "predict-batch-0",
+        "batch_size",
+        ValueError,
+        ("0",),
+        lambda: sfj.learning.predict(predictor(), examples(), batch_size=0),
     ),
-    Case("logits", "probability", ValueError, ("-1.0", "not logits"), lambda: sfj.evaluate(np.array([-1.0]), ~ZERO)),
-    Case("probability-nan", "probability", ValueError, ("nan",), lambda: sfj.evaluate(np.array([NAN]), ZERO)),
-    Case("targets-ints", "target", TypeError, ("int64", "bool"), lambda: sfj.evaluate(np.ones(1), np.ones(1, int))),
-    Case("targets-fewer", "probability, target", ValueError, ("(2,)", "(1,)"), lambda: sfj.evaluate(np.ones(2), ZERO)),
-    Case("run-unknown", "runs", ValueError, ("3",), lambda: sfj.by_run(examples(), [3])),
-    Case("run-one", "runs", TypeError, ("int 0", "numbers of recordings"), lambda: sfj.by_run(examples(), 0)),
-    Case("layer-unknown", "layers", ValueError, ("'z'", "'a'"), lambda: sfj.by_layer(examples(), ["z"])),
-    Case("field-unknown", "seed", ValueError, ("recording 0",), lambda: sfj.by_metadata(examples(), seed=1)),
-    Case("cka-vector", "cka", ValueError, ("(8,)", "(records, layers)"), lambda: sfj.settled(np.ones(8))),
-    Case("curves-nan", "cka", ValueError, ("1 values not finite",), lambda: sfj.settled(np.array([[NAN]]))),
-    Case("window-2.5", "window", ValueError, ("2.5", "an integer"), lambda: sfj.settled(CURVES, window=2.5)),
-    Case("tolerance-negative", "tolerance", ValueError, ("-1", "0 or more"), lambda: sfj.Settled(tolerance=-1)),
-    Case("harmless-first-loss", "recording", ValueError, ("first_loss",), lambda: sfj.Harmless()(no_loss())),
-    Case("hiding-all", "records", ValueError, ("2", "from 0"), lambda: sfj.Hiding(records=2)),
+    Case(
+        "logits",
+        "probability",
+        ValueError,
+        ("-1.0", "not logits"),
+        lambda: sfj.learning.evaluate(np.array([-1.0]), ~ZERO),
+    ),
+    Case("probability-nan", "probability", ValueError, ("nan",), lambda: sfj.learning.evaluate(np.array([NAN]), ZERO)),
+    Case(
+        "targets-ints",
+        "target",
+        TypeError,
+        ("int64", "bool"),
+        lambda: sfj.learning.evaluate(np.ones(1), np.ones(1, int)),
+    ),
+    Case(
+        "targets-fewer",
+        "probability, target",
+        ValueError,
+        ("(2,)", "(1,)"),
+        lambda: sfj.learning.evaluate(np.ones(2), ZERO),
+    ),
+    Case("run-unknown", "runs", ValueError, ("3",), lambda: sfj.learning.by_run(examples(), [3])),
+    Case("run-one", "runs", TypeError, ("int 0", "numbers of recordings"), lambda: sfj.learning.by_run(examples(), 0)),
+    Case("layer-unknown", "layers", ValueError, ("'z'", "'a'"), lambda: sfj.learning.by_layer(examples(), ["z"])),
+    Case("field-unknown", "seed", ValueError, ("recording 0",), lambda: sfj.learning.by_metadata(examples(), seed=1)),
+    Case("cka-vector", "cka", ValueError, ("(8,)", "(records, layers)"), lambda: sfj.learning.settled(np.ones(8))),
+    Case("curves-nan", "cka", ValueError, ("1 values not finite",), lambda: sfj.learning.settled(np.array([[NAN]]))),
+    Case("window-2.5", "window", ValueError, ("2.5", "an integer"), lambda: sfj.learning.settled(CURVES, window=2.5)),
+    Case(
+        "tolerance-negative", "tolerance", ValueError, ("-1", "0 or more"), lambda: sfj.learning.Settled(tolerance=-1)
+    ),
+    Case("harmless-first-loss", "recording", ValueError, ("first_loss",), lambda: sfj.learning.Harmless()(no_loss())),
+    Case("hiding-all", "records", ValueError, ("2", "from 0"), lambda: sfj.learning.Hiding(records=2)),
     Case("swap-snapshots", "snapshots", ValueError, ("step 5",), lambda: swap(snapshots={5: params()})),
     Case("swap-nothing", "snapshots", ValueError, ("none",), lambda: swap(snapshots={})),
     Case("swap-another", "snapshots", ValueError, ("only in",), lambda: swap(snapshots={1: of_another_network()})),
@@ -230,12 +269,12 @@ ZERO = np.zeros(1, bool)
 
 def other_tailoring() -> Any:
     fewer = sfj.Layers(layers().entries[:2])
-    return sfj.Recorder(fewer, tailoring(), params(), record_every=1)
+    return sfj.learning.Recorder(fewer, tailoring(), params(), record_every=1)
 
 
-def all_freeze() -> sfj.Examples:
+def all_freeze() -> sfj.learning.Examples:
     return make(criterion=lambda recorded: np.ones((8, 2), bool))
 
 
-def no_loss() -> sfj.Recording:
+def no_loss() -> sfj.learning.Recording:
     return recording(swap_harm=np.ones((8, 2), np.float32), first_loss=NAN)

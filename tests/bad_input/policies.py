@@ -15,62 +15,127 @@ from tests.bad_input.scenes import frozen, layers, of_another_network, outputs, 
 from tests.bad_input.table import INF, NAN, Case, Door
 
 DOORS = [
-    Door("linear", lambda: {"total_steps": 10}),
+    Door("freezeout", lambda: {"total_steps": 10}),
     Door("progress", lambda: {"total_steps": 10}),
-    Door("random", lambda: {"budget": 0.2, "total_steps": 10}),
+    Door("policies.random", lambda: {"budget": 0.2, "total_steps": 10}),
     Door("static_prefix", lambda: {"total_steps": 10, "stages": [(0.0, 0.5)]}),
     Door("autofreeze", lambda: {"evaluate_every": 1}),
-    Door("gain", lambda: {"gradients": lambda params, number: params, "total_steps": 100}),
-    Door("similarity_guided", lambda: {"reference": outputs(), "evaluate_every": 1}),
+    Door("policies.gain", lambda: {"gradients": lambda params, number: params, "total_steps": 100}),
+    Door("policies.similarity_guided", lambda: {"reference": outputs(), "evaluate_every": 1}),
     Door(
         "smartfrz",
         lambda: {"predictor": predictor(), "total_steps": 1000},
         unchecked={"labels": "looked at only by a predictor that reads alignments"},
     ),
     Door(
-        "freezeout_schedules",
+        "policies.freezeout_schedules",
         lambda: {"layers": layers(), "learning_rate": 0.1, "total_steps": 10},
     ),
-    Door("scale_by_layer_schedule", lambda: {"layers": layers(), "schedules": dict.fromkeys("abc", float)}),
+    Door("policies.scale_by_layer_schedule", lambda: {"layers": layers(), "schedules": dict.fromkeys("abc", float)}),
     Door(
         "rehearse",
-        lambda: {"train": lambda policy, steps: 1.0, "policies": {"n": sfj.never}, "steps": 1},
+        lambda: {"train": lambda policy, steps: 1.0, "policies": {"n": sfj.policies.never}, "steps": 1},
         unchecked={"tolerance=-7": "a policy may have to be better than never"},
     ),
-    Door("Freezer", lambda: {"policy": sfj.never(), "layers": layers(), "params": params(), "saving": lambda *_: 1.0}),
+    Door(
+        "Freezer",
+        lambda: {"policy": sfj.policies.never(), "layers": layers(), "params": params(), "saving": lambda *_: 1.0},
+    ),
     Door("Freezer.observe", lambda: {"params": params}, on=scenes.freezer),
     Door("Freezer.adopt", lambda: {"frozen": frozen()}, on=scenes.freezer),
 ]
 
 CASES = [
-    Case("no-steps", "total_steps", ValueError, ("0", "at least 1"), lambda: sfj.linear(0)),
-    Case("steps-as-text", "total_steps", TypeError, ("'100'", "an integer"), lambda: sfj.linear("100")),
-    Case("steps-a-quotient", "total_steps", ValueError, ("12.5", "round it"), lambda: sfj.linear(12.5)),
-    Case("steps-true", "total_steps", TypeError, ("True", "an integer"), lambda: sfj.linear(True)),
-    Case("steps-beyond-int32", "total_steps", ValueError, ("an integer",), lambda: sfj.linear(2**31)),
-    Case("t0-above-1", "t0", ValueError, ("80", "up to 1"), lambda: sfj.linear(10, t0=80)),
-    Case("spacing-unknown", "spacing", ValueError, ("'square'", "'cubic'"), lambda: sfj.linear(10, spacing="square")),
-    Case("keep-numbers", "keep", TypeError, ("int 3", "names of layers"), lambda: sfj.linear(10, keep=[3])),
-    Case("keep-unknown", "keep", ValueError, ("'d'", "did you mean"), lambda: start(sfj.linear(10, keep="d"))),
-    Case("layers-names", "layers", TypeError, ("['a', 'b']", "find_layers"), lambda: start(sfj.linear(10), ["a", "b"])),
-    Case("layers-none", "layers", TypeError, ("None", "find_layers"), lambda: sfj.linear(10).init(None, params())),
-    Case("step-negative", "step", ValueError, ("-1", "at least 0"), lambda: update(sfj.linear(10), step=-1)),
-    Case("step-as-text", "step", TypeError, ("'1'", "an integer"), lambda: update(sfj.linear(10), step="1")),
+    Case("no-steps", "total_steps", ValueError, ("0", "at least 1"), lambda: sfj.freezeout(total_steps=0)),
+    Case("steps-as-text", "total_steps", TypeError, ("'100'", "an integer"), lambda: sfj.freezeout(total_steps="100")),
+    Case("steps-a-quotient", "total_steps", ValueError, ("12.5", "round it"), lambda: sfj.freezeout(total_steps=12.5)),
+    Case("steps-true", "total_steps", TypeError, ("True", "an integer"), lambda: sfj.freezeout(total_steps=True)),
+    Case("steps-beyond-int32", "total_steps", ValueError, ("an integer",), lambda: sfj.freezeout(total_steps=2**31)),
+    Case("t0-above-1", "t0", ValueError, ("80", "up to 1"), lambda: sfj.freezeout(total_steps=10, t0=80)),
+    Case(
+        "spacing-unknown",
+        "spacing",
+        ValueError,
+        ("'square'", "'cubic'"),
+        lambda: sfj.freezeout(total_steps=10, spacing="square"),
+    ),
+    Case(
+        "keep-numbers", "keep", TypeError, ("int 3", "names of layers"), lambda: sfj.freezeout(total_steps=10, keep=[3])
+    ),
+    Case(
+        "keep-unknown",
+        "keep",
+        ValueError,
+        ("'d'", "did you mean"),
+        lambda: start(sfj.freezeout(total_steps=10, keep="d")),
+    ),
+    Case(
+        "layers-names",
+        "layers",
+        TypeError,
+        ("['a', 'b']", "find_layers"),
+        lambda: start(sfj.freezeout(total_steps=10), ["a", "b"]),
+    ),
+    Case(
+        "layers-none",
+        "layers",
+        TypeError,
+        ("None", "find_layers"),
+        lambda: sfj.freezeout(total_steps=10).init(None, params()),
+    ),
+    Case(
+        "step-negative",
+        "step",
+        ValueError,
+        ("-1", "at least 0"),
+        lambda: update(sfj.freezeout(total_steps=10), step=-1),
+    ),
+    Case(
+        "step-as-text",
+        "step",
+        TypeError,
+        ("'1'", "an integer"),
+        lambda: update(sfj.freezeout(total_steps=10), step="1"),
+    ),
     Case("state-of-another", "state", TypeError, ("tuple ()", "AutoFreezeState"), lambda: foreign_state()),
     Case("state-of-other-layers", "layers", ValueError, ("got 2", "for 3"), lambda: state_of_three()),
     Case(
-        "coefficients-two", "coefficients", ValueError, ("three finite",), lambda: sfj.progress(9, coefficients=(1, 2))
+        "coefficients-two",
+        "coefficients",
+        ValueError,
+        ("three finite",),
+        lambda: sfj.progress(total_steps=9, coefficients=(1, 2)),
     ),
-    Case("coefficients-nan", "coefficients", ValueError, ("nan",), lambda: sfj.progress(9, coefficients=(NAN, 1, 1))),
-    Case("coefficients-text", "coefficients", TypeError, ("'1'",), lambda: sfj.progress(9, coefficients=(1, "1", 1))),
     Case(
-        "coefficients-fall", "coefficients", ValueError, ("above 0",), lambda: sfj.progress(9, coefficients=(1, -1, 1))
+        "coefficients-nan",
+        "coefficients",
+        ValueError,
+        ("nan",),
+        lambda: sfj.progress(total_steps=9, coefficients=(NAN, 1, 1)),
     ),
-    Case("caution-percent", "caution", ValueError, ("95", "up to 1"), lambda: sfj.progress(9, caution=95)),
-    Case("budget-above-1", "budget", ValueError, ("2", "up to 1"), lambda: sfj.random(2, total_steps=9)),
-    Case("budget-of-the-head", "budget", ValueError, ("0.9",), lambda: start(sfj.random(0.9, total_steps=9))),
     Case(
-        "cost-as-text", "costs", TypeError, ("'1'", "a number"), lambda: sfj.random(0, total_steps=9, costs={"a": "1"})
+        "coefficients-text",
+        "coefficients",
+        TypeError,
+        ("'1'",),
+        lambda: sfj.progress(total_steps=9, coefficients=(1, "1", 1)),
+    ),
+    Case(
+        "coefficients-fall",
+        "coefficients",
+        ValueError,
+        ("above 0",),
+        lambda: sfj.progress(total_steps=9, coefficients=(1, -1, 1)),
+    ),
+    Case("caution-percent", "caution", ValueError, ("95", "up to 1"), lambda: sfj.progress(total_steps=9, caution=95)),
+    Case("budget-above-1", "budget", ValueError, ("2", "up to 1"), lambda: sfj.policies.random(2, total_steps=9)),
+    Case("budget-of-the-head", "budget", ValueError, ("0.9",), lambda: start(sfj.policies.random(0.9, total_steps=9))),
+    Case(
+        "cost-as-text",
+        "costs",
+        TypeError,
+        ("'1'", "a number"),
+        lambda: sfj.policies.random(0, total_steps=9, costs={"a": "1"}),
     ),
     Case("cost-missing", "costs", ValueError, ("nothing", "'b'"), lambda: start_prefix({"a": 1})),
     Case("cost-negative", "costs", ValueError, ("-1", "from 0 up"), lambda: start_prefix({"a": -1, "b": 1, "c": 1})),
@@ -79,9 +144,17 @@ CASES = [
     Case(
         "cost-of-another", "costs", ValueError, ("'x'", "did you mean"), lambda: start_prefix(dict.fromkeys("xbc", 1))
     ),
-    Case("stages-empty", "stages", ValueError, ("[]", "at least one pair"), lambda: sfj.static_prefix(9, [])),
-    Case("stages-flat", "stages", ValueError, ("pair",), lambda: sfj.static_prefix(9, (0.0, 0.5))),
-    Case("stages-fall", "stages", ValueError, ("do not fall",), lambda: sfj.static_prefix(9, [(0.5, 0.5), (0, 1)])),
+    Case(
+        "stages-empty", "stages", ValueError, ("[]", "at least one pair"), lambda: sfj.static_prefix([], total_steps=9)
+    ),
+    Case("stages-flat", "stages", ValueError, ("pair",), lambda: sfj.static_prefix((0.0, 0.5), total_steps=9)),
+    Case(
+        "stages-fall",
+        "stages",
+        ValueError,
+        ("do not fall",),
+        lambda: sfj.static_prefix([(0.5, 0.5), (0, 1)], total_steps=9),
+    ),
     Case(
         "percentile-101", "percentile", ValueError, ("101", "from 0 to 100"), lambda: sfj.autofreeze(1, percentile=101)
     ),
@@ -106,7 +179,11 @@ CASES = [
         "reference-text", "reference", TypeError, ("'a'", "an array"), lambda: start(guided(dict.fromkeys("abc", "x")))
     ),
     Case(
-        "window-of-1", "window", ValueError, ("1", "at least 2"), lambda: sfj.similarity_guided(outputs(), 1, window=1)
+        "window-of-1",
+        "window",
+        ValueError,
+        ("1", "at least 2"),
+        lambda: sfj.policies.similarity_guided(outputs(), 1, window=1),
     ),
     Case("run-too-short", "min_records, patience", ValueError, ("do not fit",), lambda: smart(total_steps=5)),
     Case("no-length", "record_every", ValueError, ("got none", "total_steps"), lambda: smart(total_steps=None)),
@@ -128,7 +205,7 @@ CASES = [
         "policies",
         TypeError,
         ("Policy", "a function"),
-        lambda: rehearse(policies={"n": sfj.never()}),
+        lambda: rehearse(policies={"n": sfj.policies.never()}),
     ),
     Case("rehearse-made", "policies", TypeError, ("None", "'n'"), lambda: rehearse(policies={"n": lambda steps: None})),
     Case("rehearse-nan", "train", ValueError, ("NaN", "finite"), lambda: rehearse(train=lambda policy, steps: NAN)),
@@ -152,13 +229,13 @@ def foreign_state() -> Any:
 
 
 def state_of_three() -> Any:
-    policy = sfj.linear(10)
+    policy = sfj.freezeout(total_steps=10)
     fewer = sfj.Layers(layers().entries[:2])
     return policy.update(policy.init(layers(), params()), fewer, step=1, params=params)
 
 
 def start_prefix(costs: Any) -> Any:
-    return start(sfj.static_prefix(9, [(0, 0.5)], costs=costs))
+    return start(sfj.static_prefix([(0, 0.5)], total_steps=9, costs=costs))
 
 
 def with_grads(tree: Any) -> Any:
@@ -170,7 +247,7 @@ def shaped(n: int) -> Any:
 
 
 def guided(reference: Any = None) -> sfj.Policy:
-    return sfj.similarity_guided(outputs() if reference is None else reference, evaluate_every=1)
+    return sfj.policies.similarity_guided(outputs() if reference is None else reference, evaluate_every=1)
 
 
 def nan_outputs() -> dict[str, Any]:
@@ -188,13 +265,13 @@ def infinite_statistics() -> Any:
 
 
 def scaled(schedules: Any) -> Any:
-    return sfj.scale_by_layer_schedule(layers(), schedules)
+    return sfj.policies.scale_by_layer_schedule(layers(), schedules)
 
 
 def rates(**options: Any) -> Any:
-    return sfj.freezeout_schedules(layers(), **{"learning_rate": 0.1, "total_steps": 10} | options)
+    return sfj.policies.freezeout_schedules(layers(), **{"learning_rate": 0.1, "total_steps": 10} | options)
 
 
 def rehearse(**options: Any) -> Any:
-    given = {"train": lambda policy, steps: 1.0, "policies": {"n": lambda steps: sfj.never()}, "steps": 1}
+    given = {"train": lambda policy, steps: 1.0, "policies": {"n": lambda steps: sfj.policies.never()}, "steps": 1}
     return sfj.rehearse(**given | options)

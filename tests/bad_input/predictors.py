@@ -14,34 +14,34 @@ from tests.bad_input.table import NAN, Case, Door
 ONES = np.ones((3, 4), np.float32)
 
 
-def history() -> sfj.History:
-    return sfj.History.create(layers=3, window=2, size=4)
+def history() -> sfj.predictor.History:
+    return sfj.predictor.History.create(layers=3, window=2, size=4)
 
 
-def observation(**changed: Any) -> sfj.Observation:
+def observation(**changed: Any) -> sfj.predictor.Observation:
     return examples().batch(np.arange(2))[0].replace(**changed)
 
 
-def small(**changed: Any) -> sfj.PredictorConfig:
-    return sfj.PredictorConfig(**{"size": 4, "hidden": 2, "features": 2, "head_hidden": 2} | changed)
+def small(**changed: Any) -> sfj.predictor.PredictorConfig:
+    return sfj.predictor.PredictorConfig(**{"size": 4, "hidden": 2, "features": 2, "head_hidden": 2} | changed)
 
 
 DOORS = [
-    Door("linear_cka", lambda: {"x": ONES, "y": ONES}),
-    Door("layer_cka", lambda: {"features": outputs(), "reference": outputs()}),
-    Door("History.create", lambda: {"layers": 3}, unchecked={"cls": "the class"}),
-    Door("History.record", lambda: {"weights": ONES, "active": np.ones(3, bool)}, on=history),
-    Door("Tailoring.create", lambda: {"layers": layers(), "params": params(), "size": 4}),
-    Door("Tailoring.__call__", lambda: {"params": params()}, on=tailoring),
-    Door("Encoding", dict),
-    Door("Encoding.width", lambda: {"size": 4}, on=sfj.Encoding),
-    Door("PredictorConfig", dict),
+    Door("predictor.linear_cka", lambda: {"x": ONES, "y": ONES}),
+    Door("predictor.layer_cka", lambda: {"features": outputs(), "reference": outputs()}),
+    Door("predictor.History.create", lambda: {"layers": 3}, unchecked={"cls": "the class"}),
+    Door("predictor.History.record", lambda: {"weights": ONES, "active": np.ones(3, bool)}, on=history),
+    Door("predictor.Tailoring.create", lambda: {"layers": layers(), "params": params(), "size": 4}),
+    Door("predictor.Tailoring.__call__", lambda: {"params": params()}, on=tailoring),
+    Door("predictor.Encoding", dict),
+    Door("predictor.Encoding.width", lambda: {"size": 4}, on=sfj.predictor.Encoding),
+    Door("predictor.PredictorConfig", dict),
     Door("Predictor", lambda: {"rngs": nnx.Rngs(0)}),
     Door("Predictor.__call__", lambda: {"observation": observation()}, on=predictor),
     Door("Predictor.pretrained", dict),
-    Door("freeze_probability", lambda: {"predictor": predictor(), "observation": observation()}),
+    Door("predictor.freeze_probability", lambda: {"predictor": predictor(), "observation": observation()}),
     Door(
-        "tapped",
+        "layer_outputs",
         lambda: {
             "forward": lambda params, x: x @ params["a"]["kernel"],
             "groups": {"a": ["a/kernel"]},
@@ -52,27 +52,73 @@ DOORS = [
 ]
 
 CASES = [
-    Case("cka-one-example", "x", ValueError, ("(1, 4)", "at least 2"), lambda: sfj.linear_cka(ONES[:1], ONES[:1])),
-    Case("cka-scalar", "x", ValueError, ("()", "(examples, ...)"), lambda: sfj.linear_cka(np.float32(1), ONES)),
-    Case("cka-no-features", "y", ValueError, ("(3, 0)", "1 feature"), lambda: sfj.linear_cka(ONES, ONES[:, :0])),
-    Case("cka-other-batch", "x, y", ValueError, ("3 and 2", "same batch"), lambda: sfj.linear_cka(ONES, ONES[:2])),
-    Case("cka-nan", "x", ValueError, ("not finite",), lambda: sfj.linear_cka(ONES * NAN, ONES)),
-    Case("cka-inf", "y", ValueError, ("not finite",), lambda: sfj.linear_cka(ONES, ONES * np.float32(np.inf))),
-    Case("cka-text", "x", TypeError, ("numbers",), lambda: sfj.linear_cka(np.array(["a", "b"]), ONES)),
-    Case("cka-complex", "x", TypeError, ("complex64", "real"), lambda: sfj.linear_cka(ONES.astype("complex64"), ONES)),
-    Case("layer-cka-nothing", "features", ValueError, ("no layers",), lambda: sfj.layer_cka({}, {})),
-    Case("layer-cka-lacks", "reference", ValueError, ("lacks", "'c'"), lambda: sfj.layer_cka(outputs(), without("c"))),
-    Case("layer-cka-more", "features", ValueError, ("lacks", "'a'"), lambda: sfj.layer_cka(without("a"), outputs())),
-    Case("layer-cka-list", "features", TypeError, ("list", "a dict"), lambda: sfj.layer_cka([ONES], outputs())),
+    Case(
+        "cka-one-example",
+        "x",
+        ValueError,
+        ("(1, 4)", "at least 2"),
+        lambda: sfj.predictor.linear_cka(ONES[:1], ONES[:1]),
+    ),
+    Case(
+        "cka-scalar", "x", ValueError, ("()", "(examples, ...)"), lambda: sfj.predictor.linear_cka(np.float32(1), ONES)
+    ),
+    Case(
+        "cka-no-features", "y", ValueError, ("(3, 0)", "1 feature"), lambda: sfj.predictor.linear_cka(ONES, ONES[:, :0])
+    ),
+    Case(
+        "cka-other-batch",
+        "x, y",
+        ValueError,
+        ("3 and 2", "same batch"),
+        lambda: sfj.predictor.linear_cka(ONES, ONES[:2]),
+    ),
+    Case("cka-nan", "x", ValueError, ("not finite",), lambda: sfj.predictor.linear_cka(ONES * NAN, ONES)),
+    Case(
+        "cka-inf", "y", ValueError, ("not finite",), lambda: sfj.predictor.linear_cka(ONES, ONES * np.float32(np.inf))
+    ),
+    Case("cka-text", "x", TypeError, ("numbers",), lambda: sfj.predictor.linear_cka(np.array(["a", "b"]), ONES)),
+    Case(
+        "cka-complex",
+        "x",
+        TypeError,
+        ("complex64", "real"),
+        lambda: sfj.predictor.linear_cka(ONES.astype("complex64"), ONES),
+    ),
+    Case("layer-cka-nothing", "features", ValueError, ("no layers",), lambda: sfj.predictor.layer_cka({}, {})),
+    Case(
+        "layer-cka-lacks",
+        "reference",
+        ValueError,
+        ("lacks", "'c'"),
+        lambda: sfj.predictor.layer_cka(outputs(), without("c")),
+    ),
+    Case(
+        "layer-cka-more",
+        "features",
+        ValueError,
+        ("lacks", "'a'"),
+        lambda: sfj.predictor.layer_cka(without("a"), outputs()),
+    ),
+    Case(
+        "layer-cka-list", "features", TypeError, ("list", "a dict"), lambda: sfj.predictor.layer_cka([ONES], outputs())
+    ),
     Case(
         "layer-cka-none",
         "features",
         TypeError,
         ("'b'", "None", "array"),
-        lambda: sfj.layer_cka(none_at("b"), outputs()),
+        lambda: sfj.predictor.layer_cka(none_at("b"), outputs()),
     ),
-    Case("layer-cka-nan", "features", ValueError, ("'b'", "finite"), lambda: sfj.layer_cka(nan_at("b"), outputs())),
-    Case("history-window", "window", ValueError, ("0", "at least 1"), lambda: sfj.History.create(3, window=0)),
+    Case(
+        "layer-cka-nan",
+        "features",
+        ValueError,
+        ("'b'", "finite"),
+        lambda: sfj.predictor.layer_cka(nan_at("b"), outputs()),
+    ),
+    Case(
+        "history-window", "window", ValueError, ("0", "at least 1"), lambda: sfj.predictor.History.create(3, window=0)
+    ),
     Case("history-size", "weights, active", ValueError, ("(3, 5)", "(3, 4)"), lambda: record(np.ones((3, 5)))),
     Case("history-active", "weights, active", ValueError, ("(2,)", "(3,)"), lambda: record(ONES, np.ones(2, bool))),
     Case("history-flags", "active", TypeError, ("float", "bool"), lambda: record(ONES, np.ones(3))),
@@ -83,13 +129,37 @@ CASES = [
     Case("tailoring-no-weights", "params", ValueError, ("no weights",), lambda: tailored(empty_kernel())),
     Case("tailor-another", "params", ValueError, ("'a/kernel'", "expected"), lambda: tailoring()(of_another_network())),
     Case("tailor-other-shape", "params", ValueError, ("'a/kernel'", "(2, 2)"), lambda: tailoring()(shaped(1))),
-    Case("encoding-form", "weights", ValueError, ("'sorted'", "scale_free"), lambda: sfj.Encoding(weights="sorted")),
-    Case("encoding-place", "context_in", ValueError, ("'head'", "both"), lambda: sfj.Encoding(context_in="head")),
-    Case("encoding-regime", "regime", ValueError, ("'speed'", "drift"), lambda: sfj.Encoding(regime=["speed"])),
-    Case("encoding-regime-3", "regime", TypeError, ("int 3", "True or False"), lambda: sfj.Encoding(regime=3)),
-    Case("encoding-quantiles", "quantiles", ValueError, ("0", "at least 1"), lambda: sfj.Encoding(quantiles=0)),
+    Case(
+        "encoding-form",
+        "weights",
+        ValueError,
+        ("'sorted'", "scale_free"),
+        lambda: sfj.predictor.Encoding(weights="sorted"),
+    ),
+    Case(
+        "encoding-place",
+        "context_in",
+        ValueError,
+        ("'head'", "both"),
+        lambda: sfj.predictor.Encoding(context_in="head"),
+    ),
+    Case(
+        "encoding-regime", "regime", ValueError, ("'speed'", "drift"), lambda: sfj.predictor.Encoding(regime=["speed"])
+    ),
+    Case(
+        "encoding-regime-3", "regime", TypeError, ("int 3", "True or False"), lambda: sfj.predictor.Encoding(regime=3)
+    ),
+    Case(
+        "encoding-quantiles", "quantiles", ValueError, ("0", "at least 1"), lambda: sfj.predictor.Encoding(quantiles=0)
+    ),
     Case("encoding-nothing", "weights", ValueError, ("'none'", "nothing would be seen"), lambda: sees_nothing()),
-    Case("quantiles-no-divisor", "quantiles", ValueError, ("3", "divisor"), lambda: sfj.Encoding(quantiles=3).width(4)),
+    Case(
+        "quantiles-no-divisor",
+        "quantiles",
+        ValueError,
+        ("3", "divisor"),
+        lambda: sfj.predictor.Encoding(quantiles=3).width(4),
+    ),
     Case("config-size", "size", ValueError, ("0", "at least 1"), lambda: small(size=0)),
     Case("config-hidden-text", "hidden", TypeError, ("'2'", "an integer"), lambda: small(hidden="2")),
     Case("config-pooling", "pooling", ValueError, ("'max'", "mean"), lambda: small(pooling="max")),
@@ -133,7 +203,7 @@ def record(weights: Any, active: Any = None) -> Any:
 
 
 def tailored(tree: Any, size: int = 4) -> Any:
-    return sfj.Tailoring.create(layers(), tree, size=size)
+    return sfj.predictor.Tailoring.create(layers(), tree, size=size)
 
 
 def empty_kernel() -> Any:
@@ -145,7 +215,7 @@ def shaped(n: int) -> Any:
 
 
 def sees_nothing() -> Any:
-    return sfj.Encoding(weights="none", progress=False, depth=False, regime=False)
+    return sfj.predictor.Encoding(weights="none", progress=False, depth=False, regime=False)
 
 
 def both_configs() -> Any:
@@ -153,12 +223,14 @@ def both_configs() -> Any:
 
 
 def ask(seen: Any) -> Any:
-    return sfj.freeze_probability(predictor(), seen)
+    return sfj.predictor.freeze_probability(predictor(), seen)
 
 
-def one() -> sfj.Observation:
-    return sfj.Observation(**{name: getattr(observation(), name)[0] for name in sfj.Observation.__dataclass_fields__})
+def one() -> sfj.predictor.Observation:
+    return sfj.predictor.Observation(
+        **{name: getattr(observation(), name)[0] for name in sfj.predictor.Observation.__dataclass_fields__}
+    )
 
 
 def tap(groups: Any, *inputs: Any) -> Any:
-    return sfj.tapped(lambda params, x: x @ params["a"]["kernel"], groups, params(), *inputs)
+    return sfj.layer_outputs(params(), groups, lambda params, x: x @ params["a"]["kernel"], *inputs)

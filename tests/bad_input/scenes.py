@@ -54,7 +54,7 @@ def outputs(examples: int = 4) -> dict[str, np.ndarray]:
 
 @functools.cache
 def predictor() -> sfj.Predictor:
-    config = sfj.PredictorConfig(size=4, hidden=2, features=2, head_hidden=2)
+    config = sfj.predictor.PredictorConfig(size=4, hidden=2, features=2, head_hidden=2)
     return sfj.Predictor(config, rngs=nnx.Rngs(0))
 
 
@@ -64,7 +64,7 @@ def update(policy: sfj.Policy, **signals: Any) -> Any:
     return policy.update(policy.init(layers(), params()), layers(), **given)
 
 
-def recording(**changed: Any) -> sfj.Recording:
+def recording(**changed: Any) -> sfj.learning.Recording:
     fields: dict[str, Any] = {
         "layers": ("a", "b"),
         "steps": np.arange(1, 9),
@@ -76,30 +76,30 @@ def recording(**changed: Any) -> sfj.Recording:
         "first_loss": 1.0,
         "cka": np.ones((8, 2), np.float32),
     }
-    return sfj.Recording(**fields | changed)
+    return sfj.learning.Recording(**fields | changed)
 
 
 @functools.cache
-def examples() -> sfj.Examples:
-    return sfj.make_examples([recording()], window=2, min_records=2)
+def examples() -> sfj.learning.Examples:
+    return sfj.learning.make_examples([recording()], window=2, min_records=2)
 
 
 @functools.cache
-def tailoring() -> sfj.Tailoring:
-    return sfj.Tailoring.create(layers(), params(), size=4)
+def tailoring() -> sfj.predictor.Tailoring:
+    return sfj.predictor.Tailoring.create(layers(), params(), size=4)
 
 
-def observation() -> sfj.Observation:
+def observation() -> sfj.predictor.Observation:
     return examples().batch(np.arange(2))[0]
 
 
 def freezer(**options: Any) -> sfj.Freezer:
-    return sfj.Freezer(sfj.never(), layers(), params(), **options)
+    return sfj.Freezer(sfj.policies.never(), layers(), params(), **options)
 
 
 @functools.cache
 def account() -> sfj.Account:
-    return sfj.account(loss, layers(), params(), X)
+    return sfj.account(params(), layers(), loss, X)
 
 
 @functools.cache
@@ -129,7 +129,7 @@ def another_model() -> nnx.Module:
 
 
 def nnx_freezer(policy: sfj.Policy | None = None) -> sfj.nnx.Freezer:
-    return sfj.nnx.Freezer(module(), optimizer(), policy or sfj.never())
+    return sfj.nnx.Freezer(module(), optimizer(), policy or sfj.policies.never())
 
 
 def dense() -> nn.Module:
@@ -152,4 +152,4 @@ def train_state(**options: Any) -> sfj.linen.TrainState:
 
 
 def linen_freezer() -> sfj.linen.Freezer:
-    return sfj.linen.Freezer(train_state(), sfj.never())
+    return sfj.linen.Freezer(train_state(), sfj.policies.never())

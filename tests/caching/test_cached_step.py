@@ -67,11 +67,11 @@ class Training:
         return sfj.nnx.account(self.model, self.layers, loss_fn, IMAGES[:BATCH], LABELS[:BATCH], tx=self.tx)
 
     def params(self):
-        return sfj.paths.flatten(nnx.as_pure(nnx.state(self.model, (nnx.Param, nnx.BatchStat))))
+        return sfj.pytrees.paths.flatten(nnx.as_pure(nnx.state(self.model, (nnx.Param, nnx.BatchStat))))
 
 
 def stages():
-    return sfj.static_prefix(STEPS, stages=((0.2, 0.4), (0.6, 1.0)))
+    return sfj.static_prefix(total_steps=STEPS, stages=((0.2, 0.4), (0.6, 1.0)))
 
 
 def cached(loss=loss_fn, **options):

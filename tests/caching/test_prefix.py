@@ -53,7 +53,7 @@ def frozen_of(loss_fn, params, inputs, names):
 
 
 def cached(loss_fn, params, inputs, names, **kwargs):
-    return PrefixCache(loss_fn, frozen_of(loss_fn, params, inputs, names), params, *inputs, **kwargs)
+    return PrefixCache(params, frozen_of(loss_fn, params, inputs, names), loss_fn, *inputs, **kwargs)
 
 
 def check(loss_fn, params, inputs, names, **kwargs):
@@ -307,7 +307,7 @@ def test_random_networks(seed):
     with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"), jax.disable_jit():
         frozen = frozen_of(loss_fn, params, (x, y), names)
         try:
-            cache = PrefixCache(loss_fn, frozen, params, x, y)
+            cache = PrefixCache(params, frozen, loss_fn, x, y)
         except ValueError as error:
             if "nothing is worth keeping" not in str(error):
                 raise
@@ -364,7 +364,7 @@ def test_auxiliary_outputs_and_batches_as_dictionaries():
     params = {"w0": PARAMS["w0"], "w1": jnp.ones((5, 2))}
     layers = sfj.find_layers(params, lambda params, batch: loss_fn(params, batch)[0], {"x": X, "y": Y})
     frozen = sfj.Frozen(layers, frozenset({"w0"}))
-    cache = PrefixCache(loss_fn, frozen, params, {"x": X, "y": Y})
+    cache = PrefixCache(params, frozen, loss_fn, {"x": X, "y": Y})
     assert cache.needed == {"inputs:0/y"}
     activations = cache.activations(params, {"x": X, "y": Y})
     assert_close(cache.loss(params, activations, {"x": None, "y": Y}), loss_fn(params, {"x": X, "y": Y}))
@@ -484,10 +484,10 @@ def test_what_a_custom_rule_hides():
 def test_wrong_arguments():
     frozen = frozen_of(mlp, PARAMS, (X, Y), ["w0"])
     with pytest.raises(ValueError, match="got none"):
-        PrefixCache(mlp, frozen, PARAMS)
+        PrefixCache(PARAMS, frozen, mlp)
     with pytest.raises(ValueError, match="at least 2 examples"):
-        PrefixCache(mlp, frozen, PARAMS, X[:1], Y[:1])
-    cache = PrefixCache(mlp, frozen, PARAMS, X, Y)
+        PrefixCache(PARAMS, frozen, mlp, X[:1], Y[:1])
+    cache = PrefixCache(PARAMS, frozen, mlp, X, Y)
     with pytest.raises(ValueError, match="of another frozen set"):
         cache.loss(PARAMS, (jnp.ones((N, 3)),), X, Y)
     with pytest.raises(ValueError, match="call keep"):
@@ -699,16 +699,16 @@ def test_linen():
     state = sfj.linen.TrainState.create(apply_fn=net.apply, params=init["params"], tx=optax.sgd(0.1), layers=layers)
     state = state.freeze(["dense0"])
     inputs = (init["batch_stats"], X, Y, jax.random.key(2))
-    cache = PrefixCache(loss_fn, state.frozen, state.params, *inputs, hold=sfj.linen.hold, state_inputs=[0])
+    cache = PrefixCache(state.params, state.frozen, loss_fn, *inputs, hold=sfj.linen.hold, state_inputs=[0])
     assert [value.shape for value in cache.frontier] == [(5,)]
     activations = cache.activations(state.params, *inputs)
     step = jax.jit(state.value_and_grad(cache.loss, has_aux=True))
     got = step(state.params, activations, inputs[0], None, *inputs[2:])
     assert_close(got, jax.jit(state.value_and_grad(loss_fn, has_aux=True))(state.params, *inputs))
     both = state.freeze(["dense1"]).frozen
-    assert PrefixCache(loss_fn, both, state.params, *inputs, hold=sfj.linen.hold, state_inputs=[0]).needed
+    assert PrefixCache(state.params, both, loss_fn, *inputs, hold=sfj.linen.hold, state_inputs=[0]).needed
     with pytest.raises(ValueError, match=r"dense1.*evaluation mode"):  # without `hold` its input is dropped from
-        PrefixCache(loss_fn, both, state.params, *inputs, state_inputs=[0])
+        PrefixCache(state.params, both, loss_fn, *inputs, state_inputs=[0])
 
 
 @pytest.mark.slow
@@ -828,8 +828,8 @@ def test_digests_tell_values_apart():
 def test_break_even():
     inputs = (X, Y)
     frozen = frozen_of(mlp, PARAMS, inputs, ["w0", "w1"])
-    account = sfj.account(mlp, frozen.layers, PARAMS, *inputs)
-    cache = PrefixCache(mlp, frozen, PARAMS, *inputs)
+    account = sfj.account(PARAMS, frozen.layers, mlp, *inputs)
+    cache = PrefixCache(PARAMS, frozen, mlp, *inputs)
     examples = 100
     epoch = examples // N
     answer = break_even(account, cache, examples=examples, steps=2 * epoch)
@@ -849,7 +849,7 @@ def test_break_even():
     slow = break_even(account, cache, examples=examples, steps=2 * epoch, flops_per_byte=2.5)
     assert (slow.steps, slow.pays) == (2 * epoch + 1, False)
     assert break_even(account, cache, examples=examples, steps=10**6, flops_per_byte=7.5).steps is None
-    views = PrefixCache(mlp, frozen, PARAMS, *inputs, views=3)
+    views = PrefixCache(PARAMS, frozen, mlp, *inputs, views=3)
     assert break_even(account, views, examples=examples, steps=4 * epoch).steps == 3 * epoch + 1
     with pytest.raises(ValueError, match="steps: got -1"):
         break_even(account, cache, examples=examples, steps=-1)

@@ -163,7 +163,7 @@ def loop(place, *, dtype=None, views=1, epochs=3):
     y = jax.random.normal(keys[3], (8, 2))
     data = [jax.random.normal(key, (8, 6)) for key in jax.random.split(keys[2], views)]
     frozen = Frozen(find_layers(params, network, data[0], y), frozenset({"a"}))
-    cache = PrefixCache(network, frozen, params, data[0][:4], y[:4], augmented=views > 1, views=views)
+    cache = PrefixCache(params, frozen, network, data[0][:4], y[:4], augmented=views > 1, views=views)
     cache.keep(8, place=place, dtype=dtype)
     uncached, reads = dict(params), 0
     step = jax.jit(jax.grad(cache.loss))
@@ -212,7 +212,7 @@ def deeper(params, x, y):
 def caches(rows=16):
     """One of the first layer, with room for the data, and how to go on with the second, which has none."""
     frozen = Frozen(find_layers(WEIGHTS, deeper, DATA[:rows], TARGETS[:rows]), frozenset({"a"}))
-    cache = PrefixCache(deeper, frozen, WEIGHTS, DATA[:rows], TARGETS[:rows])
+    cache = PrefixCache(WEIGHTS, frozen, deeper, DATA[:rows], TARGETS[:rows])
     cache.keep(len(DATA))
     return cache
 
@@ -261,7 +261,7 @@ def test_where_inputs_are_needed_too_activations_grow_batch_by_batch():
     masks = (np.arange(32)[:, None] % 3 > np.arange(4)[None] % 2).astype(np.float32)
     inputs = DATA, masks, TARGETS
     frozen = Frozen(find_layers(WEIGHTS, masked, *inputs), frozenset({"a"}))
-    cache = PrefixCache(masked, frozen, WEIGHTS, *(of[:16] for of in inputs))
+    cache = PrefixCache(WEIGHTS, frozen, masked, *(of[:16] for of in inputs))
     cache.keep(32)
     cache.fetch(WEIGHTS, np.arange(16), *(of[:16] for of in inputs))
     new = cache.follow(WEIGHTS, frozen.add(["b"]))
@@ -283,7 +283,7 @@ def test_variables_among_the_inputs_are_not_taken_for_examples():
     scale = np.linspace(0, 2, 16, dtype=np.float32) ** 2  # as many as examples in a batch
     inputs = {"a": {"scale": scale}}, DATA[:16], TARGETS[:16]
     frozen = Frozen(find_layers(params, scaled, *inputs), frozenset({"a"}))
-    cache = PrefixCache(scaled, frozen, params, *inputs, state_inputs=[0])
+    cache = PrefixCache(params, frozen, scaled, *inputs, state_inputs=[0])
     cache.keep(32)
     for indices in (np.arange(16), np.arange(2, 18)):
         (got,) = cache.fetch(params, indices, inputs[0], DATA[indices], TARGETS[indices])

@@ -207,7 +207,7 @@ class BareRun:
     def freeze(self) -> tuple[set[str], set[str]]:
         """Freezes the layers; returns the names of what must not change from now on, and of the weights that train."""
         (params, opt_state), frozen = self.carry, self.start.add(self.frozen)
-        self.carry = params, sfj.migrate(opt_state, self.tx, params, frozen)
+        self.carry = params, sfj.migrate_opt_state(opt_state, self.tx, params, frozen)
         self.step.renew(jax.jit(self.make_step(frozen), donate_argnums=(0, 1)))
         return _belonging(frozen, "params"), _active(frozen, "params")
 

@@ -47,7 +47,7 @@ def frozen(layers: sfj.Layers, *names: str) -> sfj.Frozen:
 
 def linear_parts(loss, names: str) -> list[float]:
     layers = sfj.find_layers(PARAMS, loss, X)
-    parts = sfj.account(loss, layers, PARAMS, X).flops(frozen(layers, *names)).by_kind["linear"]
+    parts = sfj.account(PARAMS, layers, loss, X).flops(frozen(layers, *names)).by_kind["linear"]
     return [part / MATMUL for part in parts[:3]]
 
 
@@ -72,7 +72,7 @@ def test_gradients_are_computed_where_an_active_layer_needs_them(loss, names, ex
 
 def test_layers_and_kinds_add_up():
     layers = sfj.find_layers(PARAMS, branches, X)
-    step = sfj.account(branches, layers, PARAMS, X, tx=SGD).flops(frozen(layers, "b"))
+    step = sfj.account(PARAMS, layers, branches, X, tx=SGD).flops(frozen(layers, "b"))
     for split in (step.by_layer, step.by_kind):
         np.testing.assert_allclose(np.sum(list(split.values()), axis=0), step.parts)
     assert step.total == step.parts.total == step.parts.needed
@@ -86,7 +86,7 @@ def test_layers_and_kinds_add_up():
 
 def test_saving_is_relative():
     layers = sfj.find_layers(PARAMS, chain, X)
-    account = sfj.account(chain, layers, PARAMS, X)
+    account = sfj.account(PARAMS, layers, chain, X)
     some, more = frozen(layers, "a"), frozen(layers, "a", "b")
     assert account.saving(some) == 1 - account.flops(some).total / account.flops().total
     assert account.saving(more, some) == 1 - account.flops(more).total / account.flops(some).total
@@ -97,7 +97,7 @@ def test_saving_is_relative():
 def test_optimizers_with_state_and_clipping():
     layers = sfj.find_layers(PARAMS, chain, X)
     adam = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, weight_decay=0.1))
-    account = sfj.account(chain, layers, PARAMS, X, tx=adam)
+    account = sfj.account(PARAMS, layers, chain, X, tx=adam)
     update = account.flops().parts.update
     assert update > 3 * 10 * WIDTH**2
     assert account.flops(frozen(layers, "a")).parts.update == pytest.approx(2 / 3 * update)
@@ -105,27 +105,27 @@ def test_optimizers_with_state_and_clipping():
 
 def test_examples_are_counted_by_the_first_input_that_has_an_axis():
     layers = sfj.find_layers(PARAMS, chain, X)
-    account = sfj.account(lambda params, key, x: chain(params, x), layers, PARAMS, jax.random.key(0), X)
+    account = sfj.account(PARAMS, layers, lambda params, key, x: chain(params, x), jax.random.key(0), X)
     assert account.examples == N
 
 
 def test_errors():
     layers = sfj.find_layers(PARAMS, chain, X)
     with pytest.raises(ValueError, match="inputs: none of them has a first axis"):
-        sfj.account(lambda params, x: chain(params, x * jnp.ones((N, WIDTH))), layers, PARAMS, shape())
+        sfj.account(PARAMS, layers, lambda params, x: chain(params, x * jnp.ones((N, WIDTH))), shape())
     with pytest.raises(ValueError, match=r"params: 'd' belongs to no layer.*find_layers"):
-        sfj.account(chain, layers, PARAMS | {"d": shape(3)}, X, tx=SGD)
+        sfj.account(PARAMS | {"d": shape(3)}, layers, chain, X, tx=SGD)
     with pytest.raises(ValueError, match="inputs: got none"):
-        sfj.account(lambda params: chain(params, jnp.ones((N, WIDTH))), layers, PARAMS)
+        sfj.account(PARAMS, layers, lambda params: chain(params, jnp.ones((N, WIDTH))))
     with pytest.raises(ValueError, match=r"loss_fn: the first value that it returns has shape \(32,\)"):
-        sfj.account(lambda params, x: (x @ params["a"]).sum(1), layers, PARAMS, X)
+        sfj.account(PARAMS, layers, lambda params, x: (x @ params["a"]).sum(1), X)
     with pytest.raises(ValueError, match="loss_fn: the loss depends on no parameter"):
-        sfj.account(lambda params, x: x.sum(), layers, PARAMS, X)
+        sfj.account(PARAMS, layers, lambda params, x: x.sum(), X)
     other = sfj.find_layers({"z": PARAMS["a"]}, lambda params, x: x @ params["z"], X)
     with pytest.raises(ValueError, match="frozen: got a frozen set of a network of 1 layers"):
-        sfj.account(chain, layers, PARAMS, X).flops(frozen(other, "z"))
+        sfj.account(PARAMS, layers, chain, X).flops(frozen(other, "z"))
     with pytest.raises(ValueError, match=r"tx: cannot be priced, as it asks for more than gradients.*value_fn"):
-        sfj.account(chain, layers, PARAMS, X, tx=optax.lbfgs())
+        sfj.account(PARAMS, layers, chain, X, tx=optax.lbfgs())
 
 
 def test_multiply_adds_are_not_changed_by_padding():
@@ -206,7 +206,7 @@ def train_step(model, layers: sfj.Layers, frozen: sfj.Frozen):
     return step, (state, optimizer_state)
 
 
-def compiled_cost(model, layers: sfj.Layers, frozen: sfj.Frozen, batch) -> sfj.ProgramCost:
+def compiled_cost(model, layers: sfj.Layers, frozen: sfj.Frozen, batch) -> sfj.cost.ProgramCost:
     step, args = train_step(model, layers, frozen)
     jitted = jax.jit(step, compiler_options=AS_FOR_USERS)
     return sfj.program_cost(jitted, *args, *batch)

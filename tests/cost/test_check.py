@@ -37,7 +37,7 @@ LAYERS = sfj.find_layers(PARAMS, loss_fn, X, Y)
 
 @functools.cache
 def account(tx=ADAM):
-    return sfj.account(loss_fn, LAYERS, PARAMS, X, Y, tx=tx)
+    return sfj.account(PARAMS, LAYERS, loss_fn, X, Y, tx=tx)
 
 
 def frozen_set(names):
@@ -125,7 +125,7 @@ def test_work_that_the_account_does_not_know_is_left_out():
 
 
 def test_an_account_of_another_batch():
-    costs = sfj.account(loss_fn, LAYERS, PARAMS, jnp.ones((256, 24)), jnp.zeros(256, jnp.int32), tx=ADAM)
+    costs = sfj.account(PARAMS, LAYERS, loss_fn, jnp.ones((256, 24)), jnp.zeros(256, jnp.int32), tx=ADAM)
     assert check_saving(costs, unfrozen(), shared_program("ab"), notable=0.5) is None
     assert (
         check_saving(costs, unfrozen(), shared_program("ab", grads_of=every_grad, log=optax.tree.norm)).cause == "norm"
@@ -333,7 +333,7 @@ X32 = jnp.ones((64, 32))
 
 def test_a_scan_over_frozen_and_active_blocks():
     layers = sfj.find_layers(STACK, scanned, X32)
-    costs = sfj.account(scanned, layers, STACK, X32, tx=ADAM)
+    costs = sfj.account(STACK, layers, scanned, X32, tx=ADAM)
     before = scanned_program(layers, 0)
     finding = check_saving(costs, before, scanned_program(layers, 2))
     assert finding.cause == "scan"

@@ -26,7 +26,7 @@ def network(name):
         return jnp.square(forward(params, x)).mean()
 
     layers = sfj.find_layers(params, loss, X)
-    return loss, params, layers, sfj.account(loss, layers, params, X, backend=BACKEND)
+    return loss, params, layers, sfj.account(params, layers, loss, X, backend=BACKEND)
 
 
 def frozen_sets(layers):
@@ -45,7 +45,7 @@ def measured(name, frozen, *, norm_of_all=False):
         return value, frozen.active_leaves(grads), optax.tree.norm(grads) if norm_of_all else value
 
     jaxpr = jaxpr_of(jax.jit(step).trace(params, X))
-    cost = sfj.ProgramCost(StepProgram(jaxpr, BACKEND).cost(), 0.0, 0, 0, 0, 0.0, 0.0)
+    cost = sfj.cost.ProgramCost(StepProgram(jaxpr, BACKEND).cost(), 0.0, 0, 0, 0, 0.0, 0.0)
     return Measured(frozen, cost, jaxpr)
 
 

@@ -196,7 +196,7 @@ def test_an_account_of_a_bare_pytree():
 
     layers = sfj.find_layers(params, loss, SQUARE)
     tx = optax.sgd(0.1, momentum=0.9)
-    account = sfj.account(loss, layers, params, SQUARE, tx=tx)
+    account = sfj.account(params, layers, loss, SQUARE, tx=tx)
     for names in ("", "a", "b", "ab"):
         frozen = sfj.Frozen(layers, frozenset(names))
 
@@ -207,4 +207,4 @@ def test_an_account_of_a_bare_pytree():
 
         opt_state = jax.eval_shape(sfj.freeze(tx, frozen).init, params)
         assert account.compiled_flops(frozen) == pytest.approx(compiled(step, params, opt_state, SQUARE), rel=0.002)
-    assert sfj.account(loss, layers, params, SQUARE, tx=tx, backend="gpu").compiled_flops() == account.flops().total
+    assert sfj.account(params, layers, loss, SQUARE, tx=tx, backend="gpu").compiled_flops() == account.flops().total

@@ -80,7 +80,7 @@ def case(make, stop):
     """Layers, account, and the measured step for a frozen set."""
     params, loss = make(stop)
     layers = sfj.find_layers(params, loss, TOKENS)
-    account = sfj.account(loss, layers, params, TOKENS)
+    account = sfj.account(params, layers, loss, TOKENS)
 
     @functools.cache
     def measured(*names):

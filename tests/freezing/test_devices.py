@@ -175,7 +175,7 @@ class Stillness(sfj.Predictor):
     """Confident if the records differ little from the newest."""
 
     def __init__(self):
-        super().__init__(sfj.PredictorConfig(size=8, hidden=4, features=4, head_hidden=4), rngs=nnx.Rngs(0))
+        super().__init__(sfj.predictor.PredictorConfig(size=8, hidden=4, features=4, head_hidden=4), rngs=nnx.Rngs(0))
 
     def __call__(self, observation):
         records, mask = observation.records, observation.mask
@@ -205,7 +205,7 @@ POLICIES = {
         Stillness(), record_every=1, evaluate_every=2, window=3, caution=0.5, order="any", patience=1
     ),
     "autofreeze": lambda: sfj.autofreeze(evaluate_every=3, percentile=60),
-    "static prefix": lambda: sfj.static_prefix(12, [(0.4, 0.85)]),
+    "static prefix": lambda: sfj.static_prefix([(0.4, 0.85)], total_steps=12),
 }
 
 

@@ -212,7 +212,7 @@ def test_what_a_policy_returns_is_checked(returned, message):
 @pytest.mark.parametrize(("lead", "error"), [("3", TypeError), (2.5, ValueError), (None, TypeError), (-1, ValueError)])
 def test_a_lead_is_a_number_of_steps(lead, error):
     with pytest.raises(error, match=f"lead: got .*{lead!r}, expected an integer of at least 0"):
-        sfj.Freezer(sfj.never(), LAYERS, PARAMS, lead=lead)
+        sfj.Freezer(sfj.policies.never(), LAYERS, PARAMS, lead=lead)
 
 
 def test_a_lead_of_numpy_can_be_saved(tmp_path):

@@ -96,7 +96,7 @@ def functional(model, optimizer):
 
 def test_a_freezer_notices_that_a_copy_trains():
     model, optimizer = make()
-    freezer = sfj.nnx.Freezer(model, optimizer, sfj.static_prefix(4, [(0.5, 0.5)]))
+    freezer = sfj.nnx.Freezer(model, optimizer, sfj.static_prefix([(0.5, 0.5)], total_steps=4))
     state, step = functional(model, optimizer)
     freezer.step()
     step(state)
@@ -107,7 +107,7 @@ def test_a_freezer_notices_that_a_copy_trains():
 
 def test_a_loop_with_its_own_state_works_as_the_message_says():
     model, optimizer = make()
-    freezer = sfj.nnx.Freezer(model, optimizer, sfj.static_prefix(4, [(0.5, 0.5)]))
+    freezer = sfj.nnx.Freezer(model, optimizer, sfj.static_prefix([(0.5, 0.5)], total_steps=4))
     state, step = functional(model, optimizer)
     for _ in range(4):
         before = kernels(model)

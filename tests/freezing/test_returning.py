@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jax.tree_util import keystr, tree_leaves_with_path
 
 import smartfrz_jax as sfj
-from smartfrz_jax import Frozen, migrate
+from smartfrz_jax import Frozen, migrate_opt_state
 from smartfrz_jax.freezing import migrate as migration
 from smartfrz_jax.freezing import transform
 from smartfrz_jax.freezing.returning import Kept
@@ -244,14 +244,14 @@ def test_clones_of_an_optimizer_share_what_was_kept():
 
 def test_state_that_was_not_put_aside_is_asked_for():
     tx = optax.adam(0.1)
-    state = migrate(tx.init(PARAMS), tx, PARAMS, frozen("ab"))
+    state = migrate_opt_state(tx.init(PARAMS), tx, PARAMS, frozen("ab"))
     dropped = migration.dropped(tx.init(PARAMS), tx, PARAMS, frozen("a"))
     assert sorted(path.rpartition(".")[2] for path in dropped) == [
         f"{moment}['a']['{leaf}']" for moment in ("mu", "nu") for leaf in ("bias", "kernel")
     ]
-    migrate(state, tx, PARAMS, frozen("b"), kept=dropped)
+    migrate_opt_state(state, tx, PARAMS, frozen("b"), kept=dropped)
     with pytest.raises(ValueError, match=r"kept: \S*mu\['b'\]\['bias'\] is missing, but tx makes it float32\[4\]"):
-        migrate(state, tx, PARAMS, frozen("a"), kept=dropped)
+        migrate_opt_state(state, tx, PARAMS, frozen("a"), kept=dropped)
 
 
 def test_returning_validates():

@@ -7,8 +7,9 @@ import optax
 import pytest
 from flax import nnx
 
-from smartfrz_jax import Predictor, PredictorConfig, linen, policies
+from smartfrz_jax import Predictor, linen, policies
 from smartfrz_jax.policies.base import MAX_CONSECUTIVE_ERRORS
+from smartfrz_jax.predictor import PredictorConfig
 from tests.optimizers.network import LAYERS, NAMES, PARAMS, loss
 
 pytestmark = pytest.mark.usefixtures("jax_defaults")

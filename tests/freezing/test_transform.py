@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.tree_util import keystr, tree_leaves_with_path
 
-from smartfrz_jax import Frozen, find_layers, migrate
+from smartfrz_jax import Frozen, find_layers, migrate_opt_state
 from smartfrz_jax.freezing import transform as freezing
 from smartfrz_jax.pytrees import paths
 from tests.support.rounding import assert_close
@@ -67,7 +67,7 @@ def assert_bitwise(got, expected):
     ids=["adafactor", "inject_hyperparams"],
 )
 def test_step_counts_and_hyperparameters_are_all_that_is_left_with_everything_frozen(tx):
-    everything = migrate(tx.init(PARAMS), tx, PARAMS, Frozen(LAYERS, frozenset(NAMES)))
+    everything = migrate_opt_state(tx.init(PARAMS), tx, PARAMS, Frozen(LAYERS, frozenset(NAMES)))
     assert all(leaf.size == 1 for leaf in jax.tree.leaves(everything))
 
 
@@ -80,7 +80,7 @@ def test_optimizer_memory_of_adam_is_that_of_the_active_layers():
         return sum(leaf.nbytes for leaf in jax.tree.leaves(state))
 
     for frozen in (0, 1, 3, 4):
-        state = migrate(state, tx, PARAMS, Frozen(LAYERS, frozenset(NAMES[:frozen])))
+        state = migrate_opt_state(state, tx, PARAMS, Frozen(LAYERS, frozenset(NAMES[:frozen])))
         assert nbytes(state) == (4 - frozen) * per_layer + 4
 
 
@@ -94,7 +94,7 @@ def test_any_sequence_of_frozen_sets(sets):
         trace = {name: np.zeros((4, 4), np.float32) for name in NAMES}
         for step, names in enumerate(sets):
             new = Frozen(LAYERS, frozenset(names))
-            state = migrate(state, tx, PARAMS, new)
+            state = migrate_opt_state(state, tx, PARAMS, new)
             for name in NAMES:
                 if name in new.names or name in frozen.names:
                     trace[name] = np.zeros((4, 4), np.float32)
@@ -117,20 +117,20 @@ def test_migrate_refuses_the_state_of_another_optimizer():
     ]:
         for state in (made_by.init(PARAMS), freezing.freeze(made_by, frozen).init(PARAMS)):
             with pytest.raises(ValueError, match=rf"opt_state: \S*{path}.*pass the tx that made opt_state"):
-                migrate(state, passed, PARAMS, frozen)
+                migrate_opt_state(state, passed, PARAMS, frozen)
 
 
 def test_migrate_refuses_the_state_of_other_parameters():
     tx = optax.adam(0.1)
     wider = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), PARAMS)
     with pytest.raises(ValueError, match=r"mu\['b'\]\['bias'\] is float32\[8\], but tx makes it float32\[4\]"):
-        migrate(tx.init(wider), tx, PARAMS, Frozen(LAYERS, frozenset("a")))
+        migrate_opt_state(tx.init(wider), tx, PARAMS, Frozen(LAYERS, frozenset("a")))
     half = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)
     with pytest.raises(ValueError, match=r"mu\['a'\]\['bias'\] is bfloat16\[4\], but tx makes it float32\[4\]"):
-        migrate(tx.init(half), tx, PARAMS, Frozen(LAYERS))
+        migrate_opt_state(tx.init(half), tx, PARAMS, Frozen(LAYERS))
     fewer = {name: PARAMS[name] for name in "abc"}
     with pytest.raises(ValueError, match=r"mu\['d'\]\['bias'\] is missing, but tx makes it float32\[4\]"):
-        migrate(tx.init(fewer), tx, PARAMS, Frozen(LAYERS))
+        migrate_opt_state(tx.init(fewer), tx, PARAMS, Frozen(LAYERS))
 
 
 def test_gradients_of_frozen_layers_are_exact_zeros_and_the_others_right():
@@ -175,7 +175,7 @@ def test_one_program_per_frozen_set():
     for names in ("", "", "a", "a", "ab", "ab", "a", ""):
         layers = find_layers(PARAMS, mlp, X)  # equal, not the same
         frozen = Frozen(layers, frozenset(names))
-        state = migrate(state, tx, params, frozen)
+        state = migrate_opt_state(state, tx, params, frozen)
         params, state, _ = jitted(params, state, X, frozen=frozen)
     assert len(traces) == jitted._cache_size() == 3
 
@@ -246,11 +246,11 @@ def test_optimizers_that_join_the_parameters_are_refused():
     )
     for made_for, target in ((Frozen(LAYERS), some), (some, Frozen(LAYERS)), (some, some.add("b"))):
         with pytest.raises(ValueError, match=message):
-            migrate(freezing.freeze(tx, made_for).init(PARAMS), tx, PARAMS, target)
+            migrate_opt_state(freezing.freeze(tx, made_for).init(PARAMS), tx, PARAMS, target)
     with pytest.raises(
         ValueError, match=r"frozen: got all 4 layers, but tx cannot start without.*leave a layer active"
     ):
-        migrate(tx.init(PARAMS), tx, PARAMS, Frozen(LAYERS, frozenset(NAMES)))
+        migrate_opt_state(tx.init(PARAMS), tx, PARAMS, Frozen(LAYERS, frozenset(NAMES)))
 
 
 @pytest.mark.parametrize("jitted", [False, True], ids=["eager", "jit"])
@@ -307,7 +307,7 @@ def test_other_parameter_trees_keep_their_structure(kind):
     layers = find_layers(params, forward, X)
     tx, before = optax.adamw(0.1), params
     frozen = Frozen(layers, frozenset(layers.names[:1]))
-    state = migrate(tx.init(params), tx, params, frozen)
+    state = migrate_opt_state(tx.init(params), tx, params, frozen)
     for _ in range(3):
         _, grads = freezing.value_and_grad(lambda p: jnp.sum(forward(p, X) ** 2), frozen)(params)
         assert jax.tree.structure(grads) == jax.tree.structure(params)
@@ -317,7 +317,7 @@ def test_other_parameter_trees_keep_their_structure(kind):
     old, new = paths.flatten(before), paths.flatten(params)
     for name in old:
         assert np.array_equal(old[name], new[name]) == (name in frozen.params)
-    state = migrate(state, tx, params, Frozen(layers))
+    state = migrate_opt_state(state, tx, params, Frozen(layers))
     freezing.freeze(tx, Frozen(layers)).update(grads, state, params)
 
 

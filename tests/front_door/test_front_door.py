@@ -46,7 +46,7 @@ def nnx_leaves(model):
 @pytest.mark.slow
 def test_nnx_without_freezing_is_the_stock_loop(fashion):
     stock, _, history = nnx_stock.train(*fashion, 1, BATCH)
-    ours, _, ours_history = nnx_freezing.train(*fashion, 1, BATCH, sfj.never())
+    ours, _, ours_history = nnx_freezing.train(*fashion, 1, BATCH, sfj.policies.never())
     assert ours_history[0] == pytest.approx(history[0], rel=1e-5)
     for name, leaf in nnx_leaves(stock).items():
         np.testing.assert_allclose(nnx_leaves(ours)[name], leaf, rtol=2e-5, atol=2e-6, err_msg=name)
@@ -55,7 +55,7 @@ def test_nnx_without_freezing_is_the_stock_loop(fashion):
 @pytest.mark.slow
 def test_linen_without_freezing_is_the_stock_loop(fashion):
     stock, history = linen_stock.train(*fashion, 1, BATCH)
-    ours, ours_history = linen_freezing.train(*fashion, 1, BATCH, sfj.never())
+    ours, ours_history = linen_freezing.train(*fashion, 1, BATCH, sfj.policies.never())
     assert ours_history[0]["loss"] == pytest.approx(history[0]["loss"], rel=1e-6)
     for name, leaf in leaves(stock.params).items():
         np.testing.assert_array_equal(leaves(ours.params)[name], leaf, err_msg=name)
@@ -63,7 +63,7 @@ def test_linen_without_freezing_is_the_stock_loop(fashion):
 
 @pytest.mark.slow
 def test_nnx_trains_and_freezes(fashion):
-    policy = sfj.static_prefix(STEPS, [(0.5, 0.5)])
+    policy = sfj.static_prefix([(0.5, 0.5)], total_steps=STEPS)
     _, optimizer, history = nnx_freezing.train(*fashion, EPOCHS, BATCH, policy)
     assert optimizer.frozen.names == {"conv1", "conv2"}
     assert history[-1]["loss"] < 0.7 * history[0]["loss"]
@@ -72,7 +72,7 @@ def test_nnx_trains_and_freezes(fashion):
 
 @pytest.mark.slow
 def test_linen_trains_and_freezes(fashion):
-    policy = sfj.static_prefix(STEPS, [(0.5, 0.5)])
+    policy = sfj.static_prefix([(0.5, 0.5)], total_steps=STEPS)
     state, history = linen_freezing.train(*fashion, EPOCHS, BATCH, policy)
     assert state.frozen.names == {"Conv_0", "Conv_1"}
     assert history[-1]["loss"] < 0.7 * history[0]["loss"]
@@ -82,7 +82,7 @@ def test_linen_trains_and_freezes(fashion):
 @pytest.mark.parametrize("door", ["nnx", "linen"])
 def test_frozen_layers_hold_still_in_the_stock_loop(fashion, door):
     """The same loop, once ending at the freeze and once going on: what is frozen is the same, bit for bit."""
-    policy = sfj.static_prefix(STEPS, [(1 / EPOCHS, 0.6)])
+    policy = sfj.static_prefix([(1 / EPOCHS, 0.6)], total_steps=STEPS)
     if door == "nnx":
         short, long = (nnx_leaves(nnx_freezing.train(*fashion, epochs, BATCH, policy)[0]) for epochs in (1, EPOCHS))
         frozen = ("conv1", "batch_norm1", "conv2", "batch_norm2")

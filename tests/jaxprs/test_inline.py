@@ -126,8 +126,8 @@ def test_layers_and_consumption_are_those_of_the_unrolled_network(blocks):
 
 @pytest.mark.parametrize("blocks", BLOCKS.values(), ids=BLOCKS)
 def test_taps_are_those_of_the_unrolled_network(blocks):
-    expected = outputs.tapped(around(one_after_another), GROUPS, PARAMS, X)(PARAMS, X)
-    got = outputs.tapped(around(blocks), GROUPS, PARAMS, X)(PARAMS, X)
+    expected = outputs.layer_outputs(PARAMS, GROUPS, around(one_after_another), X)(PARAMS, X)
+    got = outputs.layer_outputs(PARAMS, GROUPS, around(blocks), X)(PARAMS, X)
     chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-5)
 
 
@@ -176,7 +176,7 @@ def test_a_stacked_block_is_one_layer_that_ends_with_its_last_row():
     layers = sfj.find_layers(params, forward, x)
     assert layers.names == ("up+down", "head")
     groups = {name: [name] for name in params} | {layers[0].name: layers[0].params}
-    got = outputs.tapped(forward, groups, params, x)(params, x)
+    got = outputs.layer_outputs(params, groups, forward, x)(params, x)
     expected = {}
     for up, down in zip(params["up"], params["down"], strict=True):
         expected["up"] = x @ up

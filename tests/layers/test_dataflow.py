@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from smartfrz_jax.layers import dataflow
-from smartfrz_jax.layers.outputs import tapped
+from smartfrz_jax.layers.outputs import layer_outputs
 from smartfrz_jax.pytrees import paths
 from tests.support.rounding import assert_close
 
@@ -290,7 +290,7 @@ def linen_case(train: bool, dtype=jnp.float32):
 @pytest.mark.slow
 def test_tapped_outputs_are_the_intermediates_of_a_linen_net(train, jitted):
     forward, groups, params, x, expected = linen_case(train)
-    outputs = tapped(forward, groups, params, x)
+    outputs = layer_outputs(params, groups, forward, x)
     got = (jax.jit(outputs) if jitted else outputs)(params, x)
     assert set(got) == set(MODULES)
     chex.assert_trees_all_close(got, expected, rtol=1e-5, atol=1e-5)
@@ -299,7 +299,7 @@ def test_tapped_outputs_are_the_intermediates_of_a_linen_net(train, jitted):
 @pytest.mark.slow
 def test_tapped_outputs_follow_new_parameters_and_data():
     forward, groups, params, x, _ = linen_case(train=False)
-    outputs = tapped(forward, groups, params, x)
+    outputs = layer_outputs(params, groups, forward, x)
     params, x = jax.tree.map(lambda leaf: leaf * 1.5, (params, x))
     assert_close(outputs(params, x)["a_head"], forward(params, x))
     grads = jax.grad(lambda params: jnp.sum(outputs(params, x)["m_conv"] ** 2))(params)
@@ -311,7 +311,7 @@ def test_tapped_outputs_follow_new_parameters_and_data():
 def test_tapped_outputs_in_bfloat16():
     with jax.numpy_dtype_promotion("standard"):  # as Flax's BatchNorm needs it
         forward, groups, params, x, expected = linen_case(train=False, dtype=jnp.bfloat16)
-        got = tapped(forward, groups, params, x)(params, x)
+        got = layer_outputs(params, groups, forward, x)(params, x)
     for name in MODULES:  # the normalisations compute in float32 and cast what they return
         chex.assert_trees_all_equal(got[name].astype(jnp.bfloat16), expected[name])
 
@@ -323,7 +323,7 @@ def test_tapped_groups_end_after_their_last_member():
         "conv": [name for name in paths.flatten(params) if name.startswith("m_")],
         "stem": [name for name in paths.flatten(params) if name.startswith("z_")],
     }
-    got = tapped(forward, groups, params, x)(params, x)
+    got = layer_outputs(params, groups, forward, x)(params, x)
     chex.assert_trees_all_close(got, {"conv": expected["m_bn"], "stem": expected["z_bn"]}, rtol=1e-5, atol=1e-5)
 
 
@@ -335,7 +335,7 @@ def test_tapped_outputs_of_a_plain_function(wrap):
     def forward(p, x):
         return jnp.sum(wrap(lambda p, x: jnp.tanh(jnp.sin(x @ p["b"]) @ p["c"]) @ p["a"])(p, x))
 
-    got = jax.jit(tapped(forward, {name: [name] for name in "abc"}, params, x))(params, x)
+    got = jax.jit(layer_outputs(params, {name: [name] for name in "abc"}, forward, x))(params, x)
     b = np.asarray(x, np.float64) @ np.asarray(params["b"], np.float64)
     c = np.sin(b) @ np.asarray(params["c"], np.float64)
     a = np.tanh(c) @ np.asarray(params["a"], np.float64)
@@ -348,7 +348,7 @@ def test_tapped_computes_only_what_is_asked_for():
     x = jnp.ones((8, 64))
 
     def flops(groups):
-        outputs = jax.jit(tapped(plain, groups, params, x))
+        outputs = jax.jit(layer_outputs(params, groups, plain, x))
         return outputs.lower(params, x).compile().cost_analysis()["flops"]
 
     assert flops({"b": ["b"]}) == 2 * 8 * 64 * 64
@@ -362,7 +362,7 @@ def test_tapped_outputs_of_flattened_tokens_have_a_row_per_example():
         return jnp.sum(x.reshape(-1, 3) @ p["a"])
 
     x = normal(2, 5, 3)
-    got = tapped(forward, {"a": ["a"]}, params, x)(params, x)["a"]
+    got = layer_outputs(params, {"a": ["a"]}, forward, x)(params, x)["a"]
     assert_close(got, (np.asarray(x) @ np.asarray(params["a"])).reshape(2, 20))
 
 
@@ -398,7 +398,7 @@ AXES = {
 def test_tapped_outputs_have_the_examples_in_front(name):
     forward, expected = AXES[name]
     params, x = {"w": normal(8, 3)}, normal(4, 8, 3)
-    got = tapped(forward, {"w": ["w"]}, params, x)(params, x)["w"]
+    got = layer_outputs(params, {"w": ["w"]}, forward, x)(params, x)["w"]
     np.testing.assert_allclose(got, expected(np.asarray(params["w"]), np.asarray(x)), rtol=1e-4, atol=1e-5)
 
 
@@ -410,14 +410,14 @@ def test_tapped_outputs_where_inputs_are_as_long_by_chance():
         return (x - mean[None]) @ p["a"], y @ p["b"]
 
     inputs = jax.random.key(0), x, mean, y
-    got = tapped(forward, {"a": ["a"], "b": ["b"]}, params, *inputs)(params, *inputs)
+    got = layer_outputs(params, {"a": ["a"], "b": ["b"]}, forward, *inputs)(params, *inputs)
     assert_close(got["a"], (x - mean[None]) @ params["a"])
     assert_close(got["b"], y @ params["b"])
 
 
 def test_tapped_output_for_one_example():
     params, x = {"a": normal(3, 4)}, normal(1, 5, 3)
-    got = tapped(lambda p, x: x.reshape(5, 3) @ p["a"], {"a": ["a"]}, params, x)(params, x)["a"]
+    got = layer_outputs(params, {"a": ["a"]}, lambda p, x: x.reshape(5, 3) @ p["a"], x)(params, x)["a"]
     assert_close(got, (x[0] @ params["a"]).reshape(1, 20))
 
 
@@ -427,7 +427,7 @@ def test_tapped_output_of_a_tied_embedding_is_that_of_its_first_use():
     def forward(p, tokens):
         return jnp.tanh(p["embed"][tokens] @ p["a"]) @ p["embed"].T + p["bias"][None]
 
-    got = tapped(forward, {"tied": ["embed", "bias"], "a": ["a"]}, params, tokens)(params, tokens)
+    got = layer_outputs(params, {"tied": ["embed", "bias"], "a": ["a"]}, forward, tokens)(params, tokens)
     np.testing.assert_array_equal(got["tied"], params["embed"][tokens])
     assert_close(got["a"], params["embed"][tokens] @ params["a"])
 
@@ -439,7 +439,7 @@ def test_tapped_output_of_layers_inside_a_loop_is_that_of_the_loop():
     def forward(p, x):
         return jax.lax.scan(lambda x, _: (jnp.tanh(x @ p["a"]), None), x, None, length=3)[0] @ p["b"]
 
-    got = tapped(forward, {"a": ["a"], "b": ["b"]}, params, x)(params, x)
+    got = layer_outputs(params, {"a": ["a"], "b": ["b"]}, forward, x)(params, x)
     expected = x
     for _ in range(3):
         expected = jnp.tanh(expected @ params["a"])
@@ -449,16 +449,16 @@ def test_tapped_output_of_layers_inside_a_loop_is_that_of_the_loop():
 
 def test_tapped_errors():
     with pytest.raises(ValueError, match="inputs: got none"):
-        tapped(plain, {"b": ["b"]}, SQUARE)
+        layer_outputs(SQUARE, {"b": ["b"]}, plain)
     with pytest.raises(ValueError, match=r"forward: does not use any parameter of layer 'a'"):
-        tapped(lambda p, x: x @ p["b"], {"a": ["a"]}, SQUARE, X)
+        layer_outputs(SQUARE, {"a": ["a"]}, lambda p, x: x @ p["b"], X)
     with pytest.raises(ValueError, match="inputs: the batch has 2 examples"):
-        tapped(lambda p, x: p["b"] @ x.T[:, 0], {"b": ["b"]}, SQUARE, X)
+        layer_outputs(SQUARE, {"b": ["b"]}, lambda p, x: p["b"] @ x.T[:, 0], X)
     with pytest.raises(
         ValueError, match=r"layer 'b', or of what follows from it, counts them \(reshape: a reshape that"
     ):
-        tapped(lambda p, x: x.T.reshape(2, 3) @ p["b"], {"b": ["b"]}, SQUARE, X)
+        layer_outputs(SQUARE, {"b": ["b"]}, lambda p, x: x.T.reshape(2, 3) @ p["b"], X)
     with pytest.raises(ValueError, match="inputs: none of them has a first axis"):
-        tapped(lambda p, x: x * p["b"], {"b": ["b"]}, SQUARE, jnp.array(1.0))
+        layer_outputs(SQUARE, {"b": ["b"]}, lambda p, x: x * p["b"], jnp.array(1.0))
     with pytest.raises(ValueError, match=r"inputs: got a batch of shape \(0, 3\), expected at least one example"):
-        tapped(plain, {"b": ["b"]}, SQUARE, X[:0])
+        layer_outputs(SQUARE, {"b": ["b"]}, plain, X[:0])

@@ -170,7 +170,7 @@ def test_freezing_saves_what_is_predicted_without_a_warning(kind):
     """Freezing the stem saves nothing of the scan behind it, which goes on computing its input's gradient."""
     loss, params = LOSSES[kind]()
     layers = sfj.find_layers(params, loss, X)
-    account = sfj.account(loss, layers, params, X, tx=optax.sgd(0.1))
+    account = sfj.account(params, layers, loss, X, tx=optax.sgd(0.1))
 
     @functools.cache
     def measured(n):
@@ -215,7 +215,7 @@ def test_a_scan_that_is_wholly_active_is_not_said_to_run_frozen_blocks():
         jitted = jax.jit(sfj.value_and_grad(loss, frozen))
         return Measured(frozen, sfj.program_cost(jitted, params, X), jaxpr_of(jitted.trace(params, X)))
 
-    account = sfj.account(loss, layers, params, X)
+    account = sfj.account(params, layers, loss, X)
     assert account.scans == [{"b", "c"}]
     finding = check_saving(account, measured(), measured("stem"))
     assert finding is not None

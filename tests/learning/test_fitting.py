@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from smartfrz_jax import Predictor, PredictorConfig, Tailoring, find_layers
-from smartfrz_jax.layers.outputs import tapped
+from smartfrz_jax import Predictor, find_layers
+from smartfrz_jax.layers.outputs import layer_outputs
 from smartfrz_jax.learning import fitting
 from smartfrz_jax.learning.evaluation import evaluate
 from smartfrz_jax.learning.examples import Examples, make_examples
@@ -19,6 +19,7 @@ from smartfrz_jax.learning.recording import Recording
 from smartfrz_jax.learning.splits import by_layer, by_run, moments
 from smartfrz_jax.learning.standardizing import contexts, standardized
 from smartfrz_jax.learning.targets import Settled
+from smartfrz_jax.predictor import PredictorConfig, Tailoring
 from smartfrz_jax.predictor.context import context_names
 from smartfrz_jax.predictor.encoding import PAPER, Encoding
 from smartfrz_jax.predictor.predictor import Statistic
@@ -104,7 +105,7 @@ def twenty_steps(params, key):
 @pytest.fixture(scope="module")
 def trained() -> Examples:
     layers = find_layers(initial(0), forward, X)
-    features = jax.jit(tapped(forward, {layer.name: layer.params for layer in layers}, initial(0), X))
+    features = jax.jit(layer_outputs(initial(0), {layer.name: layer.params for layer in layers}, forward, X))
     tailoring = Tailoring.create(layers, initial(0), size=16)
     recordings = []
     for seed in range(16):

@@ -5,12 +5,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from smartfrz_jax import Predictor, PredictorConfig, freeze_probability
+from smartfrz_jax import Predictor
 from smartfrz_jax.learning.controls import CONTROLS
 from smartfrz_jax.learning.fitting import fit, predict
 from smartfrz_jax.learning.hiding import Hiding
 from smartfrz_jax.learning.inputs import encode_examples
 from smartfrz_jax.learning.splits import by_run
+from smartfrz_jax.predictor import PredictorConfig, freeze_probability
 from smartfrz_jax.predictor.encoded import Encoded, encode
 from smartfrz_jax.predictor.encoding import PAPER, Encoding
 from tests.learning.test_fitting import OPTIONS, arrays, random_examples, small_predictor

@@ -4,7 +4,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from smartfrz_jax import Recorder, Recording, Tailoring, find_layers
+from smartfrz_jax import find_layers
+from smartfrz_jax.learning import Recorder, Recording
+from smartfrz_jax.predictor import Tailoring
 from smartfrz_jax.predictor.cka import linear_cka
 
 BATCH = jnp.asarray(np.random.default_rng(0).standard_normal((6, 4)), jnp.float32)

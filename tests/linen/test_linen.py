@@ -217,7 +217,7 @@ def test_policies_that_look_at_gradients_need_a_state_that_keeps_them():
         sfj.linen.Freezer(make(), sfj.autofreeze(evaluate_every=2))
     plain = train_state.TrainState.create(apply_fn=None, params={"a": jnp.ones((2, 2))}, tx=TX)
     with pytest.raises(TypeError, match=r"state: got flax.training.train_state.TrainState"):
-        sfj.linen.Freezer(plain, sfj.never())
+        sfj.linen.Freezer(plain, sfj.policies.never())
 
 
 @pytest.mark.slow
@@ -240,7 +240,7 @@ def test_a_bare_pytree_trains_and_freezes():
     x = jax.random.normal(jax.random.key(0), (16, 3))
     layers = sfj.find_layers(params, apply_fn, x)
     state = sfj.linen.TrainState.create(apply_fn=apply_fn, params=params, tx=optax.adam(0.05), layers=layers)
-    freezer = sfj.linen.Freezer(state, sfj.static_prefix(20, [(0.0, 0.5)], keep=()))
+    freezer = sfj.linen.Freezer(state, sfj.static_prefix([(0.0, 0.5)], total_steps=20, keep=()))
 
     @jax.jit
     def step(state):

@@ -64,7 +64,7 @@ def random_model(make, **kwargs):
             return jnp.asarray(rng.uniform(0.5, 1.5, leaf.shape), leaf.dtype)
         return jnp.asarray(rng.normal(size=leaf.shape) / max(1, math.prod(leaf.shape[:-1])) ** 0.5, leaf.dtype)
 
-    return nnx.merge(graphdef, sfj.paths.tree_map(fill, nnx.as_pure(state)))
+    return nnx.merge(graphdef, sfj.pytrees.paths.tree_map(fill, nnx.as_pure(state)))
 
 
 def images(size, n=2, channels=3, dtype=jnp.float32):
@@ -72,7 +72,7 @@ def images(size, n=2, channels=3, dtype=jnp.float32):
 
 
 def variables(model, *kinds):
-    return sfj.paths.flatten(nnx.state(model, kinds or (nnx.Param, nnx.BatchStat)))
+    return sfj.pytrees.paths.flatten(nnx.state(model, kinds or (nnx.Param, nnx.BatchStat)))
 
 
 def parameters(model):
@@ -568,15 +568,17 @@ def test_every_policy_decides():
     layers = sfj.nnx.find_layers(model, x)
     taps = sfj.nnx.features(model, layers, x)
     outputs = taps(model, x)
-    predictor = sfj.Predictor(sfj.PredictorConfig(size=16, hidden=8, features=4, head_hidden=4), rngs=nnx.Rngs(0))
+    predictor = sfj.Predictor(
+        sfj.predictor.PredictorConfig(size=16, hidden=8, features=4, head_hidden=4), rngs=nnx.Rngs(0)
+    )
     predictor.classifier.layers[2].bias[...] = jnp.array([0.0, 100.0])  # always confident that a layer can be frozen
     policies = {
         "never": sfj.policies.never(),
-        "linear": sfj.policies.linear(6, t0=0.5),
+        "linear": sfj.policies.freezeout(total_steps=6, t0=0.5),
         "autofreeze": sfj.policies.autofreeze(2),
         "similarity_guided": sfj.policies.similarity_guided(outputs, 2, window=2, tolerance=0.1),
         "smartfrz": sfj.policies.smartfrz(predictor, total_steps=6, record_every=1, evaluate_every=3, window=2),
-        "static_prefix": sfj.policies.static_prefix(6, [(0.5, 0.8)]),
+        "static_prefix": sfj.policies.static_prefix([(0.5, 0.8)], total_steps=6),
         "random": sfj.policies.random(0.4, total_steps=6),
     }
     for name, policy in policies.items():

@@ -35,7 +35,7 @@ def test_resnet50_has_the_published_number_of_parameters_and_54_layers():
 @pytest.mark.slow
 def test_history_of_resnet50_takes_about_6_megabytes():
     model = nnx.eval_shape(lambda: ResNet((3, 4, 6, 3), rngs=nnx.Rngs(0)))
-    history = sfj.History.create(len(sfj.nnx.find_layers(model, IMAGE)))
+    history = sfj.predictor.History.create(len(sfj.nnx.find_layers(model, IMAGE)))
     assert history.values.nbytes == 54 * 30 * 1024 * 4 == 6_635_520
     assert sum(leaf.nbytes for leaf in jax.tree.leaves(history)) < 6.7e6
 
@@ -59,7 +59,7 @@ def test_resnet_gives_logits_and_a_gradient_everywhere(block, stem, size):
         return logits, nnx.as_pure(grads)
 
     x = rng.normal(size=(4, size, size, 1)).astype(np.float32)
-    logits, grads = logits_and_gradients(sfj.paths.tree_map(start, nnx.as_pure(state)), x)
+    logits, grads = logits_and_gradients(sfj.pytrees.paths.tree_map(start, nnx.as_pure(state)), x)
     assert logits.shape == (4, 3)
-    for path, grad in sfj.paths.flatten(grads).items():
+    for path, grad in sfj.pytrees.paths.flatten(grads).items():
         assert float(np.abs(grad).max()) > 0, path

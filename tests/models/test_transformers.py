@@ -368,16 +368,16 @@ def test_every_policy_freezes_them():
     """One of them: policies see nothing of a network but its layers, and their features, which are alike."""
     _, inputs = TINY["deit"]
     model, layers, features, outputs = with_features("deit")
-    predictor = sfj.Predictor(sfj.PredictorConfig(size=8), rngs=nnx.Rngs(3))
+    predictor = sfj.Predictor(sfj.predictor.PredictorConfig(size=8), rngs=nnx.Rngs(3))
     predictor.classifier.layers[2].bias[...] = jnp.array([0.0, 100.0])
     policies = [
-        sfj.never(),
-        sfj.linear(4),
+        sfj.policies.never(),
+        sfj.freezeout(total_steps=4),
         sfj.autofreeze(2),
-        sfj.static_prefix(4, [(0.5, 1.0)]),
-        sfj.random(0.5, total_steps=4),
+        sfj.static_prefix([(0.5, 1.0)], total_steps=4),
+        sfj.policies.random(0.5, total_steps=4),
         sfj.smartfrz(predictor, record_every=1, evaluate_every=2, window=2, min_records=2),
-        sfj.similarity_guided(outputs, evaluate_every=2, window=2, tolerance=0.9),
+        sfj.policies.similarity_guided(outputs, evaluate_every=2, window=2, tolerance=0.9),
     ]
     for policy in policies:
         optimizer = sfj.nnx.Optimizer(model, optax.sgd(0.1), layers=layers)

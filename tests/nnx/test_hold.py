@@ -159,7 +159,7 @@ def test_networks_whose_parameters_have_the_same_names_are_told_apart():
 def test_an_account_tells_networks_apart():
     layers = sfj.find_layers(TWINS, lambda params, x: sum(out for out, _ in twins(params)), X)
     account = sfj.account(
-        lambda params, x: sum(out.sum() for out, _ in twins(params)), layers, TWINS, X, hold=sfj.linen.hold
+        TWINS, layers, lambda params, x: sum(out.sum() for out, _ in twins(params)), X, hold=sfj.linen.hold
     )
     frozen = [sfj.Frozen(layers, frozenset(names)) for names in ((), layers.names[:1], layers.names)]
     none, one, both = (account.flops(each).parts.forward for each in frozen)

@@ -311,7 +311,7 @@ def test_policies_that_look_at_gradients_and_features_run():
 
     model, optimizer = make()
     extract = sfj.nnx.features(model, optimizer.frozen.layers, X)
-    policy = sfj.similarity_guided(extract(model, X), evaluate_every=2, window=2, tolerance=0.9)
+    policy = sfj.policies.similarity_guided(extract(model, X), evaluate_every=2, window=2, tolerance=0.9)
     freezer = sfj.nnx.Freezer(model, optimizer, policy, features=lambda model: extract(model, X))
     for _ in range(4):
         train_step(model, optimizer, X, Y)
@@ -331,10 +331,10 @@ def run_for(steps, model, optimizer, freezer):
 def test_a_restored_run_goes_on_bit_identically_across_a_freeze(tmp_path, name, at):
     def start():
         policy = {
-            "static_prefix": lambda: sfj.static_prefix(14, [(0.4, 0.85)]),
-            "random": lambda: sfj.random(0.4, total_steps=14),
+            "static_prefix": lambda: sfj.static_prefix([(0.4, 0.85)], total_steps=14),
+            "random": lambda: sfj.policies.random(0.4, total_steps=14),
             "smartfrz": lambda: sfj.smartfrz(
-                sfj.Predictor(sfj.PredictorConfig(size=8), rngs=nnx.Rngs(3)),
+                sfj.Predictor(sfj.predictor.PredictorConfig(size=8), rngs=nnx.Rngs(3)),
                 record_every=1, evaluate_every=3, window=3, caution=0.4,
             ),
             "autofreeze": lambda: sfj.autofreeze(2, percentile=80),
@@ -366,10 +366,10 @@ def test_a_restored_run_goes_on_bit_identically_across_a_freeze(tmp_path, name, 
 @pytest.mark.slow
 def test_a_checkpoint_of_another_network_is_refused_and_nothing_changes(tmp_path):
     model, optimizer = make()
-    freezer = sfj.nnx.Freezer(model, optimizer, sfj.never())
+    freezer = sfj.nnx.Freezer(model, optimizer, sfj.policies.never())
     other = Net(nnx.Rngs(0), blocks=1)
     other_optimizer = sfj.nnx.Optimizer(other, TX, layers=sfj.nnx.find_layers(other, X))
-    sfj.nnx.Freezer(other, other_optimizer, sfj.never()).save(tmp_path / "other")
+    sfj.nnx.Freezer(other, other_optimizer, sfj.policies.never()).save(tmp_path / "other")
     before = arrays(model)
     with pytest.raises(ValueError, match=r"4 layers.*6.*blocks/1"):
         freezer.restore(tmp_path / "other")
@@ -378,7 +378,7 @@ def test_a_checkpoint_of_another_network_is_refused_and_nothing_changes(tmp_path
 
     wide = Net(nnx.Rngs(0), width=8)
     wide_optimizer = sfj.nnx.Optimizer(wide, TX, layers=sfj.nnx.find_layers(wide, X))
-    wide_freezer = sfj.nnx.Freezer(wide, wide_optimizer, sfj.never())
+    wide_freezer = sfj.nnx.Freezer(wide, wide_optimizer, sfj.policies.never())
     run_for(1, wide, wide_optimizer, wide_freezer)
     wide_freezer.save(tmp_path / "wide")
     with pytest.raises(ValueError, match=r"float32\[3, 3, 8, 8\] there, expected float32\[3, 3, 4, 4\]"):
@@ -392,12 +392,12 @@ def test_a_checkpoint_of_another_network_is_refused_and_nothing_changes(tmp_path
 def test_wrong_arguments_are_named():
     model, optimizer = make()
     with pytest.raises(TypeError, match=r"optimizer: got .*Optimizer.*expected a smartfrz_jax.nnx.Optimizer"):
-        sfj.nnx.Freezer(model, nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param), sfj.never())
+        sfj.nnx.Freezer(model, nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param), sfj.policies.never())
     with pytest.raises(TypeError, match=r"policy: got function"):
-        sfj.nnx.Freezer(model, optimizer, sfj.never)
+        sfj.nnx.Freezer(model, optimizer, sfj.policies.never)
     with pytest.raises(ValueError, match=r"blocks/0/b_frist.*blocks/0/b_first"):
         optimizer.freeze(model, ["blocks/0/b_frist"])
-    policy = sfj.similarity_guided(dict.fromkeys(NAMES, X), evaluate_every=1)
+    policy = sfj.policies.similarity_guided(dict.fromkeys(NAMES, X), evaluate_every=1)
     with pytest.raises(ValueError, match="features: got none, but the policy looks at them, expected a function"):
         sfj.nnx.Freezer(model, optimizer, policy)
 
@@ -407,9 +407,9 @@ def test_a_failed_restore_leaves_the_optimizer_as_it_was(tmp_path):
     wide = Net(nnx.Rngs(0), width=8)
     wide_optimizer = sfj.nnx.Optimizer(wide, TX, layers=sfj.nnx.find_layers(wide, X))
     wide_optimizer.freeze(wide, ["stem"])
-    sfj.nnx.Freezer(wide, wide_optimizer, sfj.never()).save(tmp_path / "wide")
+    sfj.nnx.Freezer(wide, wide_optimizer, sfj.policies.never()).save(tmp_path / "wide")
     model, optimizer = make()
-    freezer = sfj.nnx.Freezer(model, optimizer, sfj.never())
+    freezer = sfj.nnx.Freezer(model, optimizer, sfj.policies.never())
     run_for(2, model, optimizer, freezer)
     before = arrays(optimizer)
     with pytest.raises(ValueError, match="does not fit"):
@@ -425,7 +425,7 @@ def test_layers_frozen_by_hand_stay_frozen_under_a_policy(tmp_path):
     def start(by_hand):
         model, optimizer = make()
         optimizer.freeze(model, list(by_hand))
-        return model, optimizer, sfj.nnx.Freezer(model, optimizer, sfj.static_prefix(1, [(0.0, 0.4)]))
+        return model, optimizer, sfj.nnx.Freezer(model, optimizer, sfj.static_prefix([(0.0, 0.4)], total_steps=1))
 
     model, optimizer, freezer = start(["blocks/1/b_first"])
     train_step(model, optimizer, X, Y)

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from smartfrz_jax import freeze, linen, migrate
+from smartfrz_jax import freeze, linen, migrate_opt_state
 from tests.optimizers.network import LAYERS, PARAMS, arrays, frozen, normal
 
 pytestmark = pytest.mark.usefixtures("jax_defaults")
@@ -111,7 +111,7 @@ def test_without_a_return_amid_a_window_every_bit_is_that_of_optax():
 def test_the_return_can_be_compiled():
     """What the number of missed steps is copied from may be a tracer."""
     state = steps(make(MULTI_STEPS).freeze(["b"]), [1.0])
-    migrated = jax.jit(functools.partial(migrate, tx=MULTI_STEPS, frozen=frozen()))(
+    migrated = jax.jit(functools.partial(migrate_opt_state, tx=MULTI_STEPS, frozen=frozen()))(
         state.opt_state, params=state.params
     )
     missed = migrated.inner_states["train"].inner_state.missed

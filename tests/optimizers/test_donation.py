@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import smartfrz_jax as sfj
-from smartfrz_jax import freeze, migrate
+from smartfrz_jax import freeze, migrate_opt_state
 from tests.optimizers.network import GRADS, LAYERS, PARAMS, frozen
 from tests.optimizers.table import CASES
 
@@ -27,7 +27,7 @@ def test_no_buffer_stands_twice(name):
     assert len(set(taken)) == len(taken)
     state = tx.init(PARAMS)
     for now in (frozen(), frozen("b"), frozen()):
-        state = migrate(state, tx, PARAMS, now)
+        state = migrate_opt_state(state, tx, PARAMS, now)
         taken = pointers((state, PARAMS))
         assert len(set(taken)) == len(taken)
 
@@ -47,4 +47,4 @@ def test_a_donated_state_goes_on(tx, returning):
 def test_arrays_that_are_nobody_elses_are_not_copied():
     tx = optax.adam(0.1)
     state = freeze(tx, frozen()).init(PARAMS)
-    assert set(pointers(migrate(state, tx, PARAMS, frozen("b")))) < set(pointers(state))
+    assert set(pointers(migrate_opt_state(state, tx, PARAMS, frozen("b")))) < set(pointers(state))

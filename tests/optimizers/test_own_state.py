@@ -8,7 +8,7 @@ import pytest
 from flax import nnx
 
 import smartfrz_jax as sfj
-from smartfrz_jax import apply_updates, linen, migrate
+from smartfrz_jax import apply_updates, linen, migrate_opt_state
 from tests.optimizers.network import GRADS, LAYERS, PARAMS, arrays, frozen, loss
 
 pytestmark = pytest.mark.usefixtures("jax_defaults")
@@ -75,7 +75,7 @@ def test_a_hyperparameter_set_by_hand_is_kept_when_the_frozen_set_changes(then):
     state = advance(make(INJECTED).freeze(["b"]), GRADS[:1])
     own = state.unfrozen_opt_state
     own.hyperparams["learning_rate"] = jnp.float32(0.0)
-    state = state.replace(opt_state=migrate(own, INJECTED, state.params, state.frozen)).freeze(then)
+    state = state.replace(opt_state=migrate_opt_state(own, INJECTED, state.params, state.frozen)).freeze(then)
     moved = advance(state, GRADS[1:2])
     assert arrays(moved.params) == arrays(state.params)
     assert moved.unfrozen_opt_state.hyperparams["learning_rate"] == 0
@@ -87,7 +87,7 @@ def test_the_own_state_goes_back_where_it_came_from():
         state = advance(make(tx).freeze(["b"]), GRADS[:2])
         own = state.unfrozen_opt_state
         assert jax.tree.structure(own) == jax.tree.structure(tx.init(PARAMS))
-        assert arrays(migrate(own, tx, state.params, state.frozen)) == arrays(state.opt_state)
+        assert arrays(migrate_opt_state(own, tx, state.params, state.frozen)) == arrays(state.opt_state)
 
 
 @pytest.mark.parametrize(

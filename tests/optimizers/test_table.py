@@ -10,7 +10,7 @@ import optax
 import pytest
 from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 
-from smartfrz_jax import apply_updates, freeze, migrate
+from smartfrz_jax import apply_updates, freeze, migrate_opt_state
 from smartfrz_jax.freezing.migrate import dropped, unfrozen_opt_state
 from smartfrz_jax.pytrees import checkpoint
 from tests.optimizers.network import GRADS, LAYERS, NAMES, PARAMS, PER_EXAMPLE_GRADS, arrays, bits, frozen, loss
@@ -59,7 +59,7 @@ def frozen_run(name: str) -> list[Step]:
     params, state, before = PARAMS, freeze(CASES[name].tx, FROZEN[0]).init(PARAMS), FROZEN[0]
     for step, now in enumerate(FROZEN):
         if now != before:
-            state = migrate(state, case.tx, params, now)
+            state = migrate_opt_state(state, case.tx, params, now)
         updates, state = update(freeze(case.tx, now), grads_of(case, step, now.active), state, params, {})
         params, before = apply_updates(params, updates, now), now
         steps.append(Step(updates, state, params))
@@ -137,7 +137,7 @@ def test_active_layers_go_on_as_if_nothing_had_frozen(name):
 def test_what_is_kept_of_a_layer_comes_back_bit_for_bit(name):
     case, (before, held) = CASES[name], (frozen_run(name)[step - 1] for step in (HELD.start, HELD.stop))
     aside = dropped(before.state, case.tx, before.params, frozen("b"))
-    back = arrays(migrate(held.state, case.tx, held.params, frozen(), kept=aside))
+    back = arrays(migrate_opt_state(held.state, case.tx, held.params, frozen(), kept=aside))
     assert {path: leaf for path, leaf in back.items() if path in aside} == {
         path: bits(leaf) for path, leaf in aside.items()
     }

@@ -5,7 +5,7 @@ import numpy as np
 import optax
 import pytest
 
-from smartfrz_jax import freeze, migrate
+from smartfrz_jax import freeze, migrate_opt_state
 from tests.optimizers.network import GRADS, PARAMS, arrays, frozen
 from tests.optimizers.table import TWO, biggest, groups
 
@@ -24,7 +24,7 @@ def test_a_tree_of_labels_does_what_the_function_of_them_does(make):
     given, computed = make(lambda function: function(PARAMS)), make(lambda function: function)
     for now, grads in zip((frozen(), frozen("b"), frozen("a", "b"), frozen()), GRADS, strict=False):
         for tx in (given, computed):
-            state = migrate(states.get(tx, tx.init(PARAMS)), tx, params, now)
+            state = migrate_opt_state(states.get(tx, tx.init(PARAMS)), tx, params, now)
             updates, states[tx] = freeze(tx, now).update(grads, state, params)
         assert arrays(states[given]) == arrays(states[computed])
         params = optax.apply_updates(params, updates)
@@ -48,6 +48,6 @@ def test_lookahead():
             for leaf, before in zip(jax.tree.leaves(got["b"]), jax.tree.leaves(PARAMS["b"]), strict=True):
                 np.testing.assert_array_equal(leaf, before)
     assert int(state.steps_since_sync) == 0
-    state = state._replace(fast_state=migrate(state.fast_state, fast, params.fast, frozen()))
+    state = state._replace(fast_state=migrate_opt_state(state.fast_state, fast, params.fast, frozen()))
     updates, _ = optax.lookahead(freeze(fast, frozen()), 2, 0.5).update(GRADS[4], state, params)
     assert np.all(np.abs(updates.fast["b"]["kernel"]) > 0)

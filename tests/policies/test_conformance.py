@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from smartfrz_jax import Freezer, Frozen, Policy, Predictor, PredictorConfig, find_layers, policies
+from smartfrz_jax import Freezer, Frozen, Policy, Predictor, find_layers, policies
+from smartfrz_jax.predictor import PredictorConfig
 from smartfrz_jax.pytrees import checkpoint
 
 STEPS = 24
@@ -77,9 +78,12 @@ class Case(NamedTuple):
 
 CASES = {
     "never": Case(lambda keep=None: policies.never(), set()),
-    "linear": Case(lambda keep=None: policies.linear(STEPS, t0=0.5, keep=keep), {12, 15, 17, 20, 22, 24}),
-    "linear_cubic": Case(
-        lambda keep=None: policies.linear(STEPS, t0=0.5, spacing="cubic", keep=keep), {3, 6, 9, 13, 18, 24}
+    "freezeout": Case(
+        lambda keep=None: policies.freezeout(total_steps=STEPS, t0=0.5, keep=keep), {12, 15, 17, 20, 22, 24}
+    ),
+    "freezeout_cubic": Case(
+        lambda keep=None: policies.freezeout(total_steps=STEPS, t0=0.5, spacing="cubic", keep=keep),
+        {3, 6, 9, 13, 18, 24},
     ),
     "autofreeze": Case(lambda keep=None: policies.autofreeze(4, keep=keep), every(4)),
     "similarity_guided": Case(
@@ -99,15 +103,20 @@ CASES = {
         every(15),
     ),
     "progress": Case(
-        lambda keep=None: policies.progress(STEPS, coefficients=(-5.0, 10.0, -5.0), caution=0.4, keep=keep),
+        lambda keep=None: policies.progress(total_steps=STEPS, coefficients=(-5.0, 10.0, -5.0), caution=0.4, keep=keep),
         {12, 14, 16, 19, 21, 24},
     ),
     "static_prefix": Case(
-        lambda keep=None: policies.static_prefix(STEPS, [(0.25, 0.4), (0.5, 1.0)], keep=keep), {6, 12}
+        lambda keep=None: policies.static_prefix([(0.25, 0.4), (0.5, 1.0)], total_steps=STEPS, keep=keep), {6, 12}
     ),
     "gain": Case(
         lambda keep=None: policies.gain(
-            lambda params, number: loss_gradient(params), STEPS, factor=3.0, window=2, measure_every=4, keep=keep
+            lambda params, number: loss_gradient(params),
+            total_steps=STEPS,
+            factor=3.0,
+            window=2,
+            measure_every=4,
+            keep=keep,
         ),
         {step + 1 for step in every(4)},
     ),
@@ -217,7 +226,7 @@ def test_keeps_what_it_is_told_to_keep(case):
 
 
 @pytest.mark.parametrize(
-    "name", ["linear", "linear_cubic", "smartfrz", "smartfrz_paper", "progress", "similarity_guided", "random"]
+    "name", ["freezeout", "freezeout_cubic", "smartfrz", "smartfrz_paper", "progress", "similarity_guided", "random"]
 )
 def test_keep_nothing_lets_the_head_freeze(name):
     policy = policies.random(1.0, total_steps=STEPS, keep=()) if name == "random" else CASES[name].make(keep=())
@@ -304,7 +313,7 @@ def test_says_which_signal_is_missing():
 
 
 def test_update_refuses_a_network_with_other_layers():
-    policy = CASES["linear"].make()
+    policy = CASES["freezeout"].make()
     state = policy.init(LAYERS, PARAMS)
     fewer = {name: PARAMS[name] for name in ("dense0", "dense1")}
     layers = find_layers(fewer, lambda p, x: x @ p["dense0"]["kernel"] @ p["dense1"]["kernel"], X)

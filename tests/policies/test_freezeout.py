@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from smartfrz_jax import Frozen, Layer, Layers, migrate, policies
+from smartfrz_jax import Frozen, Layer, Layers, migrate_opt_state, policies
 from smartfrz_jax.freezing import transform
 
 
@@ -29,23 +29,27 @@ def first_frozen_step(policy, layers, params, last):
 
 
 def test_linear_spacing_by_hand():
-    steps = first_frozen_step(policies.linear(100, t0=0.5), *network(6), last=110)
+    steps = first_frozen_step(policies.freezeout(total_steps=100, t0=0.5), *network(6), last=110)
     assert steps == [50, 60, 70, 80, 90, None]
 
 
 def test_cubic_spacing_by_hand():
     # (0.5, 0.6, 0.7, 0.8, 0.9)^3 = 0.125, 0.216, 0.343, 0.512, 0.729
-    steps = first_frozen_step(policies.linear(1000, t0=0.5, spacing="cubic"), *network(6), last=1000)
+    steps = first_frozen_step(policies.freezeout(total_steps=1000, t0=0.5, spacing="cubic"), *network(6), last=1000)
     assert steps == [125, 216, 343, 512, 729, None]
 
 
 def test_between_steps_waits_for_the_next_one():
-    assert first_frozen_step(policies.linear(7, t0=0.5), *network(3), last=7) == [4, 6, None]  # 3.5 and 5.25
+    assert first_frozen_step(policies.freezeout(total_steps=7, t0=0.5), *network(3), last=7) == [
+        4,
+        6,
+        None,
+    ]  # 3.5 and 5.25
 
 
 def test_without_head_to_keep_the_last_layer_trains_to_the_end():
-    assert first_frozen_step(policies.linear(10, t0=0.5, keep=()), *network(3), last=12) == [5, 8, 10]
-    assert first_frozen_step(policies.linear(10, t0=0.5, keep=()), *network(1), last=12) == [10]
+    assert first_frozen_step(policies.freezeout(total_steps=10, t0=0.5, keep=()), *network(3), last=12) == [5, 8, 10]
+    assert first_frozen_step(policies.freezeout(total_steps=10, t0=0.5, keep=()), *network(1), last=12) == [10]
 
 
 @pytest.mark.parametrize(
@@ -60,7 +64,7 @@ def test_without_head_to_keep_the_last_layer_trains_to_the_end():
 )
 def test_refuses_bad_options(options, message):
     with pytest.raises(ValueError, match=message):
-        policies.linear(**options)
+        policies.freezeout(**options)
     with pytest.raises(ValueError, match=message):
         policies.freezeout_schedules(network(2)[0], learning_rate=0.1, **options)
 
@@ -94,7 +98,9 @@ def test_schedule_is_zero_just_when_the_policy_freezes():
     layers, params = network(7)
     for spacing in ("linear", "cubic"):
         schedules = policies.freezeout_schedules(layers, learning_rate=0.1, total_steps=70, t0=0.7, spacing=spacing)
-        moments = first_frozen_step(policies.linear(70, t0=0.7, spacing=spacing), layers, params, last=70)
+        moments = first_frozen_step(
+            policies.freezeout(total_steps=70, t0=0.7, spacing=spacing), layers, params, last=70
+        )
         for name, moment in zip(layers.names[:-1], moments[:-1], strict=True):
             assert float(schedules[name](moment)) == 0.0
             assert float(schedules[name](moment - 1)) > 0.0
@@ -105,7 +111,7 @@ def test_kept_layers_anneal_to_the_end():
     keep = layers.names[0]
     schedules = policies.freezeout_schedules(layers, learning_rate=0.1, total_steps=10, keep=keep)
     assert float(schedules[keep](9)) > 0
-    assert first_frozen_step(policies.linear(10, keep=keep), layers, params, last=10) == [None, 8, 10]
+    assert first_frozen_step(policies.freezeout(total_steps=10, keep=keep), layers, params, last=10) == [None, 8, 10]
 
 
 @pytest.mark.slow
@@ -117,7 +123,7 @@ def test_optimizer_inside_freeze_is_momentum_sgd_in_numpy(scale_rate):
     options = {"t0": 0.4, "spacing": "linear", "scale_rate": scale_rate, "learning_rate": 0.2}
     schedules = policies.freezeout_schedules(layers, total_steps=steps, **options)
     tx = optax.chain(optax.trace(0.9), policies.scale_by_layer_schedule(layers, schedules))
-    policy = policies.linear(steps, t0=0.4)
+    policy = policies.freezeout(total_steps=steps, t0=0.4)
     rng = np.random.default_rng(0)
     grads = {
         name: {key: rng.normal(size=(steps, *leaf.shape)) for key, leaf in layer.items()}
@@ -150,7 +156,7 @@ def test_optimizer_inside_freeze_is_momentum_sgd_in_numpy(scale_rate):
         names, state = policy.update(state, layers, step=step, params=lambda params=params: params)
         if names != frozen.names:
             frozen = Frozen(layers, names)
-            opt_state = migrate(opt_state, tx, params, frozen)
+            opt_state = migrate_opt_state(opt_state, tx, params, frozen)
     assert frozen.active == (layers.head,)
     assert len(programs) == n
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), params, expected)

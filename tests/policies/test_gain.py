@@ -43,7 +43,7 @@ def gradients(falls, noise=0.0):
 
 def make(falls, *, noise=0.0, **options):
     options = {"window": 3, "measure_every": 4, "costs": COSTS, "factor": 1.0} | options
-    return sfj.gain(gradients(falls, noise), STEPS, **options)
+    return sfj.policies.gain(gradients(falls, noise), total_steps=STEPS, **options)
 
 
 def test_gain_is_minus_the_update_times_the_gradient():
@@ -57,7 +57,7 @@ def test_the_gain_of_a_real_step_is_the_first_order_fall_of_its_loss():
     x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)), jnp.float32)
     layers = sfj.nnx.find_layers(model, x)
     gradient = sfj.nnx.gradient_probe(model, lambda model, x: jnp.mean(model(x) ** 2), lambda number: (x,))
-    policy = sfj.gain(gradient, 100, measure_every=2, window=2, keep=())
+    policy = sfj.policies.gain(gradient, total_steps=100, measure_every=2, window=2, keep=())
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     state = policy.init(layers, params)
     _, state = policy.update(state, layers, step=2, params=lambda: params)
@@ -129,7 +129,7 @@ def test_keep():
 def test_options_are_checked(options, text):
     options = {"gradients": lambda params, number: params, "total_steps": STEPS} | options
     with pytest.raises((TypeError, ValueError), match=text):
-        sfj.gain(**options)
+        sfj.policies.gain(**options)
 
 
 @pytest.mark.parametrize(
@@ -141,7 +141,7 @@ def test_options_are_checked(options, text):
     ],
 )
 def test_gradients_are_checked(gradient, error, text):
-    policy = sfj.gain(lambda params, number: gradient, STEPS, window=2, measure_every=2)
+    policy = sfj.policies.gain(lambda params, number: gradient, total_steps=STEPS, window=2, measure_every=2)
     with pytest.raises(error, match=text):
         run(policy, None)
 

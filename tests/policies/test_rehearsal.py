@@ -26,7 +26,7 @@ class Training:
         return {name: functools.partial(self.make, name) for name in self.losses}
 
     def make(self, name, steps):
-        policy = sfj.static_prefix(steps, [(0.0, 0.5)])
+        policy = sfj.static_prefix([(0.0, 0.5)], total_steps=steps)
         self.made[id(policy)] = policy, name, steps
         return policy
 
@@ -60,7 +60,7 @@ def test_the_last_policy_within_the_tolerance_is_chosen_and_the_error_counts(tol
 
 def test_a_number_for_all_examples_has_no_error():
     losses = iter([2.0, jnp.float32(1.0), 0.9])
-    rehearsal = sfj.rehearse(lambda policy, steps: next(losses), {"half": lambda steps: sfj.never()}, steps=5)
+    rehearsal = sfj.rehearse(lambda policy, steps: next(losses), {"half": lambda steps: sfj.policies.never()}, steps=5)
     assert np.isnan(rehearsal.harms["half"].error)
     assert rehearsal.chosen == "half"
 
@@ -69,14 +69,14 @@ def test_a_number_for_all_examples_has_no_error():
 @pytest.mark.parametrize("never", [START, START + 0.1, START - SOME - 0.06])
 def test_where_nothing_is_learned_nothing_is_chosen(never):
     losses = iter([START, never, START - 1])
-    rehearsal = sfj.rehearse(lambda policy, steps: next(losses), {"half": lambda steps: sfj.never()}, steps=5)
+    rehearsal = sfj.rehearse(lambda policy, steps: next(losses), {"half": lambda steps: sfj.policies.never()}, steps=5)
     assert rehearsal.chosen is None
     assert np.isnan(rehearsal.harms["half"]).all()
 
 
 def test_a_little_more_than_the_held_out_examples_leave_in_doubt_is_enough():
     losses = iter([START, START - SOME - 0.07, START - 1])
-    rehearsal = sfj.rehearse(lambda policy, steps: next(losses), {"half": lambda steps: sfj.never()}, steps=5)
+    rehearsal = sfj.rehearse(lambda policy, steps: next(losses), {"half": lambda steps: sfj.policies.never()}, steps=5)
     assert rehearsal.chosen == "half"
 
 
@@ -109,7 +109,7 @@ def test_bad_options(options, message):
 def test_bad_losses(losses, message):
     losses = iter(losses)
     with pytest.raises(ValueError, match=message):
-        sfj.rehearse(lambda policy, steps: next(losses), {"half": lambda steps: sfj.never()}, steps=5)
+        sfj.rehearse(lambda policy, steps: next(losses), {"half": lambda steps: sfj.policies.never()}, steps=5)
 
 
 def student(front):
@@ -152,7 +152,7 @@ def student(front):
     ],
 )
 def test_a_front_that_is_ready_is_told_from_one_that_is_not(front, chosen):
-    from_the_start = {"front": lambda steps: sfj.static_prefix(steps, [(0.0, 0.5)])}
+    from_the_start = {"front": lambda steps: sfj.static_prefix([(0.0, 0.5)], total_steps=steps)}
     rehearsal = sfj.rehearse(student(front), from_the_start, steps=20)
     assert rehearsal.chosen == chosen
     assert abs(rehearsal.harms["front"].harm) > 2 * rehearsal.harms["front"].error > 0

@@ -9,7 +9,8 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smartfrz_jax import Layer, Layers, Predictor, PredictorConfig, policies
+from smartfrz_jax import Layer, Layers, Predictor, policies
+from smartfrz_jax.predictor import PredictorConfig
 from smartfrz_jax.predictor.encoding import PAPER
 
 NAMES = ("a", "b", "c", "d")

@@ -11,20 +11,11 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import smartfrz_jax as sfj
-from smartfrz_jax import (
-    Encoding,
-    Layer,
-    Layers,
-    Predictor,
-    PredictorConfig,
-    Recording,
-    Tailoring,
-    freeze_probability,
-    make_examples,
-    policies,
-)
+from smartfrz_jax import Layer, Layers, Predictor, policies
+from smartfrz_jax.learning import Recording, make_examples
 from smartfrz_jax.learning.alignment import label_alignments
 from smartfrz_jax.policies.smartfrz_state import SmartFrzState
+from smartfrz_jax.predictor import Encoding, PredictorConfig, Tailoring, freeze_probability
 from smartfrz_jax.predictor.probe import contributions
 from smartfrz_jax.pytrees import checkpoint
 

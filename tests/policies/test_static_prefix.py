@@ -14,37 +14,37 @@ def frozen_at(policy, step):
 
 @pytest.mark.parametrize(("share", "expected"), [(0.0, ""), (0.19, ""), (0.2, "a"), (0.6, "abc"), (1.0, "abcd")])
 def test_longest_prefix_within_the_share(share, expected):
-    assert frozen_at(policies.static_prefix(10, [(0.0, share)]), 1) == expected
+    assert frozen_at(policies.static_prefix([(0.0, share)], total_steps=10), 1) == expected
 
 
 def test_from_the_moment_on():
-    policy = policies.static_prefix(10, [(0.5, 0.6)])
+    policy = policies.static_prefix([(0.5, 0.6)], total_steps=10)
     assert [frozen_at(policy, step) for step in (1, 4, 5, 10)] == ["", "", "abc", "abc"]
 
 
 def test_stages_one_after_another():
-    policy = policies.static_prefix(10, ((0.0, 0.2), (0.3, 0.6), (0.5, 1.0)))
+    policy = policies.static_prefix(((0.0, 0.2), (0.3, 0.6), (0.5, 1.0)), total_steps=10)
     expected = ["a", "a", "abc", "abc", "abcd", "abcd"]
     assert [frozen_at(policy, step) for step in (1, 2, 3, 4, 5, 10)] == expected
 
 
 def test_of_stages_at_the_same_moment_the_larger_counts():
-    assert frozen_at(policies.static_prefix(10, [(0.5, 0.2), (0.5, 0.4)]), 5) == "ab"
+    assert frozen_at(policies.static_prefix([(0.5, 0.2), (0.5, 0.4)], total_steps=10), 5) == "ab"
 
 
 def test_moment_is_not_a_step_late_by_rounding():
-    assert frozen_at(policies.static_prefix(100, [(0.07, 0.5)]), 7) == "ab"  # 0.07 * 100 > 7
+    assert frozen_at(policies.static_prefix([(0.07, 0.5)], total_steps=100), 7) == "ab"  # 0.07 * 100 > 7
 
 
 def test_costs():
     costs = {"a": 1, "b": 6, "c": 1, "d": 1, "e": 1}
-    assert frozen_at(policies.static_prefix(10, [(0.0, 0.69)], costs=costs), 1) == "a"
-    assert frozen_at(policies.static_prefix(10, [(0.0, 0.7)], costs=costs), 1) == "ab"
+    assert frozen_at(policies.static_prefix([(0.0, 0.69)], total_steps=10, costs=costs), 1) == "a"
+    assert frozen_at(policies.static_prefix([(0.0, 0.7)], total_steps=10, costs=costs), 1) == "ab"
 
 
 def test_kept_layers_are_passed_over():
-    assert frozen_at(policies.static_prefix(10, [(0.0, 0.4)], keep=["a"]), 1) == "bc"
-    assert frozen_at(policies.static_prefix(10, [(0.0, 1.0)], keep=()), 1) == "abcde"
+    assert frozen_at(policies.static_prefix([(0.0, 0.4)], total_steps=10, keep=["a"]), 1) == "bc"
+    assert frozen_at(policies.static_prefix([(0.0, 1.0)], total_steps=10, keep=()), 1) == "abcde"
 
 
 @pytest.mark.parametrize(

@@ -7,8 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smartfrz_jax import History
-from smartfrz_jax.predictor import history
+from smartfrz_jax.predictor import History, history
 
 RNG = np.random.default_rng(0)
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from smartfrz_jax import History, Predictor, PredictorConfig
+from smartfrz_jax import Predictor
+from smartfrz_jax.predictor import History, PredictorConfig
 from smartfrz_jax.predictor.context import FLAGGED, context_names, encode_context
 from smartfrz_jax.predictor.encoding import PAPER, Encoding, encode_records
 from smartfrz_jax.predictor.predictor import Statistic, freeze_probability

@@ -35,7 +35,7 @@ def test_is_small_enough_for_the_wheel(name):
 
 
 def test_the_papers_has_the_papers_shape():
-    assert sfj.Predictor.pretrained("paper").config == sfj.PredictorConfig(encoding=PAPER)
+    assert sfj.Predictor.pretrained("paper").config == sfj.predictor.PredictorConfig(encoding=PAPER)
 
 
 def test_the_main_figures_of_the_card(default):
@@ -55,7 +55,7 @@ def test_it_is_better_than_the_two_scalars_there(default):
         names = context_names(default.config.encoding)
         progress, depth = (file["context"][:, names.index(name)] for name in ("progress", "depth"))
         logit = intercept + of_progress * progress + of_depth * depth
-        control = sfj.evaluate(1 / (1 + np.exp(-logit)), file["target"], groups=file["moment"])
+        control = sfj.learning.evaluate(1 / (1 + np.exp(-logit)), file["target"], groups=file["moment"])
     assert held_out.judge(HELD_OUT, default).auc > control.auc
 
 
@@ -110,7 +110,7 @@ def confidence(predictor, **numbers):
         jnp.zeros((n, 30, 0)), jnp.ones((n, 30), bool), jnp.asarray(context, jnp.float32),
         jnp.ones((n, len(names)), bool), jnp.ones(n),
     )  # fmt: skip
-    return np.asarray(jax.device_get(sfj.freeze_probability(predictor, encoded)))
+    return np.asarray(jax.device_get(sfj.predictor.freeze_probability(predictor, encoded)))
 
 
 @pytest.mark.parametrize(

@@ -159,7 +159,9 @@ class TestProbeOfAModel:
             model = Net()
             layers = sfj.nnx.find_layers(model, self.X)
             optimizer = sfj.nnx.Optimizer(model, optax.adam(0.05), layers=layers)
-            config = sfj.PredictorConfig(size=8, encoding=sfj.Encoding("none", regime=("contribution",)))
+            config = sfj.predictor.PredictorConfig(
+                size=8, encoding=sfj.predictor.Encoding("none", regime=("contribution",))
+            )
             policy = sfj.smartfrz(
                 sfj.Predictor(config, rngs=nnx.Rngs(1)),
                 record_every=1,

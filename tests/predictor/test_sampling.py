@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from smartfrz_jax import Layer, Layers, Tailoring, find_layers
-from smartfrz_jax.predictor import sampling
+from smartfrz_jax import Layer, Layers, find_layers
+from smartfrz_jax.predictor import Tailoring, sampling
 
 P = PartitionSpec
 

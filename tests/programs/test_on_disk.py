@@ -18,7 +18,7 @@ SCRIPT = textwrap.dedent(
 
     hits = []
     jax.monitoring.register_event_listener(lambda event, **_: hits.append(event))
-    sfj.keep_programs(sys.argv[1])
+    sfj.enable_compilation_cache(sys.argv[1])
     params = {name: jnp.eye(8) for name in "ab"}
     apply_fn = lambda params, x: jnp.tanh(x @ params["a"]) @ params["b"]
     layers = sfj.find_layers(params, apply_fn, jnp.ones((2, 8)))
@@ -60,4 +60,4 @@ def test_a_second_process_compiles_nothing(tmp_path):
 def test_a_directory_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"directory: programs cannot be kept in .*file"):
-        sfj.keep_programs(tmp_path / "file")
+        sfj.enable_compilation_cache(tmp_path / "file")

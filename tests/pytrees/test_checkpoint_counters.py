@@ -14,7 +14,7 @@ from smartfrz_jax import linen
 pytestmark = pytest.mark.usefixtures("jax_defaults")
 
 X = np.linspace(-1, 1, 8, dtype=np.float32).reshape(2, 4)
-POLICY = sfj.policies.static_prefix(4, [(0.5, 0.5)])
+POLICY = sfj.policies.static_prefix([(0.5, 0.5)], total_steps=4)
 
 
 def counted():

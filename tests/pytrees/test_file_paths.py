@@ -128,17 +128,17 @@ def test_weights(home, bucket):
 
 def test_programs(home, bucket):
     for folder, expected in (("~/programs", str(home / "programs")), (f"{bucket}/programs", f"{bucket}/programs")):
-        sfj.keep_programs(folder)
+        sfj.enable_compilation_cache(folder)
         assert jax.config.values["jax_compilation_cache_dir"] == expected
     assert (home / "store/bucket/programs").is_dir()
 
 
 def test_activations_on_disk_are_local(home):
     frontier = [jax.ShapeDtypeStruct((1, 2), jnp.float32)]
-    sfj.ActivationCache(frontier, 4, place="~/activations")
+    sfj.caching.ActivationCache(frontier, 4, place="~/activations")
     assert any((home / "activations").iterdir())
     with pytest.raises(ValueError, match="place: got gs://bucket/x, expected a local path"):
-        sfj.ActivationCache(frontier, 4, place="gs://bucket/x")
+        sfj.caching.ActivationCache(frontier, 4, place="gs://bucket/x")
 
 
 def test_data_directories(home, bucket):

@@ -20,9 +20,9 @@ pytestmark = pytest.mark.usefixtures("jax_defaults")
 # As long as a decision, its effect and a few steps behind take.
 _EPOCHS = 3 * LEAD / 62
 _FOLLOWERS = {
-    "progress:0.5": Strategy(lambda s: sfj.progress(s.total_steps, caution=0.3)),
-    "static": Strategy(lambda s: sfj.static_prefix(s.total_steps, [(0.2, 0.5)], costs=s.costs)),
-    "late": Strategy(lambda s: sfj.static_prefix(s.total_steps, [(0.99, 1.0)], costs=s.costs)),
+    "progress:0.5": Strategy(lambda s: sfj.progress(total_steps=s.total_steps, caution=0.3)),
+    "static": Strategy(lambda s: sfj.static_prefix([(0.2, 0.5)], total_steps=s.total_steps, costs=s.costs)),
+    "late": Strategy(lambda s: sfj.static_prefix([(0.99, 1.0)], total_steps=s.total_steps, costs=s.costs)),
 }
 
 

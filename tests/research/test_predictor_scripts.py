@@ -14,8 +14,8 @@ from research.predictors import fit, held_out, learning_runs
 from research.predictors.figures import Figures, table
 from research.predictors.folds import folds
 from research.predictors.variants import TARGETS, VARIANTS, Variant
-from smartfrz_jax import Predictor, by_run, encode_examples, evaluate, make_examples, moments, predict
-from smartfrz_jax.learning import recording_files
+from smartfrz_jax import Predictor
+from smartfrz_jax.learning import by_run, encode_examples, evaluate, make_examples, moments, predict, recording_files
 from smartfrz_jax.learning.controls import CONTROLS, two_scalar_coefficients
 from smartfrz_jax.learning.recording import Recording
 

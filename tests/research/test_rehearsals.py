@@ -27,8 +27,8 @@ PLAN = Plan(rehearsed="static:half", ready="static:all", otherwise="progress:0.5
 
 
 def rehearsed(seed, harm, chosen, share=0.1, case="case"):
-    harms = {"static:half": sfj.Harm(harm, 0.01)}
-    return Rehearsed(case, seed, share, 0.2 + seed / 10, sfj.Rehearsal(10, 2.0, 1.8, harms, chosen))
+    harms = {"static:half": sfj.policies.Harm(harm, 0.01)}
+    return Rehearsed(case, seed, share, 0.2 + seed / 10, sfj.policies.Rehearsal(10, 2.0, 1.8, harms, chosen))
 
 
 def result(strategy, seed, loss, accuracy, compute=1.0, cached=1.0, seconds=2.0):

@@ -58,7 +58,7 @@ def policy_of(name, layers, probe):
             reference = {
                 layer: np.random.default_rng(2).standard_normal((BATCH, 8), np.float32) for layer in layers.names
             }
-            return sfj.similarity_guided(reference, evaluate_every=3, window=3, tolerance=0.1)
+            return sfj.policies.similarity_guided(reference, evaluate_every=3, window=3, tolerance=0.1)
         case _:  # with kept moments, or kept activations
             return returning_layers()
 

@@ -89,7 +89,7 @@ def test_weight_decay_may_be_traced(jax_defaults, name):
 
 
 def test_linear_anneals_every_layer_to_its_own_end(layers):
-    tx = make_optimizer(options("--policy", "linear", "--t0", "0.5", "--learning-rate", "0.1"), layers, STEPS)
+    tx = make_optimizer(options("--policy", "freezeout", "--t0", "0.5", "--learning-rate", "0.1"), layers, STEPS)
     state = tx.init(PARAMS)
     sizes = []
     for _ in range(STEPS):
@@ -99,14 +99,14 @@ def test_linear_anneals_every_layer_to_its_own_end(layers):
     assert sizes[-2][1] > 0
 
 
-@pytest.mark.parametrize("changed", [("--warmup-epochs", "4"), ("--warmup-epochs", "1", "--policy", "linear")])
+@pytest.mark.parametrize("changed", [("--warmup-epochs", "4"), ("--warmup-epochs", "1", "--policy", "freezeout")])
 def test_a_warm_up_that_does_not_fit_is_refused(layers, changed):
     with pytest.raises(ValueError, match=r"warmup_epochs: got \d"):
         make_optimizer(options(*changed), layers, STEPS)
 
 
 @pytest.mark.parametrize(
-    "name", ["never", "linear", "autofreeze", "similarity_guided", "static_prefix", "random", "smartfrz", "progress"]
+    "name", ["never", "freezeout", "autofreeze", "similarity_guided", "static_prefix", "random", "smartfrz", "progress"]
 )
 def test_every_policy_can_be_chosen(layers, name):
     changed = ["--policy", name, "--budget", "0.75", "--stages", "0.2:0.75"]
@@ -116,7 +116,7 @@ def test_every_policy_can_be_chosen(layers, name):
         reference = {"a": jnp.eye(3), "b": jnp.eye(3)}
     policy = make_policy(options(*changed), steps_per_epoch=10, costs={"a": 3.0, "b": 1.0}, reference=reference)
     state = policy.init(layers, PARAMS)
-    if name in ("never", "static_prefix", "linear", "random", "progress"):
+    if name in ("never", "static_prefix", "freezeout", "random", "progress"):
         frozen = frozenset()
         for step in range(1, STEPS + 1):
             frozen, state = policy.update(state, layers, step=step, params=lambda: PARAMS)
@@ -129,7 +129,7 @@ def test_every_policy_can_be_chosen(layers, name):
 def test_predictors_that_can_be_chosen(layers, tmp_path, name):
     if name == "a path":
         name = str(tmp_path / "predictor")
-        sfj.Predictor(sfj.PredictorConfig(size=16), rngs=nnx.Rngs(0)).save(name)
+        sfj.Predictor(sfj.predictor.PredictorConfig(size=16), rngs=nnx.Rngs(0)).save(name)
     chosen = options("--policy", "smartfrz", "--predictor", name)
     policy = make_policy(chosen, steps_per_epoch=100, costs={"a": 3.0, "b": 1.0}, reference=None)
     sampled = {"default": 1, "paper": 1024}.get(name, 16)  # the default reads no weights, so there is a zero
@@ -166,7 +166,7 @@ def test_refuses_stages_of_another_form(text, capsys):
 
 @pytest.mark.slow
 def test_caution_and_patience(layers, tmp_path):
-    predictor = sfj.Predictor(sfj.PredictorConfig(size=16), rngs=nnx.Rngs(0))
+    predictor = sfj.Predictor(sfj.predictor.PredictorConfig(size=16), rngs=nnx.Rngs(0))
     predictor.classifier.layers[2].bias[...] = jnp.array([0.0, 100.0])  # always sure
     predictor.save(tmp_path / "predictor")
     smartfrz = ["--policy", "smartfrz", "--predictor", str(tmp_path / "predictor")]

@@ -39,7 +39,7 @@ def test_the_demo_runs_to_the_end(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(demo, "STAGE_SIZES", (1, 1, 1))
     assert demo.main(["--out", str(tmp_path), "--epochs", "3", "--pretrain-epochs", "1", "--quiet"]) == 0
     steps = 3 * (600 // demo.BATCH_SIZE)
-    runs = [log.read(tmp_path / f"{name}.jsonl") for name in ("never", "smartfrz", "progress", "linear")]
+    runs = [log.read(tmp_path / f"{name}.jsonl") for name in ("never", "smartfrz", "progress", "freezeout")]
     for tuning in runs:
         assert [step.step for step in tuning.steps] == list(range(1, steps + 1))
         assert 0.1 < tuning.metrics["accuracy"] <= 1
@@ -54,7 +54,7 @@ def test_the_demo_runs_to_the_end(tmp_path, capsys, monkeypatch):
     assert runs[3].freezes[-1].step < len(flops[3])
     assert (tmp_path / "demo.png").read_bytes().startswith(b"\x89PNG")
     table = (tmp_path / "demo.md").read_text()
-    for wanted in ("never", "smartfrz", "progress", "linear", "TFLOPs", "accuracy", "compilation"):
+    for wanted in ("never", "smartfrz", "progress", "freezeout", "TFLOPs", "accuracy", "compilation"):
         assert wanted in table
     out = capsys.readouterr().out
     for path in ("demo.png", "demo.md"):

@@ -44,5 +44,5 @@ def test_a_log_that_cannot_be_written_anew_leaves_the_old_one(tmp_path):
     with Log(tmp_path / "log.jsonl", Run("never", ("a",))):
         pass
     with pytest.raises(TypeError, match="not JSON serializable"):
-        Log(tmp_path / "log.jsonl", Run("linear", ("a",), {"x": object()}))
+        Log(tmp_path / "log.jsonl", Run("freezeout", ("a",), {"x": object()}))
     assert read(tmp_path / "log.jsonl").name == "never"

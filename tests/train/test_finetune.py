@@ -163,7 +163,7 @@ def test_a_run_killed_before_its_first_checkpoint_and_interrupted_goes_on_bit_fo
     few_blocks, tmp_path, monkeypatch, capsys
 ):
     arguments = [*few_blocks[:-2], "--train-split", "train[:40]", "--batch-size", "10", "--epochs", "2", "--policy",
-                 "linear", "--t0", "0.3", "--lead", "1", "--min-saving", "0.2",
+                 "freezeout", "--t0", "0.3", "--lead", "1", "--min-saving", "0.2",
                  "--keep-programs", str(tmp_path / "programs"), "--out"]  # fmt: skip
     assert finetune.main([*arguments, str(tmp_path / "straight")]) == 0
     monkeypatch.setattr(interrupt, "Interrupt", KilledAt)
@@ -214,7 +214,7 @@ def test_a_run_killed_before_its_first_checkpoint_and_interrupted_goes_on_bit_fo
         (["--scan", "--train-split", "train[:64]"], "scan: efficientnet-lite0 has no stack"),
         (["--model", "vgg11", "--stem", "cifar", "--train-split", "train[:64]"], "stem: vgg11 has no strided stem"),
         pytest.param(
-            ["--policy", "linear", "--warmup-epochs", "1", "--train-split", "train[:64]"],
+            ["--policy", "freezeout", "--warmup-epochs", "1", "--train-split", "train[:64]"],
             "warmup_epochs: got 1.0",
             marks=pytest.mark.slow,
         ),
@@ -330,7 +330,7 @@ def test_a_baseline_that_cannot_be_compared_with_is_refused(tmp_path, there, cha
 
 def test_a_baseline_may_differ_in_how_it_was_trained(tmp_path):
     write_log(tmp_path / "run", options("--policy", "never", "--seed", "3").settings())
-    assert len(resume.read_baseline(options("--policy", "linear"), tmp_path / "run", 4).steps) == 4
+    assert len(resume.read_baseline(options("--policy", "freezeout"), tmp_path / "run", 4).steps) == 4
 
 
 def test_every_option_is_in_the_settings():

@@ -11,7 +11,7 @@ from train.log import Compiled, Evaluation, Log, Phase, Run, Step, finite, read
 
 @pytest.fixture
 def path(tmp_path):
-    with Log(tmp_path / "log.jsonl", Run("linear", ("a", "b"), {"seed": 3})) as log:
+    with Log(tmp_path / "log.jsonl", Run("freezeout", ("a", "b"), {"seed": 3})) as log:
         log.add(Compiled(1, 0, 2.0, False, 1.5, 1000))
         for step in (1, 2, 3):
             log.add(Step(step, finite(1.0 / step), 0.5, 0.25, int(step > 2), 100.0 * step, 8))
@@ -23,7 +23,7 @@ def path(tmp_path):
 
 def test_a_log_reads_back_as_written(path):
     run = read(path)
-    assert (run.name, run.layers, run.settings) == ("linear", ("a", "b"), {"seed": 3})
+    assert (run.name, run.layers, run.settings) == ("freezeout", ("a", "b"), {"seed": 3})
     assert run.steps[1] == Step(2, 0.5, 0.5, 0.25, 0, 200.0, 8)
     assert run.freezes == [sfj.FreezeEvent(2, ("a",))]
     assert run.metrics == {"accuracy": 0.75}
@@ -35,7 +35,7 @@ def test_a_log_reads_back_as_written(path):
 
 
 def test_phases_are_steps_with_the_same_layers_frozen(tmp_path):
-    with Log(tmp_path / "log.jsonl", Run("linear", ("a", "b"))) as log:
+    with Log(tmp_path / "log.jsonl", Run("freezeout", ("a", "b"))) as log:
         for step, (frozen, seconds) in enumerate([(0, 4.0), (0, 1.0), (0, 2.0), (1, 0.5), (0, 3.0)], 1):
             log.add(Step(step, 1.0, seconds, 0.0, frozen, 10.0 - frozen, 80 - frozen))
         log.add(Compiled(1, 0, 1.0, False, 1.0, 500))

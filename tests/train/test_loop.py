@@ -24,7 +24,7 @@ def test_flops_are_those_of_the_program_or_as_predicted(tmp_path, jax_defaults, 
     x = jnp.ones((4, 8))
     model = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
     optimizer = sfj.nnx.Optimizer(model, optax.sgd(0.1), layers=sfj.nnx.find_layers(model, x))
-    freezer, step = sfj.nnx.Freezer(model, optimizer, sfj.never()), sfj.TrainStep(train_step)
+    freezer, step = sfj.nnx.Freezer(model, optimizer, sfj.policies.never()), sfj.TrainStep(train_step)
     asked = []
 
     def flops(frozen):

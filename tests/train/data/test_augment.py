@@ -34,7 +34,7 @@ def pil_resize(image, size):
 
 
 def device_boxes(n, height, width, area):
-    draw = functools.partial(images.random_box, height=height, width=width, area=area, ratio=(3 / 4, 4 / 3))
+    draw = functools.partial(augment.random_box, height=height, width=width, area=area, ratio=(3 / 4, 4 / 3))
     return np.asarray(jax.jit(jax.vmap(draw))(jax.random.split(KEY, n)))
 
 
