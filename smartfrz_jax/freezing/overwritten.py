@@ -13,11 +13,10 @@ from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 
 from smartfrz_jax.freezing.transform import Frozen
 from smartfrz_jax.layers.layers import Layer, Layers
+from smartfrz_jax.layers.overwritten import PARAMS, is_overwritten
 from smartfrz_jax.pytrees import paths
 
 PyTree = Any
-
-_PARAMS = "params"
 
 
 def are_in(params: PyTree) -> bool:
@@ -27,13 +26,13 @@ def are_in(params: PyTree) -> bool:
 
 def optimized(params: PyTree) -> PyTree:
     """The part of the parameters, or of their gradients, that the optimizer sees."""
-    return params[_PARAMS] if are_in(params) else params
+    return params[PARAMS] if are_in(params) else params
 
 
 def optimized_frozen(frozen: Frozen) -> Frozen:
     """A frozen set for that part, with the names of the parameters as they are there."""
-    prefix = _PARAMS + paths.SEPARATOR
-    if not any(map(_is_one, frozen.layers.owner)):
+    prefix = PARAMS + paths.SEPARATOR
+    if not any(map(is_overwritten, frozen.layers.owner)):
         return frozen
 
     def inside(names: Collection[str]) -> tuple[str, ...]:
@@ -48,20 +47,4 @@ def overwrite(params: PyTree, optimized: PyTree, grads: PyTree, frozen: Frozen) 
     if not are_in(params):
         return optimized
     new = paths.tree_map(lambda name, old, grad: old if name in frozen.params else grad, params, grads)
-    return {_PARAMS: optimized, OVERWRITE_WITH_GRADIENT: new[OVERWRITE_WITH_GRADIENT]}
-
-
-def homes(params: Collection[str]) -> dict[str, str]:
-    """The module of each parameter; of such values, the innermost around them that holds one of the others."""
-    parents = {name: name.rpartition(paths.SEPARATOR)[0] for name in params}
-    modules = {parent for name, parent in parents.items() if not _is_one(name)}
-    for name in filter(_is_one, params):
-        around = parents[name].replace(OVERWRITE_WITH_GRADIENT, _PARAMS, 1)
-        while around and around not in modules:
-            around = around.rpartition(paths.SEPARATOR)[0]
-        parents[name] = around or parents[name]
-    return parents
-
-
-def _is_one(name: str) -> bool:
-    return name.startswith(OVERWRITE_WITH_GRADIENT + paths.SEPARATOR)
+    return {PARAMS: optimized, OVERWRITE_WITH_GRADIENT: new[OVERWRITE_WITH_GRADIENT]}

@@ -9,10 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
-from smartfrz_jax.freezing import overwritten
 from smartfrz_jax.layers import dataflow, stacks
 from smartfrz_jax.layers.blocks import blocks
 from smartfrz_jax.layers.layers import Layer, Layers, check_params
+from smartfrz_jax.layers.overwritten import homes
 from smartfrz_jax.pytrees import checks, paths
 
 PyTree = Any
@@ -128,7 +128,7 @@ def _modules(leaves: Mapping[str, Any], state: Collection[str]) -> dict[str, lis
 
     So do variables that do not train, where the module has no parameters.
     """
-    parents = overwritten.homes(leaves)
+    parents = homes(leaves)
     with_children = {""}
     for parent in parents.values():
         while parent:

@@ -20,4 +20,3 @@ from smartfrz_jax.learning.splits import moments as moments
 from smartfrz_jax.learning.targets import Harmless as Harmless
 from smartfrz_jax.learning.targets import Settled as Settled
 from smartfrz_jax.learning.targets import settled as settled
-from smartfrz_jax.learning.targets import stabilised as stabilised

@@ -1,7 +1,7 @@
 """When should a layer have been frozen? Freeze/keep targets from recorded runs, by several criteria.
 
 Paper, section 3.4: once a layer's CKA with the well-trained reference has stabilised, the target is *freeze*. What
-"stabilised" means the paper leaves open: :func:`settled` is with hindsight, :func:`stabilised` without. The criteria
+"stabilised" means the paper leaves open: :func:`settled` is with hindsight, ``stabilised`` without. The criteria
 :class:`Settled` and :class:`Harmless` ask a whole recording, the second not whether a layer has stopped changing but
 what it costs to freeze it.
 """
@@ -16,6 +16,7 @@ import numpy as np
 
 from smartfrz_jax.learning.harm import fill
 from smartfrz_jax.learning.recording import Recording
+from smartfrz_jax.predictor.cka import check_curves, check_flatness, stabilised
 from smartfrz_jax.pytrees import checks
 
 if TYPE_CHECKING:
@@ -24,39 +25,15 @@ if TYPE_CHECKING:
 Criterion = Callable[[Recording], np.ndarray]
 
 
-def stabilised(
-    cka: Float[np.ndarray, "records layers"], *, window: int = 5, tolerance: float = 0.02
-) -> Bool[np.ndarray, "records layers"]:
-    """Has the curve been flat lately? Needs no hindsight, so a policy can ask it while the network trains.
-
-    Args:
-        cka: CKA of every layer at every record.
-        window: Number of records, this one included, that are looked at.
-        tolerance: Largest difference between two of them.
-
-    Returns:
-        Shape ``(records, layers)``; false for the first ``window - 1`` records. It may become false again.
-
-    Raises:
-        ValueError: If ``cka`` is not a finite matrix, ``window`` is below 2 or ``tolerance`` below 0.
-    """
-    cka = _check(cka, window, tolerance)
-    flat = np.zeros(cka.shape, bool)
-    if len(cka) >= window:
-        windows = np.lib.stride_tricks.sliding_window_view(cka, window, axis=0)
-        flat[window - 1 :] = np.ptp(windows, axis=-1) <= tolerance
-    return flat
-
-
 def settled(
     cka: Float[np.ndarray, "records layers"], *, window: int = 5, tolerance: float = 0.02
 ) -> Bool[np.ndarray, "records layers"]:
     """Has the curve come to its end? With hindsight: for targets.
 
-    A layer has settled at the first record at which its curve :func:`stabilised` and from which on, to the end of the
+    A layer has settled at the first record at which its curve has stabilised and from which on, to the end of the
     run, it stays within ``tolerance`` of its final level, the mean of its last ``window`` records. A plateau that the
     curve leaves again does not count. It remains settled from there on, as a frozen layer remains frozen, even where
-    the curve then wanders, within ``tolerance`` of the final level, by more than :func:`stabilised` allows.
+    the curve then wanders, within ``tolerance`` of the final level, by more than that allows.
 
     Args:
         cka: CKA of every layer at every record.
@@ -69,26 +46,10 @@ def settled(
     Raises:
         ValueError: If ``cka`` is not a finite matrix, ``window`` is below 2 or ``tolerance`` below 0.
     """
-    cka = _check(cka, window, tolerance)
+    cka = check_curves(cka, window, tolerance)
     near = np.abs(cka - cka[-window:].mean(axis=0)) <= tolerance
     stays = np.logical_and.accumulate(near[::-1], axis=0)[::-1]
     return np.logical_or.accumulate(stays & stabilised(cka, window=window, tolerance=tolerance), axis=0)
-
-
-def _check(cka: np.ndarray, window: int, tolerance: float) -> np.ndarray:
-    cka = checks.array(cka, "cka", "a matrix (records, layers) of numbers").astype(np.float64)
-    if cka.ndim != 2 or not len(cka) or not np.isfinite(cka).all():
-        raise ValueError(
-            f"cka: got shape {cka.shape}, {int((~np.isfinite(cka)).sum())} values not finite; "
-            "expected (records, layers), all finite"
-        )
-    _check_options(window, tolerance)
-    return cka
-
-
-def _check_options(window: int, tolerance: float) -> None:
-    checks.count(window, "window", least=2)
-    checks.between(tolerance, "tolerance", "a difference in CKA of 0 or more", 0, np.inf)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +69,7 @@ class Settled:
 
     def __post_init__(self) -> None:
         checks.choice(self.supervision, "supervision", ("cka", "own_cka"))
-        _check_options(self.window, self.tolerance)
+        check_flatness(self.window, self.tolerance)
 
     def __call__(self, recording: Recording) -> Bool[np.ndarray, "records layers"]:
         """True where the layer should be frozen.

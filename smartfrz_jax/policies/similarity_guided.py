@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from smartfrz_jax.layers.layers import Layers
-from smartfrz_jax.learning.targets import stabilised
 from smartfrz_jax.policies.base import Policy, check_finite, check_update, freezable, kept, names_of, require
-from smartfrz_jax.predictor.cka import layer_similarity
+from smartfrz_jax.predictor.cka import layer_similarity, stabilised
 from smartfrz_jax.pytrees import checks, hosts
 
 if TYPE_CHECKING:
@@ -46,7 +45,7 @@ def similarity_guided(
     """A policy that freezes a layer once its output has stopped changing relative to that of the well-trained network.
 
     The measure is linear CKA on a fixed probe batch (paper, Eq. 5). A layer freezes when its last ``window`` values
-    differ by at most ``tolerance`` (:func:`smartfrz_jax.learning.targets.stabilised`), whatever the other layers do.
+    differ by at most ``tolerance`` (:func:`smartfrz_jax.predictor.stabilised`), whatever the other layers do.
 
     It needs a function that computes the layers' outputs; that is called at evaluations only.
 

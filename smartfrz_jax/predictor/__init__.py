@@ -2,6 +2,7 @@
 
 from smartfrz_jax.predictor.cka import layer_cka as layer_cka
 from smartfrz_jax.predictor.cka import linear_cka as linear_cka
+from smartfrz_jax.predictor.cka import stabilised as stabilised
 from smartfrz_jax.predictor.encoding import Encoding as Encoding
 from smartfrz_jax.predictor.history import History as History
 from smartfrz_jax.predictor.observation import Observation as Observation

@@ -20,7 +20,7 @@ from jax.core import Tracer
 from smartfrz_jax.pytrees import checks
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float
+    from jaxtyping import Array, Bool, Float
 
 
 def linear_cka(x: Float[Array, "examples ..."], y: Float[Array, "examples ..."]) -> Float[Array, ""]:
@@ -150,6 +150,48 @@ def _check(x: Any, y: Any, x_name: str, y_name: str) -> None:
             f"{x_name}, {y_name}: got {x[0]} and {y[0]} examples (shapes {x} and {y}), expected as many; "
             "compute both on the same batch"
         )
+
+
+def stabilised(
+    cka: Float[np.ndarray, "records layers"], *, window: int = 5, tolerance: float = 0.02
+) -> Bool[np.ndarray, "records layers"]:
+    """Has the curve been flat lately? Needs no hindsight, so a policy can ask it while the network trains.
+
+    Args:
+        cka: CKA of every layer at every record.
+        window: Number of records, this one included, that are looked at.
+        tolerance: Largest difference between two of them.
+
+    Returns:
+        Shape ``(records, layers)``; false for the first ``window - 1`` records. It may become false again.
+
+    Raises:
+        ValueError: If ``cka`` is not a finite matrix, ``window`` is below 2 or ``tolerance`` below 0.
+    """
+    cka = check_curves(cka, window, tolerance)
+    flat = np.zeros(cka.shape, bool)
+    if len(cka) >= window:
+        windows = np.lib.stride_tricks.sliding_window_view(cka, window, axis=0)
+        flat[window - 1 :] = np.ptp(windows, axis=-1) <= tolerance
+    return flat
+
+
+def check_curves(cka: Any, window: int, tolerance: float) -> np.ndarray:
+    """CKA as a float64 matrix; raises ``ValueError`` unless it, and what is asked of it, is in order."""
+    cka = checks.array(cka, "cka", "a matrix (records, layers) of numbers").astype(np.float64)
+    if cka.ndim != 2 or not len(cka) or not np.isfinite(cka).all():
+        raise ValueError(
+            f"cka: got shape {cka.shape}, {int((~np.isfinite(cka)).sum())} values not finite; "
+            "expected (records, layers), all finite"
+        )
+    check_flatness(window, tolerance)
+    return cka
+
+
+def check_flatness(window: int, tolerance: float) -> None:
+    """Raises ``ValueError`` unless a window and a tolerance say what a flat curve is."""
+    checks.count(window, "window", least=2)
+    checks.between(tolerance, "tolerance", "a difference in CKA of 0 or more", 0, np.inf)
 
 
 @jax.jit

@@ -85,7 +85,7 @@ DOORS = [
     Door("learning.Harmless", dict),
     Door("learning.Harmless.__call__", lambda: {"recording": recording(swap_harm=CURVES)}, on=sfj.learning.Harmless),
     Door("learning.settled", lambda: {"cka": CURVES}),
-    Door("learning.stabilised", lambda: {"cka": CURVES}),
+    Door("predictor.stabilised", lambda: {"cka": CURVES}),
     Door("learning.Hiding", dict),
     Door(
         "learning.Hiding.__call__",

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from smartfrz_jax.learning.harm import fill
 from smartfrz_jax.learning.recording import Recording
-from smartfrz_jax.learning.targets import Harmless, Settled, settled, stabilised
+from smartfrz_jax.learning.targets import Harmless, Settled, settled
+from smartfrz_jax.predictor.cka import stabilised
 
 CURVES = st.lists(st.sampled_from([0.5, 0.505, 0.51, 0.515, 0.53, 0.6]), min_size=1, max_size=25)
 
