@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import numpy as np
 from jax.tree_util import keystr
-from orbax.checkpoint import v1 as ocp
 
 from smartfrz_jax.pytrees import checkpoint_leaves
 from smartfrz_jax.pytrees.file_paths import Path, PathLike, as_path, is_remote
@@ -49,7 +48,7 @@ def write(path: PathLike, tree: PyTree, kind: str, metadata: dict[str, Any], *, 
     metadata = {"kind": kind} | metadata | ({_SPECIAL: special} if special else {})
     metadata[_ARRAYS] = {name: checkpoint_leaves.checksum(array) for name, array in arrays.items()}
     metadata[_ALL] = _checksum(metadata)
-    ocp.save(str(target), arrays, overwrite=overwrite, custom_metadata=metadata)
+    _orbax().save(str(target), arrays, overwrite=overwrite, custom_metadata=metadata)
 
 
 def read_metadata(path: PathLike, kind: str) -> dict[str, Any]:
@@ -92,7 +91,7 @@ def read(path: PathLike, like: PyTree, kind: str) -> PyTree:
     saved |= metadata.custom_metadata.get(_SPECIAL, {})
     _check_fit(saved, wanted, f"the {kind} in {source}")
     try:
-        loaded = ocp.load(str(source), {name: checkpoint_leaves.abstract(saved[name], wanted[name]) for name in arrays})
+        loaded = _orbax().load(str(source), {name: checkpoint_leaves.abstract(saved[name], wanted[name]) for name in arrays})
     except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
         raise ValueError(_damaged(source, kind, error)) from error
     for name, checksum in metadata.custom_metadata.get(_ARRAYS, {}).items():
@@ -136,6 +135,13 @@ def with_dropped(path: PathLike, like: PyTree, kind: str, *, prefix: str) -> PyT
     return jax.tree_util.tree_map_with_path(dropped, like)
 
 
+def _orbax() -> Any:
+    """Orbax, which takes longer to import than all else together, so only where a checkpoint is written or read."""
+    from orbax.checkpoint import v1
+
+    return v1
+
+
 def _location(path: PathLike) -> Path:
     found = as_path(path)
     return found if is_remote(found) else found.absolute()  # of others Orbax takes only that
@@ -146,7 +152,7 @@ def _metadata(source: Path, kind: str) -> Any:
         file = ", it is a file" if source.exists() else ""
         raise FileNotFoundError(f"path: there is no directory {source}{file}; expected the checkpoint of a {kind}")
     try:
-        metadata = ocp.metadata(str(source))
+        metadata = _orbax().metadata(str(source))
     except Exception as error:  # as above
         raise ValueError(_damaged(source, kind, error)) from error
     if not isinstance(metadata.custom_metadata, dict) or metadata.custom_metadata.get("kind") != kind:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 from etils import epath
+from orbax.checkpoint import v1 as ocp
 
 import smartfrz_jax as sfj
 from models import weights
@@ -52,7 +53,7 @@ def orbax(tmp_path, monkeypatch):
         return original(path.replace("gs://", f"{tmp_path}/store/"), *args, **kwargs)
 
     for name in ("save", "load", "metadata"):
-        monkeypatch.setattr(checkpoint.ocp, name, functools.partial(mapped, getattr(checkpoint.ocp, name)))
+        monkeypatch.setattr(ocp, name, functools.partial(mapped, getattr(ocp, name)))
     return got
 
 
