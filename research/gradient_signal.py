@@ -22,8 +22,7 @@ from research.trials.gradient_signal import FRONT, Signal, measure, report
 from research.trials.rehearsals import cases
 from research.trials.result import Result, beside_never
 from research.trials.trial import Bench
-from train.interrupt import Interrupt, resumable
-from train.paths import local_path
+from train.command_line import Interrupt, local_path, resumable
 
 _FULL_RUNS = Path(__file__).resolve().parents[1] / "benchmarks" / "rehearsals" / "results.jsonl"
 

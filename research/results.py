@@ -11,7 +11,7 @@ from pathlib import Path
 
 import jax
 
-from train.files import write_whole
+from train.log import write_whole
 
 _ROOT = Path(__file__).resolve().parents[1]
 

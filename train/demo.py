@@ -29,10 +29,9 @@ import smartfrz_jax as sfj
 from models.resnet import BasicBlock, ResNet
 from smartfrz_jax.predictor.probe import Probe
 from train import fashion_mnist, report
-from train.interrupt import Interrupt, exit_code
+from train.command_line import Interrupt, exit_code, local_path
 from train.log import Evaluation, Log, Run
 from train.loop import batches, training
-from train.paths import local_path
 
 BATCH_SIZE = 64
 LEARNING_RATE = 0.05
@@ -228,7 +227,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the demo; returns the exit code, as :func:`train.interrupt.exit_code` gives it."""
+    """Runs the demo; returns the exit code, as :func:`train.command_line.exit_code` gives it."""
     args = parse(argv)
     go_on = f"the steps so far are in {args.out}/*.jsonl"
     return exit_code(lambda interrupt: demo(args, print, interrupt), args.out, go_on=go_on)

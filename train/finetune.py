@@ -17,9 +17,9 @@ from tqdm import tqdm
 import smartfrz_jax as sfj
 from models import weights
 from train import report
+from train.command_line import Interrupt, exit_code
 from train.data import Data, metrics
 from train.data.open import open_data
-from train.interrupt import Interrupt, exit_code
 from train.log import Evaluation, Log, Run
 from train.loop import make_step, training
 from train.networks import make_network

@@ -6,13 +6,13 @@ import dataclasses
 import itertools
 import json
 import math
+import os
 from typing import Any, NamedTuple, TextIO
 
 import numpy as np
 
 import smartfrz_jax as sfj
 from smartfrz_jax.pytrees.file_paths import Path, is_remote
-from train.files import write_whole
 
 
 class Step(NamedTuple):
@@ -275,3 +275,22 @@ def read(path: Path, *, until: int | None = None, argument: str = "path") -> Run
         ) from error
     run.freezes = [sfj.FreezeEvent(at, tuple(names), tuple(returned)) for at, names, returned in run.freezes]
     return run
+
+
+def write_whole(path: Path, text: str) -> None:
+    """Writes a file beside another and puts it in its place: killed at any moment, one of the two is there whole.
+
+    Args:
+        path: The file; it is made if it is not there.
+        text: What is to be in it.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    if is_remote(path):  # where files are only written whole
+        path.write_text(text)
+        return
+    target = path.resolve()  # of a link, what it points to
+    part = target.with_name(f"{target.name}.part")
+    part.write_text(text)
+    os.replace(part, target)

@@ -8,10 +8,10 @@ import os
 from typing import Literal, get_args
 
 from smartfrz_jax.pytrees.file_paths import Path
+from train.command_line import file_path
 from train.data.wordpiece import MIN_LENGTH
 from train.networks import Name
 from train.optimizers import OptimizerName
-from train.paths import file_path
 from train.policies import PolicyName
 
 KeepActivations = Literal["no", "device", "host"]

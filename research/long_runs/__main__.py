@@ -27,7 +27,7 @@ from research.long_runs.bench import Bench
 from research.long_runs.cases import CASES
 from research.long_runs.run import Job, Runner, strategy_of
 from research.long_runs.strategies import FIRST, STRATEGIES
-from train.paths import local_path
+from train.command_line import local_path
 
 RESULTS = Path(__file__).parent / "results.jsonl"
 Row = Mapping[str, Any]

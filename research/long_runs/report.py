@@ -18,8 +18,8 @@ from research import json_lines
 from research.long_runs.__main__ import RESULTS, best_rate, figure_of
 from research.long_runs.cases import CASES
 from research.long_runs.strategies import STRATEGIES
-from train.files import write_whole
-from train.paths import local_path
+from train.command_line import local_path
+from train.log import write_whole
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt

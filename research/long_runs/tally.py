@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 import smartfrz_jax as sfj
-from train.files import write_whole
+from train.log import write_whole
 
 _POINTS = 50  # of the curve of the training loss
 

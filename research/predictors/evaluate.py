@@ -29,8 +29,7 @@ from smartfrz_jax.learning.controls import CONTROLS, READING_WEIGHTS, all_contex
 from smartfrz_jax.learning.examples import Examples, make_examples
 from smartfrz_jax.learning.recording import Recording
 from smartfrz_jax.learning.splits import by_run, moments
-from train.interrupt import Interrupt, resumable
-from train.paths import local_path
+from train.command_line import Interrupt, local_path, resumable
 
 
 def jobs(

@@ -19,7 +19,7 @@ from research.predictors.variants import TARGETS, VARIANTS
 from smartfrz_jax.learning.controls import two_scalar_coefficients
 from smartfrz_jax.learning.examples import make_examples
 from smartfrz_jax.learning.recording import Recording
-from train.paths import local_path
+from train.command_line import local_path
 
 _HELD_OUT_STRIDE = 12  # records between moments
 

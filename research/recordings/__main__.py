@@ -11,7 +11,7 @@ import smartfrz_jax as sfj
 from research.recordings.plan import Run, runs
 from research.recordings.record import record
 from smartfrz_jax.learning import recording_files
-from train.paths import local_path
+from train.command_line import local_path
 
 
 def shortened(run: Run, steps: int | None) -> Run:

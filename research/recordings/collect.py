@@ -14,7 +14,7 @@ from pathlib import Path
 
 from research.recordings.plan import Run, runs
 from smartfrz_jax.learning import recording_files
-from train.paths import local_path
+from train.command_line import local_path
 
 _DESCRIPTION = """\
 Makes the predictor's training set, one file for each recorded run:

@@ -34,8 +34,7 @@ from smartfrz_jax.learning.examples import Examples, make_examples
 from smartfrz_jax.learning.harm import fill
 from smartfrz_jax.learning.recording import Recording
 from smartfrz_jax.learning.splits import by_run, moments
-from train.interrupt import Interrupt, resumable
-from train.paths import local_path
+from train.command_line import Interrupt, local_path, resumable
 
 _TARGET = "branch_harm"
 _OTHER_BATCHES = 1000  # added to the seed of a run

@@ -25,8 +25,7 @@ from research.trials.command_line import make_parser
 from research.trials.result import Result
 from research.trials.strategies import Strategy, strategies
 from research.trials.trial import Bench
-from train.interrupt import Interrupt, resumable
-from train.paths import local_path
+from train.command_line import Interrupt, local_path, resumable
 
 
 def wanted(args: argparse.Namespace, results: list[Result]) -> Iterator[tuple[str, str, Strategy, int]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from train.paths import local_path
+from train.command_line import local_path
 
 
 def make_parser(script: str, doc: str | None) -> argparse.ArgumentParser:

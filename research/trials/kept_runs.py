@@ -21,7 +21,7 @@ from research.trials.command_line import make_parser
 from research.trials.kept import KeptRun, measure, report
 from research.trials.strategies import strategies
 from research.trials.trial import Bench
-from train.interrupt import Interrupt, resumable
+from train.command_line import Interrupt, resumable
 
 
 def compare(args: argparse.Namespace, interrupt: Interrupt) -> None:

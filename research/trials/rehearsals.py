@@ -24,7 +24,7 @@ from research.trials.rehearsed import Plan, Rehearsed, report
 from research.trials.result import Result
 from research.trials.strategies import strategies
 from research.trials.trial import Bench
-from train.interrupt import Interrupt, resumable
+from train.command_line import Interrupt, resumable
 
 # The rest from 60 % of the run on: from half time it costs EfficientNet-Lite0 twice as much for little more saved.
 PLAN = Plan(rehearsed="static:half", ready="static:half,all:0.6", otherwise="progress:0.95")

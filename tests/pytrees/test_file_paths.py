@@ -19,7 +19,7 @@ from smartfrz_jax.pytrees import checkpoint, file_paths
 from tests.learning.test_recording import example
 from tests.models.test_weights import assert_same, resnet, values
 from tests.support.buckets import buckets
-from train import finetune, interrupt, log, resume
+from train import command_line, finetune, log, resume
 from train.data import directory
 from train.options import parse
 
@@ -193,5 +193,5 @@ def test_the_output_is_tried_before_anything_else(tmp_path, monkeypatch, capsys)
     monkeypatch.setattr(pathlib.Path, "write_text", refused)
     assert finetune.main([*ARGUMENTS, "--out", str(tmp_path)]) == 2
     assert f"--out: cannot make the folder {tmp_path} and write in it (Permission denied)" in capsys.readouterr().err
-    assert interrupt.exit_code(pytest.fail, file_paths.as_path("gs://bucket/run"), go_on="") == 2
+    assert command_line.exit_code(pytest.fail, file_paths.as_path("gs://bucket/run"), go_on="") == 2
     assert "--out: cannot make the folder gs://bucket/run and write in it (" in capsys.readouterr().err

@@ -9,7 +9,7 @@ import pytest
 import safetensors.numpy
 
 from models.deit import deit_tiny
-from train import finetune, interrupt, log, networks, report, resume
+from train import command_line, finetune, log, networks, report, resume
 from train.options import parse
 
 pytestmark = pytest.mark.usefixtures("jax_defaults")
@@ -130,7 +130,7 @@ def test_scanned_blocks_are_logged_one_by_one(few_blocks, tmp_path, capsys):
     assert "predicted steps, TFLOPs" in report.table([scanned])
 
 
-class InterruptedAt(interrupt.Interrupt):
+class InterruptedAt(command_line.Interrupt):
     """Ctrl-C before a certain step."""
 
     at = 7  # in the second epoch, half of the layers frozen
@@ -166,11 +166,11 @@ def test_a_run_killed_before_its_first_checkpoint_and_interrupted_goes_on_bit_fo
                  "freezeout", "--t0", "0.3", "--lead", "1", "--min-saving", "0.2",
                  "--keep-programs", str(tmp_path / "programs"), "--out"]  # fmt: skip
     assert finetune.main([*arguments, str(tmp_path / "straight")]) == 0
-    monkeypatch.setattr(interrupt, "Interrupt", KilledAt)
+    monkeypatch.setattr(command_line, "Interrupt", KilledAt)
     with pytest.raises(Killed):
         finetune.main([*arguments, str(tmp_path / "stopped")])
     assert len(log.read(tmp_path / "stopped/log.jsonl").steps) == 2
-    monkeypatch.setattr(interrupt, "Interrupt", InterruptedAt)
+    monkeypatch.setattr(command_line, "Interrupt", InterruptedAt)
     monkeypatch.setattr(InterruptedAt, "checks", 0)
     assert finetune.main([*arguments, str(tmp_path / "stopped"), "--resume"]) == 130
     said = capsys.readouterr()

@@ -1,21 +1,43 @@
-"""Ctrl-C between train steps: an exception in the midst of tracing or compiling can crash the process."""
+"""What the command lines of all scripts share: types of paths, Ctrl-C between train steps, exit codes."""
 
 from __future__ import annotations
 
 import argparse
+import pathlib
 import signal
 import sys
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType, TracebackType
 from typing import TypeVar
 
+from smartfrz_jax.pytrees import file_paths
 from smartfrz_jax.pytrees.file_paths import Path, try_to_write
 
 T = TypeVar("T")
 
 
+def file_path(text: str) -> file_paths.Path:
+    """A type for ``argparse``: a local path, with ``~`` expanded, or one of an object store, such as gs://bucket/run."""
+    return _checked(file_paths.as_path, text)
+
+
+def local_path(text: str) -> pathlib.Path:
+    """A type for ``argparse``: a local path, with ``~`` expanded."""
+    return _checked(file_paths.local_path, text)
+
+
+def _checked(make: Callable[[str], T], text: str) -> T:
+    try:
+        return make(text)
+    except ValueError as error:  # argparse would not print its text
+        raise argparse.ArgumentTypeError(str(error).removeprefix("path: ")) from error
+
+
 class Interrupt:
-    """While it is entered, the first Ctrl-C is remembered until :meth:`check`; a second one acts at once."""
+    """While it is entered, the first Ctrl-C is remembered until :meth:`check`; a second one acts at once.
+
+    So it comes between train steps: an exception in the midst of tracing or compiling can crash the process.
+    """
 
     def __init__(self) -> None:
         self._requested = False

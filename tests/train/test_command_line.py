@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from train.interrupt import Interrupt, exit_code, resumable
+from train.command_line import Interrupt, exit_code, resumable
 
 
 @pytest.mark.parametrize("presses", [1, 2])
