@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -19,37 +19,45 @@ import optax
 
 from smartfrz_jax.freezing.partition import ACTIVE, FROZEN, partition
 from smartfrz_jax.layers.layers import Layers, check_layers
+from smartfrz_jax.layers.select import Selectors, select
 from smartfrz_jax.pytrees import checks, paths
 
 PyTree = Any
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, init=False)
 class Frozen:
     """Which layers of a network are frozen: immutable and hashable, to be a static argument of the train step.
+
+    Args:
+        layers: The layers of the network.
+        names: The frozen ones: names, globs, regular expressions, predicates or NNX filters; see
+            :func:`smartfrz_jax.layers.select.select`.
 
     Attributes:
         layers: The layers of the network.
         names: Names of the frozen ones.
 
     Raises:
-        ValueError: If a name is not a layer of the network.
+        TypeError: If ``layers`` are no :class:`~smartfrz_jax.Layers`, or ``names`` select none.
+        ValueError: If one of ``names`` is not a layer of the network.
 
     Example:
         >>> import jax.numpy as jnp
         >>> from smartfrz_jax import find_layers
         >>> params = {"a": {"kernel": jnp.ones((2, 2))}, "b": {"kernel": jnp.ones((2, 2))}}
         >>> layers = find_layers(params, lambda p, x: x @ p["a"]["kernel"] @ p["b"]["kernel"], jnp.ones((1, 2)))
-        >>> Frozen(layers).add(["a"]).active
+        >>> Frozen(layers).add("a").active
         ('b',)
     """
 
     layers: Layers
-    names: frozenset[str] = frozenset()
+    names: frozenset[str]
 
-    def __post_init__(self) -> None:
-        check_layers(self.layers)
-        object.__setattr__(self, "names", frozenset(self.layers.check(self.names, "names")))
+    def __init__(self, layers: Layers, names: Selectors = ()):
+        check_layers(layers)
+        object.__setattr__(self, "layers", layers)
+        object.__setattr__(self, "names", frozenset(select(layers, names)))
 
     @classmethod
     def of_mask(cls, layers: Layers, mask: np.ndarray) -> Frozen:
@@ -65,9 +73,25 @@ class Frozen:
         checks.booleans(np.asarray(mask), "mask", "an array of bool, a boolean for each layer")
         return cls(layers, frozenset(name for name, frozen in zip(layers.names, mask, strict=True) if frozen))
 
-    def add(self, names: Iterable[str]) -> Frozen:
-        """This set and the layers of ``names``."""
-        return Frozen(self.layers, self.names.union(self.layers.check(names, "names")))
+    def add(self, names: Selectors) -> Frozen:
+        """This set and the layers that ``names`` select, as in ``Frozen(layers, names)``."""
+        return Frozen(self.layers, self.names.union(select(self.layers, names)))
+
+    def changed(self, frozen: Frozen | Selectors) -> Frozen:
+        """The frozen set of a network that is to change.
+
+        Args:
+            frozen: The new frozen set, or the layers to add to this one, as in ``Frozen(layers, names)``.
+
+        Raises:
+            TypeError: If it is neither.
+            ValueError: If a layer is not one of the network's, or the set is of another network.
+        """
+        if not isinstance(frozen, Frozen):
+            return Frozen(self.layers, self.names.union(select(self.layers, frozen, "frozen")))
+        if frozen.layers.owner.keys() != self.layers.owner.keys():  # else it groups the same parameters otherwise
+            check_frozen(frozen, self.layers)
+        return frozen
 
     @property
     def active(self) -> tuple[str, ...]:

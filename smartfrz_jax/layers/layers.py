@@ -115,12 +115,21 @@ class Layers(Sequence[Layer]):
         """
         wanted = set(checks.names(names, argument))
         for unknown in sorted(wanted.difference(self.names)):
-            near = difflib.get_close_matches(unknown, self.names, n=3, cutoff=0.4) or self.names[:3]
-            raise ValueError(
-                f"{argument}: no layer is called {unknown!r}; did you mean {' or '.join(map(repr, near))}? "
-                f"The network's {len(self)} layers are in its Layers' `names`"
-            )
+            raise ValueError(f"{argument}: no layer is called {unknown!r}; {self.hint(unknown)}")
         return tuple(name for name in self.names if name in wanted)
+
+    def hint(self, unknown: str, others: Iterable[str] = ()) -> str:
+        """What someone may have meant who named a layer that is none, for an error.
+
+        Args:
+            unknown: The name.
+            others: Guesses that come first.
+        """
+        near = difflib.get_close_matches(unknown, self.names, n=3, cutoff=0.4) or self.names[:3]
+        return (
+            f"did you mean {' or '.join(map(repr, (*others, *near)))}? "
+            f"The network's {len(self)} layers are in its Layers' `names`"
+        )
 
     @overload
     def __getitem__(self, index: int) -> Layer: ...

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,8 +14,9 @@ from flax.training import train_state
 
 from smartfrz_jax.freezing import migrate, overwritten, transform
 from smartfrz_jax.freezing.returning import Kept, Returning, make_kept
-from smartfrz_jax.freezing.transform import Frozen, check_frozen
+from smartfrz_jax.freezing.transform import Frozen
 from smartfrz_jax.layers.layers import Layers, check_layers, check_params
+from smartfrz_jax.layers.select import Selectors
 from smartfrz_jax.linen.hold import hold
 from smartfrz_jax.pytrees import checks, paths
 
@@ -195,18 +196,17 @@ class TrainState(train_state.TrainState):
         params, frozen = overwritten.optimized(self.params), overwritten.optimized_frozen(self.frozen)
         return migrate.unfrozen_opt_state(self.opt_state, self.unfrozen_tx, params, frozen.layers)
 
-    def freeze(self, frozen: Frozen | Iterable[str]) -> TrainState:
+    def freeze(self, frozen: Frozen | Selectors) -> TrainState:
         """The state for another frozen set; what the optimizer holds of layers that stay active is kept exactly.
 
         Args:
-            frozen: The new frozen set, or names of layers to add to the present one.
+            frozen: The new frozen set, or layers to add to the present one: names, globs, regular expressions,
+                predicates or NNX filters; see :func:`smartfrz_jax.layers.select.select`.
 
         Raises:
             ValueError: If a layer is not one of the network's, or ``kept`` has gone on with another state.
         """
-        new = frozen if isinstance(frozen, Frozen) else self.frozen.add(self.frozen.layers.check(frozen, "frozen"))
-        if new.layers.owner.keys() != self.frozen.layers.owner.keys():  # else it groups the same parameters otherwise
-            check_frozen(new, self.frozen.layers)
+        new = self.frozen.changed(frozen)
         if new == self.frozen:
             return self
         params, optimized = overwritten.optimized(self.params), overwritten.optimized_frozen(new)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -13,8 +13,9 @@ from flax import nnx
 
 from smartfrz_jax.freezing import migrate, transform
 from smartfrz_jax.freezing.returning import Returning, make_kept
-from smartfrz_jax.freezing.transform import Frozen, check_frozen
+from smartfrz_jax.freezing.transform import Frozen
 from smartfrz_jax.layers.layers import Layers, check_layers
+from smartfrz_jax.layers.select import Selectors
 from smartfrz_jax.nnx.hold import hold
 from smartfrz_jax.nnx.layers import check_model
 from smartfrz_jax.nnx.superseded import supersede
@@ -226,7 +227,7 @@ class Optimizer(nnx.Optimizer):
         params, opt_state = nnx.as_pure(nnx.state(model, self.wrt)), nnx.as_pure(self.opt_state)
         return migrate.unfrozen_opt_state(opt_state, self.unfrozen_tx, params, self.frozen.layers)
 
-    def freeze(self, model: nnx.Module, frozen: Frozen | Iterable[str]) -> None:
+    def freeze(self, model: nnx.Module, frozen: Frozen | Selectors) -> None:
         """Changes the frozen set; the state of layers that stay active is kept exactly.
 
         A step that was bound to the optimizer before, by ``nnx.cached_partial`` or ``nnx.jit_partial``, raises a
@@ -236,15 +237,14 @@ class Optimizer(nnx.Optimizer):
 
         Args:
             model: The model.
-            frozen: The new frozen set, or names of layers to add to the present one.
+            frozen: The new frozen set, or layers to add to the present one: names, globs, regular expressions,
+                predicates or NNX filters; see :func:`smartfrz_jax.layers.select.select`.
 
         Raises:
             ValueError: If a layer is not one of the model's, or ``kept`` has gone on with a clone.
         """
         check_model(model)
-        new = frozen if isinstance(frozen, Frozen) else self.frozen.add(self.frozen.layers.check(frozen, "frozen"))
-        if new.layers.owner.keys() != self.frozen.layers.owner.keys():  # else it groups the same parameters otherwise
-            check_frozen(new, self.frozen.layers)
+        new = self.frozen.changed(frozen)
         if new == self.frozen:
             return
         params, old = nnx.as_pure(nnx.state(model, self.wrt)), nnx.as_pure(self.opt_state)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from smartfrz_jax.layers.layers import Layers, check_params
+from smartfrz_jax.layers.select import Selectors, described
 from smartfrz_jax.policies.base import (
     MAX_CONSECUTIVE_ERRORS,
     Policy,
@@ -57,7 +58,7 @@ def autofreeze(
     *,
     percentile: float = 50,
     max_consecutive_errors: int = MAX_CONSECUTIVE_ERRORS,
-    keep: Iterable[str] | None = None,
+    keep: Selectors | None = None,
 ) -> Policy:
     r"""A policy that freezes the first layers whose gradients have stopped changing.
 
@@ -79,7 +80,8 @@ def autofreeze(
         evaluate_every: Train steps between evaluations: for the paper's four per epoch, a quarter of an epoch's steps.
         percentile: N of the paper, from 0 to 100; 50 there.
         max_consecutive_errors: Steps in a row that may be left out; more end the run, at an evaluation.
-        keep: Names of layers never to freeze; ``None`` keeps the head, ``()`` nothing.
+        keep: Layers never to freeze: names, globs, regular expressions, predicates or NNX filters (see
+            :func:`smartfrz_jax.layers.select.select`); ``None`` keeps the head, ``()`` nothing.
 
     Returns:
         The policy.
@@ -141,7 +143,7 @@ def autofreeze(
         "name": _NAME,
         "evaluate_every": int(evaluate_every),
         "percentile": float(percentile),
-        "keep": keep,
+        "keep": described(keep),
     }
     return Policy(init, update, frozenset({"grads"}), options)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
 from smartfrz_jax.layers.layers import Layers, check_layers
+from smartfrz_jax.layers.select import Selector, Selectors, as_selectors, select
 from smartfrz_jax.pytrees import checks
 
 if TYPE_CHECKING:
@@ -125,13 +126,13 @@ def scheduled(freeze_at: Callable[[Layers], Int[np.ndarray, " layers"]], options
     return Policy(init, update, options=options)
 
 
-def kept(keep: Iterable[str] | None) -> tuple[str, ...] | None:
-    """``keep`` as a tuple, so that it can be read more than once; one name alone is a tuple of one.
+def kept(keep: Selectors | None) -> tuple[Selector, ...] | None:
+    """``keep`` as a tuple, so that it can be read more than once; one selector alone is a tuple of one.
 
     Raises:
-        TypeError: If it is no sequence of names.
+        TypeError: If it selects no layers.
     """
-    return None if keep is None else checks.names(keep, "keep")
+    return None if keep is None else as_selectors(keep, "keep")
 
 
 def check_update(state: Any, kind: type, layers: Any, step: Any) -> None:
@@ -165,22 +166,23 @@ def numbers_of(costs: Any) -> dict[str, float] | None:
     return {name: checks.number(cost, "costs", expected) for name, cost in costs.items()}
 
 
-def freezable(layers: Layers, keep: Iterable[str] | None) -> Bool[np.ndarray, " layers"]:
+def freezable(layers: Layers, keep: Selectors | None) -> Bool[np.ndarray, " layers"]:
     """Which layers a policy may freeze.
 
     Args:
         layers: The network's layers.
-        keep: Names of layers never to freeze; ``None`` keeps the head, the layer used last, ``()`` nothing.
+        keep: Layers never to freeze, see :func:`smartfrz_jax.layers.select.select`; ``None`` keeps the head, the layer
+            used last, ``()`` nothing.
 
     Returns:
         Boolean array of shape ``(layers,)``.
 
     Raises:
         TypeError: If ``layers`` are no :class:`~smartfrz_jax.Layers`.
-        ValueError: If a name is not a layer of the network.
+        ValueError: If one of ``keep`` is not a layer of the network.
     """
     check_layers(layers)
-    names = set(layers.check([layers.head] if keep is None else keep, "keep"))
+    names = set(select(layers, layers.head if keep is None else keep, "keep"))
     return np.array([name not in names for name in layers.names], bool)
 
 

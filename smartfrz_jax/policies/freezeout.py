@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal, get_args
 
 import jax
@@ -12,6 +12,7 @@ import numpy as np
 import optax
 
 from smartfrz_jax.layers.layers import Layers, check_layers
+from smartfrz_jax.layers.select import Selectors, described
 from smartfrz_jax.policies.base import (
     NEVER,
     Policy,
@@ -26,7 +27,7 @@ Spacing = Literal["linear", "cubic"]
 
 
 def freezeout(
-    *, total_steps: int, t0: float = 0.5, spacing: Spacing = "linear", keep: Iterable[str] | None = None
+    *, total_steps: int, t0: float = 0.5, spacing: Spacing = "linear", keep: Selectors | None = None
 ) -> Policy:
     r"""A policy that freezes layers front to back at fixed moments.
 
@@ -39,7 +40,8 @@ def freezeout(
         t0: Moment at which the first layer freezes, as a share of the run (before it is cubed); the paper found 0.5
             best, the original code takes 0.8 with cubic spacing.
         spacing: ``"linear"`` or ``"cubic"``.
-        keep: Names of layers never to freeze; ``None`` keeps the head, ``()`` nothing.
+        keep: Layers never to freeze: names, globs, regular expressions, predicates or NNX filters (see
+            :func:`smartfrz_jax.layers.select.select`); ``None`` keeps the head, ``()`` nothing.
 
     Returns:
         The policy.
@@ -63,7 +65,13 @@ def freezeout(
         moments = np.ceil(np.round(_freeze_shares(layers, t0, spacing, keep) * total_steps, 6))
         return np.where(freezable(layers, keep), moments, NEVER)
 
-    options = {"name": "freezeout", "total_steps": int(total_steps), "t0": float(t0), "spacing": spacing, "keep": keep}
+    options = {
+        "name": "freezeout",
+        "total_steps": int(total_steps),
+        "t0": float(t0),
+        "spacing": spacing,
+        "keep": described(keep),
+    }
     return scheduled(freeze_at, options)
 
 
@@ -75,7 +83,7 @@ def freezeout_schedules(
     t0: float = 0.5,
     spacing: Spacing = "linear",
     scale_rate: bool = False,
-    keep: Iterable[str] | None = None,
+    keep: Selectors | None = None,
 ) -> dict[str, optax.Schedule]:
     r"""Each layer's learning rate in FreezeOut: a cosine to zero at the moment at which :func:`freezeout` freezes it.
 
@@ -165,7 +173,7 @@ def _check_schedule(total_steps: int, t0: float, spacing: str) -> None:
     checks.choice(spacing, "spacing", get_args(Spacing))
 
 
-def _freeze_shares(layers: Layers, t0: float, spacing: Spacing, keep: tuple[str, ...] | None) -> np.ndarray:
+def _freeze_shares(layers: Layers, t0: float, spacing: Spacing, keep: Selectors | None) -> np.ndarray:
     """Share of the run for which each layer trains, shape ``(layers,)``; one for a layer that is kept."""
     shares = np.linspace(1.0, t0, len(layers))[::-1]  # from the end, so that a lone layer trains to the end
     return np.where(freezable(layers, keep), shares**3 if spacing == "cubic" else shares, 1.0)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from smartfrz_jax.layers.layers import Layers, check_params
+from smartfrz_jax.layers.select import Selectors, described
 from smartfrz_jax.policies.base import (
     Policy,
     check_finite,
@@ -59,7 +60,7 @@ def gain(
     measure_every: int | None = None,
     errors: float = 1.0,
     costs: Mapping[str, float] | None = None,
-    keep: Iterable[str] | None = None,
+    keep: Selectors | None = None,
 ) -> Policy:
     r"""A policy that freezes the front whose share in the fall of the loss is below its share in the cost of a step.
 
@@ -88,7 +89,8 @@ def gain(
         measure_every: Train steps between measurements, at least 2. Default: a hundredth of the run.
         errors: Standard errors that are added to the share of the gain, e.
         costs: Forward cost of each layer in any unit, by layer name; ``None`` makes all equal.
-        keep: Names of layers never to freeze; ``None`` keeps the head, ``()`` nothing.
+        keep: Layers never to freeze: names, globs, regular expressions, predicates or NNX filters (see
+            :func:`smartfrz_jax.layers.select.select`); ``None`` keeps the head, ``()`` nothing.
 
     Returns:
         The policy.
@@ -171,7 +173,7 @@ def gain(
         "measure_every": int(measure_every),
         "errors": float(errors),
         "costs": costs,
-        "keep": keep,
+        "keep": described(keep),
     }
     return Policy(init, update, options=options)
 

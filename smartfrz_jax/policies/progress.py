@@ -7,6 +7,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from smartfrz_jax.layers.layers import Layers
+from smartfrz_jax.layers.select import Selectors, described
 from smartfrz_jax.policies.base import NEVER, Policy, freezable, kept, scheduled
 from smartfrz_jax.pytrees import checks
 
@@ -24,7 +25,7 @@ def progress(
     total_steps: int,
     coefficients: tuple[float, float, float] = COEFFICIENTS,
     caution: float = 0.95,
-    keep: Iterable[str] | None = None,
+    keep: Selectors | None = None,
 ) -> Policy:
     r"""A policy that freezes by a logistic regression on the progress of training and the depth of a layer.
 
@@ -41,7 +42,8 @@ def progress(
             depth (below 0 for front to back).
         caution: Probability above which a layer freezes, as in :func:`smartfrz_jax.smartfrz`: from 0, everything at
             once, to 1, nothing ever. The default cost 0.3 points of accuracy in four fine-tunings (RESULTS.md).
-        keep: Names of layers never to freeze; ``None`` keeps the head, ``()`` nothing.
+        keep: Layers never to freeze: names, globs, regular expressions, predicates or NNX filters (see
+            :func:`smartfrz_jax.layers.select.select`); ``None`` keeps the head, ``()`` nothing.
 
     Returns:
         The policy.
@@ -75,7 +77,7 @@ def progress(
         "total_steps": int(total_steps),
         "coefficients": (intercept, of_progress, of_depth),
         "caution": float(caution),
-        "keep": keep,
+        "keep": described(keep),
     }
     return scheduled(freeze_at, options)
 

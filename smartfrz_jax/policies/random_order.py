@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 
 import numpy as np
 
 from smartfrz_jax.layers.layers import Layers
+from smartfrz_jax.layers.select import Selectors, described
 from smartfrz_jax.policies.base import (
     NEVER,
     Policy,
@@ -28,7 +29,7 @@ def random(
     total_steps: int,
     seed: int = 0,
     costs: Mapping[str, float] | None = None,
-    keep: Iterable[str] | None = None,
+    keep: Selectors | None = None,
 ) -> Policy:
     """A policy that freezes layers at random moments, in any order, to a given budget.
 
@@ -40,7 +41,8 @@ def random(
         total_steps: Train steps of the run.
         seed: Seed of the draw.
         costs: Cost of each layer in any unit, by layer name; ``None`` makes all equal.
-        keep: Names of layers never to freeze; ``None`` keeps the head, ``()`` nothing.
+        keep: Layers never to freeze: names, globs, regular expressions, predicates or NNX filters (see
+            :func:`smartfrz_jax.layers.select.select`); ``None`` keeps the head, ``()`` nothing.
 
     Returns:
         The policy.
@@ -81,7 +83,7 @@ def random(
         "total_steps": int(total_steps),
         "seed": int(seed),
         "costs": costs,
-        "keep": keep,
+        "keep": described(keep),
     }
     return scheduled(freeze_at, options)
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from smartfrz_jax.layers.layers import Layers
+from smartfrz_jax.layers.select import Selectors, described
 from smartfrz_jax.policies.base import Policy, check_finite, check_update, freezable, kept, names_of, require
 from smartfrz_jax.predictor.cka import layer_similarity, stabilised
 from smartfrz_jax.pytrees import checks, hosts
@@ -40,7 +41,7 @@ def similarity_guided(
     *,
     window: int = 5,
     tolerance: float = 0.02,
-    keep: Iterable[str] | None = None,
+    keep: Selectors | None = None,
 ) -> Policy:
     """A policy that freezes a layer once its output has stopped changing relative to that of the well-trained network.
 
@@ -55,7 +56,8 @@ def similarity_guided(
         evaluate_every: Train steps between evaluations.
         window: Evaluations over which CKA must be flat.
         tolerance: Largest difference between two of them.
-        keep: Names of layers never to freeze; ``None`` keeps the head, ``()`` nothing.
+        keep: Layers never to freeze: names, globs, regular expressions, predicates or NNX filters (see
+            :func:`smartfrz_jax.layers.select.select`); ``None`` keeps the head, ``()`` nothing.
 
     Returns:
         The policy.
@@ -122,7 +124,7 @@ def similarity_guided(
         "evaluate_every": int(evaluate_every),
         "window": int(window),
         "tolerance": float(tolerance),
-        "keep": keep,
+        "keep": described(keep),
     }
     return Policy(init, update, frozenset({"features"}), options)
 

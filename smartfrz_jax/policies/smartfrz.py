@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import jax
 import numpy as np
 
 from smartfrz_jax.layers.layers import Layers
+from smartfrz_jax.layers.select import Selectors, described
 from smartfrz_jax.policies.base import (
     MAX_CONSECUTIVE_ERRORS,
     Policy,
@@ -51,7 +52,7 @@ def smartfrz(
     labels: Any = None,
     max_consecutive_errors: int = MAX_CONSECUTIVE_ERRORS,
     seed: int = 0,
-    keep: Iterable[str] | None = None,
+    keep: Selectors | None = None,
 ) -> Policy:
     """A policy that freezes each layer when the predictor finds that it is ready.
 
@@ -105,7 +106,8 @@ def smartfrz(
         max_consecutive_errors: Losses in a row that may be other than finite, as of steps that a loss scale of float16
             skips; they are left out of the record. More end the run, at a record.
         seed: Seed of the sample.
-        keep: Names of layers never to freeze; ``None`` keeps the head, ``()`` nothing.
+        keep: Layers never to freeze: names, globs, regular expressions, predicates or NNX filters (see
+            :func:`smartfrz_jax.layers.select.select`); ``None`` keeps the head, ``()`` nothing.
 
     Returns:
         The policy.
@@ -235,7 +237,7 @@ def smartfrz(
         "first_probe": None if probe is None else int(first_probe),
         "probe_depths": None if probe is None else int(probe_depths),
         "seed": int(seed),
-        "keep": keep,
+        "keep": described(keep),
     }
     return Policy(init, update, frozenset() if labels is None else frozenset({"features"}), options)
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 
 from smartfrz_jax.layers.layers import Layers
+from smartfrz_jax.layers.select import Selectors, described
 from smartfrz_jax.policies.base import (
     NEVER,
     Policy,
@@ -28,7 +29,7 @@ def static_prefix(
     *,
     total_steps: int,
     costs: Mapping[str, float] | None = None,
-    keep: Iterable[str] | None = None,
+    keep: Selectors | None = None,
 ) -> Policy:
     """A policy that freezes the first layers at given moments: what a careful choice must beat at the same cost.
 
@@ -41,7 +42,8 @@ def static_prefix(
             may fall. Policies are asked after a step, so a moment of 0 is after the first one.
         total_steps: Train steps of the run.
         costs: Cost of each layer in any unit, by layer name; ``None`` makes all equal.
-        keep: Names of layers never to freeze; ``None`` keeps the head, ``()`` nothing.
+        keep: Layers never to freeze: names, globs, regular expressions, predicates or NNX filters (see
+            :func:`smartfrz_jax.layers.select.select`); ``None`` keeps the head, ``()`` nothing.
 
     Returns:
         The policy.
@@ -77,7 +79,7 @@ def static_prefix(
         "total_steps": int(total_steps),
         "stages": stages,
         "costs": costs,
-        "keep": keep,
+        "keep": described(keep),
     }
     return scheduled(freeze_at, options)
 

@@ -91,7 +91,9 @@ def read(path: PathLike, like: PyTree, kind: str) -> PyTree:
     saved |= metadata.custom_metadata.get(_SPECIAL, {})
     _check_fit(saved, wanted, f"the {kind} in {source}")
     try:
-        loaded = _orbax().load(str(source), {name: checkpoint_leaves.abstract(saved[name], wanted[name]) for name in arrays})
+        loaded = _orbax().load(
+            str(source), {name: checkpoint_leaves.abstract(saved[name], wanted[name]) for name in arrays}
+        )
     except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
         raise ValueError(_damaged(source, kind, error)) from error
     for name, checksum in metadata.custom_metadata.get(_ARRAYS, {}).items():

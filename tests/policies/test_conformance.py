@@ -2,6 +2,8 @@
 
 import functools
 import itertools
+import json
+import re
 from typing import NamedTuple
 
 import jax
@@ -219,7 +221,7 @@ def test_something_freezes_but_not_the_head(case):
 def test_keeps_what_it_is_told_to_keep(case):
     kept = straight_run(case.make)[-1].frozen.names
     name = min(kept)
-    for keep in ([name], name, iter([name])):
+    for keep in ([name], name, iter([name]), lambda layer: layer.name == name):
         policy = case.make(keep=keep)
         policy.init(LAYERS, PARAMS)  # an iterator is not used up
         assert name not in run(policy)[-1].frozen.names
@@ -244,6 +246,13 @@ def test_decides_only_when_it_says(case):
 def test_refuses_unknown_layers_in_keep(case):
     with pytest.raises(ValueError, match=r"keep: no layer is called 'dense9'; did you mean 'dense"):
         case.make(keep=["dense9"]).init(LAYERS, PARAMS)
+
+
+@freezing_policy
+def test_selectors_in_keep_are_in_the_options_as_text(case):
+    assert json.loads(json.dumps(dict(case.make(keep=re.compile("dense.")).options)))["keep"] == [
+        "re.compile('dense.')"
+    ]
 
 
 @every_policy
