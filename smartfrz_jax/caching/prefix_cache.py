@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Collection, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeGuard
+import copy
+from collections.abc import Callable, Collection
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 from jax.typing import DTypeLike
 
+from smartfrz_jax.caching.fill import Source, missing
+from smartfrz_jax.caching.loss_adapter import Hold, PytreeLoss
 from smartfrz_jax.caching.split_loss import Grown, SplitLoss
 from smartfrz_jax.caching.store import ActivationCache, Place
 from smartfrz_jax.freezing.transform import Frozen
-from smartfrz_jax.pytrees import paths
 
 if TYPE_CHECKING:
     from jaxtyping import Int
@@ -21,7 +22,17 @@ if TYPE_CHECKING:
 PyTree = Any
 
 
-class PrefixCache(SplitLoss):
+def check_views(views: int, *, augmented: bool) -> None:
+    """Raises if no activations can be kept because an example looks different in every epoch."""
+    if augmented and views == 1:
+        raise ValueError(
+            "augmented: an example looks different in every epoch, so its activations are never the same; let the "
+            "loader draw from a fixed number of augmented views of each example and pass that number (views), or "
+            "augment nothing"
+        )
+
+
+class PrefixCache:
     """Activations at the end of the frozen layers that work on the batch before any active layer does.
 
     The loss is split in two: :meth:`activations` is what depends on frozen layers and the batch alone, :attr:`loss` is
@@ -55,7 +66,6 @@ class PrefixCache(SplitLoss):
         views: Number of augmented views of each example that there are; 1 if there is no augmentation.
 
     Attributes:
-        frozen: The frozen set.
         views: Number of views of each example.
         store: The activations that are kept, if :meth:`keep` was called.
 
@@ -84,22 +94,91 @@ class PrefixCache(SplitLoss):
         frozen: Frozen,
         loss_fn: Callable[..., Any],
         *inputs: Any,
-        hold: Callable[[Frozen, PyTree], contextlib.AbstractContextManager[Any]] | None = None,
+        hold: Hold | None = None,
         state_inputs: Collection[int] = (),
         augmented: bool = False,
         views: int = 1,
     ):
-        if augmented and views == 1:
-            raise ValueError(
-                "augmented: an example looks different in every epoch, so its activations are never the same; let the "
-                "loader draw from a fixed number of augmented views of each example and pass that number (views), or "
-                "augment nothing"
-            )
-        super().__init__(params, frozen, loss_fn, *inputs, hold=hold, state_inputs=state_inputs)
-        self.views = views
+        check_views(views, augmented=augmented)
+        self._begin(SplitLoss(params, frozen, loss_fn, inputs, PytreeLoss(hold), state_inputs), views)
+
+    def _begin(self, loss: SplitLoss, views: int) -> None:
+        """A cache of this loss, without a store."""
+        self._loss, self.views = loss, views
         self.store: ActivationCache | None = None
-        self._source: _Source | None = None
+        self._source: Source | None = None
         self._kept: dict[str, Any] = {}
+
+    @property
+    def frozen(self) -> Frozen:
+        """The frozen set."""
+        return self._loss.frozen
+
+    @property
+    def frontier(self) -> tuple[jax.ShapeDtypeStruct, ...]:
+        """Shape and dtype of what is stored for one example."""
+        return self._loss.split.frontier
+
+    @property
+    def bytes_per_example(self) -> int:
+        """Bytes of :attr:`frontier`."""
+        return self._loss.split.bytes_per_example
+
+    @property
+    def needed(self) -> frozenset[str]:
+        """Names of the inputs that :attr:`loss` reads: ``"inputs:0"`` is the first, or part of it.
+
+        In place of the others it takes ``None``.
+        """
+        return self._loss.split.needed
+
+    @property
+    def saved_flops(self) -> float:
+        """FLOPs of one example's forward pass that a step with :attr:`loss` does not have."""
+        split = self._loss.split
+        return (split.frozen_flops - split.repeated_flops) / split.examples
+
+    @property
+    def build_flops(self) -> float:
+        """FLOPs to compute one example's activations."""
+        return self._loss.split.frozen_flops / self._loss.split.examples
+
+    def activations(self, params: PyTree, *inputs: Any) -> tuple[jax.Array, ...]:
+        """The activations of a batch; jitted.
+
+        Args:
+            params: Parameters.
+            *inputs: The batch; any number of examples, two at least.
+
+        Returns:
+            Arrays of shape ``(examples, ...)``, as in :attr:`frontier`.
+        """
+        return self._loss.activations(params, inputs)
+
+    def loss(self, params: PyTree, activations: tuple[jax.Array, ...], *inputs: Any) -> Any:
+        """What ``loss_fn(params, *inputs)`` returns, from the activations; to be differentiated.
+
+        Args:
+            params: Parameters. Variables of an NNX model change as ``loss_fn`` changes them.
+            activations: Activations of the batch, of :meth:`activations` or :meth:`fetch`.
+            *inputs: The batch; ``None`` in place of what is not needed.
+
+        Raises:
+            ValueError: If the activations are not of this loss, or an input is missing.
+        """
+        return self._loss.rest(params, activations, inputs)
+
+    def grown_from(self, old: PrefixCache) -> Grown | None:
+        """How to get the activations from those of another cache, for a frozen set with fewer layers.
+
+        Args:
+            old: The other one.
+
+        Returns:
+            A jitted function of ``(params, activations, *inputs)`` that runs only the layers between the two frontiers,
+            or None if there is no such: then the activations must be computed from the inputs.
+        """
+        return self._loss.grown_from(old._loss)
 
     def keep(
         self,
@@ -148,10 +227,13 @@ class PrefixCache(SplitLoss):
             ValueError: If :meth:`keep` was not called, or an index is wrong.
         """
         store, indices = self._checked_store(), np.asarray(indices)
-        if _sweeps(self._source):
-            self._grow(params, self._source)
-        for part in self._parts(indices, view):
-            some = self._rows_of(inputs, part.rows, len(indices))
+        if self._source is not None and self._source.needs_no_inputs:
+            for of_view, rows in self._source.batches(self._loss.split.examples):
+                taken = self._source.store.take(rows, of_view)
+                store.put(rows, self._source.grown(params, taken), of_view)
+            self._source = None
+        for part in missing(store, self._source, indices, view):
+            some = self._loss.rows_of(inputs, part.rows, len(indices))
             if part.source is None:
                 activations = self.activations(params, *some)
             else:
@@ -171,11 +253,12 @@ class PrefixCache(SplitLoss):
         Raises:
             ValueError: As for :meth:`fetch`.
         """
-        source = self._source
+        source, flops = self._source, 0.0
         grown = 0.0 if source is None else self.build_flops - source.build_flops
-        swept = sum(len(rows) for _, parts in self._stored_in(source) for rows in parts) if _sweeps(source) else 0
-        parts = self._parts(np.asarray(indices), view)
-        return swept * grown + sum(len(rows) * (grown if part else self.build_flops) for rows, part in parts)
+        if source is not None and source.needs_no_inputs:
+            flops += grown * sum(len(rows) for _, rows in source.batches(self._loss.split.examples))
+        parts = missing(self._checked_store(), source, np.asarray(indices), view)
+        return flops + sum(len(part.rows) * (self.build_flops if part.source is None else grown) for part in parts)
 
     def follow(self, params: PyTree, frozen: Frozen, *, place: Place | str | None = None) -> PrefixCache:
         """The cache for another frozen set.
@@ -199,7 +282,8 @@ class PrefixCache(SplitLoss):
         """
         if frozen == self.frozen:
             return self
-        new = self._like(params, frozen)
+        new = copy.copy(self)
+        new._begin(self._loss.with_frozen(params, frozen), self.views)
         new.take_over(self, place=place)
         return new
 
@@ -219,94 +303,10 @@ class PrefixCache(SplitLoss):
         grown = self.grown_from(old)
         self.keep(**{**old._kept, **({} if place is None else {"place": place})})
         if grown is not None:
-            self._source = _Source(old.store, grown, old.build_flops)
+            self._source = Source(old.store, grown, old.build_flops)
         old.store, old._source = None, None  # not before: if there is no room, that cache goes on
-
-    def _grow(self, params: PyTree, source: _Source) -> None:
-        """Computes all that can be from what the cache before has stored."""
-        store = self._checked_store()
-        for view, parts in self._stored_in(source):
-            for rows in parts:
-                store.put(rows, source.grown(params, source.store.take(rows, view)), view)
-        self._source = None
-
-    def _stored_in(self, source: _Source) -> Iterator[tuple[int, list[np.ndarray]]]:
-        """Views, and which of their examples are stored, in batches; of the last one some may be in it twice."""
-        for view in range(self.views):
-            rows = np.flatnonzero(source.store.filled[:, view])
-            batches = -(-len(rows) // self._examples)
-            yield view, np.split(np.resize(rows, batches * self._examples), batches) if batches else []
-
-    def _parts(self, indices: np.ndarray, view: int) -> list[_Part]:
-        """What of a batch is to be computed, in parts of two sizes, as every size is a program."""
-        missing, source = ~self._checked_store().stored(indices, view), self._source
-        there = np.zeros_like(missing) if source is None else missing & source.store.stored(indices, view)
-        parts = [_Part(rows, None) for rows in _in_parts(np.flatnonzero(missing & ~there), len(indices))]
-        if _sweeps(source):
-            return parts
-        return parts + [_Part(rows, source) for rows in _in_parts(np.flatnonzero(there), len(indices))]
-
-    def _rows_of(self, inputs: tuple[Any, ...], rows: np.ndarray, n: int) -> tuple[Any, ...]:
-        """Some examples of a batch of ``n``."""
-        if np.array_equal(rows, np.arange(n)):
-            return inputs
-
-        def some(name: str, leaf: Any) -> Any:
-            is_state = int(name.split(paths.SEPARATOR)[0]) in self._state_inputs
-            if leaf is None or is_state or shapes[name].shape[:1] != (self._examples,):
-                return leaf
-            return leaf[rows]
-
-        shapes = paths.flatten(self._inputs)
-        return paths.tree_map(some, inputs)
 
     def _checked_store(self) -> ActivationCache:
         if self.store is None:
             raise ValueError("store: there is none; call keep with the number of examples in the data set first")
         return self.store
-
-    def _like(self, params: PyTree, frozen: Frozen) -> PrefixCache:
-        hold, state = self._hold, self._state_inputs
-        return PrefixCache(
-            params, frozen, self._loss_fn, *self._inputs, hold=hold, state_inputs=state, views=self.views
-        )
-
-
-class _Part(NamedTuple):
-    """Examples of a batch whose activations are computed together.
-
-    Attributes:
-        rows: Their places in the batch; some may be in it twice.
-        source: What they are computed from; ``None`` for the inputs.
-    """
-
-    rows: np.ndarray
-    source: _Source | None
-
-
-def _in_parts(rows: np.ndarray, n: int) -> list[np.ndarray]:
-    """Rows, in quarters of a batch, or all at once if they take all four, filled up with rows that are there."""
-    quarter = max(2, -(-n // 4))
-    parts = -(-len(rows) // quarter)
-    if parts * quarter >= n:
-        return [rows if len(rows) == n else np.resize(rows, n)]
-    return np.split(np.resize(rows, parts * quarter), parts) if parts else []
-
-
-class _Source(NamedTuple):
-    """What activations are computed from where the frozen set has grown.
-
-    Attributes:
-        store: Those of the set before.
-        grown: From these to the new ones.
-        build_flops: FLOPs that one example of them took.
-    """
-
-    store: ActivationCache
-    grown: Grown
-    build_flops: float
-
-
-def _sweeps(source: _Source | None) -> TypeGuard[_Source]:
-    """Whether all that is stored can be gone through at once: no inputs are needed."""
-    return source is not None and not source.grown.needed

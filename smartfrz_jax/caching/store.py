@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from smartfrz_jax.caching.activation_store import OnDevice, OnDisk, OnHost, Store, empty_directory, free_bytes
+from smartfrz_jax.caching.memory import OnDevice, OnDisk, OnHost, Store, empty_directory, free_bytes
 from smartfrz_jax.pytrees.file_paths import local_path
 
 if TYPE_CHECKING:

@@ -2,18 +2,46 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Hashable
 from typing import Any
 
-import jax
 from flax import nnx
 
 from smartfrz_jax.caching import prefix_cache
+from smartfrz_jax.caching.split_loss import SplitLoss
 from smartfrz_jax.freezing.transform import Frozen
 from smartfrz_jax.nnx.hold import hold
 from smartfrz_jax.pytrees import paths
 
 PyTree = Any
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelLoss:
+    """A :class:`~smartfrz_jax.caching.loss_adapter.LossAdapter` of losses of ``(model, *inputs)``."""
+
+    def split(self, params: nnx.Module) -> tuple[Hashable, PyTree]:
+        """As of ``LossAdapter``."""
+        graphdef, variables = nnx.split(params)
+        return graphdef, nnx.as_pure(variables)
+
+    def traceable(
+        self, loss_fn: Callable[..., Any], frozen: Frozen, static: Any
+    ) -> Callable[..., tuple[Any, dict[str, Any]]]:
+        """As of ``LossAdapter``."""
+
+        def run(variables: PyTree, *inputs: Any) -> tuple[Any, dict[str, Any]]:
+            module = nnx.merge(static, variables, copy=True)
+            with hold(module, frozen):
+                out = loss_fn(module, *inputs)
+            return out, paths.flatten(nnx.as_pure(nnx.state(module)))
+
+        return run
+
+    def write(self, params: nnx.Module, variables: PyTree, updates: dict[str, Any]) -> None:
+        """As of ``LossAdapter``."""
+        nnx.update(params, paths.tree_map(lambda name, leaf: updates.get(name, leaf), variables))
 
 
 class PrefixCache(prefix_cache.PrefixCache):
@@ -56,34 +84,5 @@ class PrefixCache(prefix_cache.PrefixCache):
         augmented: bool = False,
         views: int = 1,
     ):
-        super().__init__(model, frozen, loss_fn, *inputs, augmented=augmented, views=views)
-
-    def loss(self, params: nnx.Module, activations: tuple[jax.Array, ...], *inputs: Any) -> Any:
-        """What ``loss_fn(model, *inputs)`` returns, from the activations; variables of the model change as there.
-
-        Args:
-            params: The model.
-            activations: Activations of the batch, of :meth:`activations` or :meth:`fetch`.
-            *inputs: The batch; ``None`` in place of what is not needed.
-        """
-        key, variables = self._open(params)
-        out, updates = self._live(key, variables, activations, inputs)
-        changed = paths.tree_map(lambda name, leaf: updates.get(name, leaf), variables)
-        nnx.update(params, changed)
-        return out
-
-    def _like(self, params: PyTree, frozen: Frozen) -> PrefixCache:
-        return PrefixCache(params, frozen, self._loss_fn, *self._inputs, views=self.views)
-
-    def _open(self, params: nnx.Module) -> tuple[Any, PyTree]:
-        graphdef, variables = nnx.split(params)
-        return graphdef, nnx.as_pure(variables)
-
-    def _traceable(self, key: Any) -> Callable[..., tuple[Any, dict[str, Any]]]:
-        def run(variables: PyTree, *inputs: Any) -> tuple[Any, dict[str, Any]]:
-            module = nnx.merge(key, variables, copy=True)
-            with hold(module, self.frozen):
-                out = self._loss_fn(module, *inputs)
-            return out, paths.flatten(nnx.as_pure(nnx.state(module)))
-
-        return run
+        prefix_cache.check_views(views, augmented=augmented)
+        self._begin(SplitLoss(model, frozen, loss_fn, inputs, ModelLoss()), views)

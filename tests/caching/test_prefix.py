@@ -223,7 +223,7 @@ def test_frontier_loss_and_gradients_of_a_plain_network():
 def test_operation_by_operation_it_is_the_same_in_every_bit(names):
     cache = cached(mlp, PARAMS, (X, Y), names)
     with jax.disable_jit():
-        activations = cache._split.frozen_part(PARAMS, (X, Y))
+        activations = cache._loss.split.frozen_part(PARAMS, (X, Y))
         got = sfj.value_and_grad(cache.loss, cache.frozen)(PARAMS, activations, None, Y)
         expected = sfj.value_and_grad(mlp, cache.frozen)(PARAMS, X, Y)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
@@ -312,7 +312,7 @@ def test_random_networks(seed):
             if "nothing is worth keeping" not in str(error):
                 raise
             return
-        got = sfj.value_and_grad(cache.loss, frozen)(params, cache._split.frozen_part(params, (x, y)), x, y)
+        got = sfj.value_and_grad(cache.loss, frozen)(params, cache._loss.split.frozen_part(params, (x, y)), x, y)
         expected = sfj.value_and_grad(loss_fn, frozen)(params, x, y)
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(expected), strict=True):
         np.testing.assert_array_equal(a, b)
