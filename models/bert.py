@@ -15,17 +15,15 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from models.layers.checks import check_rate
+from models.layers.post_norm import Layer, Linear, bert_norm
 from models.layers.torch_names import torch_name
-from models.layers.transformer import at_least_float32, attend, layer_norm, make_dropout
+from models.layers.transformer import at_least_float32, make_dropout
 from smartfrz_jax.nnx.scan import is_live, scan_blocks
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
 
-_init = nnx.initializers.normal(0.02)
-_Linear = partial(nnx.Linear, kernel_init=_init)
-_layer_norm = partial(layer_norm, epsilon=1e-12)
-_Embed = partial(nnx.Embed, embedding_init=_init)
+_Embed = partial(nnx.Embed, embedding_init=nnx.initializers.normal(0.02))
 
 
 class Embeddings(nnx.Module):
@@ -50,7 +48,7 @@ class Embeddings(nnx.Module):
         self.word_embeddings = _Embed(vocab_size, dim, rngs=rngs, **dtypes)
         self.position_embeddings = _Embed(max_positions, dim, rngs=rngs, **dtypes)
         self.token_type_embeddings = _Embed(type_vocab_size, dim, rngs=rngs, **dtypes)
-        self.LayerNorm = _layer_norm(dim, rngs=rngs, **dtypes)
+        self.LayerNorm = bert_norm(dim, rngs=rngs, **dtypes)
         self.dropout = make_dropout(dropout, rngs)
 
     def __call__(
@@ -60,99 +58,6 @@ class Embeddings(nnx.Module):
         positions = self.position_embeddings(jnp.arange(input_ids.shape[1], dtype=jnp.int32))
         x = self.word_embeddings(input_ids) + self.token_type_embeddings(token_type_ids) + positions[None]
         return self.dropout(self.LayerNorm(x).astype(x.dtype))
-
-
-class SelfAttention(nnx.Module):
-    """Multi-head self-attention, without the projection of its output."""
-
-    def __init__(self, dim: int, heads: int, *, attention_dropout: float, rngs: nnx.Rngs, **dtypes: Any):
-        self.heads = heads
-        self.query = _Linear(dim, dim, rngs=rngs, **dtypes)
-        self.key = _Linear(dim, dim, rngs=rngs, **dtypes)
-        self.value = _Linear(dim, dim, rngs=rngs, **dtypes)
-        self.dropout = make_dropout(attention_dropout, rngs)
-
-    def __call__(
-        self, x: Float[Array, "n tokens dim"], mask: Int[Array, "n tokens"] | None
-    ) -> Float[Array, "n tokens dim"]:
-        """Attends over the tokens where ``mask`` is not 0."""
-        q, k, v = (layer(x).reshape(*x.shape[:2], self.heads, -1) for layer in (self.query, self.key, self.value))
-        return attend(q, k, v, self.dropout, mask)
-
-
-class Output(nnx.Module):
-    """Linear layer, residual connection and LayerNorm."""
-
-    def __init__(self, d_in: int, dim: int, *, dropout: float, rngs: nnx.Rngs, **dtypes: Any):
-        self.dense = _Linear(d_in, dim, rngs=rngs, **dtypes)
-        self.dropout = make_dropout(dropout, rngs)
-        self.LayerNorm = _layer_norm(dim, rngs=rngs, **dtypes)
-
-    def __call__(
-        self, x: Float[Array, "n tokens d_in"], residual: Float[Array, "n tokens dim"]
-    ) -> Float[Array, "n tokens dim"]:
-        """Adds the transformed ``x`` to ``residual``, and normalises."""
-        return self.LayerNorm(residual + self.dropout(self.dense(x))).astype(residual.dtype)
-
-
-class Attention(nnx.Module):
-    """Self-attention with its output layer."""
-
-    def __init__(
-        self, dim: int, heads: int, *, dropout: float, attention_dropout: float, rngs: nnx.Rngs, **dtypes: Any
-    ):
-        self.self = SelfAttention(dim, heads, attention_dropout=attention_dropout, rngs=rngs, **dtypes)
-        self.output = Output(dim, dim, dropout=dropout, rngs=rngs, **dtypes)
-
-    def __call__(
-        self, x: Float[Array, "n tokens dim"], mask: Int[Array, "n tokens"] | None
-    ) -> Float[Array, "n tokens dim"]:
-        """Attends over the tokens where ``mask`` is not 0."""
-        return self.output(self.self(x, mask), x)
-
-
-class Intermediate(nnx.Module):
-    """Linear layer with an exact GELU."""
-
-    def __init__(self, dim: int, hidden: int, *, rngs: nnx.Rngs, **dtypes: Any):
-        self.dense = _Linear(dim, hidden, rngs=rngs, **dtypes)
-
-    def __call__(self, x: Float[Array, "n tokens dim"]) -> Float[Array, "n tokens hidden"]:
-        """Applies the layer to the last axis."""
-        return nnx.gelu(self.dense(x), approximate=False)
-
-
-class Layer(nnx.Module):
-    """Post-norm transformer block.
-
-    Attributes:
-        frozen_params: Names of its frozen parameters; see :func:`smartfrz_jax.nnx.scan_blocks`.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        heads: int,
-        hidden: int,
-        *,
-        dropout: float,
-        attention_dropout: float,
-        rngs: nnx.Rngs,
-        **dtypes: Any,
-    ):
-        self.frozen_params: frozenset[str] = frozenset()
-        self.attention = Attention(
-            dim, heads, dropout=dropout, attention_dropout=attention_dropout, rngs=rngs, **dtypes
-        )
-        self.intermediate = Intermediate(dim, hidden, rngs=rngs, **dtypes)
-        self.output = Output(hidden, dim, dropout=dropout, rngs=rngs, **dtypes)
-
-    def __call__(
-        self, x: Float[Array, "n tokens dim"], mask: Int[Array, "n tokens"] | None
-    ) -> Float[Array, "n tokens dim"]:
-        """Applies the block; tokens are attended to where ``mask`` is not 0."""
-        x = self.attention(x, mask)
-        return self.output(self.intermediate(x), x)
 
 
 class Encoder(nnx.Module):
@@ -183,7 +88,7 @@ class Pooler(nnx.Module):
     """Linear layer and tanh on the first token."""
 
     def __init__(self, dim: int, *, rngs: nnx.Rngs, **dtypes: Any):
-        self.dense = _Linear(dim, dim, rngs=rngs, **dtypes)
+        self.dense = Linear(dim, dim, rngs=rngs, **dtypes)
 
     def __call__(self, x: Float[Array, "n tokens dim"]) -> Float[Array, "n dim"]:
         """Pools the tokens."""
@@ -266,7 +171,7 @@ class Bert(nnx.Module):
         if pool == "cls":
             self.pooler = Pooler(dim, rngs=rngs, **dtypes)
         self.dropout = make_dropout(dropout, rngs)
-        self.classifier = _Linear(dim, num_classes, dtype=at_least_float32(dtype), param_dtype=param_dtype, rngs=rngs)
+        self.classifier = Linear(dim, num_classes, dtype=at_least_float32(dtype), param_dtype=param_dtype, rngs=rngs)
 
     def __call__(
         self,

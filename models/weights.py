@@ -27,7 +27,8 @@ import safetensors.numpy
 from flax import nnx
 from jax.tree_util import keystr
 
-from models.deit import DeiT, resample_pos_embed
+from models.deit import DeiT
+from models.layers.positions import resample_pos_embed
 from smartfrz_jax.pytrees.file_paths import Path, PathLike, as_path, is_remote
 
 # Buffers that hold no weights: a counter, and indices 0, 1, 2, ...

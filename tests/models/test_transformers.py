@@ -12,7 +12,8 @@ from flax import nnx
 
 import smartfrz_jax as sfj
 from models.bert import Bert, bert_base, minilm
-from models.deit import DeiT, DropPath, deit_tiny, resample_pos_embed
+from models.deit import DeiT, DropPath, deit_tiny
+from models.layers.positions import resample_pos_embed
 from smartfrz_jax.pytrees import paths
 from tests.support.rounding import assert_close
 

@@ -13,9 +13,10 @@ from safetensors.numpy import load_file, save_file
 
 from models import weights
 from models.bert import Bert
-from models.deit import DeiT, deit_tiny, resample_pos_embed
+from models.deit import DeiT, deit_tiny
 from models.efficientnet_lite import EfficientNetLite, efficientnet_lite0
 from models.efficientnet_lite import Stage as LiteStage
+from models.layers.positions import resample_pos_embed
 from models.mobilenetv2 import MobileNetV2
 from models.mobilenetv2 import Stage as MobileStage
 from models.resnet import BasicBlock, ResNet, resnet50
