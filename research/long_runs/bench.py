@@ -28,7 +28,7 @@ from train.optimizers import directions
 _PROBE = 128  # examples on which contributions are measured and layers' outputs compared
 _HELD_OUT = 0.1  # share of the training examples on which learning rates are chosen: the last ones
 _EVALUATION_BATCH = 250
-_LARGER, _OTHER_ORDER = 4, 10_000  # batches on which gradients are measured: of so many steps, and their seed
+_OTHER_ORDER = 10_000  # added to the seed of the batches on which gradients are measured
 
 
 class Bench:
@@ -116,8 +116,8 @@ class Bench:
         return Situation(steps, epoch, self.costs, probe, gradients, outputs, seed)
 
     def _apart(self, seed: int, number: int) -> tuple[Any, ...]:
-        """A batch for a measurement, augmented as for training, in an order of its own; four times a step's."""
-        batches = self._batches(self.data.train, _OTHER_ORDER + seed, _LARGER * self.case.batch_size)
+        """A batch for a measurement, augmented as for training, in an order of its own, and as large as a step's."""
+        batches = self._batches(self.data.train, _OTHER_ORDER + seed, self.case.batch_size)
         batch = batches(number)
         return batch.inputs, jnp.asarray(batch.labels)
 

@@ -9,6 +9,8 @@ import smartfrz_jax as sfj
 from smartfrz_jax.policies.gain import Gradients
 from smartfrz_jax.predictor.predictor import Pretrained
 
+_BETWEEN_MEASUREMENTS = 33  # steps: a measurement costs about one
+
 
 class Situation(NamedTuple):
     """What a policy can be made from.
@@ -69,7 +71,13 @@ def _smartfrz(name: Pretrained, **options: Any) -> Strategy:
 
 
 def _gain(factor: float) -> Strategy:
-    return Strategy(lambda s: sfj.policies.gain(s.gradients, total_steps=s.total_steps, factor=factor, costs=s.costs))
+    def policy(s: Situation) -> sfj.Policy:
+        every = max(2, s.total_steps // 100, min(_BETWEEN_MEASUREMENTS, s.total_steps // 16))
+        return sfj.policies.gain(
+            s.gradients, total_steps=s.total_steps, factor=factor, measure_every=every, costs=s.costs
+        )
+
+    return Strategy(policy)
 
 
 def _never(length: float = 1.0, rate: float = 1.0) -> Strategy:
