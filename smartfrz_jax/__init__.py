@@ -4,17 +4,18 @@ import importlib as _importlib
 from typing import TYPE_CHECKING as _TYPE_CHECKING
 
 from smartfrz_jax import caching as caching
+from smartfrz_jax import callbacks as callbacks
 from smartfrz_jax import cost as cost
 from smartfrz_jax import linen as linen
 from smartfrz_jax import nnx as nnx
 from smartfrz_jax import policies as policies
 from smartfrz_jax import predictor as predictor
 from smartfrz_jax.caching.prefix_cache import PrefixCache as PrefixCache
+from smartfrz_jax.callbacks.base import FreezeEvent as FreezeEvent
 from smartfrz_jax.cost.account import Account as Account
 from smartfrz_jax.cost.account import account as account
 from smartfrz_jax.cost.check import SavingWarning as SavingWarning
 from smartfrz_jax.cost.measured import program_cost as program_cost
-from smartfrz_jax.freezing.freezer import FreezeEvent as FreezeEvent
 from smartfrz_jax.freezing.freezer import Freezer as Freezer
 from smartfrz_jax.freezing.migrate import migrate_opt_state as migrate_opt_state
 from smartfrz_jax.freezing.transform import Frozen as Frozen

@@ -6,6 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+from smartfrz_jax.callbacks.base import Callback, FreezeEvent
 from smartfrz_jax.freezing.transform import Frozen, check_frozen
 from smartfrz_jax.layers.layers import Layers, check_layers, check_params
 from smartfrz_jax.policies.base import Policy, check_policy
@@ -15,20 +16,6 @@ from smartfrz_jax.pytrees.file_paths import PathLike
 PyTree = Any
 
 _KIND = "training run"
-
-
-class FreezeEvent(NamedTuple):
-    """Layers that froze, or train again, from the same moment on.
-
-    Attributes:
-        step: Number of train steps done before.
-        names: Names of the layers that froze, front to back.
-        returned: Names of the layers that train again.
-    """
-
-    step: int
-    names: tuple[str, ...]
-    returned: tuple[str, ...] = ()
 
 
 class Pending(NamedTuple):
@@ -67,6 +54,7 @@ class Freezer:
         pending: What will take effect next, if anything.
         events: What froze when, in order.
         policy_state: The policy's state.
+        callbacks: What is told of every step and of what freezes; see :mod:`smartfrz_jax.callbacks`.
 
     Raises:
         TypeError: If ``policy`` is not a :class:`~smartfrz_jax.Policy`, ``layers`` no
@@ -113,18 +101,26 @@ class Freezer:
         self.frozen = Frozen(layers) if frozen is None else frozen
         self._from_start = self.frozen.names
         self.events: list[FreezeEvent] = []
+        self.callbacks: tuple[Callback, ...] = ()
         self.policy_state = policy.init(layers, params)
         # What a checkpoint may hold: by then the state may have dropped what an earlier one had.
         self._initial_state = checkpoint.outline(self.policy_state)
 
     def observe(
-        self, params: Callable[[], PyTree], *, prepare: Callable[[Frozen], None] | None = None, **signals: Any
+        self,
+        params: Callable[[], PyTree],
+        *,
+        prepare: Callable[[Frozen], None] | None = None,
+        metrics: Mapping[str, Any] | None = None,
+        **signals: Any,
     ) -> Frozen:
         """Shows the policy the outcome of one train step.
 
         Args:
             params: A function without arguments that gives the parameter pytree after the step.
             prepare: Called with a frozen set that will take effect later, so that its program can be compiled.
+            metrics: Scalars by name, for the callbacks; they get the loss, and the number of layers that the step had
+                frozen, without it.
             **signals: Further signals, see ``smartfrz_jax.policies.base.UpdateFn``.
 
         Returns:
@@ -140,7 +136,14 @@ class Freezer:
             checks.function(prepare, "prepare", "a function of the frozen set that will take effect")
         if signals.get("loss") is not None:
             checks.scalar(signals["loss"], "loss", "a scalar; pass the mean over the batch")
+        if metrics is not None:
+            checks.by_name(metrics, "metrics", "a mapping from names to scalars")
         self.steps += 1
+        if self.callbacks:
+            loss = {} if signals.get("loss") is None else {"loss": signals["loss"]}
+            known = loss | {"frozen_layers": len(self.frozen.names)} | dict(metrics or {})
+            for callback in self.callbacks:
+                callback.on_step(self.steps, known)
         names, self.policy_state = _decision(
             self.policy.update(
                 self.policy_state, self.layers, step=self.steps, params=params, frozen=self._from_start, **signals
@@ -201,6 +204,8 @@ class Freezer:
         )
         self.events.append(FreezeEvent(self.steps, names, returned))
         self.frozen, self.pending = frozen, None
+        for callback in self.callbacks:
+            callback.on_freeze(self.events[-1])
 
     def save_run(self, path: PathLike, run: PyTree, *, overwrite: bool = False) -> None:
         """Writes a pytree of the run's arrays together with the policy's state and the frozen set.

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 
+from smartfrz_jax.callbacks.base import Callback, check_callbacks
 from smartfrz_jax.freezing import freezer
 from smartfrz_jax.freezing.freezer import check_options
 from smartfrz_jax.freezing.transform import Frozen
@@ -29,6 +30,7 @@ class Freezer(freezer.Freezer):
         train_step: The step, to have the program for what is decided compiled ahead.
         lead: Steps from a decision to its effect; see :class:`smartfrz_jax.Freezer`.
         min_saving: Share of a step's FLOPs that a change must save; the train step's account predicts it.
+        callbacks: What is told of every step and of what freezes; see :mod:`smartfrz_jax.callbacks`.
 
     Raises:
         TypeError: If ``state`` is a plain Flax ``TrainState``, or ``policy`` not a policy.
@@ -44,6 +46,7 @@ class Freezer(freezer.Freezer):
         train_step: TrainStep | None = None,
         lead: int = 0,
         min_saving: float = 0.0,
+        callbacks: Iterable[Callback] = (),
     ):
         if not isinstance(state, TrainState):
             raise TypeError(
@@ -62,6 +65,7 @@ class Freezer(freezer.Freezer):
             min_saving=min_saving,
             saving=None if account is None else account.saving,
         )
+        self.callbacks = check_callbacks(callbacks)
         if "grads" in policy.needs and not state.keep_grads:
             raise ValueError(
                 "state: the policy looks at gradients and the state drops them; create it with keep_grads=True"
@@ -69,7 +73,9 @@ class Freezer(freezer.Freezer):
         self._features = features
         self._train_step = train_step
 
-    def step(self, state: TrainState, *, loss: jax.Array | None = None) -> TrainState:
+    def step(
+        self, state: TrainState, *, loss: jax.Array | None = None, metrics: Mapping[str, Any] | None = None
+    ) -> TrainState:
         """Shows the policy the train step just done, and freezes what it decides.
 
         Layers that were frozen by hand since the last call stay frozen, whatever the policy decides.
@@ -77,6 +83,7 @@ class Freezer(freezer.Freezer):
         Args:
             state: The state after the step.
             loss: Loss of the step, for policies that look at it.
+            metrics: Further scalars by name, for the callbacks.
 
         Returns:
             The state to go on with.
@@ -91,6 +98,7 @@ class Freezer(freezer.Freezer):
             self.observe(
                 lambda: state.params,
                 prepare=None if train_step is None else lambda new: train_step.prepare(state, _abstract(state, new)),
+                metrics=metrics,
                 loss=loss,
                 grads=state.grads if state.keep_grads else None,
                 features=None if make_features is None else lambda: make_features(state),

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
 from flax import nnx
 
+from smartfrz_jax.callbacks.base import Callback, check_callbacks
 from smartfrz_jax.freezing import freezer
 from smartfrz_jax.freezing.freezer import check_options
 from smartfrz_jax.freezing.transform import Frozen
@@ -36,6 +37,7 @@ class Freezer(freezer.Freezer):
         train_step: The step, to have the program for what is decided compiled ahead.
         lead: Steps from a decision to its effect; see :class:`smartfrz_jax.Freezer`.
         min_saving: Share of a step's FLOPs that a change must save; the train step's account predicts it.
+        callbacks: What is told of every step and of what freezes; see :mod:`smartfrz_jax.callbacks`.
 
     Raises:
         TypeError: If ``optimizer`` is a plain ``nnx.Optimizer``, or ``policy`` not a policy.
@@ -51,6 +53,7 @@ class Freezer(freezer.Freezer):
         train_step: TrainStep | CachedStep | None = None,
         lead: int = 0,
         min_saving: float = 0.0,
+        callbacks: Iterable[Callback] = (),
     ):
         if not isinstance(optimizer, Optimizer):
             raise TypeError(
@@ -71,6 +74,7 @@ class Freezer(freezer.Freezer):
             min_saving=min_saving,
             saving=None if account is None else account.saving,
         )
+        self.callbacks = check_callbacks(callbacks)
         self.model, self.optimizer = model, optimizer
         self._features = features
         self._train_step = train_step
@@ -78,13 +82,14 @@ class Freezer(freezer.Freezer):
         if "grads" in policy.needs:
             optimizer.record_grads(model)
 
-    def step(self, *, loss: jax.Array | None = None) -> Frozen:
+    def step(self, *, loss: jax.Array | None = None, metrics: Mapping[str, Any] | None = None) -> Frozen:
         """Shows the policy the train step just done, and freezes what it decides.
 
         Layers that were frozen by hand since the last call stay frozen, whatever the policy decides.
 
         Args:
             loss: Loss of the step, for policies that look at it.
+            metrics: Further scalars by name, for the callbacks.
 
         Returns:
             The frozen set from now on.
@@ -100,6 +105,7 @@ class Freezer(freezer.Freezer):
             prepare=None
             if train_step is None
             else lambda new: train_step.prepare(optimizer, _abstract(model, optimizer, new)),
+            metrics=metrics,
             loss=loss,
             grads={name: grad[...] for name, grad in optimizer.grads.items()} if optimizer.keep_grads else None,
             features=None if make_features is None else lambda: make_features(model),

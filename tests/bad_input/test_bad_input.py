@@ -6,17 +6,16 @@ from pathlib import Path
 import pytest
 
 import smartfrz_jax as sfj
-from tests.bad_input import costs, doors, learning, policies, predictors, table
+from tests.bad_input import callbacks, costs, doors, learning, policies, predictors, table
 
-MODULES = {"": sfj} | {
-    f"{name}.": getattr(sfj, name) for name in ("nnx", "linen", "policies", "cost", "caching", "predictor", "learning")
-}
-AREAS = [costs, doors, learning, policies, predictors]
+SUBMODULES = ("nnx", "linen", "policies", "cost", "caching", "callbacks", "predictor", "learning")
+MODULES = {"": sfj} | {f"{name}.": getattr(sfj, name) for name in SUBMODULES}
+AREAS = [callbacks, costs, doors, learning, policies, predictors]
 DOORS = [door for area in AREAS for door in area.DOORS]
 CASES = [case for door in DOORS for case in table.wrong_types(door)] + [case for area in AREAS for case in area.CASES]
 # Made by the library alone, or without arguments of their own that could be wrong.
 RESULTS = {
-    "Account", "FreezeEvent", "Layer", "Policy", "Program", "SavingWarning", "caching.BreakEven",
+    "Account", "FreezeEvent", "Layer", "Policy", "Program", "SavingWarning", "caching.BreakEven", "callbacks.Callback",
     "cost.Finding", "cost.Measured", "cost.Parts", "cost.ProgramCost", "cost.StepFlops", "learning.Evaluation",
     "learning.Fit", "policies.Harm", "policies.Rehearsal", "policies.never", "predictor.Observation",
 }  # fmt: skip
