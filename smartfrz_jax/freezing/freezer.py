@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, NamedTuple
 
+import jax
+import optax
+
 from smartfrz_jax.callbacks.base import Callback, FreezeEvent
+from smartfrz_jax.freezing import saved_run
+from smartfrz_jax.freezing.summary import Summary, summarise
 from smartfrz_jax.freezing.transform import Frozen, check_frozen
 from smartfrz_jax.layers.layers import Layers, check_layers, check_params
-from smartfrz_jax.policies.base import Policy, check_policy
+from smartfrz_jax.policies.base import Policy, check_policy, decision
 from smartfrz_jax.pytrees import checkpoint, checks
 from smartfrz_jax.pytrees.file_paths import PathLike
 
 PyTree = Any
-
-_KIND = "training run"
 
 
 class Pending(NamedTuple):
@@ -103,6 +105,9 @@ class Freezer:
         self.events: list[FreezeEvent] = []
         self.callbacks: tuple[Callback, ...] = ()
         self.policy_state = policy.init(layers, params)
+        self._tx: optax.GradientTransformation | None = None
+        self._account: Any = None
+        self._params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
         # What a checkpoint may hold: by then the state may have dropped what an earlier one had.
         self._initial_state = checkpoint.outline(self.policy_state)
 
@@ -144,7 +149,7 @@ class Freezer:
             known = loss | {"frozen_layers": len(self.frozen.names)} | dict(metrics or {})
             for callback in self.callbacks:
                 callback.on_step(self.steps, known)
-        names, self.policy_state = _decision(
+        names, self.policy_state = decision(
             self.policy.update(
                 self.policy_state, self.layers, step=self.steps, params=params, frozen=self._from_start, **signals
             )
@@ -192,6 +197,32 @@ class Freezer:
         if pending is not None and (wanted := pending.frozen.add(by_hand)) != frozen:
             self.pending, self._is_prepared = Pending(pending.due, wanted), False
 
+    def summary(self, *, tx: optax.GradientTransformation | None = None, account: Any = None) -> Summary:
+        """What is frozen, since when, and what that saves: a table for ``print``, or ``rich.print``.
+
+        See :class:`smartfrz_jax.freezing.summary.Summary`. What was frozen by hand counts from the next step on.
+
+        Args:
+            tx: The optimizer, as it was given to ``freeze``, for the bytes of its state; by default that of the door.
+            account: A :class:`~smartfrz_jax.Account`, for the share of a step's FLOPs; by default the train step's.
+
+        Raises:
+            TypeError: If ``tx`` is no transformation, or ``account`` no account.
+            ValueError: If the account is of another network.
+        """
+        since = dict.fromkeys(self.frozen.names, 0)
+        for event in self.events:
+            since |= {name: event.step for name in event.names if name in since}
+        return summarise(
+            self.frozen,
+            self._params,
+            tx=self._tx if tx is None else tx,
+            account=self._account if account is None else account,
+            since=since,
+            step=self.steps,
+            pending=None if self.pending is None else (self.pending.due, len(self.pending.frozen.names)),
+        )
+
     def _is_worth(self, wanted: Frozen) -> bool:
         if self._saving is None or not self.frozen.names <= wanted.names:
             return True
@@ -228,7 +259,7 @@ class Freezer:
             "pending": self.pending and [self.pending.due, sorted(self.pending.frozen.names)],
             "events": [[event.step, list(event.names), list(event.returned)] for event in self.events],
         }
-        checkpoint.write(path, {"run": run, "policy": self.policy_state}, _KIND, metadata, overwrite=overwrite)
+        checkpoint.write(path, {"run": run, "policy": self.policy_state}, saved_run.KIND, metadata, overwrite=overwrite)
 
     def saved_frozen(self, path: PathLike) -> Frozen:
         """The frozen set of a checkpoint, which the arrays given to :meth:`restore_run` must have the structure of.
@@ -237,15 +268,7 @@ class Freezer:
             FileNotFoundError: If there is no such directory.
             ValueError: If it is not a complete checkpoint, or of a network with other layers or another policy.
         """
-        metadata = checkpoint.read_metadata(path, _KIND)
-        if metadata["layers"] != list(self.layers.names):
-            differing = sorted(set(metadata["layers"]).symmetric_difference(self.layers.names))
-            raise ValueError(
-                f"path: {path} was saved with {len(metadata['layers'])} layers, this network has {len(self.layers)}; "
-                f"in only one of them: {', '.join(differing[:5]) or 'none, but the order differs'}. "
-                "Build the network and its layers as for the saved run"
-            )
-        _check_policy_of(path, metadata.get("policy", {}), json.loads(json.dumps(dict(self.policy.options))))
+        metadata = saved_run.read_metadata(path, self.layers, self.policy)
         return Frozen(self.layers, frozenset(metadata["frozen"]))
 
     def restore_run(self, path: PathLike, run: PyTree) -> PyTree:
@@ -263,9 +286,9 @@ class Freezer:
             ValueError: If the checkpoint is damaged or does not fit; nothing has changed then.
         """
         frozen = self.saved_frozen(path)
-        policy = checkpoint.with_dropped(path, self._initial_state, _KIND, prefix="['policy']")
-        saved = checkpoint.read(path, {"run": run, "policy": policy}, _KIND)
-        metadata = checkpoint.read_metadata(path, _KIND)
+        policy = checkpoint.with_dropped(path, self._initial_state, saved_run.KIND, prefix="['policy']")
+        saved = checkpoint.read(path, {"run": run, "policy": policy}, saved_run.KIND)
+        metadata = checkpoint.read_metadata(path, saved_run.KIND)
         self.frozen, self.policy_state, self.steps = frozen, saved["policy"], metadata["steps"]
         self._from_start = frozenset(metadata["from_start"])
         self.pending, self._is_prepared = None, False
@@ -274,35 +297,6 @@ class Freezer:
             self.pending = Pending(due, Frozen(self.layers, frozenset(names)))
         self.events = [FreezeEvent(step, tuple(names), tuple(back)) for step, names, back in metadata["events"]]
         return saved["run"]
-
-
-def _check_policy_of(path: PathLike, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
-    """Raises ``ValueError`` if a checkpoint is of a policy with other options, where both are known."""
-    differing = [name for name in saved.keys() | own.keys() if saved.get(name) != own.get(name)]
-    if saved and own and differing:
-        name = "name" if "name" in differing else min(differing)
-        raise ValueError(
-            f"path: {path} was saved with the policy {saved.get('name')!r} and {name}={checks.got(saved.get(name))}, "
-            f"expected {name}={checks.got(own.get(name))}, as this run's policy {own.get('name')!r} has it "
-            f"({len(differing)} options differ); make the policy as for the saved run, or begin a new run from its "
-            "weights"
-        )
-
-
-def _decision(returned: Any) -> tuple[frozenset[str], PyTree]:
-    """What a policy returned: names of layers, and its state."""
-    if not isinstance(returned, tuple | list) or len(returned) != 2:
-        raise TypeError(
-            f"policy: its update returned {checks.got(returned)}, expected the pair (names of layers, state)"
-        )
-    names, state = returned
-    if isinstance(names, str) or not isinstance(names, Iterable):
-        raise TypeError(f"policy: its update decided on {checks.got(names)}, expected a frozenset of names of layers")
-    names = frozenset(names)
-    for name in names:
-        if not isinstance(name, str):
-            raise TypeError(f"policy: its update named a layer {checks.got(name)}, expected a string")
-    return names, state
 
 
 def check_options(policy: Any, features: Any, train_step: Any, steps: tuple[type, ...]) -> None:

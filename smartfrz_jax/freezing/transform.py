@@ -18,6 +18,7 @@ import numpy as np
 import optax
 
 from smartfrz_jax.freezing.partition import ACTIVE, FROZEN, partition
+from smartfrz_jax.freezing.table import Table
 from smartfrz_jax.layers.layers import Layers, check_layers
 from smartfrz_jax.layers.select import Selectors, select
 from smartfrz_jax.pytrees import checks, paths
@@ -25,9 +26,11 @@ from smartfrz_jax.pytrees import checks, paths
 PyTree = Any
 
 
-@dataclasses.dataclass(frozen=True, eq=False, init=False)
+@dataclasses.dataclass(frozen=True, eq=False, init=False, repr=False)
 class Frozen:
     """Which layers of a network are frozen: immutable and hashable, to be a static argument of the train step.
+
+    ``print`` shows a table, and so does ``rich.print``.
 
     Args:
         layers: The layers of the network.
@@ -122,6 +125,26 @@ class Frozen:
 
     def _is_frozen(self, param: str) -> bool:
         return self.layers.holding(param) in self.names
+
+    @property
+    def table(self) -> Table:
+        """The layers, front to back, and which are frozen."""
+        rows = (
+            (layer.name, f"{len(layer.params)}", "yes" if layer.name in self.names else "") for layer in self.layers
+        )
+        title = f"Frozen: {len(self.names)} of {len(self.layers)} layers."
+        return Table(title, ("layer", "arrays", "frozen"), tuple(rows))
+
+    def __repr__(self) -> str:
+        names = [name for name in self.layers.names if name in self.names]
+        shown = ", ".join([*map(repr, names[:3]), *(["..."] if len(names) > 3 else [])])
+        return f"<Frozen: {len(names)} of {len(self.layers)} layers{': ' if names else ''}{shown}>"
+
+    def __str__(self) -> str:
+        return str(self.table)
+
+    def __rich__(self) -> Table:
+        return self.table
 
     @functools.cached_property
     def _hash(self) -> int:

@@ -66,6 +66,7 @@ class Freezer(freezer.Freezer):
             saving=None if account is None else account.saving,
         )
         self.callbacks = check_callbacks(callbacks)
+        self._tx, self._account = state.unfrozen_tx, account
         if "grads" in policy.needs and not state.keep_grads:
             raise ValueError(
                 "state: the policy looks at gradients and the state drops them; create it with keep_grads=True"

@@ -8,11 +8,13 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import optax
 from flax import nnx
 
 from smartfrz_jax.callbacks.base import Callback, check_callbacks
 from smartfrz_jax.freezing import freezer
 from smartfrz_jax.freezing.freezer import check_options
+from smartfrz_jax.freezing.summary import Summary
 from smartfrz_jax.freezing.transform import Frozen
 from smartfrz_jax.nnx.cached_step import CachedStep
 from smartfrz_jax.nnx.layers import check_model
@@ -75,6 +77,7 @@ class Freezer(freezer.Freezer):
             saving=None if account is None else account.saving,
         )
         self.callbacks = check_callbacks(callbacks)
+        self._tx, self._account = optimizer.unfrozen_tx, account
         self.model, self.optimizer = model, optimizer
         self._features = features
         self._train_step = train_step
@@ -112,6 +115,11 @@ class Freezer(freezer.Freezer):
         )
         self._freeze(frozen)
         return frozen
+
+    def summary(self, *, tx: optax.GradientTransformation | None = None, account: Any = None) -> Summary:
+        """As :meth:`smartfrz_jax.Freezer.summary`, with what was frozen by hand since the last step."""
+        self.adopt(self.optimizer.frozen)
+        return super().summary(tx=tx, account=account)
 
     def _freeze(self, frozen: Frozen) -> None:
         """Freezes, unless the optimizer has made no step since the last time: then it is a copy of it that trains."""

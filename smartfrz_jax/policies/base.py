@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -99,6 +99,26 @@ def check_policy(policy: Any) -> None:
     checks.instance(policy, Policy, "policy", expected)
     checks.function(policy.init, "policy", "a function as its init")
     checks.function(policy.update, "policy", "a function as its update")
+
+
+def decision(returned: Any) -> tuple[frozenset[str], PyTree]:
+    """What a policy's ``update`` returned: names of layers, and its state.
+
+    Raises:
+        TypeError: If it is something else.
+    """
+    if not isinstance(returned, tuple | list) or len(returned) != 2:
+        raise TypeError(
+            f"policy: its update returned {checks.got(returned)}, expected the pair (names of layers, state)"
+        )
+    names, state = returned
+    if isinstance(names, str) or not isinstance(names, Iterable):
+        raise TypeError(f"policy: its update decided on {checks.got(names)}, expected a frozenset of names of layers")
+    names = frozenset(names)
+    for name in names:
+        if not isinstance(name, str):
+            raise TypeError(f"policy: its update named a layer {checks.got(name)}, expected a string")
+    return names, state
 
 
 def scheduled(freeze_at: Callable[[Layers], Int[np.ndarray, " layers"]], options: Mapping[str, Any]) -> Policy:

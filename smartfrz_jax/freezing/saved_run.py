@@ -1,0 +1,51 @@
+"""Whether the checkpoint of a run is of the same network and policy as the run that reads it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from smartfrz_jax.layers.layers import Layers
+from smartfrz_jax.policies.base import Policy
+from smartfrz_jax.pytrees import checkpoint, checks
+from smartfrz_jax.pytrees.file_paths import PathLike
+
+KIND = "training run"
+
+
+def read_metadata(path: PathLike, layers: Layers, policy: Policy) -> dict[str, Any]:
+    """What a checkpoint notes of a run, beside its arrays.
+
+    Args:
+        path: Directory of the checkpoint.
+        layers: Layers of the network that is to go on.
+        policy: The policy that is to go on.
+
+    Raises:
+        FileNotFoundError: If there is no such directory.
+        ValueError: If it is not a complete checkpoint, or of a network with other layers or another policy.
+    """
+    metadata = checkpoint.read_metadata(path, KIND)
+    if metadata["layers"] != list(layers.names):
+        differing = sorted(set(metadata["layers"]).symmetric_difference(layers.names))
+        raise ValueError(
+            f"path: {path} was saved with {len(metadata['layers'])} layers, this network has {len(layers)}; "
+            f"in only one of them: {', '.join(differing[:5]) or 'none, but the order differs'}. "
+            "Build the network and its layers as for the saved run"
+        )
+    _check_policy_of(path, metadata.get("policy", {}), json.loads(json.dumps(dict(policy.options))))
+    return metadata
+
+
+def _check_policy_of(path: PathLike, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:
+    """Raises ``ValueError`` if a checkpoint is of a policy with other options, where both are known."""
+    differing = [name for name in saved.keys() | own.keys() if saved.get(name) != own.get(name)]
+    if saved and own and differing:
+        name = "name" if "name" in differing else min(differing)
+        raise ValueError(
+            f"path: {path} was saved with the policy {saved.get('name')!r} and {name}={checks.got(saved.get(name))}, "
+            f"expected {name}={checks.got(own.get(name))}, as this run's policy {own.get('name')!r} has it "
+            f"({len(differing)} options differ); make the policy as for the saved run, or begin a new run from its "
+            "weights"
+        )
