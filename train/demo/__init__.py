@@ -1,0 +1,1 @@
+"""``make demo``: full training of a pre-trained network beside training with its front frozen."""
