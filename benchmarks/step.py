@@ -1,6 +1,6 @@
 """Step time, FLOPs and temporary memory against the share of the network that is frozen, beside optax's recipes.
 
-Two networks: the residual CNN of the demo and a small vision transformer. A prefix of the layers is frozen that holds
+Two networks: a small residual CNN and a small vision transformer. A prefix of the layers is frozen that holds
 0, 25, 50, 75 and 100 % (all but the head) of the forward FLOPs of convolutions and linear layers. Rows:
 
 * ``smartfrz_jax``: this library's optimizer, with a clip by the global norm inside it.
@@ -176,7 +176,7 @@ def main() -> None:
     grey = jax.random.normal(jax.random.key(0), (args.batch, 28, 28, 1))
     colour = jax.random.normal(jax.random.key(0), (args.batch, 32, 32, 3))
     measure(
-        "ResNet of the demo, 28x28",
+        "ResNet-16, 28x28",
         lambda: ResNet((2, 2, 2), (8, 16, 32), BasicBlock, num_classes=10, channels=1, stem="cifar", rngs=nnx.Rngs(0)),
         (grey, labels), args.rounds, args.steps,
     )  # fmt: skip
