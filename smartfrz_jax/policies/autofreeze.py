@@ -111,29 +111,16 @@ def autofreeze(
 
     def init(layers: Layers, params: PyTree) -> AutoFreezeState:
         freezable(layers, keep)
-        leaves = check_params(params)
-        return AutoFreezeState(
-            {param: jnp.zeros_like(leaves[param], jnp.float32) for layer in layers for param in layer.params},
-            _zero(),
-            _zero(),
-            np.zeros(len(layers), np.float32),
-            np.zeros((), np.int32),
-            np.zeros(len(layers), bool),
-        )
+        return _start(layers, check_params(params))
 
     def update(
         state: AutoFreezeState, layers: Layers, *, step: int, params: Callable[[], PyTree], **signals: Any
     ) -> tuple[frozenset[str], AutoFreezeState]:
         check_update(state, AutoFreezeState, layers, step)
         grads = require(signals, "grads", _NAME, "pass the gradients of the active layers by parameter name")
-        checks.by_name(grads, "grads", "a dict from parameter names to gradients, such as Frozen.active_leaves(grads)")
-        state = state._replace(frozen=state.frozen | _frozen_by_others(layers, grads, state.frozen))
-        active = _active_params(layers, state.frozen)
-        selected = _select(grads, active, state.accumulated)
-        added, counted, errors = _add({p: state.accumulated[p] for p in active}, state.counted, state.errors, selected)
-        state = state._replace(accumulated=state.accumulated | added, counted=counted, errors=errors)
+        state = _accumulate(state, layers, grads)
         if step % evaluate_every == 0:
-            counted, errors = hosts.fetch((counted, errors))
+            counted, errors = hosts.fetch((state.counted, state.errors))
             check_errors(errors, max_consecutive_errors, what="grads", policy=_NAME, step=step)
             if counted:
                 state = _evaluate(state, layers, freezable(layers, keep), percentile, step, counted / evaluate_every)
@@ -146,6 +133,26 @@ def autofreeze(
         "keep": described(keep),
     }
     return Policy(init, update, frozenset({"grads"}), options)
+
+
+def _start(layers: Layers, leaves: Mapping[str, Any]) -> AutoFreezeState:
+    return AutoFreezeState(
+        {param: jnp.zeros_like(leaves[param], jnp.float32) for layer in layers for param in layer.params},
+        _zero(),
+        _zero(),
+        np.zeros(len(layers), np.float32),
+        np.zeros((), np.int32),
+        np.zeros(len(layers), bool),
+    )
+
+
+def _accumulate(state: AutoFreezeState, layers: Layers, grads: Mapping[str, Any]) -> AutoFreezeState:
+    checks.by_name(grads, "grads", "a dict from parameter names to gradients, such as Frozen.active_leaves(grads)")
+    state = state._replace(frozen=state.frozen | _frozen_by_others(layers, grads, state.frozen))
+    active = _active_params(layers, state.frozen)
+    selected = _select(grads, active, state.accumulated)
+    added, counted, errors = _add({p: state.accumulated[p] for p in active}, state.counted, state.errors, selected)
+    return state._replace(accumulated=state.accumulated | added, counted=counted, errors=errors)
 
 
 def _evaluate(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from smartfrz_jax.layers.layers import Layers, check_params
-from smartfrz_jax.layers.select import Selectors, described
+from smartfrz_jax.layers.select import Selector, Selectors, described
 from smartfrz_jax.policies.base import (
     Policy,
     check_finite,
@@ -114,68 +115,91 @@ def gain(
         >>> frozen, [round(float(fall), 3) for fall in state.gains[-1]]
         (frozenset({'a'}), [0.0, 0.4])
     """
-    expected = "a function of (params, number) to a gradient, such as sfj.nnx.gradient_probe(model, loss_fn, batches)"
-    checks.function(gradients, "gradients", expected)
     checks.count(total_steps, "total_steps")
-    checks.count(window, "window", least=2)
     measure_every = max(2, total_steps // _MEASUREMENTS) if measure_every is None else measure_every
-    checks.count(measure_every, "measure_every", least=2)
-    if window * measure_every >= total_steps:
-        raise ValueError(
-            f"window: got {window} measurements, one in {measure_every} steps, expected fewer than fit into the "
-            f"{total_steps} steps of the run, for nothing freezes before; take a smaller window or measure_every"
-        )
-    for value, argument in ((factor, "factor"), (errors, "errors")):
-        expected = "a finite number from 0 up"
-        if not 0 <= checks.number(value, argument, expected) < np.inf:
-            raise ValueError(f"{argument}: got {value}, expected {expected}")
-    keep, costs = kept(keep), numbers_of(costs)
+    rule = _Gain(gradients, total_steps, factor, window, measure_every, errors, numbers_of(costs), kept(keep))
+    return Policy(rule.init, rule.update, options=rule.options)
 
-    def init(layers: Layers, params: PyTree) -> GainState:
-        freezable(layers, keep)
-        shares_of_cost(layers, costs)
+
+@dataclasses.dataclass(frozen=True)
+class _Gain:
+    """The options of :func:`gain`, and what it does with them."""
+
+    gradients: Gradients
+    total_steps: int
+    factor: float
+    window: int
+    measure_every: int
+    errors: float
+    costs: dict[str, float] | None
+    keep: tuple[Selector, ...] | None
+
+    def __post_init__(self) -> None:
+        expected = (
+            "a function of (params, number) to a gradient, such as sfj.nnx.gradient_probe(model, loss_fn, batches)"
+        )
+        checks.function(self.gradients, "gradients", expected)
+        checks.count(self.window, "window", least=2)
+        checks.count(self.measure_every, "measure_every", least=2)
+        if self.window * self.measure_every >= self.total_steps:
+            raise ValueError(
+                f"window: got {self.window} measurements, one in {self.measure_every} steps, expected fewer than fit "
+                f"into the {self.total_steps} steps of the run, for nothing freezes before; take a smaller window or "
+                "measure_every"
+            )
+        for value, argument in ((self.factor, "factor"), (self.errors, "errors")):
+            expected = "a finite number from 0 up"
+            if not 0 <= checks.number(value, argument, expected) < np.inf:
+                raise ValueError(f"{argument}: got {value}, expected {expected}")
+
+    @property
+    def options(self) -> dict[str, Any]:
+        return {
+            "name": _NAME,
+            "total_steps": int(self.total_steps),
+            "factor": float(self.factor),
+            "window": int(self.window),
+            "measure_every": int(self.measure_every),
+            "errors": float(self.errors),
+            "costs": self.costs,
+            "keep": described(self.keep),
+        }
+
+    def init(self, layers: Layers, params: PyTree) -> GainState:
+        freezable(layers, self.keep)
+        shares_of_cost(layers, self.costs)
         leaves = check_params(params)
         before = {param: np.zeros(np.shape(leaf), leaf.dtype) for param, leaf in leaves.items()}
-        gains = np.zeros((window, len(layers)), np.float32)
+        gains = np.zeros((self.window, len(layers)), np.float32)
         return GainState(before, gains, np.zeros((), np.int32), np.zeros(len(layers), bool))
 
     def update(
-        state: GainState, layers: Layers, *, step: int, params: Callable[[], PyTree], **signals: Any
+        self, state: GainState, layers: Layers, *, step: int, params: Callable[[], PyTree], **signals: Any
     ) -> tuple[frozenset[str], GainState]:
         check_update(state, GainState, layers, step)
-        may_freeze = freezable(layers, keep)
+        may_freeze = freezable(layers, self.keep)
         if not (may_freeze & ~state.frozen).any():
             return names_of(layers, state.frozen), state
-        if step % measure_every == 0:
+        if step % self.measure_every == 0:
             state = state._replace(before=hosts.fetch(paths.flatten(params())))
-        elif step % measure_every == 1 and step > measure_every:
-            now = params()
-            before = paths.tree_map(lambda name, _: state.before[name], now)
-            gradient = _fitting(paths.flatten(gradients(before, int(state.measurements))), state.before)
-            found = _gains(layers, state.before, paths.flatten(now), gradient)
-            check_finite(layers, ~np.isfinite(found), what="gradients", policy=_NAME, step=step)
-            state = state._replace(
-                gains=np.concatenate([state.gains[1:], found[None]]),
-                measurements=np.asarray(state.measurements + 1, np.int32),
-            )
-            if state.measurements >= window:
+        elif step % self.measure_every == 1 and step > self.measure_every:
+            state = self._measured(state, layers, params(), step)
+            if state.measurements >= self.window:
                 by_hand = np.array([name in signals.get("frozen", ()) for name in layers.names], bool)
-                shares = shares_of_cost(layers, costs)
-                more = _front(state.gains, shares, state.frozen | by_hand, may_freeze, factor, errors)
+                shares = shares_of_cost(layers, self.costs)
+                more = _front(state.gains, shares, state.frozen | by_hand, may_freeze, self.factor, self.errors)
                 state = state._replace(frozen=state.frozen | more)
         return names_of(layers, state.frozen), state
 
-    options = {
-        "name": _NAME,
-        "total_steps": int(total_steps),
-        "factor": float(factor),
-        "window": int(window),
-        "measure_every": int(measure_every),
-        "errors": float(errors),
-        "costs": costs,
-        "keep": described(keep),
-    }
-    return Policy(init, update, options=options)
+    def _measured(self, state: GainState, layers: Layers, now: PyTree, step: int) -> GainState:
+        before = paths.tree_map(lambda name, _: state.before[name], now)
+        gradient = _fitting(paths.flatten(self.gradients(before, int(state.measurements))), state.before)
+        found = _gains(layers, state.before, paths.flatten(now), gradient)
+        check_finite(layers, ~np.isfinite(found), what="gradients", policy=_NAME, step=step)
+        return state._replace(
+            gains=np.concatenate([state.gains[1:], found[None]]),
+            measurements=np.asarray(state.measurements + 1, np.int32),
+        )
 
 
 def _fitting(gradient: Mapping[str, Any], params: Mapping[str, np.ndarray]) -> dict[str, Any]:

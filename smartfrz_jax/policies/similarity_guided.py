@@ -46,9 +46,8 @@ def similarity_guided(
     """A policy that freezes a layer once its output has stopped changing relative to that of the well-trained network.
 
     The measure is linear CKA on a fixed probe batch (paper, Eq. 5). A layer freezes when its last ``window`` values
-    differ by at most ``tolerance`` (:func:`smartfrz_jax.predictor.stabilised`), whatever the other layers do.
-
-    It needs a function that computes the layers' outputs; that is called at evaluations only.
+    differ by at most ``tolerance`` (:func:`smartfrz_jax.predictor.stabilised`), whatever the other layers do. It needs
+    a function that computes the layers' outputs; that is called at evaluations only.
 
     Args:
         reference: Output of each layer of the well-trained network on the probe batch, shape ``(examples, ...)``, by
@@ -64,8 +63,7 @@ def similarity_guided(
 
     Raises:
         ValueError: If an option is out of range; at ``init``, if ``keep`` names no layer of the network or
-            ``reference`` lacks one; in ``update``, if ``features`` lacks a layer or has another number
-            of examples.
+            ``reference`` lacks one; in ``update``, if ``features`` lacks one or has another number of examples.
         FloatingPointError: In ``update``, if a CKA is not finite.
 
     Example:
@@ -90,33 +88,23 @@ def similarity_guided(
     def init(layers: Layers, params: PyTree) -> SimilarityGuidedState:
         outputs = _of_layers(reference, names_of(layers, freezable(layers, keep)), "reference")
         checks.finite(hosts.fetch(outputs), "reference", "take the outputs of a network that has not diverged")
-        return SimilarityGuidedState(
-            np.zeros((window, len(layers)), np.float32), np.zeros((), np.int32), np.zeros(len(layers), bool)
-        )
+        cka = np.zeros((window, len(layers)), np.float32)
+        return SimilarityGuidedState(cka, np.zeros((), np.int32), np.zeros(len(layers), bool))
 
     def update(
         state: SimilarityGuidedState, layers: Layers, *, step: int, params: Callable[[], PyTree], **signals: Any
     ) -> tuple[frozenset[str], SimilarityGuidedState]:
         check_update(state, SimilarityGuidedState, layers, step)
-        features = require(
-            signals, "features", _NAME, "pass a function that computes the layers' outputs on the probe batch"
-        )
+        features = _features(signals)
         may_freeze = freezable(layers, keep)
         judged = may_freeze & ~state.frozen
-        checks.function(features, "features", "a function without arguments that computes the layers' outputs")
         if step % evaluate_every == 0 and judged.any():
-            cka = np.zeros(len(layers), np.float32)
-            # Of frozen layers too: for each set of layers there would be another program to compile.
-            cka[may_freeze] = _cka(
-                features(), reference, [n for n, m in zip(layers.names, may_freeze, strict=True) if m]
-            )
+            cka = _cka(layers, features(), reference, may_freeze)
             check_finite(layers, judged & ~np.isfinite(cka), what="features", policy=_NAME, step=step)
-            recent = np.concatenate([state.cka[1:], np.where(judged, cka, 0.0)[None]])
-            evaluations = np.asarray(state.evaluations + 1, np.int32)
-            frozen = state.frozen
-            if evaluations >= window:
-                frozen = frozen | (judged & stabilised(recent, window=window, tolerance=tolerance)[-1])
-            state = SimilarityGuidedState(recent, evaluations, frozen)
+            state = _with_cka(state, np.where(judged, cka, 0.0))
+            if state.evaluations >= window:
+                flat = stabilised(state.cka, window=window, tolerance=tolerance)[-1]
+                state = state._replace(frozen=state.frozen | (judged & flat))
         return names_of(layers, state.frozen), state
 
     options = {
@@ -129,9 +117,27 @@ def similarity_guided(
     return Policy(init, update, frozenset({"features"}), options)
 
 
-def _cka(features: Mapping[str, Array], reference: Mapping[str, Array], names: list[str]) -> np.ndarray:
+def _features(signals: dict[str, Any]) -> Callable[[], Mapping[str, Array]]:
+    way_out = "pass a function that computes the layers' outputs on the probe batch"
+    features = require(signals, "features", _NAME, way_out)
+    checks.function(features, "features", "a function without arguments that computes the layers' outputs")
+    return features
+
+
+def _cka(
+    layers: Layers, features: Mapping[str, Array], reference: Mapping[str, Array], may_freeze: np.ndarray
+) -> np.ndarray:
+    """Of every layer that may freeze, frozen or not: for each set of layers there would be a program to compile."""
+    names = [name for name, chosen in zip(layers.names, may_freeze, strict=True) if chosen]
     both = _of_layers(features, names, "features"), _of_layers(reference, names, "reference")
-    return hosts.fetch(layer_similarity(*both))
+    cka = np.zeros(len(layers), np.float32)
+    cka[may_freeze] = hosts.fetch(layer_similarity(*both))
+    return cka
+
+
+def _with_cka(state: SimilarityGuidedState, cka: np.ndarray) -> SimilarityGuidedState:
+    recent = np.concatenate([state.cka[1:], cka[None]])
+    return SimilarityGuidedState(recent, np.asarray(state.evaluations + 1, np.int32), state.frozen)
 
 
 def _of_layers(outputs: Mapping[str, Array], names: Iterable[str], argument: str) -> dict[str, Array]:
