@@ -1,4 +1,4 @@
-"""RESULTS.md: sections that scripts write, each between two comments with its name, beside text written by hand."""
+"""Pages of tables: sections that scripts write, each between two comments with its name, beside text by hand."""
 
 from __future__ import annotations
 
@@ -19,6 +19,8 @@ _ROOT = Path(__file__).resolve().parents[1]
 def write_section(file: Path, name: str, text: str) -> None:
     r"""Puts a text between ``<!-- name -->`` and ``<!-- end of name -->`` in a file, at its end if they are not there.
 
+    The pages are ``benchmarks/*/tables.md``, beside the data.
+
     Args:
         file: Markdown file; it is made if it is not there.
         name: Name of the section.
@@ -29,7 +31,7 @@ def write_section(file: Path, name: str, text: str) -> None:
 
     Example:
         >>> import tempfile
-        >>> file = Path(tempfile.mkdtemp()) / "RESULTS.md"
+        >>> file = Path(tempfile.mkdtemp()) / "tables.md"
         >>> write_section(file, "table", "one")
         >>> write_section(file, "table", "two")
         >>> file.read_text()
@@ -46,7 +48,7 @@ def write_section(file: Path, name: str, text: str) -> None:
 
 
 def publish(text: str, file: Path, *, section: str, results: Path | None) -> None:
-    """Prints what a script has found, and writes it to a file of its own and, if there is one, to RESULTS.md.
+    """Prints what a script has found, and writes it to a file of its own and, if there is one, to a page of tables.
 
     Args:
         text: Markdown.

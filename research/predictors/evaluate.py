@@ -187,7 +187,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--recordings", type=local_path, required=True, help="recordings, as research.recordings.collect makes them"
     )
     parser.add_argument("--out", type=local_path, default=Path("runs/evaluation"), help="folder for everything written")
-    parser.add_argument("--results", type=local_path, metavar="FILE", help="Markdown file to renew the tables in, too")
+    parser.add_argument("--results", type=local_path, metavar="FILE", help="page to renew the tables in, too")
     parser.add_argument("--targets", nargs="+", choices=list(TARGETS), default=list(TARGETS), help="what is supervised")
     parser.add_argument(
         "--splits", nargs="+", choices=get_args(Split), default=list(get_args(Split)), help="what is held out"

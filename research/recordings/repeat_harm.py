@@ -167,7 +167,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--recordings", type=local_path, required=True, help="folder of research.recordings.collect")
     parser.add_argument("--data-dir", type=local_path, required=True, help="data directory of TensorFlow Datasets")
     parser.add_argument("--out", type=local_path, default=Path("runs/repeat"), help="folder for everything written")
-    parser.add_argument("--results", type=local_path, metavar="FILE", help="Markdown file to renew the table in, too")
+    parser.add_argument("--results", type=local_path, metavar="FILE", help="page to renew the table in, too")
     parser.add_argument("--runs", type=int, default=12, help="runs to measure again (default: %(default)s)")
     parser.add_argument("--seed", type=int, default=0, help="of the draw of the runs (default: %(default)s)")
     parser.add_argument("--stride", type=int, default=12, help="records between moments (default: %(default)s)")

@@ -17,7 +17,7 @@ def make_parser(script: str, doc: str | None) -> argparse.ArgumentParser:
     """
     parser = argparse.ArgumentParser(prog=f"python -m research.trials.{script}", description=str(doc).split("\n\n")[0])
     parser.add_argument("--out", type=local_path, default=Path("runs", script), help="folder for everything written")
-    parser.add_argument("--results", type=local_path, metavar="FILE", help="Markdown file to renew the tables in, too")
+    parser.add_argument("--results", type=local_path, metavar="FILE", help="page to renew the tables in, too")
     parser.add_argument("--data-dir", type=local_path, required=True, help="folder of prepared TFDS data sets")
     parser.add_argument("--weights", type=local_path, help="folder of published weights")
     return parser

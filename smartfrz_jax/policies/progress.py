@@ -41,7 +41,7 @@ def progress(
         coefficients: :math:`w_0, w_1, w_2`: intercept, weight of progress (above 0: what is frozen stays so), weight of
             depth (below 0 for front to back).
         caution: Probability above which a layer freezes, as in :func:`smartfrz_jax.smartfrz`: from 0, everything at
-            once, to 1, nothing ever. The default cost 0.3 points of accuracy in four fine-tunings (RESULTS.md).
+            once, to 1, nothing ever. The default cost 0.3 points of accuracy in four fine-tunings.
         keep: Layers never to freeze: names, globs, regular expressions, predicates or NNX filters (see
             :func:`smartfrz_jax.layers.select.select`); ``None`` keeps the head, ``()`` nothing.
 

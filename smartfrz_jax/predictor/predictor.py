@@ -232,7 +232,7 @@ class Predictor(nnx.Module):
 
     @classmethod
     def pretrained(cls, name: Pretrained = "default") -> Predictor:
-        """A predictor that comes with the library; ``smartfrz_jax/pretrained/README.md`` is its model card.
+        """A predictor that comes with the library; ``smartfrz_jax/predictor/pretrained/README.md`` is its model card.
 
         Of several processes all must call it.
 

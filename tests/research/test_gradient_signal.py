@@ -101,11 +101,11 @@ def test_the_report_by_hand():
         report(signals, [results[0], results[1]._replace(frozen=[(0, ["z"])])])
 
 
-def test_the_table_of_results_md_is_that_of_the_measurements_in_the_repository():
+def test_the_table_beside_the_data_is_that_of_the_measurements_in_the_repository():
     folder = ROOT / "benchmarks" / "rehearsals"
     signals = json_lines.read(folder / "gradient_signal.jsonl", Signal.parse)
     results = json_lines.read(folder / "results.jsonl", Result.parse)
-    assert report(signals, results) in (ROOT / "RESULTS.md").read_text()
+    assert report(signals, results) in (folder / "tables.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -138,7 +138,7 @@ def test_a_measurement_end_to_end_is_not_made_twice(tmp_path, monkeypatch):
         made = Result("small", strategy, 0, 0.5, 1.0, 1.0, 1.0, 1.0, 1.0, [(0, names)] if strategy != "never" else [])
         json_lines.append(full_runs, made._asdict())
     options = f"--data-dir {tmp_path} --out {tmp_path / 'out'} --share 0.5 --seeds 1 --full-runs {full_runs}"
-    options += f" --results {tmp_path / 'RESULTS.md'}"
+    options += f" --results {tmp_path / 'tables.md'}"
     assert gradient_signal.main(options.split()) == 0
     (signal,) = json_lines.read(tmp_path / "out" / "gradient_signal.jsonl", Signal.parse)
     (bench,) = benches
@@ -158,7 +158,7 @@ def test_a_measurement_end_to_end_is_not_made_twice(tmp_path, monkeypatch):
         of_layer = np.stack([np.concatenate([grads[name] for name in layer.params]) for grads in gradients])
         assert signal.by_layer[layer.name] == pytest.approx(share_of(of_layer), abs=1e-4)
 
-    text = (tmp_path / "RESULTS.md").read_text()
+    text = (tmp_path / "tables.md").read_text()
     assert "| small | 1 | " in text
 
     spoilt = [(tuple(jnp.full_like(of, jnp.nan) for of in inputs), labels)] * 6
@@ -170,10 +170,10 @@ def test_a_measurement_end_to_end_is_not_made_twice(tmp_path, monkeypatch):
     # In another number of steps it is another measurement, beside which the first is not shown.
     assert gradient_signal.main([*options.split(), "--share", "0.25"]) == 0
     assert [row.steps for row in json_lines.read(tmp_path / "out" / "gradient_signal.jsonl", Signal.parse)] == [6, 3]
-    other = (tmp_path / "RESULTS.md").read_text()
+    other = (tmp_path / "tables.md").read_text()
     assert other != text
     assert "| small | 1 | " in other
 
     monkeypatch.setattr(gradient_signal, "Bench", None)
     assert gradient_signal.main([*options.split(), "--share", "0.25"]) == 0
-    assert (tmp_path / "RESULTS.md").read_text() == other
+    assert (tmp_path / "tables.md").read_text() == other

@@ -40,10 +40,10 @@ def test_the_report_by_hand():
     ]
 
 
-def test_the_table_of_results_md_is_that_of_the_measurements_in_the_repository():
+def test_the_table_beside_the_data_is_that_of_the_measurements_in_the_repository():
     root = Path(__file__).parents[2]
     measured = json_lines.read(root / "benchmarks" / "kept_runs" / "runs.jsonl", KeptRun.parse)
-    assert report(measured) in (root / "RESULTS.md").read_text()
+    assert report(measured) in (root / "benchmarks" / "kept_runs" / "tables.md").read_text()
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_runs_end_to_end_come_to_the_same_for_less_and_are_not_made_twice(tmp_pa
     )
     monkeypatch.setattr(kept_runs, "CASES", {"small": Case(setup, 100)})
     options = f"--data-dir {tmp_path} --out {tmp_path / 'out'} --seeds 1 --strategies static:half,all".split()
-    results = tmp_path / "RESULTS.md"
+    results = tmp_path / "tables.md"
     assert kept_runs.main([*options, "--results", str(results)]) == 0
     never, plain, kept = json_lines.read(tmp_path / "out" / "runs.jsonl", KeptRun.parse)
     assert [run.kept for run in (never, plain, kept)] == [False, False, True]

@@ -98,7 +98,8 @@ def test_recordings_without_weights_are_judged_by_what_needs_none(data_set, tmp_
 def test_the_tables_of_recordings_in_the_repository_are_what_these_give(tmp_path):
     """Of controls: predictors would take minutes."""
     root = Path(evaluation.__file__).parents[2]
-    section = (root / "RESULTS.md").read_text().partition("<!-- predictors without weights -->")[2]
+    page = (root / "benchmarks" / "predictors" / "tables.md").read_text()
+    section = page.partition("<!-- predictors without weights -->")[2]
     section = section.partition("<!-- end of predictors without weights -->")[0]
     command = re.match(r"\s*`python -m train\.evaluate_predictor ([^`]*)`", section)
     assert command is not None
@@ -137,7 +138,7 @@ def test_evaluates_and_goes_on(data_set, tmp_path, capsys):
     tables = (out / "figures.md").read_text()
     assert "held out by architecture" in tables
     assert "### cka" in capsys.readouterr().out
-    results = tmp_path / "RESULTS.md"
+    results = tmp_path / "tables.md"
     results.write_text("Before.\n\n<!-- predictors -->\nold\n<!-- end of predictors -->\nAfter.\n")
     assert evaluation.main([*args, "--seeds", "2", "--results", str(results)]) == 0
     new = (out / "figures.md").read_text()

@@ -96,11 +96,11 @@ def test_the_report_by_hand():
     assert "Full runs" not in report(rows, full[:1], PLAN)
 
 
-def test_the_tables_of_results_md_are_those_of_the_results_in_the_repository():
+def test_the_tables_beside_the_data_are_those_of_the_results_in_the_repository():
     folder = ROOT / "benchmarks" / "rehearsals"
     rows = json_lines.read(folder / "rehearsals.jsonl", Rehearsed.parse)
     full = json_lines.read(folder / "results.jsonl", Result.parse)
-    assert report(rows, full, rehearsals.PLAN) in (ROOT / "RESULTS.md").read_text()
+    assert report(rows, full, rehearsals.PLAN) in (folder / "tables.md").read_text()
     augmented = {name for name, case in rehearsals.cases().items() if case.setup.augment}
     kept = {row.case for row in full if row.compute_cached < row.compute}
     assert kept  # of some, but not where every epoch has other images
@@ -148,7 +148,7 @@ def test_a_comparison_end_to_end_is_not_run_twice(tmp_path, monkeypatch):
     benches = []
     monkeypatch.setattr(rehearsals, "Bench", lambda *of, **rest: benches.append(Bench(*of, **rest)) or benches[-1])
     options = f"--data-dir {tmp_path} --out {tmp_path} --cases small --seeds 1 --full-seeds 1 --shares 0.5"
-    options += f" --results {tmp_path / 'RESULTS.md'}"
+    options += f" --results {tmp_path / 'tables.md'}"
     assert rehearsals.main(options.split()) == 0
     (row,) = json_lines.read(tmp_path / "rehearsals.jsonl", Rehearsed.parse)
     full = {result.strategy: result for result in json_lines.read(tmp_path / "results.jsonl", Result.parse)}
@@ -160,7 +160,7 @@ def test_a_comparison_end_to_end_is_not_run_twice(tmp_path, monkeypatch):
     runs_alone = row.compute - 3 * bench.forward_share(16)
     expected = (full["never"].compute + full["static:half"].compute) / 2
     assert expected < runs_alone == pytest.approx(expected, rel=0.1)
-    text = (tmp_path / "RESULTS.md").read_text()
+    text = (tmp_path / "tables.md").read_text()
     assert "| small | 1 | " in text
 
     # It is what a run of so few steps on the other examples comes to.
@@ -171,4 +171,4 @@ def test_a_comparison_end_to_end_is_not_run_twice(tmp_path, monkeypatch):
 
     monkeypatch.setattr(rehearsals, "Bench", None)
     assert rehearsals.main(options.split()) == 0
-    assert (tmp_path / "RESULTS.md").read_text() == text
+    assert (tmp_path / "tables.md").read_text() == text

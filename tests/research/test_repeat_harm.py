@@ -56,7 +56,7 @@ def test_a_measurement_that_agrees_tells_all_targets_and_is_not_made_again(tmp_p
         harm = -np.array(row["harm"], float)
         row["harm"] = (harm - np.nanmin(harm)).tolist()
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    results = tmp_path / "RESULTS.md"
+    results = tmp_path / "tables.md"
     assert repeat_harm.main([*line, "--results", str(results)]) == 0
     assert len(measured) == 2
     again = results.read_text()

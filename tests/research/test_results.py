@@ -14,7 +14,7 @@ def test_examples_in_docstrings():
 
 
 def test_a_section_is_put_at_the_end_and_then_renewed(tmp_path):
-    file = tmp_path / "RESULTS.md"
+    file = tmp_path / "tables.md"
     file.write_text("# Results\n")
     results.write_section(file, "a", "first")
     results.write_section(file, "b", "second\n")
@@ -25,7 +25,7 @@ def test_a_section_is_put_at_the_end_and_then_renewed(tmp_path):
 
 
 def test_a_section_without_an_end_is_not_guessed_at(tmp_path):
-    file = tmp_path / "RESULTS.md"
+    file = tmp_path / "tables.md"
     file.write_text("<!-- a -->\ntext by hand\n")
     with pytest.raises(ValueError, match=r"<!-- a -->.*without.*<!-- end of a -->.*add that line"):
         results.write_section(file, "a", "new")
@@ -34,7 +34,7 @@ def test_a_section_without_an_end_is_not_guessed_at(tmp_path):
 
 @pytest.mark.parametrize("asked", [False, True])
 def test_what_is_published_is_printed_written_and_put_into_its_section(tmp_path, capsys, asked):
-    whole = tmp_path / "RESULTS.md"
+    whole = tmp_path / "tables.md"
     results.publish("| a |", tmp_path / "own.md", section="table", results=whole if asked else None)
     assert capsys.readouterr().out == (tmp_path / "own.md").read_text() == "| a |\n"
     assert whole.exists() == asked

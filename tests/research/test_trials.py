@@ -211,7 +211,7 @@ def test_rates_of_shorter_schedules_are_chosen_with_one_seed(tmp_path):
 
 
 def test_the_report_is_made_of_known_results_and_its_links_lead_to_the_pictures(tmp_path):
-    out, pictures, file = tmp_path / "out", tmp_path / "docs/pictures", tmp_path / "RESULTS.md"
+    out, pictures, file = tmp_path / "out", tmp_path / "docs/pictures", tmp_path / "tables.md"
     out.mkdir()
     case = "resnet14-weak"
     made = [result("never", 0, 0.5, 1.0), result("static:all", 0, 0.4, 0.3)]
@@ -249,7 +249,7 @@ def test_what_lacks_its_predictor_is_named(tmp_path, capsys):
         str(tmp_path / "predictors/vgg9-bn-good/predictor"): ["smartfrz:0.2", "smartfrz:0.5"],
         str(tmp_path / "predictors/vgg9-bn-good/cka_predictor"): ["cka:0.5"],
     }
-    file = tmp_path / "RESULTS.md"
+    file = tmp_path / "tables.md"
     assert closed_loop.main([*line.split(), "--results", str(file)]) == 2
     printed = capsys.readouterr()
     assert printed.out == "left out for want of --predictors: smartfrz:0.2, smartfrz:0.5, cka:0.5\n"
