@@ -108,7 +108,7 @@ def measure(name: str, batch: int, size: int, rounds: int, *, with_torch: bool) 
         model, optimizer = make(frozen)
         costs.append(step.program(model, optimizer, images, classes).cost)
         shares.append((share, len(frozen.names)))
-        predicted.append(account.compiled_flops(frozen))
+        predicted.append(account.flops(frozen).total)
 
         def run(model: nnx.Module = model, optimizer: sfj.nnx.Optimizer = optimizer) -> float:
             return float(step(model, optimizer, images, classes))

@@ -154,7 +154,7 @@ def measure(name: str, network: Network, size: int, rounds: int, *, with_torch: 
         f"{macs:.3f}",
         "-" if network.published is None else f"{network.published:.2f}",
         f"{cost.flops / 1e9:.1f}",
-        f"{account.compiled_flops() / cost.flops:.3f}",
+        f"{account.flops().total / cost.flops:.3f}",
         f"{cost.trace_seconds:.1f} + {cost.compile_seconds:.1f}",
         f"{cost.temp_bytes / 2**20:.0f}",
         f"{1e3 * median['ours']:.0f}",

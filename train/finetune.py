@@ -179,7 +179,7 @@ def finetune(options: Options, say: Callable[[str], None], interrupt: Interrupt)
 
     with bar, Log(options.out / "log.jsonl", history) as log:
         data = interrupt.checked(batches(), on_interrupt=lambda: save_checkpoint(freezer, options.out))
-        flops = account.compiled_flops if options.scan else None
+        flops = (lambda frozen: account.flops(frozen).total) if options.scan else None
         for step in training(log, model, optimizer, freezer, train_step, data, flops=flops):
             bar.update()
             bar.set_postfix(loss=f"{log.run.steps[-1].loss:.3f}", frozen=f"{len(freezer.frozen.names)}/{len(layers)}")

@@ -55,7 +55,7 @@ def training(
         train_step: A step of ``(model, optimizer, *batch)`` that returns the loss.
         data: Batches.
         flops: From a frozen set to the FLOPs of the step just done, where they are not those of the compiled program:
-            for networks with scanned blocks, of which XLA counts one, an account's ``compiled_flops``.
+            for networks with scanned blocks, of which XLA counts one, an account's.
 
     Yields:
         The number of steps done. What is done with it is not part of what is timed.

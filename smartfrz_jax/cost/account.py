@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import optax
 
-from smartfrz_jax.cost import equations, fusion, kinds, step_trace
+from smartfrz_jax.cost import equations, kinds, step_trace
 from smartfrz_jax.cost.equations import Equation, Equations, Input, Trace
 from smartfrz_jax.cost.step_flops import Parts, StepFlops
 from smartfrz_jax.freezing.transform import Frozen
@@ -66,7 +66,6 @@ class Account:
         self._trace_step = trace_step
         self._gradients: dict[Any, tuple[Flops, Flops]] = {}
         self._steps: dict[tuple[frozenset[str], frozenset[str]], StepFlops] = {}
-        self._compiled: dict[frozenset[str], float] = {}
 
     def flops(self, frozen: Frozen | None = None, *, stopped: Collection[str] = ()) -> StepFlops:
         """Predicted FLOPs of one step.
@@ -114,30 +113,6 @@ class Account:
         """Layers that one ``jax.lax.scan`` runs together, their weights stacked in the step."""
         names = list(enumerate(self.layers.names))
         return [frozenset(name for i, name in names if mask >> i & 1) for mask in self._active.scans]
-
-    def compiled_flops(self, frozen: Frozen | None = None) -> float:
-        """Predicted FLOPs of one step as it is compiled: those of :meth:`flops`, some of them several times.
-
-        XLA computes cheap values, such as normalised and activated ones, again in every loop that reads them; see
-        :mod:`smartfrz_jax.cost.fusion`. What ``jax.checkpoint`` computes a second time is counted here too.
-
-        Args:
-            frozen: The frozen set; none by default.
-
-        Returns:
-            The FLOPs that ``smartfrz_jax.program_cost`` will find in the compiled step. The first call for a frozen
-            set takes a trace of the whole step, so seconds. Only XLA's CPU backend is modelled: for others, the total
-            of :meth:`flops`.
-
-        Raises:
-            ValueError: If the frozen set is of another network.
-        """
-        frozen = self._checked(frozen)
-        if self.backend != "cpu":
-            return self.flops(frozen).total
-        if frozen.names not in self._compiled:
-            self._compiled[frozen.names] = fusion.compiled_flops(self.trace(frozen))
-        return self._compiled[frozen.names]
 
     def trace(self, frozen: Frozen | None = None) -> Any:
         """The jaxpr of a step that does what a frozen set asks for and no more; it takes seconds.
@@ -266,8 +241,8 @@ def account(
 ) -> Account:
     """Predicts what a train step costs, for any frozen set.
 
-    Scanned blocks are counted one by one. What ``jax.checkpoint`` computes a second time is counted in
-    :meth:`Account.compiled_flops` alone.
+    Every operation is counted once, scanned blocks one by one. XLA computes some cheap values again in every loop that
+    reads them, and what ``jax.checkpoint`` asks for: :func:`smartfrz_jax.program_cost` measures that.
 
     Args:
         params: Parameter pytree; arrays or ``jax.ShapeDtypeStruct``.

