@@ -145,7 +145,7 @@ class Prepared:
             encoded = sfj.learning.encode_examples(plain, all_context(plain))
             return encoded, encoded
         encoding = VARIANTS[form].encoding
-        test = plain if encoding.weights == "raw" else sfj.learning.encode_examples(plain, encoding)
+        test = plain if encoding.weights != "none" else sfj.learning.encode_examples(plain, encoding)
         return VARIANTS[form].prepared(plain), test
 
 

@@ -30,7 +30,6 @@ def write(path: Path, examples: EncodedExamples) -> None:
         mask=encoded.mask,
         context=encoded.context,
         known=encoded.known,
-        step=encoded.step,
         target=target,
         moment=sfj.learning.moments(examples),
     )
@@ -45,6 +44,6 @@ def judge(path: Path, predictor: sfj.Predictor) -> sfj.learning.Evaluation:
     """
     with np.load(path) as file:
         records = np.zeros((*file["mask"].shape, 0), np.float32)
-        parts = (records, file["mask"], file["context"], file["known"], file["step"])
+        parts = (records, file["mask"], file["context"], file["known"])
         probability = np.asarray(sfj.predictor.freeze_probability(predictor, Encoded(*map(jnp.asarray, parts))))
         return sfj.learning.evaluate(probability, file["target"], groups=file["moment"])

@@ -15,7 +15,6 @@ from flax import nnx
 import smartfrz_jax as sfj
 from research.recordings.architectures import Architecture
 from research.recordings.sets import Arrays
-from smartfrz_jax.learning.alignment import label_alignments
 from smartfrz_jax.nnx.hold import hold
 from smartfrz_jax.predictor.cka import layer_gram
 from smartfrz_jax.predictor.probe import contributions, depths_of
@@ -111,12 +110,6 @@ class Network:
                 features(nnx.merge(self._graphdef, params, statistics, streams), *probe)
             )
         )
-        self._alignments = jax.jit(
-            lambda params, statistics, streams, labels, *inputs: label_alignments(
-                features(nnx.merge(self._graphdef, params, statistics, streams), *inputs), labels
-            )
-        )
-        self._num_classes = num_classes
 
     def start(self, seed: int, weights: Mapping[str, Any] | None = None) -> State:
         """The network before the first step, with a fresh head.
@@ -197,16 +190,6 @@ class Network:
     def grams(self, state: State) -> Float[np.ndarray, "layers pairs"]:
         """What is kept of every layer's outputs on the probe; products of two such rows are their linear CKA."""
         return np.asarray(self._grams(*state[:3], *self._probe))
-
-    def alignments(self, state: State, examples: Arrays) -> Float[np.ndarray, " layers"]:
-        """CKA of every layer's outputs with the labels; see :mod:`smartfrz_jax.learning.alignment`.
-
-        Args:
-            state: The network.
-            examples: Some examples; as many each time, or it is another program.
-        """
-        labels = jax.nn.one_hot(examples.labels, self._num_classes)
-        return np.asarray(self._alignments(*state[:3], labels, *examples.inputs))
 
     def _new(self, seed: int) -> nnx.Module:
         model = self._make(rngs=nnx.Rngs(params=seed, dropout=seed + 1))

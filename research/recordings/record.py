@@ -88,8 +88,6 @@ class Trained(NamedTuple):
         weights: The same at each record.
         losses: Mean training loss since the record before.
         contribution: What fronts had contributed, NaN where not measured.
-        alignment: CKA of layers' outputs with the labels, likewise.
-        start_alignment: The same after the first step.
         grams: Layers' outputs at each record, as :meth:`Network.grams` gives them.
         snapshots: States at the moments at which harm is measured, on the host, by steps done.
         end: The last state.
@@ -99,8 +97,6 @@ class Trained(NamedTuple):
     weights: np.ndarray
     losses: np.ndarray
     contribution: np.ndarray
-    alignment: np.ndarray
-    start_alignment: np.ndarray
     grams: np.ndarray
     snapshots: dict[int, State]
     end: State
@@ -149,8 +145,6 @@ def record(run: Run, out: Path, data_dir: Path, weights_dir: Path | None, say: C
         swap_harm=swap,
         branch_harm=branch,
         contribution=trained.contribution,
-        alignment=trained.alignment,
-        start_alignment=trained.start_alignment,
         metadata={
             **dataclasses.asdict(run),
             "name": run.name,
@@ -188,16 +182,13 @@ def _train(setting: Setting) -> Trained:
     kept = set(setting.moments((*_SWAP_MOMENTS, *_BRANCH_MOMENTS, *_TRUE_MOMENTS)))
     losses: list[Any] = []
     weights, means, grams, snapshots = [], [], [], {}
-    contribution, alignment = np.full((2, len(setting.steps), len(network.layers)), np.nan, np.float32)
-    start_alignment = np.zeros(len(network.layers), np.float32)
+    contribution = np.full((len(setting.steps), len(network.layers)), np.nan, np.float32)
     probed, begin = set(setting.moments(_CONTRIBUTION_MOMENTS)), jax.device_get(state)
     size = min(_PROBED, len(setting.data.train) // _PROBES)
     probes = [setting.data.train[i * size : (i + 1) * size] for i in range(_PROBES)]
 
     def after_step(step: int, state: State, loss: Any) -> None:
         losses.append(loss)
-        if step == 1:
-            start_alignment[:] = network.alignments(state, setting.data.train[:_PROBED])
         if step % setting.record_every:
             return
         means.append(np.mean(losses))
@@ -208,15 +199,11 @@ def _train(setting: Setting) -> Trained:
         grams.append(network.grams(state))
         if step in probed:
             contribution[len(means) - 1] = network.contributions(state, begin, probes, _CONTRIBUTION_DEPTHS)
-            alignment[len(means) - 1] = network.alignments(state, setting.data.train[:_PROBED])
         if step in kept:
             snapshots[step] = jax.device_get(state)
 
     end = setting.train(state, setting.rates, seed=run.seed, after_step=after_step)
-    return Trained(
-        start, np.stack(weights), np.array(means, np.float32), contribution, alignment, start_alignment,
-        np.stack(grams), snapshots, end,
-    )  # fmt: skip
+    return Trained(start, np.stack(weights), np.array(means, np.float32), contribution, np.stack(grams), snapshots, end)
 
 
 def _cka(grams: np.ndarray, other: np.ndarray) -> np.ndarray:

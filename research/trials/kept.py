@@ -74,7 +74,7 @@ def measure(bench: Bench, name: str, strategy: Strategy, seed: int, *, kept: boo
     model = bench.model(seed)
     optimizer = bench.optimizer(model, strategy)
     step = _step(bench, steps) if kept else sfj.TrainStep(make_step(loss_fn), account=bench.account)
-    policy = strategy.policy(Situation(steps, bench.costs(), bench.reference, None, None, None, seed))
+    policy = strategy.policy(Situation(steps, bench.costs(), bench.reference, None, None, seed))
     freezer = sfj.nnx.Freezer(model, optimizer, policy, train_step=step, min_saving=MIN_SAVING)
 
     def data() -> Iterator[tuple[Any, ...]]:

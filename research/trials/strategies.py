@@ -7,14 +7,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 
 import smartfrz_jax as sfj
 
 _SHORTER = (0.4, 0.65)
 _RATE_FACTORS = (0.5, 1.0, 2.0)
-# Of smartfrz: with the default inputs and target, with alignments among the inputs, and with other targets.
-_OTHERS = ("aligned", "cka", "own_cka", "swap_harm")
+# Of smartfrz: with the default target, and with others.
+_OTHERS = ("cka", "own_cka", "swap_harm")
 _PREDICTORS = {"smartfrz": "predictor"} | {name: f"{name}_predictor" for name in _OTHERS}
 _CAUTION = (0.2, 0.5, 0.8, 0.9, 0.95)
 _DECISIONS = 20  # of autofreeze and similarity_guided in a run: four in each of five epochs
@@ -30,7 +29,6 @@ class Situation(NamedTuple):
         predictor: Checkpoint of the predictor that the strategy needs, which has not seen the network; ``None`` if it
             needs none.
         probe: From parameters to the training loss on a fixed batch; ``None`` if nothing may be measured.
-        labels: Those of the batch on which the freezer gives the layers' outputs; ``None`` likewise.
         seed: Seed of the run.
     """
 
@@ -39,7 +37,6 @@ class Situation(NamedTuple):
     reference: Callable[[], Mapping[str, jax.Array]]
     predictor: Path | None
     probe: Callable[[Any], Any] | None
-    labels: np.ndarray | None
     seed: int
 
 
@@ -98,9 +95,7 @@ def strategies() -> dict[str, Strategy]:
         )
         for name, needs in _PREDICTORS.items():
             found[f"{name}:{caution}"] = Strategy(
-                lambda situation, caution=caution: _smartfrz(
-                    situation, caution, probe=situation.probe, labels=situation.labels
-                ),
+                lambda situation, caution=caution: _smartfrz(situation, caution, probe=situation.probe),
                 needs=needs,
             )
     found["paper"] = Strategy(

@@ -30,7 +30,7 @@ from train.log import Log, Run
 from train.loop import make_step, training
 from train.optimizers import directions
 
-# Examples on which layers' outputs are compared, and contributions and alignments measured; as in recordings.
+# Examples on which layers' outputs are compared, and contributions measured; as in recordings.
 _PROBE = 128
 _HELD_OUT_OF_REHEARSALS, _AT_MOST = 256, 0.2  # training examples, and at most this share of them
 MIN_SAVING = 0.05
@@ -134,9 +134,8 @@ class Bench:
         """
         total_steps = self.steps(strategy)
         model = self.model(seed)
-        labels = self._probe_labels
-        probe = _Counted(sfj.nnx.probe(model, loss_fn, self._probe, jnp.asarray(labels)))
-        situation = Situation(total_steps, self.costs(), self.reference, predictor, probe, labels, seed)
+        probe = _Counted(sfj.nnx.probe(model, loss_fn, self._probe, jnp.asarray(self._probe_labels)))
+        situation = Situation(total_steps, self.costs(), self.reference, predictor, probe, seed)
         policy = strategy.policy(situation)
         log, looked = self._train(name, strategy, policy, model, seed, self.data.train)
         losses, right = losses_on(model, self.data.held_out)
@@ -187,7 +186,7 @@ class Bench:
             return losses_on(model, held_out)[0]
 
         def policy(strategy: Strategy, steps: int) -> sfj.Policy:
-            return strategy.policy(Situation(steps, self.costs(), self.reference, None, None, None, seed))
+            return strategy.policy(Situation(steps, self.costs(), self.reference, None, None, seed))
 
         makers = {name: functools.partial(policy, strategy) for name, strategy in strategies.items()}
         return sfj.rehearse(train, makers, steps=self.steps(short)), compute

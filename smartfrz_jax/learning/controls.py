@@ -1,8 +1,7 @@
 """What a predictor must beat: simple rules, fitted on the same examples.
 
 Each control takes the training and the test examples and gives the test examples' freeze probabilities. Another one is
-a predictor without attention, ``PredictorConfig(pooling="mean")``, or one without weights,
-``PredictorConfig(encoding=Encoding(weights="none"))``.
+a predictor without weights, ``PredictorConfig(encoding=Encoding(weights="none"))``.
 """
 
 from __future__ import annotations

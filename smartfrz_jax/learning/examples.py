@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
-from smartfrz_jax.learning import alignment
 from smartfrz_jax.learning.recording import Recording
 from smartfrz_jax.learning.targets import Criterion, Settled
 from smartfrz_jax.predictor import probe
@@ -68,12 +67,6 @@ class Examples:
         measured = {run: recording.contribution for run, recording in enumerate(self.recordings)}
         return {run: probe.latest(probe.by_policy(array)) for run, array in measured.items() if array is not None}
 
-    @functools.cached_property
-    def alignments(self) -> dict[int, np.ndarray]:
-        """The same of alignments with the labels."""
-        measured = {run: recording.alignment for run, recording in enumerate(self.recordings)}
-        return {run: alignment.known_by_policy(array) for run, array in measured.items() if array is not None}
-
     @property
     def has_weights(self) -> bool:
         """Whether the recordings hold weights."""
@@ -118,7 +111,7 @@ class Examples:
         start = np.zeros((len(indices), self.size), np.float32)
         losses = np.full(place.shape, np.nan, np.float32)
         elapsed, first_loss = np.zeros((2, len(indices)), np.float32)
-        contributed, aligned, aligned_at_start = np.full((3, len(indices)), np.nan, np.float32)
+        contributed = np.full(len(indices), np.nan, np.float32)
         for run in np.unique(self.run[indices]):
             recording = self.recordings[run]
             here = np.flatnonzero(self.run[indices] == run)
@@ -130,9 +123,6 @@ class Examples:
             first_loss[here] = recording.first_loss
             if run in self.contributions:
                 contributed[here] = self.contributions[run][moment[here], layer[here]]
-            if run in self.alignments and recording.start_alignment is not None:
-                aligned[here] = self.alignments[run][moment[here], layer[here]]
-                aligned_at_start[here] = recording.start_alignment[layer[here]]
         records[~mask] = 0
         losses[~mask] = np.nan
         arrays: dict[str, Any] = {
@@ -145,8 +135,6 @@ class Examples:
             "progress": self.progress[indices],
             "depth": self.depth[indices],
             "contribution": contributed,
-            "alignment": aligned,
-            "start_alignment": aligned_at_start,
         }
         return Observation(**arrays), self.target[indices]
 

@@ -18,24 +18,22 @@ class Hiding:
         progress: Share whose progress is unknown, as in a run of unknown length.
         losses: Share whose losses are unknown.
         contribution: Share whose contributions are unknown.
-        alignment: Share whose alignments with the labels are unknown.
         records: Share whose history is cut to a random number of its newest records, as where a policy records less.
         min_records: Least number of records that are left, if there are as many.
 
     Example:
         >>> Hiding(progress=0.3, records=0.5)
-        Hiding(progress=0.3, losses=0.0, contribution=0.0, alignment=0.0, records=0.5, min_records=5)
+        Hiding(progress=0.3, losses=0.0, contribution=0.0, records=0.5, min_records=5)
     """
 
     progress: float = 0.0
     losses: float = 0.0
     contribution: float = 0.0
-    alignment: float = 0.0
     records: float = 0.0
     min_records: int = 5
 
     def __post_init__(self) -> None:
-        for name in ("progress", "losses", "contribution", "alignment", "records"):
+        for name in ("progress", "losses", "contribution", "records"):
             checks.between(getattr(self, name), name, "a share of the examples, from 0 to 1", 0, 1)
         checks.count(self.min_records, "min_records")
 
@@ -49,7 +47,8 @@ class Hiding:
         checks.instance(observation, Observation, "observation", "a smartfrz_jax.predictor.Observation")
         checks.instance(rng, np.random.Generator, "rng", "a generator, such as numpy.random.default_rng(0)")
         mask = np.asarray(observation.mask)
-        no_progress, no_losses, cut, left, no_contribution, no_alignment = rng.random((6, len(mask)))
+        # The last row is not read: the draws are those with which the shipped predictors were fitted.
+        no_progress, no_losses, cut, left, no_contribution, _ = rng.random((6, len(mask)))
         records = mask.sum(axis=1)
         least = np.minimum(self.min_records, records)
         kept = np.where(cut < self.records, least + (left * (records - least + 1)).astype(int), records)
@@ -63,5 +62,4 @@ class Hiding:
             first_loss=np.where(lost, np.float32("nan"), observation.first_loss),
             progress=np.where(no_progress < self.progress, np.float32("nan"), observation.progress),
             contribution=np.where(no_contribution < self.contribution, np.float32("nan"), observation.contribution),
-            alignment=np.where(no_alignment < self.alignment, np.float32("nan"), observation.alignment),
         )

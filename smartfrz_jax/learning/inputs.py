@@ -99,7 +99,7 @@ def encode_examples(
         ... )
         >>> encoded = encode_examples(make_examples([run], window=3), Encoding("none"), copies=2)
         >>> len(encoded), encoded.encoded.context.shape
-        (4, (4, 24))
+        (4, (4, 22))
     """
     check_examples(examples)
     checks.count(copies, "copies")

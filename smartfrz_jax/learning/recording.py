@@ -16,10 +16,9 @@ if TYPE_CHECKING:
 
 SUPERVISION = ("cka", "own_cka", "swap_harm", "branch_harm")
 
-_PARTIAL = ("swap_harm", "branch_harm", "contribution", "alignment")  # NaN where not measured
-_MATRICES = (*SUPERVISION, "contribution", "alignment")
+_PARTIAL = ("swap_harm", "branch_harm", "contribution")  # NaN where not measured
 # Fields of a recording: arrays, those of them that may be missing, and numbers.
-OPTIONAL = (*_MATRICES, "start_alignment")
+OPTIONAL = (*SUPERVISION, "contribution")
 ARRAYS = {"steps": np.int64} | dict.fromkeys(("weights", "start", "losses", *OPTIONAL), np.float32)
 SCALARS = {"record_every": int, "total_steps": int, "first_loss": lambda loss: float(np.float32(loss))}
 
@@ -43,8 +42,6 @@ class Recording:
         swap_harm: See :func:`smartfrz_jax.learning.harm.swap_harm`, likewise; NaN where it was not measured.
         branch_harm: See :func:`smartfrz_jax.learning.harm.branch_harm`, likewise; NaN where it was not measured.
         contribution: See :func:`smartfrz_jax.predictor.probe.contributions`, likewise; NaN where it was not measured.
-        alignment: See :func:`~smartfrz_jax.learning.alignment.label_alignments`; likewise, NaN where not measured.
-        start_alignment: The same after the first step, float32 of shape ``(layers,)``; ``None`` without ``alignment``.
         metadata: Anything that JSON can hold: architecture, data set, schedule, seed.
 
     Raises:
@@ -67,8 +64,6 @@ class Recording:
     swap_harm: Float[np.ndarray, "records layers"] | None = None
     branch_harm: Float[np.ndarray, "records layers"] | None = None
     contribution: Float[np.ndarray, "records layers"] | None = None
-    alignment: Float[np.ndarray, "records layers"] | None = None
-    start_alignment: Float[np.ndarray, " layers"] | None = None
     metadata: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def without_weights(self) -> Recording:
@@ -111,16 +106,13 @@ class Recording:
                 f"weights: got shape {self.weights.shape}, expected ({records}, {layers}, size): "
                 f"{records} records of {layers} layers; size 0 if they are not kept"
             )
-        expected = {"start": self.weights.shape[1:], "losses": (records,)} | dict.fromkeys(_MATRICES, (records, layers))
-        expected["start_alignment"] = (layers,)
+        expected = {"start": self.weights.shape[1:], "losses": (records,)} | dict.fromkeys(OPTIONAL, (records, layers))
         for field, shape in expected.items():
             array = getattr(self, field)
             if array is not None and array.shape != shape:
                 raise ValueError(
                     f"{field}: got shape {array.shape}, expected {shape}, as steps, layers and weights say"
                 )
-        if (self.alignment is None) != (self.start_alignment is None):
-            raise ValueError("alignment, start_alignment: got one of them, expected both or none")
         if all(getattr(self, field) is None for field in SUPERVISION):
             raise ValueError(
                 f"{', '.join(SUPERVISION)}: got none of them, expected at least one; without it a recording does not "
@@ -129,8 +121,6 @@ class Recording:
 
     def _check_values(self) -> None:
         check_finite(self.layers, [0], start=self.start[None])
-        if self.start_alignment is not None:
-            check_finite(self.layers, [1], start_alignment=self.start_alignment[None])
         check_finite(self.layers, self.steps, weights=self.weights, cka=self.cka, own_cka=self.own_cka)
         for field in _PARTIAL:
             harm = getattr(self, field)

@@ -30,8 +30,7 @@ and what tells when a layer could have been frozen, at least one of these, each 
 
 A recording may also have ``contribution``, float32 of shape ``(records, layers)``: what the layers up to this one had
 contributed to the fall of the training loss (:mod:`smartfrz_jax.predictor.probe`); NaN where it was not measured.
-Likewise ``alignment``, CKA of each layer's outputs with the labels (:mod:`smartfrz_jax.learning.alignment`), and
-``start_alignment`` of shape ``(layers,)``, the same after the first step.
+Other arrays are ignored.
 
 Without its weights (:meth:`~smartfrz_jax.learning.Recording.without_weights`) a recording takes kilobytes instead of
 megabytes; predictors that read no weights can learn from it.

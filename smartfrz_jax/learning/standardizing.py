@@ -14,7 +14,7 @@ from smartfrz_jax.learning.examples import Examples
 from smartfrz_jax.learning.inputs import EncodedExamples
 from smartfrz_jax.predictor.context import encode_context
 from smartfrz_jax.predictor.encoded import Encoded
-from smartfrz_jax.predictor.encoding import Encoding, rms_step
+from smartfrz_jax.predictor.encoding import Encoding
 from smartfrz_jax.predictor.observation import Observation
 from smartfrz_jax.predictor.predictor import Predictor, Statistic
 
@@ -29,8 +29,8 @@ _LEAST_STD = 1e-3  # of numbers around one; less is rounding
 def standardized(predictor: Predictor, examples: Examples) -> Predictor:
     """A copy of a predictor that brings its context to mean zero and variance one over the examples.
 
-    Unknown numbers do not count, and one that is always the same is only centred. Sorted deltas are divided by their
-    root mean square. The paper's predictor takes its inputs as they are.
+    Unknown numbers do not count, and one that is always the same is only centred. The paper's predictor takes its
+    inputs as they are.
 
     Args:
         predictor: The predictor.
@@ -40,13 +40,9 @@ def standardized(predictor: Predictor, examples: Examples) -> Predictor:
     if not nnx.state(predictor, Statistic):
         return predictor
     some = examples.select(np.unique(np.linspace(0, len(examples) - 1, _MEASURED).astype(int)))
-    values, known, steps = _inputs(encoding, some)
-    if encoding.has_context:
-        mean, std = mean_and_std(values, known)
-        predictor.context_mean[...] = jnp.asarray(mean, jnp.float32)
-        predictor.context_std[...] = jnp.asarray(np.where(std < _LEAST_STD, 1, std), jnp.float32)
-    if encoding.weights == "sorted_deltas":
-        predictor.weights_rms[...] = jnp.asarray(np.sqrt(np.mean(steps**2)) or 1.0, jnp.float32)
+    mean, std = mean_and_std(*contexts(encoding, some))
+    predictor.context_mean[...] = jnp.asarray(mean, jnp.float32)
+    predictor.context_std[...] = jnp.asarray(np.where(std < _LEAST_STD, 1, std), jnp.float32)
     return predictor
 
 
@@ -74,25 +70,19 @@ def contexts(encoding: Encoding, examples: Examples) -> tuple[Float[np.ndarray, 
     Returns:
         The numbers, float64, and which are known, shape ``(n, c)`` each.
     """
-    return _inputs(encoding, examples)[:2]
-
-
-def _inputs(encoding: Encoding, examples: Examples) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Context, which of it is known, and rms step of every example."""
     if isinstance(examples, EncodedExamples):
         examples.check(encoding)
     parts = []
     for start in range(0, len(examples), _BATCH):
         chosen = np.arange(start, min(start + _BATCH, len(examples)))
         observation, _ = examples.batch(np.pad(chosen, (0, _BATCH - len(chosen)), mode="edge"))
-        parts.append([part[: len(chosen)] for part in jax.device_get(_inputs_of(encoding, observation))])
-    values, known, steps = (np.concatenate(part) for part in zip(*parts, strict=True))
-    return values.astype(np.float64), known, steps.astype(np.float64)
+        parts.append([part[: len(chosen)] for part in jax.device_get(_context_of(encoding, observation))])
+    values, known = (np.concatenate(part) for part in zip(*parts, strict=True))
+    return values.astype(np.float64), known
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _inputs_of(encoding: Encoding, observation: Observation | Encoded) -> tuple[jax.Array, jax.Array, jax.Array]:
+def _context_of(encoding: Encoding, observation: Observation | Encoded) -> tuple[jax.Array, jax.Array]:
     if isinstance(observation, Encoded):
-        return observation.context, observation.known, observation.step
-    values, known = jax.vmap(functools.partial(encode_context, encoding))(observation)
-    return values, known, jax.vmap(rms_step)(observation)
+        return observation.context, observation.known
+    return jax.vmap(functools.partial(encode_context, encoding))(observation)

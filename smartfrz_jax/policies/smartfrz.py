@@ -18,7 +18,6 @@ from smartfrz_jax.policies.base import (
     freezable,
     kept,
     names_of,
-    require,
 )
 from smartfrz_jax.policies.smartfrz_state import SmartFrzState
 from smartfrz_jax.predictor.predictor import Predictor, check_trained, freeze_probability
@@ -49,7 +48,6 @@ def smartfrz(
     probe: Probe | None = None,
     first_probe: int | None = None,
     probe_depths: int = PROBE_DEPTHS,
-    labels: Any = None,
     max_consecutive_errors: int = MAX_CONSECUTIVE_ERRORS,
     seed: int = 0,
     keep: Selectors | None = None,
@@ -69,10 +67,6 @@ def smartfrz(
     (:mod:`smartfrz_jax.predictor.probe`), for a predictor that reads that: after ``first_probe`` steps, and again
     whenever twice as many are done. This takes up to ``probe_depths + 1`` forward passes each time, so by default 16 in
     a run whose length is given, and keeps a copy of the parameters on the host.
-
-    With ``labels`` it measures how well each layer's outputs tell the labels (:mod:`smartfrz_jax.learning.alignment`),
-    for a predictor that reads that: after the first step, and then when it measures contributions. This takes a forward
-    pass each time, on the batch of the freezer's ``features``.
 
     The paper does not say how often to record and to judge; the defaults are this project's. Its own rule is
     ``caution=0.5, order="any", patience=1``, with its predictor.
@@ -100,9 +94,6 @@ def smartfrz(
             ``2 * evaluate_every``.
         probe_depths: Most depths at which to measure; between them contributions are taken to be linear. The predictor
             must have learned from as many (:func:`smartfrz_jax.predictor.probe.by_policy`).
-        labels: Labels of the batch on which ``Freezer(features=...)`` gives the layers' outputs, training examples that
-            are always the same: classes, integers of shape ``(examples,)``, or floats of shape ``(examples, ...)``.
-            ``None`` does not measure alignments, and neither are they measured for a predictor that does not read them.
         max_consecutive_errors: Losses in a row that may be other than finite, as of steps that a loss scale of float16
             skips; they are left out of the record. More end the run, at a record.
         seed: Seed of the sample.
@@ -116,7 +107,7 @@ def smartfrz(
         TypeError: If ``predictor`` is not a :class:`~smartfrz_jax.Predictor`, or ``probe`` not a function.
         ValueError: If an option is out of range, a weight of the predictor is not finite, or no layer could freeze
             before the run ends; at ``init``, if ``keep`` names no layer of the network; in ``update``, if the loss is
-            not a scalar, or the probe's not a finite one, or if ``features`` lacks a layer or does not fit the labels.
+            not a scalar, or the probe's not a finite one.
         FloatingPointError: In ``update``, if sampled weights or the predictor's confidence are not finite, or more
             losses in a row than ``max_consecutive_errors``.
 
@@ -157,8 +148,6 @@ def smartfrz(
     check_probe(probe)
     if "contribution" not in predictor.config.encoding.regime_names:
         probe = None
-    if not {"alignment", "alignment_gain"}.intersection(predictor.config.encoding.regime_names):
-        labels = None
     first_probe = 2 * evaluate_every if first_probe is None else first_probe
     checks.count(first_probe, "first_probe")
     checks.count(probe_depths, "probe_depths")
@@ -185,34 +174,21 @@ def smartfrz(
         if by_hand:  # else they would hold back the layers behind them
             state = state.replace(frozen=state.frozen | np.array([name in by_hand for name in layers.names]))
         state = state.with_loss(signals.get("loss"))
-        if labels is not None and np.isnan(state.start_alignment).all():
-            state = aligned(state, layers, step, signals)
         if step % record_every == 0:
             state = state.with_record(
                 layers, params(), step=step, policy=_NAME, max_consecutive_errors=max_consecutive_errors
             )
         if step % evaluate_every == 0:
-            state = evaluate(state, layers, step, params, signals)
+            state = evaluate(state, layers, step, params)
         return names_of(layers, state.frozen), state
 
-    def aligned(state: SmartFrzState, layers: Layers, step: int, signals: dict[str, Any]) -> SmartFrzState:
-        features = require(
-            signals, "features", _NAME, "pass a function that computes the layers' outputs on the batch of labels"
-        )
-        return state.with_alignment(layers, features(), labels, step=step, policy=_NAME)
-
-    def evaluate(
-        state: SmartFrzState, layers: Layers, step: int, params: Callable[[], PyTree], signals: dict[str, Any]
-    ) -> SmartFrzState:
+    def evaluate(state: SmartFrzState, layers: Layers, step: int, params: Callable[[], PyTree]) -> SmartFrzState:
         may_freeze = freezable(layers, keep)
         judged = may_freeze & ~state.frozen
         if state.records < min_records or not judged.any():
             return state
-        if step % first_probe == 0 and (step // first_probe).bit_count() == 1:
-            if probe is not None:
-                state = state.with_contribution(layers, params(), probe, probe_depths)
-            if labels is not None:
-                state = aligned(state, layers, step, signals)
+        if probe is not None and step % first_probe == 0 and (step // first_probe).bit_count() == 1:
+            state = state.with_contribution(layers, params(), probe, probe_depths)
         recorded = step - step % record_every
         observation = state.observation(np.nan if total_steps is None else min(1.0, recorded / total_steps))
         confidence = np.asarray(jax.device_get(freeze_probability(predictor, observation)))
@@ -239,7 +215,7 @@ def smartfrz(
         "seed": int(seed),
         "keep": described(keep),
     }
-    return Policy(init, update, frozenset() if labels is None else frozenset({"features"}), options)
+    return Policy(init, update, frozenset(), options)
 
 
 def _periods(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -11,7 +10,6 @@ import numpy as np
 from flax import struct
 
 from smartfrz_jax.layers.layers import Layers
-from smartfrz_jax.learning.alignment import label_alignments
 from smartfrz_jax.policies.base import check_errors, check_finite
 from smartfrz_jax.predictor.history import History
 from smartfrz_jax.predictor.observation import Observation
@@ -44,9 +42,6 @@ class SmartFrzState(struct.PyTreeNode):
         start_params: All parameters before the first step, on the host; ``None`` if contributions are not measured.
         contribution: What the layers up to each had contributed when it was last measured, float32 of shape
             ``(layers,)``; NaN where it was not.
-        alignment: CKA of each layer's outputs with the labels when it was last measured, float32 of shape
-            ``(layers,)``; NaN if it was not.
-        start_alignment: The same when it was first measured.
         streak: Freezing stages in a row at which the predictor found each layer ready, int32 of shape ``(layers,)``.
         frozen: Which layers are frozen, shape ``(layers,)``.
     """
@@ -62,8 +57,6 @@ class SmartFrzState(struct.PyTreeNode):
     loss_errors: Int[Array, ""]
     start_params: PyTree
     contribution: Float[np.ndarray, " layers"]
-    alignment: Float[np.ndarray, " layers"]
-    start_alignment: Float[np.ndarray, " layers"]
     streak: Int[np.ndarray, " layers"]
     frozen: Bool[np.ndarray, " layers"]
 
@@ -95,8 +88,6 @@ class SmartFrzState(struct.PyTreeNode):
             loss_errors=_zero(np.int32),
             start_params=jax.tree.map(np.array, hosts.fetch(params)) if keep_start else None,
             contribution=np.full(len(layers), np.nan, np.float32),
-            alignment=np.full(len(layers), np.nan, np.float32),
-            start_alignment=np.full(len(layers), np.nan, np.float32),
             streak=np.zeros(len(layers), np.int32),
             frozen=np.zeros(len(layers), bool),
         )
@@ -164,33 +155,6 @@ class SmartFrzState(struct.PyTreeNode):
         measured = contributions(layers, probe, params, self.start_params, depths=depths_of(~self.frozen, depths))
         return self.replace(contribution=spread(measured))
 
-    def with_alignment(
-        self, layers: Layers, features: Mapping[str, Array], labels: np.ndarray, *, step: int, policy: str
-    ) -> SmartFrzState:
-        """Measures how well every layer's outputs tell the labels.
-
-        Args:
-            layers: The network's layers.
-            features: Output of every layer on a batch, by layer name.
-            labels: Those of the batch.
-            step: Number of train steps done, for the error.
-            policy: Name of the policy, for the error.
-
-        Raises:
-            ValueError: If ``features`` lacks a layer, or has another number of examples than there are labels.
-            FloatingPointError: If one is not finite.
-        """
-        missing = [name for name in layers.names if name not in features]
-        if missing:
-            raise ValueError(
-                f"features: lacks the output of {len(missing)} layer(s), such as {missing[0]!r}; pass those of all "
-                "layers, as sfj.nnx.features gives them"
-            )
-        measured = hosts.fetch(label_alignments({name: features[name] for name in layers.names}, labels))
-        check_finite(layers, ~np.isfinite(measured), what="features", policy=policy, step=step)
-        first = np.isnan(self.start_alignment).all()
-        return self.replace(alignment=measured, start_alignment=measured if first else self.start_alignment)
-
     def observation(self, progress: float) -> Observation:
         """What a predictor sees of every layer at the last record, on the device.
 
@@ -206,8 +170,6 @@ class SmartFrzState(struct.PyTreeNode):
             "progress": np.full(layers, progress, np.float32),
             "depth": np.linspace(0, 1, layers, dtype=np.float32),
             "contribution": self.contribution,
-            "alignment": self.alignment,
-            "start_alignment": self.start_alignment,
         }
         return Observation(records=records, mask=mask, start=self.start, **jax.device_put(rest))
 

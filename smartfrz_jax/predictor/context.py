@@ -31,8 +31,6 @@ In what follows ``W_0`` is the start, ``W_t`` the newest record, ``D`` the ``k``
 ``records``         log of one plus the number of records
 ``contribution``    what the front up to the layer has contributed, relative to the first loss, as ``sign(x) log(1 +
                     200 |x|)``
-``alignment``       log of the CKA of the layer's outputs with the labels
-``alignment_gain``  log of the same relative to that at the start of the run
 ==================  ==================================================================================================
 """
 
@@ -51,7 +49,7 @@ if TYPE_CHECKING:
 
 _STEEPNESS = 200.0  # half a per cent of the first loss is where small contributions end
 # A predictor is told if one of these is unknown.
-FLAGGED = ("progress", "drift", "outward", "loss_level", "loss_slope", "contribution", "alignment_gain")
+FLAGGED = ("progress", "drift", "outward", "loss_level", "loss_slope", "contribution")
 
 
 def context_names(encoding: Encoding) -> tuple[str, ...]:
@@ -85,7 +83,6 @@ def encode_context(encoding: Encoding, observation: Observation) -> tuple[Float[
     if encoding.regime_names:
         numbers |= _loss(observation)
         numbers["contribution"] = _contribution(observation)
-        numbers |= _alignment(observation)
         numbers["records"] = jnp.log1p(jnp.sum(observation.mask, dtype=jnp.float32)), jnp.bool_(True)
     names = context_names(encoding)
     if not names:
@@ -150,16 +147,6 @@ def _contribution(observation: Observation) -> tuple[jax.Array, jax.Array]:
     known = jnp.isfinite(observation.contribution) & (observation.first_loss > 0)  # false if that is NaN
     share = jnp.where(known, observation.contribution, 0.0) / jnp.where(known, observation.first_loss, 1.0)
     return jnp.sign(share) * jnp.log1p(_STEEPNESS * jnp.abs(share)), known
-
-
-def _alignment(observation: Observation) -> dict[str, tuple[jax.Array, jax.Array]]:
-    now, start = observation.alignment, observation.start_alignment
-    known = jnp.isfinite(now)
-    now, both = jnp.where(known, now, 0.0), known & jnp.isfinite(start)
-    return {
-        "alignment": (_log_ratio(now, jnp.ones_like(now), -8.0, 0.0), known),
-        "alignment_gain": (_log_ratio(now, jnp.where(both, start, 0.0), -4.0, 4.0), both),
-    }
 
 
 def _halves(exists: jax.Array) -> tuple[jax.Array, jax.Array]:

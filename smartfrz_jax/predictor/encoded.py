@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from flax import struct
 
 from smartfrz_jax.predictor.context import encode_context
-from smartfrz_jax.predictor.encoding import Encoding, encode_records, rms_step
+from smartfrz_jax.predictor.encoding import Encoding, encode_records
 from smartfrz_jax.predictor.observation import Observation
 
 if TYPE_CHECKING:
@@ -23,14 +23,12 @@ class Encoded(struct.PyTreeNode):
         mask: Which of them exist, shape ``(window,)``.
         context: Numbers of :func:`~smartfrz_jax.predictor.context.encode_context`, float32 of shape ``(c,)``.
         known: Which of them are known, shape ``(c,)``.
-        step: Root mean square of the layer's steps in the window, float32 scalar.
     """
 
     records: Float[Array, "*batch window width"]
     mask: Bool[Array, "*batch window"]
     context: Float[Array, "*batch c"]
     known: Bool[Array, "*batch c"]
-    step: Float[Array, "*batch"]
 
 
 def encode(encoding: Encoding, observation: Observation) -> Encoded:
@@ -40,6 +38,4 @@ def encode(encoding: Encoding, observation: Observation) -> Encoded:
         encoding: The form.
         observation: What is known of the layer.
     """
-    return Encoded(
-        *encode_records(encoding, observation), *encode_context(encoding, observation), rms_step(observation)
-    )
+    return Encoded(*encode_records(encoding, observation), *encode_context(encoding, observation))

@@ -15,19 +15,17 @@ from smartfrz_jax.pytrees import checks
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float
 
-Weights = Literal["raw", "sorted_deltas", "scale_free", "none"]
+Weights = Literal["raw", "scale_free", "none"]
 ContextIn = Literal["records", "classifier", "both"]
 
 
 REGIME = (
     "displacement", "growth", "step", "drift", "wander", "persistence", "slowing", "outward", "spreading", "recent",
     "radial", "tails_start", "tails", "shape_start", "shape", "loss_level", "loss_slope", "loss_noise", "records",
-    "contribution", "alignment", "alignment_gain",
+    "contribution",
 )  # fmt: skip
 """Numbers by which a layer's readiness is to be told; :mod:`smartfrz_jax.predictor.context` has their definitions."""
-WITHOUT_WEIGHTS = (
-    "loss_level", "loss_slope", "loss_noise", "records", "contribution", "alignment", "alignment_gain"
-)  # fmt: skip
+WITHOUT_WEIGHTS = ("loss_level", "loss_slope", "loss_noise", "records", "contribution")
 """Those of :data:`REGIME` that can be told without weights."""
 
 
@@ -38,7 +36,6 @@ class Encoding:
     With the record ``W_j`` (newest ``W_t``) and its successive differences ``D_j = W_j - W_{j-1}``, a record becomes
 
     - ``"raw"``: ``W_j`` as it is (the paper). An input means something only for the positions that were drawn.
-    - ``"sorted_deltas"``: ``sort(D_j)``, the quantile function of a step.
     - ``"scale_free"``: ``sort(W_j - W_t)``, divided by the root mean square of ``D`` over the window and by the square
       root of its number of steps: the quantile function of the way to the newest record, about one at the oldest
       record if the layer is on a random walk, whatever its scale.
@@ -46,17 +43,14 @@ class Encoding:
 
     Attributes:
         weights: The form of the records.
-        quantiles: Number of means of equal parts to which sorted values are reduced; ``None`` keeps them all.
         progress: Whether the context has the share of the run that is done.
         depth: Whether it has the place of the layer.
         regime: Which of :data:`REGIME` it has: how far, how straight and how fast the layer has moved, the shape of its
-            weights, the loss, what the front has contributed, how well the layer's outputs tell the labels. ``True`` is
-            all of them, ``False`` none.
+            weights, the loss, what the front has contributed. ``True`` is all of them, ``False`` none.
         context_in: Where the context goes: beside every record, beside what attention gives to the classifier, or both.
     """
 
     weights: Weights = "scale_free"
-    quantiles: int | None = None
     progress: bool = True
     depth: bool = True
     regime: bool | Sequence[str] = True
@@ -74,13 +68,6 @@ class Encoding:
         for unknown in [name for name in asked if name not in REGIME]:
             raise ValueError(f"regime: got {unknown!r}, expected True, False or some of {', '.join(REGIME)}")
         object.__setattr__(self, "regime", tuple(name for name in REGIME if name in asked))
-        if self.quantiles is not None:
-            checks.count(self.quantiles, "quantiles")
-        if self.quantiles is not None and (self.weights not in ("sorted_deltas", "scale_free")):
-            raise ValueError(
-                f"quantiles: got {self.quantiles} with weights={self.weights!r}, expected at least 1, and a form that "
-                "sorts ('sorted_deltas', 'scale_free'), or None"
-            )
         if self.weights == "none" and not self.has_context:
             raise ValueError(
                 "weights: got 'none' without progress, depth and regime, so nothing would be seen; switch one on"
@@ -106,14 +93,10 @@ class Encoding:
 
         Raises:
             TypeError: If ``size`` is no number.
-            ValueError: If it is below 1, or ``quantiles`` does not divide it.
+            ValueError: If it is below 1.
         """
         checks.count(size, "size")
-        if self.weights == "none":
-            return 0
-        if size % (self.quantiles or 1):
-            raise ValueError(f"quantiles: got {self.quantiles}, expected a divisor of the {size} weights per record")
-        return self.quantiles or size
+        return 0 if self.weights == "none" else size
 
 
 PAPER = Encoding(weights="raw", progress=False, depth=False, regime=False)
@@ -129,24 +112,17 @@ def encode_records(
         observation: What is known of one layer.
 
     Returns:
-        float32 of shape ``(window, encoding.width(size))``, and a mask. A difference exists only where the record
-        before does, too; before the first record of a run there is its start.
+        float32 of shape ``(window, encoding.width(size))``, and a mask.
     """
     records = _existing(observation)
     if encoding.weights == "none":
         return records[:, :0], observation.mask
     if encoding.weights == "raw":
         return records, observation.mask
-    steps, exists = successive_differences(observation)
-    if encoding.weights == "sorted_deltas":
-        ordered = _sort(steps)
-    else:
-        scale = rms_step(observation) * jnp.sqrt(count(exists))
-        exists = observation.mask
-        ordered = _sort(over(jnp.where(exists[:, None], records - records[-1:], 0.0), scale))
-    if encoding.quantiles is not None:
-        ordered = ordered.reshape(len(ordered), encoding.quantiles, -1).mean(axis=-1)
-    return ordered, exists
+    _, exists = successive_differences(observation)
+    scale = rms_step(observation) * jnp.sqrt(count(exists))
+    away = jnp.where(observation.mask[:, None], records - records[-1:], 0.0)
+    return _sort(over(away, scale)), observation.mask
 
 
 def successive_differences(

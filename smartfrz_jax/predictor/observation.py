@@ -27,9 +27,6 @@ class Observation(struct.PyTreeNode):
         depth: Place of the layer, 0 for the first and 1 for the last, float32 scalar.
         contribution: What the layers up to this one have contributed to the fall of the training loss so far, in its
             unit (:mod:`smartfrz_jax.predictor.probe`), float32 scalar; NaN if it was not measured.
-        alignment: CKA of the layer's outputs with the labels when it was last measured
-            (:mod:`smartfrz_jax.learning.alignment`), float32 scalar; NaN if it was not.
-        start_alignment: The same at the start of the run.
     """
 
     records: Float[Array, "*batch window size"]
@@ -41,5 +38,3 @@ class Observation(struct.PyTreeNode):
     progress: Float[Array, "*batch"]
     depth: Float[Array, "*batch"]
     contribution: Float[Array, "*batch"]
-    alignment: Float[Array, "*batch"]
-    start_alignment: Float[Array, "*batch"]

@@ -27,9 +27,10 @@ _KIND = "predictor"
 _VERSION = 2  # of the checkpoint and of what the encodings mean
 _BOUND = 5.0  # of numbers of the context, in standard deviations of the training examples
 
-Pooling = Literal["attention", "mean"]
 Pretrained = Literal["default", "paper"]
 
+# Fields of configs that older checkpoints have, and what there is still of them.
+_FORMER = (("pooling", "attention"), ("quantiles", None))
 _PRETRAINED = Path(__file__).parent / "pretrained"
 
 
@@ -43,7 +44,6 @@ class PredictorConfig:
         features: Width of keys, queries and values.
         head_hidden: Width of the two hidden layers of the classifier.
         encoding: What it reads of an observation; :data:`~smartfrz_jax.predictor.encoding.PAPER` is the paper's.
-        pooling: How the records' values become one: by attention, or by their mean (a control).
     """
 
     size: int = 1024
@@ -51,12 +51,10 @@ class PredictorConfig:
     features: int = 64
     head_hidden: int = 32
     encoding: Encoding = dataclasses.field(default_factory=Encoding)
-    pooling: Pooling = "attention"
 
     def __post_init__(self) -> None:
         for name in ("size", "hidden", "features", "head_hidden"):
             checks.count(getattr(self, name), name)
-        checks.choice(self.pooling, "pooling", get_args(Pooling))
         checks.instance(self.encoding, Encoding, "encoding", "a smartfrz_jax.predictor.Encoding")
         self.encoding.width(self.size)
 
@@ -95,7 +93,7 @@ class Predictor(nnx.Module):
         >>> seen = Observation(
         ...     records=jnp.ones((30, 8)), mask=jnp.ones(30, bool), start=jnp.zeros(8), elapsed=jnp.float32(30),
         ...     losses=jnp.full(30, unknown), first_loss=unknown, progress=unknown, depth=jnp.float32(0.5),
-        ...     contribution=unknown, alignment=unknown, start_alignment=unknown,
+        ...     contribution=unknown,
         ... )  # fmt: skip
         >>> predictor(seen).shape
         (2,)
@@ -128,16 +126,13 @@ class Predictor(nnx.Module):
         inner = (config.hidden, config.hidden, config.features)
         if width:
             encoder = (width + (context if encoding.context_in != "classifier" else 0), *inner)
-            if config.pooling == "attention":
-                self.key = MLP(encoder, rngs=rngs)
-                self.query = MLP(encoder, rngs=rngs)
+            self.key = MLP(encoder, rngs=rngs)
+            self.query = MLP(encoder, rngs=rngs)
             self.value = MLP(encoder, rngs=rngs)
         pooled = (config.features if width else 0) + (context if encoding.context_in != "records" or not width else 0)
         self.classifier = MLP((pooled, config.head_hidden, config.head_hidden, 2), rngs=rngs)
         if names:
             self.context_mean, self.context_std = Statistic(jnp.zeros(len(names))), Statistic(jnp.ones(len(names)))
-        if encoding.weights == "sorted_deltas":
-            self.weights_rms = Statistic(jnp.ones(()))
 
     def __call__(self, observation: Observation | Encoded) -> Float[Array, "2"]:
         """Logits of (keep training, freeze) for one layer.
@@ -153,8 +148,6 @@ class Predictor(nnx.Module):
         if encoding.weights == "none":
             return self.classifier(context)
         records = encoded.records
-        if encoding.weights == "sorted_deltas":
-            records = records / self.weights_rms[...]
         if encoding.context_in != "classifier":
             beside = jnp.broadcast_to(context[None], (len(records), len(context)))
             records = jnp.concatenate([records, beside], axis=1)
@@ -162,12 +155,7 @@ class Predictor(nnx.Module):
         return self.classifier(jnp.concatenate([pooled, context]) if encoding.context_in != "records" else pooled)
 
     def _pool(self, records: jax.Array, mask: jax.Array) -> jax.Array:
-        values = self.value(records)
-        if self.config.pooling == "mean":
-            return jnp.sum(jnp.where(mask[:, None], values, 0.0), axis=0) / jnp.maximum(
-                jnp.sum(mask, dtype=jnp.float32), 1.0
-            )
-        keys, query = self.key(records), self.query(records[-1])
+        keys, values, query = self.key(records), self.value(records), self.query(records[-1])
         scores = jnp.where(mask, keys @ query, -jnp.inf)
         # With no record at all the softmax would be NaN; such a layer's answer is not used, but it must not raise.
         attention = jax.nn.softmax(jnp.where(mask.any(), scores, 0.0))
@@ -219,12 +207,11 @@ class Predictor(nnx.Module):
         """
         _check_config(config)
         saved = _saved_config(path)
-        for name in ("encoding", "pooling"):
-            if config is not None and getattr(saved, name) != getattr(config, name):
-                raise ValueError(
-                    f"config: has {getattr(config, name)} for {name}, but the predictor in {path} was trained with "
-                    f"{getattr(saved, name)}; leave config out to take the checkpoint's"
-                )
+        if config is not None and saved.encoding != config.encoding:
+            raise ValueError(
+                f"config: has {config.encoding} for encoding, but the predictor in {path} was trained with "
+                f"{saved.encoding}; leave config out to take the checkpoint's"
+            )
         graphdef, state = nnx.split(nnx.eval_shape(lambda: cls(config or saved, rngs=nnx.Rngs(0))))
         arrays = checkpoint.read(path, nnx.to_pure_dict(state), _KIND)
         nnx.replace_by_pure_dict(state, arrays)
@@ -258,7 +245,9 @@ def _saved_config(path: PathLike) -> PredictorConfig:
             "predictors read has changed; fit it again, or read it with the smartfrz_jax that saved it"
         )
     try:
-        config = PredictorConfig(**metadata["config"] | {"encoding": Encoding(**metadata["config"]["encoding"])})
+        fields = _known(metadata["config"])
+        fields["encoding"] = Encoding(**_known(fields["encoding"]))
+        config = PredictorConfig(**fields)
         context = tuple(metadata["context"])
     except (KeyError, TypeError, ValueError) as error:
         raise ValueError(
@@ -271,6 +260,11 @@ def _saved_config(path: PathLike) -> PredictorConfig:
             f"{context_names(config.encoding)}; fit it again, or read it with the smartfrz_jax that saved it"
         )
     return config
+
+
+def _known(fields: dict[str, Any]) -> dict[str, Any]:
+    """Fields of a saved config without those that older versions wrote, at the only value that there still is."""
+    return {name: value for name, value in fields.items() if (name, value) not in _FORMER}
 
 
 def check_predictor(predictor: Any) -> None:

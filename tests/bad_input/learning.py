@@ -52,8 +52,6 @@ DOORS = [
         "learning.Recording",
         lambda: vars(recording()),
         unchecked={
-            "alignment": "goes",
-            "start_alignment": "goes",
             "first_loss=nan": "unknown",
             "first_loss=-7": "a loss",
         },

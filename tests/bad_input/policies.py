@@ -22,11 +22,7 @@ DOORS = [
     Door("autofreeze", lambda: {"evaluate_every": 1}),
     Door("policies.gain", lambda: {"gradients": lambda params, number: params, "total_steps": 100}),
     Door("policies.similarity_guided", lambda: {"reference": outputs(), "evaluate_every": 1}),
-    Door(
-        "smartfrz",
-        lambda: {"predictor": predictor(), "total_steps": 1000},
-        unchecked={"labels": "looked at only by a predictor that reads alignments"},
-    ),
+    Door("smartfrz", lambda: {"predictor": predictor(), "total_steps": 1000}),
     Door(
         "policies.freezeout_schedules",
         lambda: {"layers": layers(), "learning_rate": 0.1, "total_steps": 10},

@@ -149,20 +149,9 @@ CASES = [
     Case(
         "encoding-regime-3", "regime", TypeError, ("int 3", "True or False"), lambda: sfj.predictor.Encoding(regime=3)
     ),
-    Case(
-        "encoding-quantiles", "quantiles", ValueError, ("0", "at least 1"), lambda: sfj.predictor.Encoding(quantiles=0)
-    ),
     Case("encoding-nothing", "weights", ValueError, ("'none'", "nothing would be seen"), lambda: sees_nothing()),
-    Case(
-        "quantiles-no-divisor",
-        "quantiles",
-        ValueError,
-        ("3", "divisor"),
-        lambda: sfj.predictor.Encoding(quantiles=3).width(4),
-    ),
     Case("config-size", "size", ValueError, ("0", "at least 1"), lambda: small(size=0)),
     Case("config-hidden-text", "hidden", TypeError, ("'2'", "an integer"), lambda: small(hidden="2")),
-    Case("config-pooling", "pooling", ValueError, ("'max'", "mean"), lambda: small(pooling="max")),
     Case("config-encoding", "encoding", TypeError, ("'raw'", "Encoding"), lambda: small(encoding="raw")),
     Case("predictor-two", "config", ValueError, ("paper=True",), lambda: both_configs()),
     Case("predictor-seed", "rngs", TypeError, ("int 0", "nnx.Rngs"), lambda: sfj.Predictor(rngs=0)),

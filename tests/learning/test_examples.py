@@ -51,8 +51,6 @@ def test_batch_is_an_observation_of_numpy_arrays():
         "progress": ((5,), "float32"),
         "depth": ((5,), "float32"),
         "contribution": ((5,), "float32"),
-        "alignment": ((5,), "float32"),
-        "start_alignment": ((5,), "float32"),
     }
     assert all(type(array) is np.ndarray for array in jax.tree.leaves(observation))
     assert (target.shape, target.dtype) == ((5,), bool)
@@ -186,16 +184,3 @@ def test_contributions_are_those_that_were_known():
     assert np.isnan(observation.contribution).all()
     observation, _ = examples.select(examples.moment == 4).batch(np.arange(6))
     np.testing.assert_array_equal(observation.contribution, np.array([np.nan] * 3 + [0.25, 0.5, np.nan], np.float32))
-
-
-def test_alignments_are_those_that_were_known():
-    measured = np.full((8, 3), np.nan)
-    measured[2], measured[3], measured[6] = [0.2, 0.3, 0.4], [0.5, 0.5, 0.5], [0.6, 0.7, 0.8]
-    aligned = {"alignment": measured, "start_alignment": np.array([0.1, 0.2, 0.3])}
-    recording = dataclasses.replace(make_recording(records=8, layers=3), **aligned)
-    examples = make_examples([make_recording(records=8, layers=3), recording], window=3, min_records=1)
-    for moment, expected in ((1, [np.nan] * 3), (4, measured[2]), (7, measured[6])):  # at 3 the second is not yet due
-        observation, _ = examples.select(examples.moment == moment).batch(np.arange(6))
-        np.testing.assert_array_equal(observation.alignment, np.array([*[np.nan] * 3, *expected], np.float32))
-        start = np.array([*[np.nan] * 3, 0.1, 0.2, 0.3], np.float32)
-        np.testing.assert_array_equal(observation.start_alignment, start)

@@ -38,13 +38,12 @@ def test_nothing_is_hidden_by_default():
 
 def test_everything_can_be_hidden():
     observation = batch()
-    hidden = hide(observation, progress=1.0, losses=1.0, contribution=1.0, alignment=1.0, records=1.0, min_records=1)
+    hidden = hide(observation, progress=1.0, losses=1.0, contribution=1.0, records=1.0, min_records=1)
     assert np.isnan(hidden.progress).all()
     assert np.isnan(hidden.losses).all()
     assert np.isnan(hidden.first_loss).all()
     assert np.isnan(hidden.contribution).all()
-    assert np.isnan(hidden.alignment).all()
-    changed = ("progress", "losses", "first_loss", "contribution", "alignment", "records", "mask")
+    changed = ("progress", "losses", "first_loss", "contribution", "records", "mask")
     assert_same(hidden, observation, *changed)
 
 
@@ -83,7 +82,7 @@ def test_draws_do_not_depend_on_the_shares():
     assert_same(hide(observation, seed=1, records=0.5), hide(observation, seed=1, records=0.5))
 
 
-@pytest.mark.parametrize("name", ["progress", "losses", "contribution", "alignment", "records"])
+@pytest.mark.parametrize("name", ["progress", "losses", "contribution", "records"])
 @pytest.mark.parametrize("share", [-0.1, 1.1, float("nan")])
 def test_shares_out_of_range(name, share):
     with pytest.raises(ValueError, match=f"{name}: got .*, expected a share of the examples, from 0 to 1"):

@@ -19,8 +19,7 @@ from tests.support.observations import walk
 
 ENCODINGS = {
     "raw": PAPER,
-    "sorted": Encoding("sorted_deltas", progress=False, depth=False, regime=False),
-    "scale-free": Encoding("scale_free", quantiles=2, regime=False),
+    "scale-free": Encoding("scale_free", regime=False),
     "context": Encoding("none"),
 }
 each = pytest.mark.parametrize("encoding", ENCODINGS.values(), ids=ENCODINGS)
@@ -71,7 +70,6 @@ def test_copies_lose_what_is_hidden_each_at_random():
 @pytest.mark.slow
 def test_selected_examples_keep_their_rows():
     examples, encoding = random_examples(), ENCODINGS["scale-free"]
-    encoding = dataclasses.replace(encoding, quantiles=None)
     chosen = np.array([5, 2, 7])
     some = encode_examples(examples, encoding).select(chosen).select(np.array([True, False, True]))
     batch, target = some.batch(np.array([1, 0]))

@@ -5,15 +5,12 @@ import importlib
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-import smartfrz_jax as sfj
 from smartfrz_jax import Layer, Layers, Predictor, policies
 from smartfrz_jax.learning import Recording, make_examples
-from smartfrz_jax.learning.alignment import label_alignments
 from smartfrz_jax.policies.smartfrz_state import SmartFrzState
 from smartfrz_jax.predictor import Encoding, PredictorConfig, Tailoring, freeze_probability
 from smartfrz_jax.predictor.probe import contributions
@@ -246,56 +243,6 @@ def test_shows_the_predictor_what_the_front_has_contributed(predictor, observed)
     assert state.start_params.keys() == START.keys()
 
 
-def test_shows_the_predictor_how_well_outputs_tell_the_labels(predictor, observed):
-    """After the first step, and then when contributions are measured."""
-    labels, asked = np.array([0, 1, 1, 0, 2, 2]), []
-
-    def outputs_at(step):
-        rng = np.random.default_rng(step)
-        return {name: jnp.asarray(rng.normal(size=(6, 3)), jnp.float32) for name in reversed(NAMES)}
-
-    def measured(step):
-        return label_alignments({name: outputs_at(step)[name] for name in NAMES}, labels)
-
-    policy = policies.smartfrz(predictor, record_every=1, evaluate_every=2, min_records=1, first_probe=4, labels=labels)
-    assert policy.needs == {"features"}
-    state = policy.init(LAYERS, START)
-    for step in range(1, 15):
-        _, state = policy.update(
-            state, LAYERS, step=step, params=lambda step=step: weights_at(step),
-            features=lambda step=step: asked.append(step) or outputs_at(step),
-        )  # fmt: skip
-    assert asked == [1, 4, 8]
-    for seen, last in zip(observed, (1, 4, 4, 8, 8, 8, 8), strict=True):
-        np.testing.assert_array_equal(seen.start_alignment, measured(1))
-        np.testing.assert_array_equal(seen.alignment, measured(last))
-
-
-def test_alignments_need_the_outputs_of_all_layers(predictor):
-    policy = policies.smartfrz(predictor, record_every=1, evaluate_every=2, labels=np.array([0, 1]))
-    state = policy.init(LAYERS, START)
-    outputs = {name: jnp.eye(2) for name in NAMES}
-
-    def first(**signals):
-        return policy.update(state, LAYERS, step=1, params=lambda: weights_at(1), **signals)
-
-    with pytest.raises(ValueError, match="features: the policy 'smartfrz' needs it and got none"):
-        first()
-    with pytest.raises(ValueError, match=r"features: lacks the output of 1 layer\(s\), such as 'd'"):
-        first(features=lambda: {name: outputs[name] for name in NAMES[:3]})
-    with pytest.raises(FloatingPointError, match="features"):
-        first(features=lambda: outputs | {"b": jnp.full((2, 2), jnp.nan)})
-
-
-def test_alignments_are_not_measured_for_a_predictor_that_does_not_read_them(observed):
-    config = PredictorConfig(size=SIZE, hidden=4, features=4, head_hidden=4, encoding=Encoding(regime=("loss_level",)))
-    policy = policies.smartfrz(
-        Predictor(config, rngs=nnx.Rngs(0)), record_every=1, evaluate_every=2, labels=np.array([0, 1])
-    )
-    assert not policy.needs
-    assert np.isnan(run(policy, 8).start_alignment).all()
-
-
 @pytest.mark.slow
 def test_a_predictor_learns_from_what_a_policy_will_show_it(predictor, observed):
     """Contributions are in the recording for every record and layer; examples know no more of them than the policy."""
@@ -373,51 +320,3 @@ def test_keeps_no_weights_for_a_predictor_that_reads_none(tmp_path):
     checkpoint.write(tmp_path / "state", state, "policy", {})
     restored = checkpoint.read(tmp_path / "state", policy.init(LAYERS, START), "policy")
     jax.tree.map(np.testing.assert_array_equal, restored, state)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("jax_defaults")
-def test_a_loop_with_labels_measures_the_model_as_it_is_and_goes_on_from_a_checkpoint(observed, tmp_path):
-    images, labels = np.random.default_rng(0).normal(size=(24, 6)).astype(np.float32), np.arange(24) % 3
-    tx = optax.sgd(0.1)
-    config = PredictorConfig(size=SIZE, encoding=Encoding("none", regime=("alignment", "alignment_gain")))
-    policy = policies.smartfrz(
-        Predictor(config, rngs=nnx.Rngs(0)), record_every=1, evaluate_every=2, window=3, labels=labels
-    )
-
-    @nnx.jit
-    def train_step(model, optimizer):
-        def loss_fn(model):
-            return optax.softmax_cross_entropy_with_integer_labels(model(images), labels).mean()
-
-        loss, grads = optimizer.value_and_grad(loss_fn)(model)
-        optimizer.update(model, grads)
-        return loss
-
-    def make():
-        model = nnx.Sequential(*[nnx.Linear(6, 6, rngs=nnx.Rngs(i)) for i in range(3)])
-        layers = sfj.nnx.find_layers(model, images)
-        optimizer = sfj.nnx.Optimizer(model, tx, layers=layers)
-        extract = sfj.nnx.features(model, layers, images)
-
-        def outputs(model):
-            return extract(model, images)
-
-        return model, optimizer, sfj.nnx.Freezer(model, optimizer, policy, features=outputs), outputs
-
-    model, optimizer, freezer, outputs = make()
-    measured = {}
-    for step in range(1, 11):
-        freezer.step(loss=train_step(model, optimizer))
-        measured[step] = label_alignments(outputs(model), labels)
-        if step == 5:
-            freezer.save(tmp_path / "run")
-    np.testing.assert_allclose(observed[-1].start_alignment, measured[1], rtol=1e-5)
-    np.testing.assert_allclose(observed[-1].alignment, measured[8], rtol=1e-5)
-    assert not np.allclose(measured[8], measured[1], rtol=1e-2)
-    expected, observed[:] = observed[-1], []
-    model, optimizer, freezer, _ = make()
-    freezer.restore(tmp_path / "run")
-    for _ in range(5):
-        freezer.step(loss=train_step(model, optimizer))
-    jax.tree.map(np.testing.assert_array_equal, observed[-1], expected)

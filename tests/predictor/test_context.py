@@ -71,8 +71,6 @@ def by_hand(observation):
         "loss_noise": np.log(norm(np.diff(losses)) / losses.mean()),
         "records": np.log(1 + len(losses)),
         "contribution": np.sign(o.contribution) * np.log(1 + 200 * abs(o.contribution) / o.first_loss),
-        "alignment": np.log(o.alignment),
-        "alignment_gain": np.log(o.alignment / o.start_alignment),
     }
     return {name: float(number) for name, number in numbers.items()}
 
@@ -209,7 +207,7 @@ class TestUnknown:
     def test_a_layer_that_does_not_move(self):
         moving = {"drift", "wander", "persistence", "slowing", "outward", "spreading", "recent", "radial"}
         still = observation_of(np.ones((5, 4)) * [1, 2, 3, 4], start=[1, 2, 3, 4], losses=np.ones(5), first_loss=1)
-        assert self.unknown(still) == {"progress", "contribution", "alignment", "alignment_gain"} | moving
+        assert self.unknown(still) == {"progress", "contribution"} | moving
         values, _ = context(still)
         assert (values["displacement"], values["step"], values["growth"]) == (-14, -16, 0)
 

@@ -25,7 +25,6 @@ _rms = jax.jit(rms)
 _rms_step = jax.jit(rms_step)
 
 ROUNDING = {"rtol": 1e-5, "atol": 1e-6}
-SORTED = ("sorted_deltas", "scale_free")
 
 
 def encoded(observation, weights="scale_free", **options):
@@ -33,7 +32,7 @@ def encoded(observation, weights="scale_free", **options):
     return np.asarray(records), np.asarray(exists)
 
 
-def by_hand(observation, weights, quantiles=None):
+def by_hand(observation):
     """The definitions in float64, one record at a time."""
     records = np.asarray(observation.records, np.float64)
     mask = np.asarray(observation.mask)
@@ -46,32 +45,24 @@ def by_hand(observation, weights, quantiles=None):
         before[here[0]] = np.asarray(observation.start, np.float64)
     steps = {j: records[j] - before[j] for j in before}
     rows, exists = np.zeros_like(records), np.zeros(len(records), bool)
-    if weights == "sorted_deltas":
-        for j, step in steps.items():
-            rows[j], exists[j] = np.sort(step), True
-    else:
-        scale = np.sqrt(np.mean([step**2 for step in steps.values()]) * len(steps)) if steps else 0
-        for j in here:
-            rows[j], exists[j] = np.sort(records[j] - records[-1]) / scale if scale else 0, True
-    if quantiles:
-        rows = rows.reshape(len(rows), quantiles, -1).mean(axis=2)
+    scale = np.sqrt(np.mean([step**2 for step in steps.values()]) * len(steps)) if steps else 0
+    for j in here:
+        rows[j], exists[j] = np.sort(records[j] - records[-1]) / scale if scale else 0, True
     return rows, exists
 
 
 MASKS = {"full": [1] * 9, "few": [0] * 6 + [1] * 3, "one": [0] * 8 + [1], "gaps": [0, 1, 1, 0, 1, 0, 1, 1, 1]}
 
 
-@pytest.mark.parametrize("weights", SORTED)
-@pytest.mark.parametrize("quantiles", [None, 4])
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("whole", [False, True], ids=["later", "from the start"])
-def test_agrees_with_the_definitions(weights, quantiles, mask, whole):
+def test_agrees_with_the_definitions(mask, whole):
     mask = np.array(MASKS[mask], bool)
     observation = walk(0).replace(mask=jnp.asarray(mask), elapsed=jnp.float32(mask.sum() if whole else 40))
-    got, expected = encoded(observation, weights, quantiles=quantiles), by_hand(observation, weights, quantiles)
+    got, expected = encoded(observation), by_hand(observation)
     np.testing.assert_allclose(got[0], expected[0], **ROUNDING)
     np.testing.assert_array_equal(got[1], expected[1])
-    assert got[0].any() == (mask.sum() > 1 or (whole and weights == "sorted_deltas"))
+    assert got[0].any() == (mask.sum() > 1)
 
 
 def test_raw_is_the_records_and_none_is_nothing():
@@ -90,24 +81,19 @@ def test_scale_free_is_one_for_a_random_walk():
     np.testing.assert_allclose(np.sqrt(np.mean(rows**2, axis=1)), np.sqrt(np.arange(29, -1, -1) / 29), atol=0.03)
 
 
-@pytest.mark.parametrize("weights", SORTED)
-def test_order_of_the_positions_does_not_matter(weights):
+def test_order_of_the_positions_does_not_matter():
     observation, order = walk(1), np.random.default_rng(2).permutation(12)
     shuffled = observation.replace(records=observation.records[:, order], start=observation.start[order])
-    np.testing.assert_allclose(encoded(shuffled, weights)[0], encoded(observation, weights)[0], rtol=1e-6)
+    np.testing.assert_allclose(encoded(shuffled)[0], encoded(observation)[0], rtol=1e-6)
     assert not np.allclose(encoded(shuffled, "raw")[0], encoded(observation, "raw")[0])
 
 
-@pytest.mark.parametrize("weights", SORTED)
-def test_which_positions_are_drawn_hardly_matters(weights):
+def test_which_positions_are_drawn_hardly_matters():
     """Two draws of 1024 of the weights of one layer, against another layer that moves straight."""
     layer = walk(3, size=20_000, drift=0.0)
     drawn = np.random.default_rng(4).choice(20_000, (2, 1024), replace=False)
-    one, other = (
-        encoded(layer.replace(records=layer.records[:, i], start=layer.start[i]), weights, quantiles=32)[0]
-        for i in drawn
-    )
-    straight = encoded(walk(3, size=1024, drift=2.0), weights, quantiles=32)[0]
+    one, other = (encoded(layer.replace(records=layer.records[:, i], start=layer.start[i]))[0] for i in drawn)
+    straight = encoded(walk(3, size=1024, drift=2.0))[0]
     assert np.abs(one - other).mean() < 0.1 * np.abs(one).mean()
     assert np.abs(one - straight).mean() > 0.5 * np.abs(one).mean()
 
@@ -119,17 +105,16 @@ def test_scale_free_of_any_scale(factor):
     np.testing.assert_allclose(encoded(scaled)[0], encoded(observation)[0], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("weights", SORTED)
-def test_masked_records_have_no_influence(weights):
+def test_masked_records_have_no_influence():
     observation = walk(6).replace(mask=jnp.arange(9) >= 4, elapsed=jnp.float32(50))
     junk = observation.replace(records=observation.records.at[:4].set(jnp.nan))
-    for a, b in zip(encoded(junk, weights), encoded(observation, weights), strict=True):
+    for a, b in zip(encoded(junk), encoded(observation), strict=True):
         np.testing.assert_array_equal(a, b)
     padded = observation.replace(
         records=jnp.concatenate([jnp.ones((3, 12)), observation.records]),
         mask=jnp.concatenate([jnp.zeros(3, bool), observation.mask]),
     )
-    np.testing.assert_allclose(encoded(padded, weights)[0][3:], encoded(observation, weights)[0], **ROUNDING)
+    np.testing.assert_allclose(encoded(padded)[0][3:], encoded(observation)[0], **ROUNDING)
 
 
 @pytest.mark.slow
@@ -142,9 +127,8 @@ def test_first_step_of_a_run_is_from_its_start():
         np.testing.assert_array_equal(steps[1:], 2)
 
 
-@pytest.mark.parametrize("weights", SORTED)
-def test_no_movement_is_zero(weights):
-    rows, exists = encoded(observation_of(np.ones((5, 8))), weights)
+def test_no_movement_is_zero():
+    rows, exists = encoded(observation_of(np.ones((5, 8))))
     np.testing.assert_array_equal(rows, 0)
     assert exists[-1]
 
@@ -158,11 +142,10 @@ def test_no_movement_is_zero(weights):
 )
 def test_finite_and_sorted_whatever_comes(records, mask, elapsed):
     observation = observation_of(records, mask, elapsed=elapsed)
-    for weights in SORTED:
-        rows, exists = _jitted(Encoding(weights=weights), observation)
-        assert np.isfinite(rows).all()
-        assert (np.diff(rows, axis=1) >= 0).all()
-        assert not np.asarray(rows)[~np.asarray(exists)].any()
+    rows, exists = encoded(observation)
+    assert np.isfinite(rows).all()
+    assert (np.diff(rows, axis=1) >= 0).all()
+    assert not rows[~exists].any()
     assert np.isfinite(_rms_step(observation))
 
 
@@ -183,24 +166,15 @@ def test_layers_at_once():
 
 
 def test_bad_options():
-    with pytest.raises(
-        ValueError, match="weights: got 'sorted', expected 'raw' or 'sorted_deltas' or 'scale_free' or 'none'"
-    ):
+    with pytest.raises(ValueError, match="weights: got 'sorted', expected 'raw' or 'scale_free' or 'none'"):
         Encoding(weights="sorted")
     with pytest.raises(ValueError, match="context_in: got 'head', expected 'records' or 'classifier' or 'both'"):
         Encoding(context_in="head")
-    with pytest.raises(ValueError, match=r"quantiles: got 0, expected an integer of at least 1"):
-        Encoding(quantiles=0)
-    with pytest.raises(ValueError, match="quantiles: got 8 with weights='raw'"):
-        Encoding("raw", quantiles=8)
     with pytest.raises(ValueError, match="weights: got 'none' without progress, depth and regime"):
         dataclasses.replace(PAPER, weights="none")
     with pytest.raises(ValueError, match="regime: got 'speed', expected True, False or some of displacement, growth"):
         Encoding(regime=("displacement", "speed"))
-    with pytest.raises(ValueError, match="quantiles: got 5, expected a divisor of the 12 weights"):
-        Encoding(quantiles=5).width(12)
     assert [Encoding(weights).width(12) for weights in ("raw", "scale_free", "none")] == [12, 12, 0]
-    assert Encoding(quantiles=4).width(12) == 4
 
 
 def test_the_same_regime_in_other_words_is_the_same_encoding():

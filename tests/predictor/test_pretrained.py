@@ -108,7 +108,7 @@ def confidence(predictor, **numbers):
     context = np.stack([np.broadcast_to(numbers.get(name, usual[name]), n) for name in names], axis=1)
     encoded = Encoded(
         jnp.zeros((n, 30, 0)), jnp.ones((n, 30), bool), jnp.asarray(context, jnp.float32),
-        jnp.ones((n, len(names)), bool), jnp.ones(n),
+        jnp.ones((n, len(names)), bool),
     )  # fmt: skip
     return np.asarray(jax.device_get(sfj.predictor.freeze_probability(predictor, encoded)))
 

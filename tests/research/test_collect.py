@@ -236,13 +236,8 @@ def test_a_recording_end_to_end(recorded_run, tmp_path):
         assert set(recorded.steps[measured.any(axis=1)].tolist()) == moments
         assert measured[:, -2].any()
         assert not measured[:, -1].any()  # the head is never frozen
-    assert recorded.alignment is not None
-    assert recorded.start_alignment is not None
-    measured = np.isfinite(recorded.alignment).all(axis=1)
     assert recorded.contribution is not None
-    np.testing.assert_array_equal(measured, np.isfinite(recorded.contribution).any(axis=1))
-    np.testing.assert_array_equal(recorded.start_alignment, recorded.alignment[0])  # the first record is of step 1
-    assert not np.array_equal(recorded.alignment[measured][-1], recorded.start_alignment)
+    assert set(recorded.steps[np.isfinite(recorded.contribution).any(axis=1)].tolist()) == {1, 2, 3, 4, 5, 6, 7}
     metadata = recorded.metadata
     assert metadata["architecture"] == "resnet8"
     assert metadata["held_out"].keys() == metadata["train"].keys() == {"loss", "accuracy"}

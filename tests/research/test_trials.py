@@ -171,7 +171,7 @@ def test_what_similarity_guided_looks_at_is_counted_but_for_its_reference(tmp_pa
 def test_every_strategy_makes_a_policy_or_says_what_it_lacks():
     costs = {"a": 1.0, "b": 2.0}
     reference = {"a": np.ones((4, 2)), "b": np.ones((4, 2))}
-    situation = Situation(100, costs, lambda: reference, None, lambda params: 0.0, None, 0)
+    situation = Situation(100, costs, lambda: reference, None, lambda params: 0.0, 0)
     for strategy in strategies().values():
         if strategy.needs is None:
             assert isinstance(strategy.policy(situation), sfj.Policy)

@@ -19,8 +19,6 @@ def observation_of(records, mask=None, **known) -> Observation:
         "progress": np.full(batch, np.nan),
         "depth": np.full(batch, 0.5),
         "contribution": np.full(batch, np.nan),
-        "alignment": np.full(batch, np.nan),
-        "start_alignment": np.full(batch, np.nan),
     } | known
     fields = {name: np.asarray(value, None if name == "mask" else np.float32) for name, value in fields.items()}
     return jax.tree.map(jax.numpy.asarray, Observation(records=records, **fields))
@@ -40,6 +38,4 @@ def walk(seed, window=9, size=12, batch=(), drift=0.3) -> Observation:
         progress=rng.uniform(0.1, 0.9, batch),
         depth=rng.uniform(0, 1, batch),
         contribution=rng.normal(0, 0.1, batch),
-        alignment=rng.uniform(0.1, 0.5, batch),
-        start_alignment=rng.uniform(0.1, 0.5, batch),
     )
