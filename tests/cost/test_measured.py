@@ -4,7 +4,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import smartfrz_jax as sfj
-from smartfrz_jax.cost.collectives import Collectives, Traffic, collectives
+from smartfrz_jax.cost.measured import Collectives, Traffic, collectives
 from tests.support.programs import AS_FOR_USERS
 
 

@@ -290,10 +290,7 @@ def test_agrees_with_the_equations_on_every_encoding(encoding):
     weights = nnx.to_pure_dict(nnx.state(predictor))
     observation = walk(3).replace(mask=jnp.arange(9) >= 2, elapsed=jnp.float32(40), progress=jnp.float32(jnp.nan))
     records, mask, context = inputs_by_hand(predictor, observation)
-    if config.encoding.weights == "none":
-        read = context
-    else:
-        read = attention(predictor, records, mask)
+    read = context if config.encoding.weights == "none" else attention(predictor, records, mask)
     if config.encoding.context_in != "records" and config.encoding.weights != "none":
         read = np.concatenate([read, context])
     np.testing.assert_allclose(jax.jit(predictor)(observation), mlp(weights, "classifier", read), rtol=1e-4, atol=1e-5)
