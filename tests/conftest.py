@@ -7,6 +7,8 @@ from tests.support.programs import FAST
 
 os.environ.setdefault("XLA_FLAGS", f"--xla_force_host_platform_device_count=8 {FAST}")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# Threads of NumPy that wait for each other take most of the time where every core has a worker of its own.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from pathlib import Path
 

@@ -153,3 +153,6 @@ MODELS: dict[str, Model] = {
     "perturbed": Model(of(own.Perturbed)),
     "setup and methods": Model(of(own.Methods), call=training),
 }
+
+# One of each kind of state and of sharing, for the quick subset.
+QUICK = {"dense", "tied embedding", "batch norm", "weight norm", "dropout", "own counter", "sown", "perturbed"}

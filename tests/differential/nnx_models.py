@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -56,12 +57,16 @@ class Model:
     streams: bool = False
     compiled: bool = True
 
-    def network(self) -> nnx.Module:
-        """A new one, always with the same numbers."""
+    @functools.cached_property
+    def _network(self) -> nnx.Module:
         rngs = nnx.Rngs(0, dropout=1)
         network = self.make(rngs) if self.make else Net(self.middle, self.call, rngs)
         network.train()
         return network
+
+    def network(self) -> nnx.Module:
+        """A new one, always with the same numbers."""
+        return nnx.clone(self._network)
 
 
 def norm(make: Callable[[nnx.Rngs], nnx.Module], x: jax.Array = FLAT) -> Model:
@@ -163,4 +168,16 @@ MODELS: dict[str, Model] = {
     "sown": Model(own.Sowing),
     "noise": Model(own.Noisy, frozen=("z_front",)),
     "from Linen": Model(own.from_linen),
+}
+
+# One of each kind of state and of sharing, for the quick subset.
+QUICK = {
+    "linear",
+    "tied embedding",
+    "batch norm",
+    "weight norm",
+    "dropout without a stream",
+    "lora alone trains",
+    "own parameter that it writes",
+    "sown",
 }

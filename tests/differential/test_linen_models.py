@@ -1,5 +1,7 @@
 """Every kind of Linen module: our door against the stock one, bit for bit."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,11 +11,15 @@ from flax.training import train_state
 
 import smartfrz_jax as sfj
 from smartfrz_jax.pytrees import paths
-from tests.differential.linen_models import MODELS
+from tests.differential.linen_models import MODELS, QUICK
 
 pytestmark = pytest.mark.usefixtures("jax_defaults")
 
 TX = optax.sgd(0.1, momentum=0.9)
+
+every_model = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in MODELS]
+)
 
 
 def bits(tree):
@@ -27,21 +33,27 @@ def assert_same(actual, expected, what):
         np.testing.assert_array_equal(actual[name], leaf, err_msg=f"{what}: {name}")
 
 
-def start(case):
+@functools.cache
+def start(name):
+    """A network, its variables, and its layers."""
+    case = MODELS[name]
     net = case.network()
-    others = dict(net.init({"params": jax.random.key(0), "dropout": jax.random.key(1)}, case.x))
-    others.pop("intermediates", None)
-    return net, others.pop("params"), others
+    rngs = {"params": jax.random.key(0), "dropout": jax.random.key(1)}
+    variables = dict(jax.jit(net.init)(rngs, case.x))
+    variables.pop("intermediates", None)
+    return net, variables, sfj.linen.find_layers(net, variables, case.x)
 
 
-def stock(case):
-    net, params, others = start(case)
-    return net, train_state.TrainState.create(apply_fn=net.apply, params=params, tx=TX), others
+def stock(name):
+    net, others, _ = start(name)
+    others = dict(others)
+    return net, train_state.TrainState.create(apply_fn=net.apply, params=others.pop("params"), tx=TX), others
 
 
-def ours(case):
-    net, params, others = start(case)
-    layers = sfj.linen.find_layers(net, {"params": params, **others}, case.x)
+def ours(name):
+    net, others, layers = start(name)
+    others = dict(others)
+    params = others.pop("params")
     return net, sfj.linen.TrainState.create(apply_fn=net.apply, params=params, tx=TX, layers=layers), others
 
 
@@ -68,28 +80,28 @@ def run(
         yield bits({"params": state.params, "others": others, **found})
 
 
-@pytest.mark.parametrize("name", MODELS)
+@every_model
 def test_with_nothing_frozen_a_step_is_the_stock_one(name):
     case = MODELS[name]
-    net, state, others = ours(case)
-    expected = run(*stock(case), jax.value_and_grad, case)
+    net, state, others = ours(name)
+    expected = run(*stock(name), jax.value_and_grad, case)
     for actual, each in zip(run(net, state, others, state.value_and_grad, case), expected, strict=True):
         assert_same(actual, each, name)
 
 
-@pytest.mark.parametrize("name", MODELS)
+@every_model
 def test_a_frozen_layer_holds_still_and_the_others_train_as_with_stop_gradient(name):
     case = MODELS[name]
 
     def is_frozen(name):
         return name.startswith(tuple(f"{prefix}/" for prefix in case.frozen))
 
-    net, state, others = ours(case)
+    net, state, others = ours(name)
     names = [layer.name for layer in state.frozen.layers if any(map(is_frozen, layer.params))]
     state = state.freeze(names)
     assert state.frozen.params == set(filter(is_frozen, paths.flatten(state.params)))
 
-    stock_net, stock_state, stock_others = stock(case)
+    stock_net, stock_state, stock_others = stock(name)
 
     def hold(params):
         return paths.tree_map(lambda name, leaf: jax.lax.stop_gradient(leaf) if is_frozen(name) else leaf, params)

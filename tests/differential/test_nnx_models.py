@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 import smartfrz_jax as sfj
-from tests.differential.nnx_models import MODELS
+from tests.differential.nnx_models import MODELS, QUICK
 
 pytestmark = [
     pytest.mark.usefixtures("jax_defaults"),
@@ -18,6 +18,10 @@ pytestmark = [
 ]
 
 TX = optax.sgd(0.1, momentum=0.9)
+
+every_model = pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in MODELS]
+)
 
 
 def variables(module, *filters):
@@ -71,17 +75,23 @@ def our_value_and_grad(optimizer):
     return optimizer.value_and_grad
 
 
-def ours(case):
-    model = case.network()
+@functools.cache
+def layers_of(name):
+    case = MODELS[name]
     forward = (lambda model, x: model(x, nnx.Rngs(3))) if case.streams else None
-    layers = sfj.nnx.find_layers(model, case.x, wrt=case.wrt, forward=forward)
-    return model, sfj.nnx.Optimizer(model, TX, wrt=case.wrt, layers=layers)
+    return sfj.nnx.find_layers(case.network(), case.x, wrt=case.wrt, forward=forward)
 
 
-@pytest.mark.parametrize("name", MODELS)
+def ours(name):
+    case = MODELS[name]
+    model = case.network()
+    return model, sfj.nnx.Optimizer(model, TX, wrt=case.wrt, layers=layers_of(name))
+
+
+@every_model
 def test_with_nothing_frozen_a_step_is_the_stock_one(name):
     case = MODELS[name]
-    model, optimizer = ours(case)
+    model, optimizer = ours(name)
     stock = case.network()
     stock_optimizer = nnx.Optimizer(stock, TX, wrt=case.wrt)
     expected = run(stock, loss_fn, stock_value_and_grad(case), stock_optimizer, case)
@@ -93,10 +103,10 @@ def is_frozen(case, name):
     return name.startswith(tuple(f"{prefix}/" for prefix in case.frozen))
 
 
-@pytest.mark.parametrize("name", MODELS)
+@every_model
 def test_a_frozen_layer_holds_still_and_the_others_train_as_with_stop_gradient(name):
     case = MODELS[name]
-    model, optimizer = ours(case)
+    model, optimizer = ours(name)
     params = variables(model, case.wrt)
     names = [layer.name for layer in optimizer.frozen.layers if any(is_frozen(case, p) for p in layer.params)]
     optimizer.freeze(model, names)

@@ -1,4 +1,4 @@
-import pickle
+"""The functional interface: gradients, optimizer states and updates of the layers that train."""
 
 import jax
 import jax.numpy as jnp
@@ -14,10 +14,8 @@ from jax.tree_util import keystr, tree_leaves_with_path
 from smartfrz_jax import Frozen, find_layers, migrate_opt_state
 from smartfrz_jax.freezing import transform as freezing
 from smartfrz_jax.pytrees import paths
+from tests.freezing.mlp import LAYERS, NAMES, PARAMS, X, loss, mlp, mlp_params
 from tests.support.rounding import assert_close
-
-RNG = np.random.default_rng(0)
-NAMES = ("a", "b", "c", "d")
 
 
 @pytest.fixture(autouse=True)
@@ -27,28 +25,7 @@ def _standard_promotion():
         yield
 
 
-def normal(*shape: int) -> jax.Array:
-    return jnp.asarray(RNG.standard_normal(shape), jnp.float32)
-
-
-def mlp_params():
-    return {name: {"kernel": normal(4, 4), "bias": normal(4)} for name in NAMES}
-
-
-def mlp(params, x):
-    for name in NAMES:
-        x = jnp.tanh(x @ params[name]["kernel"] + params[name]["bias"][None])
-    return x
-
-
-PARAMS = mlp_params()
-X = normal(5, 4)
-LAYERS = find_layers(PARAMS, mlp, X)
 GRADS = [mlp_params() for _ in range(9)]
-
-
-def loss(params, x):
-    return jnp.mean(mlp(params, x) ** 2)
 
 
 def assert_bitwise(got, expected):
@@ -319,74 +296,3 @@ def test_other_parameter_trees_keep_their_structure(kind):
         assert np.array_equal(old[name], new[name]) == (name in frozen.params)
     state = migrate_opt_state(state, tx, params, Frozen(layers))
     freezing.freeze(tx, Frozen(layers)).update(grads, state, params)
-
-
-def test_frozen_is_equal_and_hashable_by_value():
-    frozen, same = Frozen(LAYERS, frozenset("ab")), Frozen(find_layers(PARAMS, mlp, X), frozenset("ba"))
-    assert frozen == same
-    assert hash(frozen) == hash(same)
-    assert len({frozen, same, Frozen(LAYERS), Frozen(LAYERS, frozenset("a"))}) == 3
-    assert frozen != frozenset("ab")
-    other_order = find_layers(PARAMS, lambda p, x: x @ p["d"]["kernel"] @ p["a"]["kernel"], X)
-    assert Frozen(other_order, frozenset("ab")) != frozen
-
-
-def test_frozen_hashes_anew_where_it_is_unpickled():
-    frozen = Frozen(LAYERS, frozenset("ab"))
-    vars(frozen)["_hash"] = vars(frozen.layers)["_hash"] = 0  # as strings hash in another process
-    try:
-        copy = pickle.loads(pickle.dumps(frozen))
-        same = Frozen(find_layers(PARAMS, mlp, X), frozenset("ab"))
-        assert copy == same
-        assert hash(copy) == hash(same)
-    finally:
-        del vars(frozen.layers)["_hash"]
-
-
-def test_frozen_views():
-    frozen = Frozen(LAYERS, frozenset("ca"))
-    assert frozen.names == {"a", "c"}
-    assert frozen.active == ("b", "d")
-    assert frozen.mask.dtype == bool
-    assert frozen.mask.tolist() == [True, False, True, False]
-    assert Frozen.of_mask(LAYERS, frozen.mask) == frozen
-    assert Frozen.of_mask(LAYERS, np.zeros(4, bool)) == Frozen(LAYERS)
-    assert frozen.params == {"a/kernel", "a/bias", "c/kernel", "c/bias"}
-    assert frozen.add(["d"]).names == {"a", "c", "d"}
-    assert frozen.add([]) == frozen
-    assert frozen.names == {"a", "c"}
-    assert set(frozen.active_leaves(PARAMS)) == {"b/kernel", "b/bias", "d/kernel", "d/bias"}
-    labels = frozen.labels(PARAMS)
-    assert jax.tree.structure(labels) == jax.tree.structure(PARAMS)
-    assert [labels[name]["kernel"] for name in NAMES] == ["frozen", "train", "frozen", "train"]
-
-
-def test_names_of_a_single_layer():
-    layers = find_layers({"conv": {"kernel": jnp.eye(4)}}, lambda p, x: x @ p["conv"]["kernel"], X)
-    assert Frozen(layers).add("conv").names == {"conv"}
-
-
-def test_frozen_validates():
-    with pytest.raises(ValueError, match=r"names: no layer is called 'e'; did you mean"):
-        Frozen(LAYERS, frozenset("ae"))
-    with pytest.raises(TypeError, match=r"names: got int 0 among them, expected names of layers"):
-        Frozen(LAYERS, frozenset({0, "a"}))
-    with pytest.raises(ValueError, match=r"names: no layer is called 'a/kernel'; did you mean 'a'"):
-        Frozen(LAYERS).add(["a/kernel"])
-    for mask in (np.ones(3, bool), np.ones((4, 1), bool), np.array(True)):
-        with pytest.raises(ValueError, match=r"mask: got shape .* expected \(4,\)"):
-            Frozen.of_mask(LAYERS, mask)
-
-
-def test_parameters_of_no_layer_are_refused():
-    frozen = Frozen(LAYERS, frozenset("a"))
-    more = PARAMS | {"lora": {"kernel": jnp.eye(4)}}
-    for call in (
-        frozen.labels,
-        frozen.stop_gradient,
-        frozen.active_leaves,
-        freezing.freeze(optax.sgd(0.1), frozen).init,
-        lambda params: freezing.value_and_grad(loss, frozen)(params, X),
-    ):
-        with pytest.raises(ValueError, match=r"params: 'lora/kernel' belongs to no layer.*find_layers"):
-            call(more)

@@ -1,21 +1,19 @@
-import dataclasses
-import functools
-import pickle
+"""The layers of networks: which parameters belong together, and in which order."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smartfrz_jax import Layer, Layers, find_layers
+from smartfrz_jax import find_layers
 from smartfrz_jax.nnx import features
 from smartfrz_jax.nnx import find_layers as nnx_find_layers
 from smartfrz_jax.policies.base import freezable
 from smartfrz_jax.pytrees import paths
+from tests.layers.networks import LINEAR, ROW, linear, transformer_layers
 from tests.support.rounding import assert_close
 
 IMAGE = jax.ShapeDtypeStruct((2, 8, 8, 3), jnp.float32)
@@ -145,34 +143,6 @@ def test_nnx_split_and_merge(train, pure):
     assert layers.owner["blocks/10/bna/scale"] == "blocks/10/adown"
 
 
-class TransformerBlock(nn.Module):
-    @nn.compact
-    def __call__(self, x):
-        y = nn.LayerNorm(name="norm1")(x)
-        q, k, v = (nn.Dense(8, name=name)(y) for name in ("query", "key", "value"))
-        y = jax.nn.softmax(q @ k.swapaxes(-1, -2)) @ v
-        x = x + nn.Dense(8, name="out")(y)
-        y = nn.LayerNorm(name="norm2")(x)
-        return x + nn.Dense(8, name="fc2")(nn.gelu(nn.Dense(16, name="fc1")(y)))
-
-
-class Transformer(nn.Module):
-    @nn.compact
-    def __call__(self, tokens):
-        x = nn.Embed(11, 8, name="z_embed")(tokens)
-        x = x + self.param("position", nn.initializers.normal(), (1, 5, 8))
-        for i in range(12):
-            x = TransformerBlock(name=f"encoderblock_{i}")(x)
-        return nn.Dense(3, name="a_head")(nn.LayerNorm(name="encoder_norm")(x)[:, 0])
-
-
-def transformer_layers(granularity) -> Layers:
-    tokens = jnp.zeros((2, 5), int)
-    net = Transformer()
-    params = jax.eval_shape(net.init, jax.random.key(0), tokens)["params"]
-    return find_layers(params, lambda params, x: net.apply({"params": params}, x), tokens, granularity=granularity)
-
-
 @pytest.mark.slow
 def test_pre_norm_transformer():
     layers = transformer_layers("layer")
@@ -185,73 +155,6 @@ def test_pre_norm_transformer():
     for i in range(12):
         assert owner[f"encoderblock_{i}/norm2/bias"] == f"encoderblock_{i}/out"
     assert owner["encoder_norm/scale"] == owner["encoder_norm/bias"] == "encoderblock_11/fc2"
-
-
-def test_granularity_block():
-    layers = transformer_layers("block")
-    assert list(layers.names) == ["z_embed", "position", *[f"encoderblock_{i}" for i in range(12)], "a_head"]
-    assert len(layers[-2].kernels) == 6
-    assert all(kernel.endswith("/kernel") for kernel in layers[-2].kernels)
-
-
-def test_granularity_of_nested_lists_is_the_inner_block():
-    block = {"conv2": {"kernel": jnp.eye(2)}, "conv1": {"kernel": jnp.eye(2)}}
-    params = {"stages": [[block] * 2] * 2, "head": {"kernel": jnp.eye(2)}}
-
-    def forward(p, x):
-        for stage in p["stages"]:
-            for block in stage:
-                x = x @ block["conv1"]["kernel"] @ block["conv2"]["kernel"]
-        return x @ p["head"]["kernel"]
-
-    layers = find_layers(params, forward, ROW, granularity="block")
-    assert layers.names == ("stages/0/0", "stages/0/1", "stages/1/0", "stages/1/1", "head")
-
-
-def of_names(*names):
-    """Layers, as blocks, of products with one matrix for each name."""
-    tree: dict = {}
-    for name in names:
-        *parents, last = name.split("/")
-        functools.reduce(lambda inner, part: inner.setdefault(part, {}), parents, tree)[last] = {"kernel": jnp.eye(2)}
-
-    def forward(params, x):
-        return functools.reduce(lambda x, name: x @ paths.flatten(params)[f"{name}/kernel"], names, x)
-
-    return find_layers(tree, forward, ROW, granularity="block").names
-
-
-def test_a_number_in_a_name_makes_no_block_of_a_whole_network():
-    assert of_names("resnet18/stem", "resnet18/a", "head") == ("resnet18/stem", "resnet18/a", "head")
-    inner = [f"resnet18/block{i}/conv{j}" for i in (1, 2) for j in (1, 2)]
-    assert of_names("resnet18/stem", *inner, "head") == ("resnet18/stem", "resnet18/block1", "resnet18/block2", "head")
-
-
-def test_blocks_of_numbered_stages():
-    inner = [f"stage{i}/block{j}/conv{k}" for i in (1, 2) for j in (1, 2) for k in (1, 2)]
-    names = ("stage1/block1", "stage1/block2", "stage2/block1", "stage2/block2", "head")
-    assert of_names(*inner, "head") == names
-    # Parts of a block: one layer each, or beside others.
-    assert of_names(*[f"Block_{i}/Conv_{j}/conv" for i in (0, 1) for j in (0, 1)]) == ("Block_0", "Block_1")
-    parts = [
-        f"Block_{i}/{part}" for i in (0, 1) for part in ("Attn_0/q", "Attn_0/k", "Attn_1/q", "Attn_1/k", "Mlp_0/a")
-    ]
-    assert of_names(*parts) == ("Block_0", "Block_1")
-
-
-@pytest.mark.slow
-def test_granularity_of_a_user():
-    layers = transformer_layers(lambda name: "body" if name.startswith("encoder") else name.split("/")[0])
-    assert layers.names == ("z_embed", "position", "body", "a_head")
-    assert len(layers[2].kernels) == 12 * 6
-
-
-def linear(p, x):
-    return x @ p["b"]["kernel"] @ p["a"]["kernel"]
-
-
-LINEAR = {"a": {"kernel": jnp.eye(2)}, "b": {"kernel": jnp.eye(2)}, "c": {"kernel": jnp.eye(2)}}
-ROW = jnp.ones((1, 2))
 
 
 def test_unused_parameters_come_first():
@@ -378,89 +281,3 @@ def test_mlp_layers_come_in_the_order_of_use(names):
     layers = find_layers(params, forward, ROW)
     assert layers.names == tuple(names)
     assert all(layer.params == (f"{layer.name}/bias", f"{layer.name}/kernel") for layer in layers)
-
-
-def test_layers_are_a_sequence_equal_and_hashable_by_value():
-    layers, same = find_layers(LINEAR, linear, ROW), find_layers(LINEAR, linear, ROW)
-    assert layers == same
-    assert hash(layers) == hash(same)
-    assert len({layers, same}) == 1
-    other = find_layers(LINEAR, lambda p, x: x @ p["a"]["kernel"], ROW)
-    assert layers != other
-    assert layers != layers.entries
-    assert len(layers) == 3
-    assert [layer.name for layer in layers] == list(layers.names)
-    assert layers[-1] == Layer("a", ("a/kernel",), ("a/kernel",))
-    assert layers[:2] == layers.entries[:2]
-    assert layers.head == "a"
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        layers.entries = ()
-
-
-def test_layers_hash_anew_where_they_are_unpickled():
-    layers = find_layers(LINEAR, linear, ROW)
-    hash(layers), layers.names, layers.owner  # all of it is cached
-    copy = pickle.loads(pickle.dumps(layers))
-    assert vars(copy) == {"entries": layers.entries}
-    assert copy == layers
-    assert hash(copy) == hash(layers)
-
-
-def test_equal_layers_do_not_recompile():
-    traces = []
-
-    @jax.tree_util.Partial
-    def count(x, layers):
-        traces.append(layers)
-        return x
-
-    jitted = jax.jit(count, static_argnums=1)
-    for _ in range(3):
-        jitted(1.0, find_layers(LINEAR, linear, ROW))
-    assert len(traces) == 1
-
-
-def test_check_orders_names_and_suggests():
-    layers = find_layers(
-        {"encoder": {"conv1": {"w": jnp.eye(2)}, "conv2": {"w": jnp.eye(2)}}, "decoder": {"w": jnp.eye(2)}},
-        lambda p, x: x @ p["encoder"]["conv2"]["w"] @ p["encoder"]["conv1"]["w"] @ p["decoder"]["w"],
-        ROW,
-    )
-    assert layers.check(["decoder", "encoder/conv2", "decoder"], "names") == ("encoder/conv2", "decoder")
-    assert layers.check("decoder", "names") == ("decoder",)
-    assert layers.check((), "names") == ()
-    with pytest.raises(
-        ValueError, match=r"keep: no layer is called 'encoder/conv3'; did you mean 'encoder/conv[12]' or"
-    ):
-        layers.check(["encoder/conv3"], "keep")
-    with pytest.raises(ValueError, match=r"keep: no layer is called '@@@'; did you mean 'encoder/conv2'.*3 layers"):
-        layers.check(["@@@"], "keep")
-
-
-@pytest.mark.parametrize("granularity", ["layers", "", None, 3])
-def test_wrong_granularity(granularity):
-    with pytest.raises(ValueError, match=r"granularity: got .*expected 'layer', 'block' or a function"):
-        find_layers(LINEAR, linear, ROW, granularity=granularity)
-
-
-def test_empty_pytree():
-    with pytest.raises(ValueError, match=r"params: got a pytree without leaves .*variables\['params'\]"):
-        find_layers({}, lambda p, x: x, ROW)
-
-
-@pytest.mark.parametrize("leaf", ["relu", 3, 0.5])
-def test_leaf_that_is_no_array(leaf):
-    with pytest.raises(TypeError, match=r"params: leaf 'b' is (str|int|float), expected an array"):
-        find_layers({"a": jnp.ones(2), "b": leaf}, lambda p, x: x, ROW)
-
-
-@pytest.mark.parametrize("leaf", [jnp.arange(2), jnp.ones(2, bool), jax.random.key(0)], ids=["int", "bool", "key"])
-def test_leaf_that_cannot_be_differentiated(leaf):
-    with pytest.raises(TypeError, match=r"params: leaf 'b' is .*expected floating-point numbers.*make it an input"):
-        find_layers({"a": jnp.ones(2), "b": leaf}, lambda p, x: x, ROW)
-
-
-def test_numpy_and_abstract_parameters():
-    concrete = jax.tree.map(np.asarray, LINEAR)
-    abstract = jax.eval_shape(lambda: LINEAR)
-    assert find_layers(concrete, linear, ROW) == find_layers(abstract, linear, ROW) == find_layers(LINEAR, linear, ROW)

@@ -1,12 +1,10 @@
-"""DeiT and BERT: published sizes, initialisation, heads, masks, dropout, precision; and that they freeze."""
+"""DeiT and BERT: published sizes, initialisation, heads, masks, dropout and precision."""
 
-import functools
 from functools import partial
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import pytest
 from flax import nnx
 
@@ -15,54 +13,11 @@ from models.bert import Bert, bert_base, minilm
 from models.deit import DeiT, DropPath, deit_tiny
 from models.layers.positions import resample_pos_embed
 from smartfrz_jax.pytrees import paths
+from tests.models.transformers import IDS, IMAGES, MASK, QUICKLY, RNG, call, evaluated, lively, tiny_bert, tiny_deit
 from tests.support.rounding import assert_close
 
 IMAGE = jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.float32)
 TOKENS = jax.ShapeDtypeStruct((2, 16), jnp.int32)
-RNG = np.random.default_rng(0)
-IMAGES = jnp.asarray(RNG.normal(size=(4, 8, 8, 3)), jnp.float32)
-IDS = jnp.asarray(RNG.integers(0, 20, size=(4, 6)), jnp.int32)
-MASK = jnp.asarray(np.arange(6)[None] < np.array([6, 4, 3, 1])[:, None], jnp.int32)
-# Compiles in half the time; the results are the same.
-QUICKLY = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-
-
-def tiny_deit(**kwargs):
-    settings = {"image_size": 8, "patch_size": 4, "dim": 8, "depth": 2, "heads": 2, "num_classes": 3}
-    return DeiT(**{**settings, "rngs": nnx.Rngs(0), **kwargs})
-
-
-def tiny_bert(**kwargs):
-    settings = {"vocab_size": 20, "max_positions": 8, "dim": 8, "depth": 2, "heads": 2, "hidden": 12, "num_classes": 3}
-    return Bert(**{**settings, "rngs": nnx.Rngs(0), **kwargs})
-
-
-def evaluated(model):
-    model.eval()
-    return model
-
-
-def lively(make):
-    """A network with weights so large that whatever is wrong shows in the output."""
-    rng = np.random.default_rng(1)
-
-    def draw(name, leaf):
-        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-            return jax.random.key(0)
-        values = 0.4 * rng.normal(size=leaf.shape) + name.endswith("scale")
-        return jnp.asarray(values if jnp.issubdtype(leaf.dtype, jnp.floating) else np.zeros(leaf.shape), leaf.dtype)
-
-    graphdef, state = nnx.split(nnx.eval_shape(make))
-    return nnx.merge(graphdef, paths.tree_map(draw, nnx.as_pure(state)))
-
-
-@partial(jax.jit, static_argnums=0, compiler_options=QUICKLY)
-def run(graphdef, state, *inputs):
-    return nnx.merge(graphdef, state)(*inputs)
-
-
-def call(model, *inputs):
-    return run(*nnx.split(model), *inputs)
 
 
 def parameters(model):
@@ -336,56 +291,3 @@ def test_names_of_tensors():
     tensors = {f"{module}.{leaf}" for module in modules for leaf in ("weight", "bias")}
     tensors |= {f"bert.embeddings.{kind}_embeddings.weight" for kind in ("word", "position", "token_type")}
     assert {Bert.tensor_name(name) for name in paths.flatten(nnx.state(bert, nnx.Param))} == tensors
-
-
-TINY = {
-    "deit": (partial(tiny_deit, drop_path=0.2, scan=True), (IMAGES,)),
-    "bert": (partial(tiny_bert, scan=False), (IDS, MASK)),
-}
-
-
-@functools.cache
-def with_features(network):
-    """A network, its layers, the function for its features, and these."""
-    make, inputs = TINY[network]
-    model = lively(make)
-    layers = sfj.nnx.find_layers(model, *inputs)
-    features = sfj.nnx.features(model, layers, *inputs)
-    return model, layers, features, features(model, *inputs)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("jax_defaults")
-@pytest.mark.parametrize("network", TINY)
-def test_the_last_of_the_features_are_the_logits(network):
-    model, layers, _, outputs = with_features(network)
-    logits = call(evaluated(nnx.clone(model)), *TINY[network][1])
-    np.testing.assert_allclose(outputs[layers.head], logits, rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.slow
-@pytest.mark.usefixtures("jax_defaults")
-def test_every_policy_freezes_them():
-    """One of them: policies see nothing of a network but its layers, and their features, which are alike."""
-    _, inputs = TINY["deit"]
-    model, layers, features, outputs = with_features("deit")
-    predictor = sfj.Predictor(sfj.predictor.PredictorConfig(size=8), rngs=nnx.Rngs(3))
-    predictor.classifier.layers[2].bias[...] = jnp.array([0.0, 100.0])
-    policies = [
-        sfj.policies.never(),
-        sfj.freezeout(total_steps=4),
-        sfj.autofreeze(2),
-        sfj.static_prefix([(0.5, 1.0)], total_steps=4),
-        sfj.policies.random(0.5, total_steps=4),
-        sfj.smartfrz(predictor, record_every=1, evaluate_every=2, window=2, min_records=2),
-        sfj.policies.similarity_guided(outputs, evaluate_every=2, window=2, tolerance=0.9),
-    ]
-    for policy in policies:
-        optimizer = sfj.nnx.Optimizer(model, optax.sgd(0.1), layers=layers)
-        freezer = sfj.nnx.Freezer(model, optimizer, policy, features=lambda model: features(model, *inputs))
-        for step in range(4):
-            for name, grad in optimizer.grads.items():  # the further back, the more they change
-                grad[...] = jnp.full_like(grad[...], 1 + step * layers.names.index(layers.owner[name]))
-            optimizer.step[...] += 1
-            freezer.step(loss=jnp.float32(1))
-        assert bool(optimizer.frozen.names) == (policy is not policies[0]), policy

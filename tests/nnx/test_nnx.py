@@ -1,3 +1,5 @@
+"""Freezing of NNX modules: layers, exact steps, features, and what is refused."""
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -6,73 +8,10 @@ import pytest
 from flax import nnx
 
 import smartfrz_jax as sfj
-from smartfrz_jax.pytrees import paths
+from tests.nnx.network import TX, Net, X, Y, arrays, loss_fn, make, train_step
 
 pytestmark = pytest.mark.usefixtures("jax_defaults")
-
-
-class Block(nnx.Module):
-    """Attributes set in an order that is not the forward order, nor is the alphabetical one."""
-
-    def __init__(self, width, rngs):
-        self.dropout = nnx.Dropout(0.5, rngs=rngs)
-        self.norm = nnx.BatchNorm(width, rngs=rngs)
-        self.plain_norm = nnx.BatchNorm(width, use_scale=False, use_bias=False, rngs=rngs)
-        self.a_second = nnx.Conv(width, width, (3, 3), use_bias=False, rngs=rngs)
-        self.b_first = nnx.Conv(width, width, (3, 3), use_bias=False, rngs=rngs)
-
-    def __call__(self, x):
-        y = nnx.relu(self.plain_norm(self.b_first(x)))
-        return x + nnx.relu(self.dropout(self.norm(self.a_second(y))))
-
-
-class Net(nnx.Module):
-    def __init__(self, rngs, blocks=2, width=4):
-        self.head = nnx.Linear(width, 3, rngs=rngs)
-        self.stem = nnx.Conv(1, width, (3, 3), rngs=rngs)
-        self.stem_norm = nnx.BatchNorm(width, rngs=rngs)
-        self.blocks = nnx.List([Block(width, rngs) for _ in range(blocks)])
-
-    def __call__(self, x):
-        x = nnx.relu(self.stem_norm(self.stem(x)))
-        for block in self.blocks:
-            x = block(x)
-        return self.head(x.mean((1, 2)))
-
-
 NAMES = ("stem", "blocks/0/b_first", "blocks/0/a_second", "blocks/1/b_first", "blocks/1/a_second", "head")
-X = jax.random.normal(jax.random.key(0), (8, 6, 6, 1))
-Y = jax.random.normal(jax.random.key(1), (8, 3))
-
-
-# One object for all tests: another one would be another program.
-TX = optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(1e-2, weight_decay=0.1))
-
-
-def loss_fn(model, x, y):
-    out = model(x)
-    return jnp.square(out - y).mean(), out
-
-
-@nnx.jit
-def train_step(model, optimizer, x, y):
-    (loss, _), grads = optimizer.value_and_grad(loss_fn, has_aux=True)(model, x, y)
-    optimizer.update(model, grads)
-    return loss, optax.tree.norm(grads)
-
-
-def make(optimizer_tx=None):
-    model = Net(nnx.Rngs(0))
-    layers = sfj.nnx.find_layers(model, X)
-    return model, sfj.nnx.Optimizer(model, optimizer_tx or TX, layers=layers)
-
-
-def arrays(module):
-    """Every variable by path, random keys as their bits."""
-    return {
-        name: np.asarray(jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf)
-        for name, leaf in paths.flatten(nnx.as_pure(nnx.state(module))).items()
-    }
 
 
 def belongs(layers, frozen):
@@ -319,76 +258,6 @@ def test_policies_that_look_at_gradients_and_features_run():
     assert optimizer.frozen.names == set(NAMES[:-1])
 
 
-def run_for(steps, model, optimizer, freezer):
-    for _ in range(steps):
-        train_step(model, optimizer, X, Y)
-        freezer.step()
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("name", ["static_prefix", "random", "smartfrz", "autofreeze"])
-@pytest.mark.parametrize("at", [2, 9])
-def test_a_restored_run_goes_on_bit_identically_across_a_freeze(tmp_path, name, at):
-    def start():
-        policy = {
-            "static_prefix": lambda: sfj.static_prefix([(0.4, 0.85)], total_steps=14),
-            "random": lambda: sfj.policies.random(0.4, total_steps=14),
-            "smartfrz": lambda: sfj.smartfrz(
-                sfj.Predictor(sfj.predictor.PredictorConfig(size=8), rngs=nnx.Rngs(3)),
-                record_every=1, evaluate_every=3, window=3, caution=0.4,
-            ),
-            "autofreeze": lambda: sfj.autofreeze(2, percentile=80),
-        }[name]()  # fmt: skip
-        model, optimizer = make()
-        return model, optimizer, sfj.nnx.Freezer(model, optimizer, policy)
-
-    straight = start()
-    run_for(14, *straight)
-    assert straight[2].events, "nothing froze, so nothing is tested"
-
-    first = start()
-    run_for(at, *first)
-    first[2].save(tmp_path / "run")
-    expected = [arrays(module) for module in straight[:2]]
-    events = straight[2].events
-    for model, optimizer, freezer in (start(), straight):  # the latter goes back to what it had dropped since
-        freezer.restore(tmp_path / "run")
-        run_for(14 - at, model, optimizer, freezer)
-        assert freezer.events == events
-        assert freezer.steps == 14 == int(optimizer.step[...])
-        for module, leaves in zip((model, optimizer), expected, strict=True):
-            now = arrays(module)
-            assert now.keys() == leaves.keys()
-            for key, leaf in leaves.items():
-                np.testing.assert_array_equal(now[key], leaf, err_msg=key)
-
-
-@pytest.mark.slow
-def test_a_checkpoint_of_another_network_is_refused_and_nothing_changes(tmp_path):
-    model, optimizer = make()
-    freezer = sfj.nnx.Freezer(model, optimizer, sfj.policies.never())
-    other = Net(nnx.Rngs(0), blocks=1)
-    other_optimizer = sfj.nnx.Optimizer(other, TX, layers=sfj.nnx.find_layers(other, X))
-    sfj.nnx.Freezer(other, other_optimizer, sfj.policies.never()).save(tmp_path / "other")
-    before = arrays(model)
-    with pytest.raises(ValueError, match=r"4 layers.*6.*blocks/1"):
-        freezer.restore(tmp_path / "other")
-    with pytest.raises(FileNotFoundError, match="nowhere"):
-        freezer.restore(tmp_path / "nowhere")
-
-    wide = Net(nnx.Rngs(0), width=8)
-    wide_optimizer = sfj.nnx.Optimizer(wide, TX, layers=sfj.nnx.find_layers(wide, X))
-    wide_freezer = sfj.nnx.Freezer(wide, wide_optimizer, sfj.policies.never())
-    run_for(1, wide, wide_optimizer, wide_freezer)
-    wide_freezer.save(tmp_path / "wide")
-    with pytest.raises(ValueError, match=r"float32\[3, 3, 8, 8\] there, expected float32\[3, 3, 4, 4\]"):
-        freezer.restore(tmp_path / "wide")
-    assert not optimizer.frozen.names
-    for key, leaf in arrays(model).items():
-        np.testing.assert_array_equal(leaf, before[key])
-    run_for(1, model, optimizer, freezer)
-
-
 def test_wrong_arguments_are_named():
     model, optimizer = make()
     with pytest.raises(TypeError, match=r"optimizer: got .*Optimizer.*expected a smartfrz_jax.nnx.Optimizer"):
@@ -400,24 +269,6 @@ def test_wrong_arguments_are_named():
     policy = sfj.policies.similarity_guided(dict.fromkeys(NAMES, X), evaluate_every=1)
     with pytest.raises(ValueError, match="features: got none, but the policy looks at them, expected a function"):
         sfj.nnx.Freezer(model, optimizer, policy)
-
-
-def test_a_failed_restore_leaves_the_optimizer_as_it_was(tmp_path):
-    """Also where the checkpoint has layers frozen that are active now: their moments must not be lost."""
-    wide = Net(nnx.Rngs(0), width=8)
-    wide_optimizer = sfj.nnx.Optimizer(wide, TX, layers=sfj.nnx.find_layers(wide, X))
-    wide_optimizer.freeze(wide, ["stem"])
-    sfj.nnx.Freezer(wide, wide_optimizer, sfj.policies.never()).save(tmp_path / "wide")
-    model, optimizer = make()
-    freezer = sfj.nnx.Freezer(model, optimizer, sfj.policies.never())
-    run_for(2, model, optimizer, freezer)
-    before = arrays(optimizer)
-    with pytest.raises(ValueError, match="does not fit"):
-        freezer.restore(tmp_path / "wide")
-    after = arrays(optimizer)
-    assert after.keys() == before.keys()
-    for key, leaf in before.items():
-        np.testing.assert_array_equal(after[key], leaf, err_msg=key)
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Layers that train again: where their optimizer state starts from, and what goes on as if nothing had happened."""
+"""The optimizer state of layers that train again: fresh or as it was; all other state goes on."""
 
 import jax
 import jax.numpy as jnp
@@ -10,52 +10,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.tree_util import keystr, tree_leaves_with_path
 
-import smartfrz_jax as sfj
 from smartfrz_jax import Frozen, migrate_opt_state
 from smartfrz_jax.freezing import migrate as migration
 from smartfrz_jax.freezing import transform
-from smartfrz_jax.freezing.returning import Kept
-from smartfrz_jax.pytrees import paths
+from tests.freezing.returning.networks import GRADS, LAYERS, NAMES, OPTIMIZERS, PARAMS, make, make_nnx
 
 pytestmark = pytest.mark.usefixtures("jax_defaults")
-
-RNG = np.random.default_rng(0)
-NAMES = ("a", "b", "c", "d")
-
-
-def normal(*shape: int) -> jax.Array:
-    return jnp.asarray(RNG.standard_normal(shape), jnp.float32)
-
-
-def mlp_params():
-    return {name: {"kernel": normal(4, 4), "bias": normal(4)} for name in NAMES}
-
-
-def mlp(params, x):
-    for name in NAMES:
-        x = jnp.tanh(x @ params[name]["kernel"] + params[name]["bias"][None])
-    return x
-
-
-PARAMS, X = mlp_params(), normal(5, 4)
-LAYERS = sfj.find_layers(PARAMS, mlp, X)
-GRADS = [mlp_params() for _ in range(12)]
-
-OPTIMIZERS = {
-    "momentum": optax.sgd(0.1, momentum=0.9),
-    "adam in bfloat16": optax.adam(0.1, mu_dtype=jnp.bfloat16),
-    "MultiSteps": optax.MultiSteps(optax.sgd(0.1, momentum=0.9), every_k_schedule=2),
-    "inject_hyperparams": optax.inject_hyperparams(optax.adamw)(learning_rate=0.1, weight_decay=0.1),
-}
 SLOW = {"MultiSteps"}
 parametrize_optimizers = pytest.mark.parametrize(
     "tx",
     [pytest.param(tx, id=name, marks=[pytest.mark.slow] if name in SLOW else []) for name, tx in OPTIMIZERS.items()],
 )
-
-
-def make(tx, returning="kept"):
-    return sfj.linen.TrainState.create(apply_fn=mlp, params=PARAMS, tx=tx, layers=LAYERS, returning=returning)
 
 
 def advance(state, grads):
@@ -271,163 +236,3 @@ def test_shapes_of_a_state_that_freezes_put_nothing_aside():
     assert jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type), shapes) == jax.tree.map(
         lambda leaf: (leaf.shape, leaf.dtype, leaf.weak_type), actual
     )
-
-
-class Net(nnx.Module):
-    def __init__(self, rngs):
-        self.stem = nnx.Linear(4, 4, rngs=rngs)
-        self.norm = nnx.BatchNorm(4, rngs=rngs)
-        self.middle = nnx.Linear(4, 4, rngs=rngs)
-        self.head = nnx.Linear(4, 2, rngs=rngs)
-
-    def __call__(self, x):
-        return self.head(nnx.relu(self.middle(nnx.relu(self.norm(self.stem(x))))))
-
-
-TX = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.05))
-Y = normal(5, 2)
-
-
-def make_nnx(tx=TX, returning="kept"):
-    model = Net(nnx.Rngs(0))
-    layers = sfj.nnx.find_layers(model, X)
-    return model, sfj.nnx.Optimizer(model, tx, wrt=nnx.Param, layers=layers, returning=returning)
-
-
-@nnx.jit
-def train_step(model, optimizer, x, y):
-    loss, grads = optimizer.value_and_grad(lambda model, x: jnp.square(model(x) - y).mean())(model, x)
-    optimizer.update(model, grads)
-    return loss
-
-
-def arrays(*modules):
-    return {
-        f"{i}/{name}": np.asarray(leaf)
-        for i, module in enumerate(modules)
-        for name, leaf in paths.flatten(nnx.as_pure(nnx.state(module))).items()
-    }
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("returning", ["fresh", "kept"])
-def test_nnx_optimizer(returning):
-    model, optimizer = make_nnx(returning=returning)
-    train_step(model, optimizer, X, Y)
-    before = arrays(optimizer)
-    optimizer.freeze(model, ["stem"])
-    train_step(model, optimizer, X, Y)
-    held = arrays(optimizer)
-    optimizer.freeze(model, Frozen(optimizer.frozen.layers))
-    after = arrays(optimizer)
-    assert after.keys() == before.keys()
-    for name, leaf in after.items():
-        if name in held:
-            expected = held[name] if "kept_version" not in name else np.int32(2)
-        else:
-            assert "/stem/" in name or "/norm/" in name
-            expected = before[name] if returning == "kept" else np.zeros_like(leaf)
-        np.testing.assert_array_equal(leaf, expected, err_msg=name)
-    assert any(np.any(before[name]) for name in before.keys() - held.keys())
-    train_step(model, optimizer, X, Y)
-
-
-@pytest.mark.slow
-def test_statistics_of_a_returning_batch_norm_go_on_from_where_they_were_held():
-    model, optimizer = make_nnx()
-    train_step(model, optimizer, X, Y)
-    mean = np.asarray(model.norm.mean[...])
-    optimizer.freeze(model, ["stem"])
-    for _ in range(2):
-        train_step(model, optimizer, X, Y)
-    assert np.array_equal(mean, model.norm.mean[...])
-    optimizer.freeze(model, Frozen(optimizer.frozen.layers))
-    batch_mean = np.mean(np.float64(X) @ np.float64(model.stem.kernel[...]) + np.float64(model.stem.bias[...]), 0)
-    train_step(model, optimizer, X, Y)
-    np.testing.assert_allclose(model.norm.mean[...], 0.99 * mean + 0.01 * batch_mean, rtol=1e-5, atol=1e-7)
-
-
-SCHEDULE = {0: (), 2: ("stem",), 4: ("stem", "middle"), 6: (), 8: ("stem",), 9: ()}
-
-
-def policy():
-    """A policy that lets layers return."""
-
-    def update(state, layers, *, step, **signals):
-        return frozenset(SCHEDULE[max(at for at in SCHEDULE if at <= step)]), state
-
-    return sfj.Policy(lambda layers, params: (), update)
-
-
-def run_nnx(tmp_path, saves, steps=11):
-    model, optimizer = make_nnx()
-    freezer = sfj.nnx.Freezer(model, optimizer, policy())
-    for step in range(1, steps):
-        train_step(model, optimizer, X, Y)
-        freezer.step()
-        if step in saves:
-            freezer.save(tmp_path / str(step))
-            model, optimizer = make_nnx()
-            freezer = sfj.nnx.Freezer(model, optimizer, policy())
-            freezer.restore(tmp_path / str(step))
-    return arrays(model, optimizer), freezer
-
-
-@pytest.mark.slow
-def test_a_restored_nnx_run_returns_to_the_same_moments(tmp_path):
-    straight, freezer = run_nnx(tmp_path, ())
-    restored, again = run_nnx(tmp_path, (2, 5, 8))
-    assert freezer.events == again.events
-    assert straight.keys() == restored.keys()
-    for name, leaf in straight.items():
-        np.testing.assert_array_equal(leaf, restored[name], err_msg=name)
-
-
-@pytest.mark.slow
-def test_a_restored_run_of_a_bare_pytree_returns_to_the_same_moments(tmp_path):
-    schedule = {0: "", 2: "b", 3: "bd", 5: "", 6: "b", 7: ""}
-    tx = OPTIMIZERS["adam in bfloat16"]
-    returns = sfj.Policy(
-        lambda layers, params: (),
-        lambda state, layers, *, step, **_: (frozenset(schedule[max(at for at in schedule if at <= step)]), state),
-    )
-
-    def run(saves):
-        state = make(tx)
-        freezer = sfj.linen.Freezer(state, returns)
-        for step, grads in enumerate(GRADS[:9], start=1):
-            state = freezer.step(state.apply_gradients(grads=grads))
-            if step in saves:
-                freezer.save(tmp_path / str(step), state)
-                state = make(tx)
-                freezer = sfj.linen.Freezer(state, returns)
-                state = freezer.restore(tmp_path / str(step), state)
-        return state
-
-    straight, restored = run(()), run((2, 4, 6))
-    assert jax.tree.structure(straight.opt_state) == jax.tree.structure(restored.opt_state)
-    for (path, leaf), other in zip(tree_leaves_with_path(straight), jax.tree.leaves(restored), strict=True):
-        np.testing.assert_array_equal(leaf, other, err_msg=keystr(path))
-
-
-@pytest.mark.slow
-def test_a_checkpoint_that_does_not_fit_leaves_what_was_kept_as_it_is(tmp_path):
-    model, optimizer = make_nnx()
-    freezer = sfj.nnx.Freezer(model, optimizer, policy())
-    freezer.save(tmp_path / "nothing frozen")
-    other, other_optimizer = make_nnx(optax.sgd(0.1, momentum=0.5))
-    other_freezer = sfj.nnx.Freezer(other, other_optimizer, policy())
-    train_step(other, other_optimizer, X, Y)
-    other_optimizer.freeze(other, ["stem"])
-    before, kept = arrays(other_optimizer), dict(other_optimizer.kept.arrays)
-    with pytest.raises(ValueError, match="does not fit"):
-        other_freezer.restore(tmp_path / "nothing frozen")
-    assert other_optimizer.kept.arrays == kept
-    assert before.keys() == arrays(other_optimizer).keys()
-    other_optimizer.freeze(other, Frozen(other_optimizer.frozen.layers))
-    assert not other_optimizer.kept.arrays
-
-
-def test_what_is_kept_belongs_to_one_run():
-    assert Kept() != Kept()
-    assert make_nnx()[1].kept is not make_nnx()[1].kept

@@ -1,0 +1,61 @@
+"""Networks whose layers freeze and return."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+
+import smartfrz_jax as sfj
+
+RNG = np.random.default_rng(0)
+NAMES = ("a", "b", "c", "d")
+
+
+def normal(*shape: int) -> jax.Array:
+    return jnp.asarray(RNG.standard_normal(shape), jnp.float32)
+
+
+def mlp_params():
+    return {name: {"kernel": normal(4, 4), "bias": normal(4)} for name in NAMES}
+
+
+def mlp(params, x):
+    for name in NAMES:
+        x = jnp.tanh(x @ params[name]["kernel"] + params[name]["bias"][None])
+    return x
+
+
+PARAMS, X = mlp_params(), normal(5, 4)
+LAYERS = sfj.find_layers(PARAMS, mlp, X)
+GRADS = [mlp_params() for _ in range(12)]
+OPTIMIZERS = {
+    "momentum": optax.sgd(0.1, momentum=0.9),
+    "adam in bfloat16": optax.adam(0.1, mu_dtype=jnp.bfloat16),
+    "MultiSteps": optax.MultiSteps(optax.sgd(0.1, momentum=0.9), every_k_schedule=2),
+    "inject_hyperparams": optax.inject_hyperparams(optax.adamw)(learning_rate=0.1, weight_decay=0.1),
+}
+
+
+def make(tx, returning="kept"):
+    return sfj.linen.TrainState.create(apply_fn=mlp, params=PARAMS, tx=tx, layers=LAYERS, returning=returning)
+
+
+class Net(nnx.Module):
+    def __init__(self, rngs):
+        self.stem = nnx.Linear(4, 4, rngs=rngs)
+        self.norm = nnx.BatchNorm(4, rngs=rngs)
+        self.middle = nnx.Linear(4, 4, rngs=rngs)
+        self.head = nnx.Linear(4, 2, rngs=rngs)
+
+    def __call__(self, x):
+        return self.head(nnx.relu(self.middle(nnx.relu(self.norm(self.stem(x))))))
+
+
+TX = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(0.05))
+
+
+def make_nnx(tx=TX, returning="kept"):
+    model = Net(nnx.Rngs(0))
+    layers = sfj.nnx.find_layers(model, X)
+    return model, sfj.nnx.Optimizer(model, tx, wrt=nnx.Param, layers=layers, returning=returning)
