@@ -64,6 +64,7 @@ def test_smartfrz_takes_the_mean_of_the_losses_that_are_left(bad):
 RUNS = {"autofreeze": autofreeze, "smartfrz": smartfrz}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("run", RUNS.values(), ids=RUNS.keys())
 @pytest.mark.parametrize(("options", "most"), [({}, MAX_CONSECUTIVE_ERRORS), ({"max_consecutive_errors": 8}, 8)])
 def test_only_a_lasting_nan_ends_the_run(run, options, most):

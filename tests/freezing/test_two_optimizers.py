@@ -163,6 +163,7 @@ def test_train_states_too(donate, width):
     assert {len(program.frozen.names) for program in step.programs} == {0}
 
 
+@pytest.mark.slow
 def test_an_owner_of_another_step_is_an_error():
     nets, optimizers = zip(setting(5, 0), setting(6, 9), strict=True)
     step = sfj.TrainStep(gan_step)

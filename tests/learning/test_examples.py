@@ -56,6 +56,7 @@ def test_batch_is_an_observation_of_numpy_arrays():
     assert (target.shape, target.dtype) == ((5,), bool)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("window", [1, 4, 9, 30])
 def test_is_what_a_policy_sees_while_the_network_trains(window):
     recordings = [make_recording(0), make_recording(1, records=5, layers=2, record_every=7, first=3)]

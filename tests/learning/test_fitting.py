@@ -345,6 +345,7 @@ def test_the_predictor_passed_in_is_not_changed():
     assert result.predictor.config == predictor.config
 
 
+@pytest.mark.slow
 def test_held_out_examples_are_evaluated_on_and_nothing_else():
     examples, predictor = random_examples(), small_predictor(3)
     held_out = by_run(examples, [1])

@@ -80,6 +80,7 @@ def test_selected_examples_keep_their_rows():
     np.testing.assert_allclose(predict(predictor, some), predict(predictor, examples)[[5, 7]], rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONTROLS)
 def test_controls_take_encoded_examples(name):
     train, test = random_examples(), random_examples(runs=1)

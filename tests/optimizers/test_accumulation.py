@@ -38,6 +38,7 @@ def make(tx, returning="fresh"):
 MULTI_STEPS = optax.MultiSteps(optax.sgd(1.0), 4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("returning", ["fresh", "kept"])
 @pytest.mark.parametrize("tx", [MULTI_STEPS, MULTI_STEPS.gradient_transformation()], ids=["object", "transformation"])
 def test_a_layer_that_returns_amid_a_window_takes_the_average_of_its_own_gradients(tx, returning):
@@ -48,6 +49,7 @@ def test_a_layer_that_returns_amid_a_window_takes_the_average_of_its_own_gradien
     assert moved(end, steps(end, 4 * [0.5])) == pytest.approx(0.5)  # whole windows are as ever
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("returns_at", [0, 1, 2, 3])
 def test_the_average_is_over_the_steps_since_the_return(returns_at):
     """With gradients that differ; adam for an update that is not linear in them."""

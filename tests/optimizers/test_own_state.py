@@ -90,6 +90,7 @@ def test_the_own_state_goes_back_where_it_came_from():
         assert arrays(migrate_opt_state(own, tx, state.params, state.frozen)) == arrays(state.opt_state)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "tx",
     [

@@ -18,9 +18,14 @@ from tests.optimizers.table import CASES, EXCEPTIONS, Case, public_names
 
 pytestmark = pytest.mark.usefixtures("jax_defaults")
 
+
+def is_quick(name: str) -> bool:
+    """The quick subset leaves out what is only a part of an optimizer, or contributed."""
+    return not (CASES[name].compiled or name.startswith(("optax.scale_by_", "contrib.")))
+
+
 parametrize = pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=[pytest.mark.slow] if case.compiled else []) for name, case in CASES.items()],
+    "name", [pytest.param(name, marks=[] if is_quick(name) else [pytest.mark.slow]) for name in CASES]
 )
 
 # From step 2 on layer b is frozen, from step 4 on it trains again.

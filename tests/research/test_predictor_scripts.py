@@ -223,7 +223,7 @@ def test_figures_of_another_stride_or_other_recordings_are_computed_anew(data_se
         for fold, indices in folds(recordings, "architecture"):
             yield "cka", "architecture", fold, indices, "progress", 0
 
-    monkeypatch.setattr(evaluate_predictor, "jobs", controls)
+    monkeypatch.setattr(evaluation, "jobs", controls)
     file = tmp_path / "figures.jsonl"
     args = ["--recordings", str(data_set), "--out", str(tmp_path), "--targets", "cka", "--splits", "architecture"]
 
