@@ -52,3 +52,19 @@ def test_figures_of_a_question_are_those_of_the_raw_tables(page):
     figures = [figure for row in rows for cell in row.split(" | ")[1:] for figure in FIGURE.findall(cell)]
     assert len(figures) >= 4
     assert not [figure for figure in figures if figure not in known]
+
+
+def test_the_front_page_can_be_read_in_three_minutes():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 150
+    prose = re.sub(r"^```.*?^```$", "", text, flags=re.S | re.M)
+    for paragraph in re.split(r"\n\n|\n(?=[-\d])", prose):
+        if not paragraph.startswith("|"):
+            words = re.sub(r"\]\(\S*\)|`[^`]*`|^\d\.", "", paragraph)  # neither links, nor code, nor numbers of a list
+            assert len(re.findall(r"(?<![\w.])\d+(?:\.\d+)*", words)) <= 2, paragraph
+
+
+@pytest.mark.parametrize("name", ["README.md", "BUILD.md", "CONTRIBUTING.md"])
+def test_links_of_pages_at_the_top_lead_to_files(name):
+    links = re.findall(r"\]\(([^)#:]+)\)", (ROOT / name).read_text())
+    assert not [link for link in links if not (ROOT / link).exists()]
