@@ -8,11 +8,11 @@ import jax
 import optax
 
 import smartfrz_jax as sfj
+from smartfrz_jax.pytrees.types import PyTree
 
 if TYPE_CHECKING:
     from train.options import Options
 
-PyTree = Any
 OptimizerName = Literal["sgd", "adamw"]
 
 

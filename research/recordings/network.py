@@ -19,12 +19,12 @@ from smartfrz_jax.nnx.hold import hold
 from smartfrz_jax.predictor.cka import layer_gram
 from smartfrz_jax.predictor.probe import contributions, depths_of
 from smartfrz_jax.pytrees import paths
+from smartfrz_jax.pytrees.types import PyTree
 from train.optimizers import OptimizerName, directions
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
-PyTree = Any
 
 _EVALUATION_BATCH = 128
 

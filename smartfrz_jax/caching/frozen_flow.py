@@ -10,7 +10,8 @@ from jax.extend import core as jex
 from smartfrz_jax.freezing.transform import Frozen
 from smartfrz_jax.jaxprs import example_axis, flops, inline
 from smartfrz_jax.jaxprs.example_rules import Axis, Mixed, Value
-from smartfrz_jax.jaxprs.partial_inline import Roles, variables
+from smartfrz_jax.jaxprs.partial_inline import Roles
+from smartfrz_jax.jaxprs.parts import Eqn, Var, variables
 
 # Cheap enough to be computed again, beside what works element by element.
 # fmt: off
@@ -38,7 +39,7 @@ class Flow:
         self._frozen = frozen
         self._rank = {var: ranks[name] for var, name in layer.items() if name is not None}
 
-    def follow(self, eqn: Any) -> None:
+    def follow(self, eqn: Eqn) -> None:
         """Adds what is known about the results of an equation.
 
         Raises:
@@ -80,15 +81,15 @@ class Flow:
                     f"step without that layer would not do; {_EVALUATION_MODE}"
                 )
 
-    def is_frozen(self, eqn: Any) -> bool:
+    def is_frozen(self, eqn: Eqn) -> bool:
         """Whether an equation can be run once for all epochs."""
         return all(var in self.known for var in eqn.outvars)
 
-    def has_axis(self, var: Any) -> bool:
+    def has_axis(self, var: Var) -> bool:
         """Whether a value is the same for an example every time, and can be kept for each."""
         return var in self.known and self.known[var].axis is not None
 
-    def is_expensive(self, eqn: Any) -> bool:
+    def is_expensive(self, eqn: Eqn) -> bool:
         """Whether an equation must not be computed again."""
         if eqn.primitive.name in _CHEAP:
             return False

@@ -8,8 +8,8 @@ from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 
 from smartfrz_jax.freezing.transform import Frozen
+from smartfrz_jax.pytrees.types import PyTree
 
-PyTree = Any
 Hold = Callable[[Frozen, PyTree], contextlib.AbstractContextManager[Any]]
 
 

@@ -15,11 +15,10 @@ from smartfrz_jax.caching.loss_adapter import Hold, PytreeLoss
 from smartfrz_jax.caching.split_loss import Grown, SplitLoss
 from smartfrz_jax.caching.store import ActivationCache, Place
 from smartfrz_jax.freezing.transform import Frozen
+from smartfrz_jax.pytrees.types import PyTree
 
 if TYPE_CHECKING:
     from jaxtyping import Int
-
-PyTree = Any
 
 
 def check_views(views: int, *, augmented: bool) -> None:

@@ -23,9 +23,9 @@ from smartfrz_jax.freezing.transform import Frozen
 from smartfrz_jax.jaxprs import digests, flops, inline, partial_inline
 from smartfrz_jax.jaxprs.example_rules import Axis
 from smartfrz_jax.jaxprs.min_cut import min_cut
-from smartfrz_jax.jaxprs.partial_inline import Roles, variables
-
-PyTree = Any
+from smartfrz_jax.jaxprs.partial_inline import Roles
+from smartfrz_jax.jaxprs.parts import Atom, Eqn, Var, as_function, variables
+from smartfrz_jax.pytrees.types import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Split:
         outs = self._run(self._cut, given, values, arguments)
         return tuple(_to_rows(out, axis, self.examples) for out, axis in zip(outs, self._axes, strict=True))
 
-    def _run(self, outvars: Sequence[Any], given: Sequence[Any], values: Sequence[Any], arguments: Any) -> list[Any]:
+    def _run(self, outvars: Sequence[Atom], given: Sequence[Any], values: Sequence[Any], arguments: Any) -> list[Any]:
         eqns, leaves = _needed(self._jaxpr.jaxpr.eqns, outvars, given), by_name(*arguments)
         invars = self._reads(outvars, given)
         for name in invars:
@@ -108,10 +108,10 @@ class Split:
                 raise ValueError(
                     f"{name}: got None, or nothing, but the part of the loss that trains reads it; pass it too"
                 )
-        run = partial_inline.as_function(self._jaxpr, eqns, [*given, *invars.values()], outvars)
+        run = as_function(self._jaxpr, eqns, [*given, *invars.values()], outvars)
         return run(*values, *(leaves[name] for name in invars))
 
-    def _reads(self, outvars: Sequence[Any], given: Sequence[Any]) -> dict[str, Any]:
+    def _reads(self, outvars: Sequence[Atom], given: Sequence[Any]) -> dict[str, Any]:
         """Variables and inputs that are read on the way from some values to others, by name."""
         jaxpr = self._jaxpr.jaxpr
         eqns = _needed(jaxpr.eqns, outvars, given)
@@ -203,7 +203,7 @@ def split(traced: Traced, frozen: Frozen, examples: int, state: Mapping[str, str
     )
 
 
-def _cut(eqns: Sequence[Any], outvars: Sequence[Any], flow: Flow, examples: int) -> list[Any]:
+def _cut(eqns: Sequence[Eqn], outvars: Sequence[Atom], flow: Flow, examples: int) -> list[Any]:
     """The values at the frontier."""
     costs: dict[Any, int] = {}
     edges, sources, sinks = [], [], [var for var in variables(outvars) if flow.has_axis(var)]
@@ -231,7 +231,7 @@ def _cut(eqns: Sequence[Any], outvars: Sequence[Any], flow: Flow, examples: int)
     return cut
 
 
-def _needed(eqns: Sequence[Any], outvars: Iterable[Any], given: Iterable[Any]) -> list[Any]:
+def _needed(eqns: Sequence[Eqn], outvars: Iterable[Atom], given: Iterable[Any]) -> list[Any]:
     """The equations from ``given`` to ``outvars``, in order."""
     given = set(given)
     wanted = set(variables(outvars)) - given
@@ -243,7 +243,7 @@ def _needed(eqns: Sequence[Any], outvars: Iterable[Any], given: Iterable[Any]) -
     return kept[::-1]
 
 
-def _of_one(var: Any, axis: Axis, examples: int) -> jax.ShapeDtypeStruct:
+def _of_one(var: Var, axis: Axis, examples: int) -> jax.ShapeDtypeStruct:
     rows = jax.eval_shape(lambda x: _to_rows(x, axis, examples), jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype))
     return jax.ShapeDtypeStruct(rows.shape[1:], rows.dtype)
 
@@ -254,7 +254,7 @@ def _to_rows(x: jax.Array, axis: Axis, examples: int) -> jax.Array:
     return x if axis.inner == 1 else x.reshape((examples, axis.inner, *x.shape[1:]))
 
 
-def _from_rows(rows: jax.Array, var: Any, axis: Axis) -> jax.Array:
+def _from_rows(rows: jax.Array, var: Var, axis: Axis) -> jax.Array:
     """The inverse of :func:`_to_rows`, in the dtype of ``var``."""
     x = rows if axis.inner == 1 else rows.reshape((-1, *rows.shape[2:]))
     return jnp.moveaxis(x, 0, axis.position).astype(var.aval.dtype)

@@ -15,8 +15,7 @@ from smartfrz_jax.caching.split import Split
 from smartfrz_jax.freezing.transform import Frozen
 from smartfrz_jax.jaxprs import example_axis
 from smartfrz_jax.pytrees import paths
-
-PyTree = Any
+from smartfrz_jax.pytrees.types import PyTree
 
 
 class SplitLoss:

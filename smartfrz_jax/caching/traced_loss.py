@@ -9,9 +9,9 @@ import jax
 from jax.extend import core as jex
 
 from smartfrz_jax.jaxprs import inline
+from smartfrz_jax.jaxprs.parts import ClosedJaxpr, Jaxpr, Var, lookup
 from smartfrz_jax.pytrees import paths
-
-PyTree = Any
+from smartfrz_jax.pytrees.types import PyTree
 
 INPUTS = "inputs:"
 
@@ -26,7 +26,7 @@ class Traced(NamedTuple):
         updated: Names of the variables that come back, as the last outputs.
     """
 
-    closed: Any
+    closed: ClosedJaxpr
     structure: Any
     names: tuple[str, ...]
     updated: tuple[str, ...]
@@ -52,9 +52,9 @@ def changed_variables(traced: Traced, params: Iterable[Any], data: Iterable[Any]
     return {name for name, var in updates if _unstacked(maker, var) is not invars[name]}
 
 
-def _unstacked(maker: Mapping[Any, Any], var: Any) -> Any:
+def _unstacked(maker: Mapping[Any, Any], var: Var) -> Any:
     """The value that was stacked to be sliced out as ``var``, as a loop over blocks does with what it does not use."""
-    squeeze = None if isinstance(var, jex.Literal) else maker.get(var)
+    squeeze = lookup(maker, var)
     cut = None if squeeze is None or squeeze.primitive.name != "squeeze" else maker.get(squeeze.invars[0])
     stack = None if cut is None or cut.primitive.name != "slice" else maker.get(cut.invars[0])
     if cut is None or stack is None or cut.outvars[0].aval.shape[:1] != (1,):
@@ -69,7 +69,7 @@ def _unstacked(maker: Mapping[Any, Any], var: Any) -> Any:
     return var
 
 
-def with_unchanged(closed: Any, traced: Traced, changed: Collection[str]) -> Any:
+def with_unchanged(closed: ClosedJaxpr, traced: Traced, changed: Collection[str]) -> Any:
     """The same jaxpr, with the variables that do not change as they came."""
     jaxpr = closed.jaxpr
     invars = dict(zip(traced.names, jaxpr.invars, strict=True))
@@ -79,6 +79,6 @@ def with_unchanged(closed: Any, traced: Traced, changed: Collection[str]) -> Any
     return jex.ClosedJaxpr(jaxpr.replace(outvars=outvars), closed.consts)
 
 
-def updates_of(traced: Traced, jaxpr: Any) -> Sequence[Any]:
+def updates_of(traced: Traced, jaxpr: Jaxpr) -> Sequence[Any]:
     """The outputs of a jaxpr that are new values of variables."""
     return jaxpr.outvars[len(jaxpr.outvars) - len(traced.updated) :]

@@ -24,8 +24,7 @@ from smartfrz_jax.jaxprs import example_axis, flops
 from smartfrz_jax.jaxprs.flops import Flops
 from smartfrz_jax.layers.layers import Layers, check_layers, check_params
 from smartfrz_jax.pytrees import checks
-
-PyTree = Any
+from smartfrz_jax.pytrees.types import PyTree
 
 
 class Account:

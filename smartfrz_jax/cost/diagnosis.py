@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 from smartfrz_jax.cost.account import Account
 from smartfrz_jax.cost.step_program import StepProgram
 from smartfrz_jax.freezing.transform import Frozen
+from smartfrz_jax.jaxprs.parts import ClosedJaxpr, Eqn, Jaxpr
 from smartfrz_jax.pytrees import paths
 
 Cause = Literal["norm", "mask", "apart", "scan", "optimizer", "behind", "unknown"]
@@ -108,7 +109,7 @@ NOT_TRACED = Diagnosis(
 )
 
 
-def diagnose(account: Account, before: Frozen, after: Frozen, closed: Any, missing: float) -> Diagnosis:
+def diagnose(account: Account, before: Frozen, after: Frozen, closed: ClosedJaxpr, missing: float) -> Diagnosis:
     """Why a step does not save what it should.
 
     Args:
@@ -151,14 +152,14 @@ def diagnose(account: Account, before: Frozen, after: Frozen, closed: Any, missi
     return _MASKED if step.is_masked(arrays) else _UPDATED
 
 
-def has_products(jaxpr: Any) -> bool:
+def has_products(jaxpr: Jaxpr) -> bool:
     """Whether there are products of matrices or convolutions in a jaxpr, or in one inside it."""
     return any(
         eqn.primitive.name in _PRODUCTS or any(map(has_products, _jaxprs_in(eqn))) for eqn in getattr(jaxpr, "eqns", ())
     )
 
 
-def has_loops(jaxpr: Any) -> bool:
+def has_loops(jaxpr: Jaxpr) -> bool:
     """Whether products or convolutions run in a loop, so that XLA, which counts its body once, counts too few."""
     return any(
         any(has_products(inner) if eqn.primitive.name in _LOOPS else has_loops(inner) for inner in _jaxprs_in(eqn))
@@ -166,7 +167,7 @@ def has_loops(jaxpr: Any) -> bool:
     )
 
 
-def _jaxprs_in(eqn: Any) -> Iterator[Any]:
+def _jaxprs_in(eqn: Eqn) -> Iterator[Any]:
     for value in eqn.params.values():
         for inner in value if isinstance(value, tuple | list) else (value,):
             inner = getattr(inner, "jaxpr", inner)

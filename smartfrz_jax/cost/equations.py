@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -14,11 +14,11 @@ from jax.extend import core as jex
 
 from smartfrz_jax.cost.kinds import LOSS, kind_of
 from smartfrz_jax.jaxprs import flops, inline, named_axes
+from smartfrz_jax.jaxprs.parts import Eqn, variables
 from smartfrz_jax.layers import dataflow
 from smartfrz_jax.layers.layers import Layers
 from smartfrz_jax.pytrees import paths
-
-PyTree = Any
+from smartfrz_jax.pytrees.types import PyTree
 
 
 class Input(NamedTuple):
@@ -50,7 +50,7 @@ class Equation:
         inputs: The inputs that a derivative could be taken for; none if the loss does not depend on the equation.
     """
 
-    eqn: Any
+    eqn: Eqn
     kind: str
     owner: int
     forward: flops.Flops
@@ -175,7 +175,7 @@ def _first_uses(inlined: Any, names: Sequence[str], layers: Layers) -> dict[int,
 
 
 def _ancestors(
-    eqns: Sequence[Any],
+    eqns: Sequence[Eqn],
     params: Mapping[Any, int],
     on_data: Collection[Any],
     loops: Sequence[inline.Loop],
@@ -214,15 +214,11 @@ def _ancestors(
             return ancestors, reached
 
 
-def _live(eqns: list[Any], loss: Any, ancestors: Mapping[Any, int]) -> set[int]:
+def _live(eqns: list[Eqn], loss: Any, ancestors: Mapping[Any, int]) -> set[int]:
     """Equations through which derivatives of the loss pass."""
     live, reached = set[int](), {loss}
     for i in reversed(range(len(eqns))):
         if any(var in reached for var in eqns[i].outvars if var in ancestors):
             live.add(i)
-            reached.update(var for var in _variables(eqns[i]) if var in ancestors)
+            reached.update(var for var in variables(eqns[i].invars) if var in ancestors)
     return live
-
-
-def _variables(eqn: Any) -> Iterator[Any]:
-    return (var for var in eqn.invars if not isinstance(var, jex.Literal))

@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any
 
 from smartfrz_jax.jaxprs import flops, inline
+from smartfrz_jax.jaxprs.parts import Eqn
 
 CONVOLUTION = "convolution"
 LINEAR = "linear"
@@ -64,7 +65,7 @@ _PRIMITIVES = {
 }
 
 
-def kind_of(eqn: Any, on_weights: list[bool], on_data: list[bool]) -> str:
+def kind_of(eqn: Eqn, on_weights: list[bool], on_data: list[bool]) -> str:
     """Kind of operation of an equation.
 
     Args:
@@ -96,7 +97,7 @@ def _kind_of_name(function: str) -> str | None:
     return next((kind for kind, pattern in _NAMES if pattern.fullmatch(function)), None)
 
 
-def _functions(eqn: Any) -> Iterator[str]:
+def _functions(eqn: Eqn) -> Iterator[str]:
     """Names of the functions that an equation was made in, innermost first; those that it calls come before."""
     body = inline.body_of(eqn)
     for inner in getattr(body, "eqns", ()):

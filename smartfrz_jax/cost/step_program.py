@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.extend import core as jex
 
 from smartfrz_jax.jaxprs import flops, inline
+from smartfrz_jax.jaxprs.parts import ClosedJaxpr, Eqn, Var, variables
 
 # What a value passes on its way from a gradient to a result of the step.
 _PASSING = flops.ELEMENTWISE | flops.FREE | flops.COLLECTIVES | flops.EXCHANGES | {"cond", "integer_pow"}
@@ -31,7 +32,7 @@ class Way(NamedTuple):
         inputs: Inputs of the step that are read on it.
     """
 
-    eqns: list[Any]
+    eqns: list[Eqn]
     ends: list[Any]
     inputs: list[Any]
 
@@ -47,14 +48,14 @@ class StepProgram:
         results: What it returns.
     """
 
-    def __init__(self, closed: Any, backend: str):
+    def __init__(self, closed: ClosedJaxpr, backend: str):
         jaxpr = inline.inline(closed, (), (), rules=True).jaxpr
-        self.results = [var for var in jaxpr.outvars if not isinstance(var, jex.Literal)]
+        self.results = variables(jaxpr.outvars)
         self._eqns = jaxpr.eqns
         self._maker = {var: eqn for eqn in jaxpr.eqns for var in eqn.outvars}
         self._made = set[Any]()  # depends on more than steps from element to element
         for eqn in jaxpr.eqns:
-            if eqn.primitive.name not in _PASSING or not self._made.isdisjoint(_variables(eqn)):
+            if eqn.primitive.name not in _PASSING or not self._made.isdisjoint(variables(eqn.invars)):
                 self._made.update(eqn.outvars)
         conds = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "cond"]
         self._through = {var: read for eqn in conds for var, read in _through(eqn)}
@@ -95,11 +96,11 @@ class StepProgram:
                 rest.extend(new)
         return way
 
-    def _read(self, eqn: Any, wanted: Collection[Any]) -> set[Any]:
+    def _read(self, eqn: Eqn, wanted: Collection[Any]) -> set[Any]:
         """Inputs of an equation that those of its results depend on that are wanted."""
         if eqn.primitive.name == "cond":
             return set().union(*(self._through[var] for var in eqn.outvars if var in wanted))
-        return set(_variables(eqn))
+        return set(variables(eqn.invars))
 
     def is_gradient(self, result: Any) -> bool:
         """Whether a result is a gradient, or a multiple of one: nothing of its shape that went in is in it."""
@@ -111,7 +112,7 @@ class StepProgram:
         for result in results:
             way = self.way(result)
             for eqn in way.eqns:
-                for var in _selectors(eqn) if not self._made.isdisjoint(_variables(eqn)) else ():
+                for var in _selectors(eqn) if not self._made.isdisjoint(variables(eqn.invars)) else ():
                     if isinstance(var, jex.Literal):
                         if eqn.primitive.name == "mul" and jnp.ndim(var.val) == 0 and var.val == 0:
                             return True
@@ -123,11 +124,11 @@ class StepProgram:
         numbers = [var for var in kinds if not var.aval.shape and var not in self.results]
         return len(numbers) > 1 or any(len(paths_) > 1 for paths_ in kinds.values())
 
-    def _origin(self, var: Any) -> tuple[Any, tuple[Any, ...]] | None:
+    def _origin(self, var: Var) -> tuple[Any, tuple[Any, ...]] | None:
         """The input of the step that a mask is made of, and how; None if it is made of more."""
         path = []
         while (eqn := self._maker.get(var)) is not None:
-            inputs = list(_variables(eqn))
+            inputs = variables(eqn.invars)
             if eqn.primitive.name not in _OF_MASKS or len(inputs) != 1:
                 return None
             literals = tuple(str(atom.val) for atom in eqn.invars if isinstance(atom, jex.Literal))
@@ -136,23 +137,19 @@ class StepProgram:
         return var, tuple(path)
 
 
-def _selectors(eqn: Any) -> list[Any]:
+def _selectors(eqn: Eqn) -> list[Any]:
     if eqn.primitive.name in ("select_n", "cond"):
         return list(eqn.invars[:1])
     return list(eqn.invars) if eqn.primitive.name == "mul" else []
 
 
-def _through(cond: Any) -> Iterator[tuple[Any, set[Any]]]:
+def _through(cond: Eqn) -> Iterator[tuple[Any, set[Any]]]:
     """The inputs of a ``cond`` that each of its results depends on, in any branch."""
     branches = [inline.inline(branch, (), (), rules=True).jaxpr for branch in cond.params["branches"]]
     for at, outvar in enumerate(cond.outvars):
         read = cond.invars[:1]
         for branch in branches:
-            result = [var for var in branch.outvars[at : at + 1] if not isinstance(var, jex.Literal)]
-            used = {var for eqn in inline.needed(branch, result) for var in _variables(eqn)}.union(result)
+            result = variables(branch.outvars[at : at + 1])
+            used = {var for eqn in inline.needed(branch, result) for var in variables(eqn.invars)}.union(result)
             read += [outer for outer, inner in zip(cond.invars[1:], branch.invars, strict=True) if inner in used]
-        yield outvar, {var for var in read if not isinstance(var, jex.Literal)}
-
-
-def _variables(eqn: Any) -> Iterator[Any]:
-    return (var for var in eqn.invars if not isinstance(var, jex.Literal))
+        yield outvar, set(variables(read))

@@ -13,8 +13,7 @@ from smartfrz_jax.freezing.transform import Frozen
 from smartfrz_jax.jaxprs import flops, inline, named_axes
 from smartfrz_jax.layers.layers import Layers
 from smartfrz_jax.pytrees import paths
-
-PyTree = Any
+from smartfrz_jax.pytrees.types import PyTree
 
 
 def trace(

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import keystr, tree_leaves_with_path
 
-PyTree = Any
+from smartfrz_jax.pytrees.types import PyTree
 
 
 class WindowState(NamedTuple):

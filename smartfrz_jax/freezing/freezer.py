@@ -16,8 +16,7 @@ from smartfrz_jax.layers.layers import Layers, check_layers, check_params
 from smartfrz_jax.policies.base import Policy, check_policy, decision
 from smartfrz_jax.pytrees import checkpoint, checks
 from smartfrz_jax.pytrees.file_paths import PathLike
-
-PyTree = Any
+from smartfrz_jax.pytrees.types import PyTree
 
 
 class Pending(NamedTuple):

@@ -15,8 +15,7 @@ from smartfrz_jax.freezing.partition import ACTIVE, FROZEN, unshared
 from smartfrz_jax.freezing.transform import Frozen, check_frozen, freeze
 from smartfrz_jax.layers.layers import Layers, check_params
 from smartfrz_jax.pytrees import checks
-
-PyTree = Any
+from smartfrz_jax.pytrees.types import PyTree
 
 
 def migrate_opt_state(

@@ -7,7 +7,6 @@ maxima whose "gradient" is their next value. No optimizer sees them.
 from __future__ import annotations
 
 from collections.abc import Collection
-from typing import Any
 
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 
@@ -15,8 +14,7 @@ from smartfrz_jax.freezing.transform import Frozen
 from smartfrz_jax.layers.layers import Layer, Layers
 from smartfrz_jax.layers.overwritten import PARAMS, is_overwritten
 from smartfrz_jax.pytrees import paths
-
-PyTree = Any
+from smartfrz_jax.pytrees.types import PyTree
 
 
 def are_in(params: PyTree) -> bool:

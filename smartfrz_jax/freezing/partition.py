@@ -13,11 +13,11 @@ import optax
 
 from smartfrz_jax.freezing.accumulation import with_own_windows
 from smartfrz_jax.pytrees import paths
+from smartfrz_jax.pytrees.types import PyTree
 
 if TYPE_CHECKING:
     from smartfrz_jax.freezing.transform import Frozen
 
-PyTree = Any
 
 ACTIVE = "train"
 FROZEN = "frozen"

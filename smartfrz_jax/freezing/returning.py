@@ -14,8 +14,8 @@ from jax.core import Tracer
 from smartfrz_jax.freezing import migrate
 from smartfrz_jax.freezing.transform import Frozen
 from smartfrz_jax.pytrees import hosts
+from smartfrz_jax.pytrees.types import PyTree
 
-PyTree = Any
 Returning = Literal["fresh", "kept"]
 
 

@@ -15,8 +15,7 @@ from smartfrz_jax.freezing import overwritten
 from smartfrz_jax.freezing.table import Row, Table
 from smartfrz_jax.freezing.transform import Frozen, freeze
 from smartfrz_jax.pytrees import checks, paths
-
-PyTree = Any
+from smartfrz_jax.pytrees.types import PyTree
 
 # Where what belongs to no layer is counted.
 REST = ""

@@ -22,8 +22,7 @@ from smartfrz_jax.freezing.table import Table
 from smartfrz_jax.layers.layers import Layers, check_layers
 from smartfrz_jax.layers.select import Selectors, select
 from smartfrz_jax.pytrees import checks, paths
-
-PyTree = Any
+from smartfrz_jax.pytrees.types import PyTree
 
 
 @dataclasses.dataclass(frozen=True, eq=False, init=False, repr=False)

@@ -11,8 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core as jex
 
+from smartfrz_jax.jaxprs.parts import Atom, ClosedJaxpr, Eqn, Jaxpr
 
-def digests(closed: Any, names: Sequence[str], eqns: Iterable[Any]) -> dict[Any, str]:
+
+def digests(closed: ClosedJaxpr, names: Sequence[str], eqns: Iterable[Eqn]) -> dict[Any, str]:
     """Digests of the values that some equations compute.
 
     Args:
@@ -30,7 +32,7 @@ def digests(closed: Any, names: Sequence[str], eqns: Iterable[Any]) -> dict[Any,
     return {var: digest for var, digest in known.items() if var not in inputs}
 
 
-def _follow(eqns: Iterable[Any], known: dict[Any, str]) -> None:
+def _follow(eqns: Iterable[Eqn], known: dict[Any, str]) -> None:
     for eqn in eqns:
         ins = (_of_atom(known, atom) for atom in eqn.invars)
         whole = _digest(eqn.primitive.name, _of_params(eqn.params), *ins)
@@ -53,14 +55,14 @@ def _of_param(value: Any) -> str:
     return "callable" if callable(value) and not isinstance(value, type | np.dtype) else repr(value)
 
 
-def _of_jaxpr(jaxpr: Any) -> str:
+def _of_jaxpr(jaxpr: Jaxpr) -> str:
     inputs = [*jaxpr.constvars, *jaxpr.invars]
     known = {var: _digest("argument", str(i), str(var.aval)) for i, var in enumerate(inputs)}
     _follow(jaxpr.eqns, known)
     return _digest(*(_of_atom(known, atom) for atom in jaxpr.outvars))
 
 
-def _of_atom(known: Mapping[Any, str], atom: Any) -> str:
+def _of_atom(known: Mapping[Any, str], atom: Atom) -> str:
     return _of_array(atom.val) if isinstance(atom, jex.Literal) else known[atom]
 
 

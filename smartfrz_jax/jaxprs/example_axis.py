@@ -11,11 +11,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.extend import core as jex
 
 from smartfrz_jax.jaxprs import example_rules as rules
 from smartfrz_jax.jaxprs import flops, inline
 from smartfrz_jax.jaxprs.example_rules import Axis, Mixed, Value
+from smartfrz_jax.jaxprs.parts import Atom, Eqn, Jaxpr, lookup
 
 # fmt: off
 _ELEMENTWISE = flops.ELEMENTWISE | {
@@ -48,7 +48,7 @@ def count(inputs: Sequence[Any], state: Collection[int] = ()) -> int:
     raise ValueError("inputs: none of them has a first axis to count examples by; pass the batch as arrays")
 
 
-def axes(jaxpr: Any, given: Sequence[Axis | None]) -> dict[Any, Axis | str]:
+def axes(jaxpr: Jaxpr, given: Sequence[Axis | None]) -> dict[Any, Axis | str]:
     """The axis that counts the examples, for values of which an example may depend on the others.
 
     Where values meet of which only some have such an axis, it is theirs: what has none, such as the statistics of a
@@ -63,7 +63,7 @@ def axes(jaxpr: Any, given: Sequence[Axis | None]) -> dict[Any, Axis | str]:
     """
     known: dict[Any, Axis | str] = {v: axis for v, axis in zip(jaxpr.invars, given, strict=True) if axis is not None}
     for eqn in jaxpr.eqns:
-        ins = [_known(known, atom) for atom in eqn.invars]
+        ins = [lookup(known, atom) for atom in eqn.invars]
         if any(isinstance(axis, Axis) for axis in ins):
             found = zip(eqn.outvars, _axes_of_results(eqn, ins), strict=True)
             known.update({var: axis for var, axis in found if axis is not None})
@@ -72,13 +72,13 @@ def axes(jaxpr: Any, given: Sequence[Axis | None]) -> dict[Any, Axis | str]:
     return known
 
 
-def _axes_of_results(eqn: Any, ins: Sequence[Axis | str | None]) -> Sequence[Axis | str | None]:
+def _axes_of_results(eqn: Eqn, ins: Sequence[Axis | str | None]) -> Sequence[Axis | str | None]:
     given = [axis if isinstance(axis, Axis) else None for axis in ins]
     body = inline.body_of(eqn)
     is_call = eqn.primitive.name not in _RULES and len(getattr(body, "invars", ())) == len(given)
     if is_call and len(body.outvars) == len(eqn.outvars):
         inner = axes(body, given)
-        return [_known(inner, atom) for atom in body.outvars]
+        return [lookup(inner, atom) for atom in body.outvars]
     # As if everything else were the same for all examples.
     shapes = (atom.aval.shape for atom in eqn.invars)
     values = [
@@ -91,11 +91,7 @@ def _axes_of_results(eqn: Any, ins: Sequence[Axis | str | None]) -> Sequence[Axi
         return [f"{eqn.primitive.name}: {why}"] * len(eqn.outvars)
 
 
-def _known(known: Mapping[Any, Axis | str], atom: Any) -> Axis | str | None:
-    return None if isinstance(atom, jex.Literal) else known.get(atom)
-
-
-def outputs(eqn: Any, values: Sequence[Value]) -> list[Value]:
+def outputs(eqn: Eqn, values: Sequence[Value]) -> list[Value]:
     """What is known about the results of an equation.
 
     Args:
@@ -114,7 +110,7 @@ def outputs(eqn: Any, values: Sequence[Value]) -> list[Value]:
     return [Value(constant=constant) for constant in _constant(eqn, values)]
 
 
-def _constant(eqn: Any, values: Sequence[Value]) -> list[frozenset[int]]:
+def _constant(eqn: Eqn, values: Sequence[Value]) -> list[frozenset[int]]:
     """Axes along which the results are the same everywhere, of an equation that does not depend on examples."""
     found: list[set[int]] = [set() for _ in eqn.outvars]
     shape = eqn.outvars[0].aval.shape if eqn.outvars else ()
@@ -135,7 +131,7 @@ def _constant(eqn: Any, values: Sequence[Value]) -> list[frozenset[int]]:
     return [frozenset(constant) for constant in found]
 
 
-def _transfer(eqn: Any, values: Sequence[Value]) -> list[Axis | None]:
+def _transfer(eqn: Eqn, values: Sequence[Value]) -> list[Axis | None]:
     """Axes of the examples in the results of an equation of which at least one input has such an axis."""
     name = eqn.primitive.name
     shapes = [var.aval.shape for var in eqn.invars]
@@ -152,7 +148,7 @@ def _transfer(eqn: Any, values: Sequence[Value]) -> list[Axis | None]:
     raise Mixed(f"{name}, of which it is not known whether it keeps the examples apart")
 
 
-def of_jaxpr(jaxpr: Any, values: Sequence[Value]) -> list[Value]:
+def of_jaxpr(jaxpr: Jaxpr, values: Sequence[Value]) -> list[Value]:
     """What is known about the results of a jaxpr, from what is known about its inputs.
 
     Raises:
@@ -164,12 +160,12 @@ def of_jaxpr(jaxpr: Any, values: Sequence[Value]) -> list[Value]:
     return read(known, jaxpr.outvars)
 
 
-def read(known: Mapping[Any, Value], atoms: Sequence[Any]) -> list[Value]:
+def read(known: Mapping[Any, Value], atoms: Sequence[Atom]) -> list[Value]:
     """What is known about some values; nothing about those not in ``known``."""
-    return [Value() if isinstance(atom, jex.Literal) else known.get(atom, Value()) for atom in atoms]
+    return [lookup(known, atom, Value()) for atom in atoms]
 
 
-def _scan(eqn: Any, shapes: Any, values: Any) -> list[Axis | None]:
+def _scan(eqn: Eqn, shapes: Any, values: Any) -> list[Axis | None]:
     body = eqn.params["jaxpr"].jaxpr
     n_sliced, n_stacked = inline.scan_sizes(eqn)
     n_carry = len(body.outvars) - n_stacked
@@ -189,7 +185,7 @@ def _scan(eqn: Any, shapes: Any, values: Any) -> list[Axis | None]:
     return [*(value.axis for value in carry), *ys]
 
 
-def _while(eqn: Any, shapes: Any, values: Any) -> list[Axis | None]:
+def _while(eqn: Eqn, shapes: Any, values: Any) -> list[Axis | None]:
     n_cond, n_body = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
     fixed = values[n_cond : n_cond + n_body]
     body = eqn.params["body_jaxpr"].jaxpr
@@ -221,7 +217,7 @@ def _either(first: Value, second: Value) -> Value:
     return Value(axis)
 
 
-def _cond(eqn: Any, shapes: Any, values: Any) -> list[Axis | None]:
+def _cond(eqn: Eqn, shapes: Any, values: Any) -> list[Axis | None]:
     if values[0].axis is not None:
         raise Mixed("a branch that an example chooses")
     results = [of_jaxpr(branch.jaxpr, values[1:]) for branch in eqn.params["branches"]]

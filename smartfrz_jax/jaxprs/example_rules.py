@@ -6,6 +6,8 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from smartfrz_jax.jaxprs.parts import Eqn
+
 _CUMULATIVE = frozenset({"cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"})
 _WINDOWS = frozenset({"reduce_window", "reduce_window_sum", "reduce_window_max", "reduce_window_min"})
 
@@ -38,7 +40,7 @@ class Value(NamedTuple):
     constant: frozenset[int] = frozenset()
 
 
-def elementwise(eqn: Any, shapes: Sequence[tuple[int, ...]], values: Sequence[Value]) -> Axis:
+def elementwise(eqn: Eqn, shapes: Sequence[tuple[int, ...]], values: Sequence[Value]) -> Axis:
     """Axis of the examples in the result of an operation that works element by element."""
     axis = agreed(value.axis for value in values)
     rank = len(eqn.outvars[0].aval.shape)
@@ -69,12 +71,12 @@ def without(axis: Axis | None, removed: Sequence[int], how: str) -> Axis:
     return axis._replace(position=axis.position - sum(at < axis.position for at in removed))
 
 
-def _broadcast(eqn: Any, shapes: Any, values: Any) -> list[Axis | None]:
+def _broadcast(eqn: Eqn, shapes: Any, values: Any) -> list[Axis | None]:
     (axis,) = (values[0].axis,)
     return [axis._replace(position=eqn.params["broadcast_dimensions"][axis.position])]
 
 
-def _reshape(eqn: Any, shapes: Any, values: Any) -> list[Axis | None]:
+def _reshape(eqn: Eqn, shapes: Any, values: Any) -> list[Axis | None]:
     if eqn.params["dimensions"] is not None:
         raise Mixed("a reshape that permutes axes")
     axis, old, new = values[0].axis, shapes[0], eqn.outvars[0].aval.shape
@@ -90,16 +92,16 @@ def _reshape(eqn: Any, shapes: Any, values: Any) -> list[Axis | None]:
     raise Mixed("a reshape that merges or splits the axis of the examples")
 
 
-def _transpose(eqn: Any, shapes: Any, values: Any) -> list[Axis | None]:
+def _transpose(eqn: Eqn, shapes: Any, values: Any) -> list[Axis | None]:
     axis = values[0].axis
     return [axis._replace(position=eqn.params["permutation"].index(axis.position))]
 
 
-def _squeeze(eqn: Any, shapes: Any, values: Any) -> list[Axis | None]:
+def _squeeze(eqn: Eqn, shapes: Any, values: Any) -> list[Axis | None]:
     return [without(values[0].axis, eqn.params["dimensions"], "the axis of the examples is removed")]
 
 
-def _dot_general(eqn: Any, shapes: Any, values: Any) -> list[Axis | None]:
+def _dot_general(eqn: Eqn, shapes: Any, values: Any) -> list[Axis | None]:
     contracted, batch = eqn.params["dimension_numbers"]
     found = []
     for side in (0, 1):
@@ -124,7 +126,7 @@ def _dot_general(eqn: Any, shapes: Any, values: Any) -> list[Axis | None]:
     return [agreed(found)]
 
 
-def _convolution(eqn: Any, shapes: Any, values: Any) -> list[Axis | None]:
+def _convolution(eqn: Eqn, shapes: Any, values: Any) -> list[Axis | None]:
     spec = eqn.params["dimension_numbers"]
     axis = values[0].axis
     if values[1].axis is not None or axis.position != spec.lhs_spec[0] or eqn.params["batch_group_count"] != 1:
@@ -132,7 +134,7 @@ def _convolution(eqn: Any, shapes: Any, values: Any) -> list[Axis | None]:
     return [axis._replace(position=spec.out_spec[0])]
 
 
-def _window(eqn: Any, shapes: Any, values: Any) -> list[Axis | None]:
+def _window(eqn: Eqn, shapes: Any, values: Any) -> list[Axis | None]:
     axis, params = values[0].axis, eqn.params
     at = axis.position
     sizes = (params[key][at] for key in ("window_dimensions", "window_strides", "base_dilation", "window_dilation"))
@@ -141,14 +143,14 @@ def _window(eqn: Any, shapes: Any, values: Any) -> list[Axis | None]:
     return [axis]
 
 
-def _concatenate(eqn: Any, shapes: Any, values: Any) -> list[Axis | None]:
+def _concatenate(eqn: Eqn, shapes: Any, values: Any) -> list[Axis | None]:
     axis = elementwise(eqn, shapes, values)
     if axis.position == eqn.params["dimension"]:
         raise Mixed("the batch is concatenated with something")
     return [axis]
 
 
-def _stack(eqn: Any, shapes: Any, values: Any) -> list[Axis | None]:
+def _stack(eqn: Eqn, shapes: Any, values: Any) -> list[Axis | None]:
     axis = agreed(value.axis for value in values)
     for shape, value in zip(shapes, values, strict=True):
         if value.axis is None:
@@ -156,33 +158,33 @@ def _stack(eqn: Any, shapes: Any, values: Any) -> list[Axis | None]:
     return [axis._replace(position=axis.position + (eqn.params["axis"] <= axis.position))]
 
 
-def _unstack(eqn: Any, shapes: Any, values: Any) -> list[Axis | None]:
+def _unstack(eqn: Eqn, shapes: Any, values: Any) -> list[Axis | None]:
     axis = without(values[0].axis, (eqn.params["axis"],), "the examples are taken apart")
     return [axis] * len(eqn.outvars)
 
 
-def _pad(eqn: Any, shapes: Any, values: Any) -> list[Axis | None]:
+def _pad(eqn: Eqn, shapes: Any, values: Any) -> list[Axis | None]:
     axis = values[0].axis
     if axis is None or tuple(eqn.params["padding_config"][axis.position]) != (0, 0, 0):
         raise Mixed("the batch is padded")
     return [axis]
 
 
-def _slice(eqn: Any, shapes: Any, values: Any) -> list[Axis | None]:
+def _slice(eqn: Eqn, shapes: Any, values: Any) -> list[Axis | None]:
     axis = values[0].axis
     strides = eqn.params["strides"]
     _check_whole(eqn.outvars[0].aval.shape, shapes[0], axis, reverses=bool(strides and strides[axis.position] != 1))
     return [axis]
 
 
-def _dynamic_slice(eqn: Any, shapes: Any, values: Any) -> list[Axis | None]:
+def _dynamic_slice(eqn: Eqn, shapes: Any, values: Any) -> list[Axis | None]:
     if any(value.axis is not None for value in values[1:]):
         raise Mixed("a slice that begins where an example says")
     _check_whole(eqn.params["slice_sizes"], shapes[0], values[0].axis)
     return [values[0].axis]
 
 
-def _dynamic_update_slice(eqn: Any, shapes: Any, values: Any) -> list[Axis | None]:
+def _dynamic_update_slice(eqn: Eqn, shapes: Any, values: Any) -> list[Axis | None]:
     if any(value.axis is not None for value in values[2:]):
         raise Mixed("a slice that begins where an example says")
     axis = elementwise(eqn, shapes[:2], values[:2])
@@ -198,7 +200,7 @@ def _check_whole(part: Sequence[int], whole: Sequence[int], axis: Axis, *, rever
 def _along(parameter: str, how: str) -> Callable[..., list[Axis | None]]:
     """Rule of primitives that work along one axis, or some, and leave the others as they are."""
 
-    def rule(eqn: Any, shapes: Any, values: Any) -> list[Axis | None]:
+    def rule(eqn: Eqn, shapes: Any, values: Any) -> list[Axis | None]:
         along = eqn.params[parameter]
         axis = elementwise(eqn, shapes, values)
         if axis.position in (along if isinstance(along, tuple) else (along,)):
@@ -208,14 +210,14 @@ def _along(parameter: str, how: str) -> Callable[..., list[Axis | None]]:
     return rule
 
 
-def _top_k(eqn: Any, shapes: Any, values: Any) -> list[Axis | None]:
+def _top_k(eqn: Eqn, shapes: Any, values: Any) -> list[Axis | None]:
     along = eqn.params.get("axis", -1) % len(shapes[0])
     if values[0].axis.position == along:
         raise Mixed("the largest of the examples are taken")
     return [values[0].axis] * len(eqn.outvars)
 
 
-def _gather(eqn: Any, shapes: Any, values: Any) -> list[Axis | None]:
+def _gather(eqn: Eqn, shapes: Any, values: Any) -> list[Axis | None]:
     numbers = eqn.params["dimension_numbers"]
     operand, indices = values[0].axis, values[1].axis
     rank = len(eqn.outvars[0].aval.shape)
@@ -240,7 +242,7 @@ def _gather(eqn: Any, shapes: Any, values: Any) -> list[Axis | None]:
     return [operand._replace(position=numbers.offset_dims[kept.index(operand.position)])]
 
 
-def _barrier(eqn: Any, shapes: Any, values: Any) -> list[Axis | None]:
+def _barrier(eqn: Eqn, shapes: Any, values: Any) -> list[Axis | None]:
     return [value.axis for value in values]
 
 

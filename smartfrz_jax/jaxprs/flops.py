@@ -19,6 +19,7 @@ import numpy as np
 from jax.extend import core as jex
 
 from smartfrz_jax.jaxprs import inline, named_axes
+from smartfrz_jax.jaxprs.parts import Eqn, Jaxpr, Var, as_function, variables
 
 # fmt: off
 ELEMENTWISE = frozenset({
@@ -75,7 +76,7 @@ class Flops(NamedTuple):
 ZERO = Flops(0.0)
 
 
-def of_equation(eqn: Any, backend: str) -> Flops:
+def of_equation(eqn: Eqn, backend: str) -> Flops:
     """Operations of one equation, those of the jaxprs inside it included.
 
     Args:
@@ -111,12 +112,12 @@ def of_equation(eqn: Any, backend: str) -> Flops:
     return of_jaxpr(body, backend) if hasattr(body, "eqns") else _lowered(eqn)
 
 
-def of_jaxpr(jaxpr: Any, backend: str) -> Flops:
+def of_jaxpr(jaxpr: Jaxpr, backend: str) -> Flops:
     """Operations of all equations of a jaxpr."""
     return _sum(jaxpr.eqns, backend)
 
 
-def macs(eqn: Any) -> int:
+def macs(eqn: Eqn) -> int:
     """Multiply-adds of a convolution or a product as they are published: positions on padding count. 0 for others.
 
     A convolution may also be a call that is one written out: see :func:`written_out`.
@@ -130,7 +131,7 @@ def macs(eqn: Any) -> int:
     return sum(_size(product.outvars[0]) for product in written_out(eqn))
 
 
-def written_out(eqn: Any) -> list[Any]:
+def written_out(eqn: Eqn) -> list[Any]:
     """The products in a convolution that is written out, as what it is by definition: a sum of shifted products.
 
     Args:
@@ -150,7 +151,7 @@ def written_out(eqn: Any) -> list[Any]:
     products, sums = [], 0
     for step in inline.needed(flat, flat.outvars):
         name = step.primitive.name
-        of = [parts.get(var, set()) for var in step.invars if not isinstance(var, jex.Literal)]
+        of = [parts.get(var, set()) for var in variables(step.invars)]
         if name == "mul" and of in ([{0}, {1}], [{1}, {0}]):
             products.append(step)
         elif name == "add" and of == [{0, 1}, {0, 1}]:
@@ -161,7 +162,7 @@ def written_out(eqn: Any) -> list[Any]:
     return products if len(products) == sums + 1 > 1 else []
 
 
-def of_gradient(eqn: Any, wanted: Collection[int], backend: str) -> Flops:
+def of_gradient(eqn: Eqn, wanted: Collection[int], backend: str) -> Flops:
     """Operations that the cotangents of some inputs of an equation take, beside the equation itself.
 
     Args:
@@ -171,7 +172,7 @@ def of_gradient(eqn: Any, wanted: Collection[int], backend: str) -> Flops:
     """
     if not wanted:
         return ZERO
-    run, variables = _as_function(eqn)
+    run, shapes = _by_position(eqn)
     cotangents = [shape_of(var) for var in eqn.outvars]
 
     def with_gradient(values: dict[int, Any], cotangents: list[Any]) -> Any:
@@ -183,18 +184,18 @@ def of_gradient(eqn: Any, wanted: Collection[int], backend: str) -> Flops:
         ]
         return outs, pull(cotangents)
 
-    closed = inline.inline(named_axes.make_jaxpr(with_gradient)(variables, cotangents), (), ())
+    closed = inline.inline(named_axes.make_jaxpr(with_gradient)(shapes, cotangents), (), ())
     used = inline.needed(closed.jaxpr, closed.jaxpr.outvars)
     return _sum(used, backend) - of_equation(eqn, backend)
 
 
-def is_differentiable(eqn: Any) -> bool:
+def is_differentiable(eqn: Eqn) -> bool:
     """Whether derivatives pass through an equation at all."""
     floating = any(jnp.issubdtype(var.aval.dtype, jnp.inexact) for var in eqn.outvars)
     return floating and eqn.primitive.name not in _NOT_DIFFERENTIABLE
 
 
-def signature(eqn: Any) -> Any:
+def signature(eqn: Eqn) -> Any:
     """Equal for equations of the same cost; for those with rules of their own, of the same object only."""
     if any(callable(value) for value in eqn.params.values()):
         return id(eqn)
@@ -202,33 +203,30 @@ def signature(eqn: Any) -> Any:
     return eqn.primitive.name, params, tuple(str(var.aval) for var in (*eqn.invars, *eqn.outvars))
 
 
-def _as_function(eqn: Any) -> tuple[Callable[[dict[int, Any]], list[Any]], dict[int, Any]]:
+def _by_position(eqn: Eqn) -> tuple[Callable[[dict[int, Any]], list[Any]], dict[int, Any]]:
     """One equation as a function of its inputs by position, and their shapes."""
     invars = [var if isinstance(var, jex.Literal) else jex.Var(var.aval) for var in eqn.invars]
     outvars = [jex.Var(var.aval) for var in eqn.outvars]
-    variables = {at: var for at, var in enumerate(invars) if not isinstance(var, jex.Literal)}
-    empty = jax.make_jaxpr(lambda: None)().jaxpr
-    jaxpr = empty.replace(
-        invars=list(variables.values()), outvars=outvars, eqns=[eqn.replace(invars=invars, outvars=outvars)]
-    )
-    run = jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, []))
-    return lambda values: run(*(values[at] for at in variables)), {at: shape_of(v) for at, v in variables.items()}
+    inputs = {at: var for at, var in enumerate(invars) if not isinstance(var, jex.Literal)}
+    alone = [eqn.replace(invars=invars, outvars=outvars)]
+    run = as_function(jax.make_jaxpr(lambda: None)(), alone, list(inputs.values()), outvars)
+    return lambda values: run(*(values[at] for at in inputs)), {at: shape_of(v) for at, v in inputs.items()}
 
 
-def _sum(eqns: Iterable[Any], backend: str) -> Flops:
+def _sum(eqns: Iterable[Eqn], backend: str) -> Flops:
     return functools.reduce(Flops.__add__, (of_equation(eqn, backend) for eqn in eqns), ZERO)
 
 
-def shape_of(var: Any) -> jax.ShapeDtypeStruct:
+def shape_of(var: Var) -> jax.ShapeDtypeStruct:
     """Shape and dtype of a variable of a jaxpr."""
     return jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
 
 
-def _size(var: Any) -> int:
+def _size(var: Var) -> int:
     return math.prod(var.aval.shape)
 
 
-def _convolution(eqn: Any, backend: str) -> Flops:
+def _convolution(eqn: Eqn, backend: str) -> Flops:
     params = eqn.params
     lhs, rhs, out = (var.aval.shape for var in (*eqn.invars[:2], eqn.outvars[0]))
     spec = params["dimension_numbers"]
@@ -264,12 +262,12 @@ def _valid_positions(size: int, kernel: int, outs: int, stride: int, low: int, h
 _lowered_flops: dict[Any, tuple[Flops, Any]] = {}
 
 
-def _lowered(eqn: Any) -> Flops:
+def _lowered(eqn: Eqn) -> Flops:
     """XLA's count of an equation, lowered but not compiled."""
     key = signature(eqn)
     if key not in _lowered_flops:
-        run, variables = _as_function(eqn)
-        analysis = jax.jit(run).lower(variables).cost_analysis()
+        run, shapes = _by_position(eqn)
+        analysis = jax.jit(run).lower(shapes).cost_analysis()
         properties = (analysis[0] if isinstance(analysis, list) else analysis) or {}
         _lowered_flops[key] = Flops(float(properties.get("flops", 0.0))), eqn
     return _lowered_flops[key][0]

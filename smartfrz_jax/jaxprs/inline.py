@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
 
+from smartfrz_jax.jaxprs.parts import Atom, ClosedJaxpr, Eqn, Jaxpr, lookup, variables
+
 # Calls that only group equations. Those with their own differentiation rule stay whole.
 _REMAT = frozenset({"remat2", "checkpoint"})
 _TRANSPARENT = frozenset({"jit", "pjit", "closed_call", "core_call"}) | _REMAT
@@ -28,12 +30,12 @@ class Loop(NamedTuple):
         is_stacked: Whether the weights that it runs over were stacked just before, one row of each parameter.
     """
 
-    equations: list[Any]
+    equations: list[Eqn]
     carried: list[tuple[Any, Any]]
     is_stacked: bool
 
 
-def inline(closed: Any, params: Collection[Any], data: Collection[Any], *, rules: bool = False) -> Any:
+def inline(closed: ClosedJaxpr, params: Collection[Any], data: Collection[Any], *, rules: bool = False) -> ClosedJaxpr:
     """The same jaxpr without calls and without loops over weights, every variable bound once.
 
     A scan is unrolled if something it runs over depends on parameters and not on data; scans over the data, such as a
@@ -53,13 +55,15 @@ def inline(closed: Any, params: Collection[Any], data: Collection[Any], *, rules
     return _Inliner(params, data, rules).inlined(closed)
 
 
-def inline_with_loops(closed: Any, params: Collection[Any], data: Collection[Any]) -> tuple[Any, list[Loop]]:
+def inline_with_loops(
+    closed: ClosedJaxpr, params: Collection[Any], data: Collection[Any]
+) -> tuple[ClosedJaxpr, list[Loop]]:
     """As :func:`inline`; and the loops that were unrolled, outer ones after those in them."""
     inliner = _Inliner(params, data, rules=False)
     return inliner.inlined(closed), inliner.loops
 
 
-def body_of(eqn: Any) -> Any:
+def body_of(eqn: Eqn) -> Any:
     """The jaxpr that a call runs, if its constants are all arguments, else None."""
     inner = eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))
     if getattr(inner, "consts", ()):
@@ -67,7 +71,7 @@ def body_of(eqn: Any) -> Any:
     return inner.jaxpr if isinstance(inner, jex.ClosedJaxpr) else inner
 
 
-def functions(eqn: Any) -> Iterator[str]:
+def functions(eqn: Eqn) -> Iterator[str]:
     """Names of the functions, or of classes and methods, that an equation of an inlined jaxpr was made in.
 
     Innermost first; among them are functions of JAX's machinery.
@@ -78,7 +82,7 @@ def functions(eqn: Any) -> Iterator[str]:
     yield from reversed(str(eqn.source_info.name_stack).split("/"))
 
 
-def scan_sizes(eqn: Any) -> tuple[int, int]:
+def scan_sizes(eqn: Eqn) -> tuple[int, int]:
     """Numbers of inputs that a scan runs over, and of outputs that it stacks; they are the last of each."""
     body = eqn.params["jaxpr"].jaxpr
     return _count_sliced(eqn.invars, body.invars), _count_sliced(eqn.outvars, body.outvars)
@@ -88,14 +92,14 @@ def _count_sliced(outer: Sequence[Any], inner: Sequence[Any]) -> int:
     return sum(len(o.aval.shape) > len(i.aval.shape) for o, i in zip(outer, inner, strict=True))
 
 
-def needed(jaxpr: Any, outvars: Sequence[Any]) -> list[Any]:
+def needed(jaxpr: Jaxpr, outvars: Sequence[Atom]) -> list[Eqn]:
     """The equations of a jaxpr that some of its values depend on, in order."""
-    wanted = set(_variables(outvars))
+    wanted = set(variables(outvars))
     kept = []
     for eqn in reversed(jaxpr.eqns):
         if wanted.intersection(eqn.outvars):
             kept.append(eqn)
-            wanted.update(_variables(eqn.invars))
+            wanted.update(variables(eqn.invars))
     return kept[::-1]
 
 
@@ -103,28 +107,28 @@ class _Inliner:
     """The equations so far, what made each value, and what each value depends on."""
 
     def __init__(self, params: Collection[Any], data: Collection[Any], rules: bool):
-        self.eqns: list[Any] = []
+        self.eqns: list[Eqn] = []
         self.loops: list[Loop] = []
         self._rules = rules
         self._transparent = _TRANSPARENT | _WITH_RULES if rules else _TRANSPARENT
         self._maker: dict[Any, Any] = {}
         self._on_params, self._on_data = set(params), set(data)
 
-    def inlined(self, closed: Any) -> Any:
+    def inlined(self, closed: ClosedJaxpr) -> ClosedJaxpr:
         """The inlined jaxpr."""
         env: dict[Any, Any] = {}
         self.run(closed.jaxpr, env)
-        outvars = [_read(env, var) for var in closed.jaxpr.outvars]
+        outvars = [lookup(env, var, var) for var in closed.jaxpr.outvars]
         return jex.ClosedJaxpr(closed.jaxpr.replace(eqns=self.eqns, outvars=outvars), closed.consts)
 
-    def run(self, jaxpr: Any, env: dict[Any, Any], call: Any = None) -> None:
+    def run(self, jaxpr: Jaxpr, env: dict[Any, Any], call: Eqn | None = None) -> None:
         """Appends the equations of ``jaxpr``, whose inputs are found in ``env``; adds its other values to ``env``."""
         context = None if call is None else _context(call)
         for eqn in jaxpr.eqns:
             if context is not None:
                 stack = context + eqn.source_info.name_stack
                 eqn = eqn.replace(source_info=eqn.source_info.replace(name_stack=stack))
-            invars = [_read(env, var) for var in eqn.invars]
+            invars = [lookup(env, var, var) for var in eqn.invars]
             name, body = eqn.primitive.name, body_of(eqn)
             if name in self._transparent and body is not None:
                 if self._rules and name in _REMAT and eqn.params["differentiated"]:
@@ -136,32 +140,32 @@ class _Inliner:
                 outs = self._append(eqn, invars)
             env.update(zip(eqn.outvars, outs, strict=True))
 
-    def _call(self, body: Any, invars: Iterable[Any], call: Any) -> list[Any]:
+    def _call(self, body: Jaxpr, invars: Iterable[Atom], call: Eqn) -> list[Any]:
         env = dict(zip(body.invars, invars, strict=True))
         self.run(body, env, call)
-        return [_read(env, var) for var in body.outvars]
+        return [lookup(env, var, var) for var in body.outvars]
 
-    def _behind_barrier(self, call: Any, invars: list[Any]) -> list[Any]:
-        variables = list(_variables(invars))
-        behind = iter(self._emit(call, lambda *values: jax.lax.optimization_barrier(values), variables))
+    def _behind_barrier(self, call: Eqn, invars: list[Atom]) -> list[Any]:
+        read = variables(invars)
+        behind = iter(self._emit(call, lambda *values: jax.lax.optimization_barrier(values), read))
         return [var if isinstance(var, jex.Literal) else next(behind) for var in invars]
 
-    def _append(self, eqn: Any, invars: list[Any]) -> list[Any]:
+    def _append(self, eqn: Eqn, invars: list[Atom]) -> list[Any]:
         outvars = [jex.Var(var.aval) for var in eqn.outvars]
         eqn = eqn.replace(invars=invars, outvars=outvars)
         self.eqns.append(eqn)
         self._maker.update(dict.fromkeys(outvars, eqn))
         for reached in (self._on_params, self._on_data):
-            if any(var in reached for var in _variables(invars)):
+            if any(var in reached for var in variables(invars)):
                 reached.update(outvars)
         return outvars
 
-    def _is_over_weights(self, eqn: Any, invars: list[Any]) -> bool:
+    def _is_over_weights(self, eqn: Eqn, invars: list[Atom]) -> bool:
         n_sliced, _ = scan_sizes(eqn)
-        sliced = _variables(invars[len(invars) - n_sliced :])
+        sliced = variables(invars[len(invars) - n_sliced :])
         return any(var in self._on_params and var not in self._on_data for var in sliced)
 
-    def _unrolled(self, eqn: Any, body: Any, invars: list[Any]) -> list[Any]:
+    def _unrolled(self, eqn: Eqn, body: Jaxpr, invars: list[Atom]) -> list[Any]:
         n_sliced, n_stacked = scan_sizes(eqn)
         n_carry = len(body.outvars) - n_stacked
         n_fixed = len(invars) - n_sliced - n_carry
@@ -172,12 +176,12 @@ class _Inliner:
         for i in reversed(range(length)) if eqn.params["reverse"] else range(length):
             outs = self._call(body, [*fixed, *carry, *(self._row(eqn, x, i) for x in sliced)], eqn)
             carry, rows[i] = outs[:n_carry], outs[n_carry:]
-        weights = [var for var in _variables(sliced) if var in self._on_params and var not in self._on_data]
+        weights = [var for var in variables(sliced) if var in self._on_params and var not in self._on_data]
         carried = [(a, b) for a, b in zip(first, carry, strict=True) if not isinstance(a, jex.Literal)]
         self.loops.append(Loop(self.eqns[start:], carried, any(map(self._is_stacked, weights))))
         return [*carry, *(self._emit(eqn, lambda *ys: jnp.stack(ys), list(ys))[0] for ys in zip(*rows, strict=True))]
 
-    def _row(self, call: Any, stacked: Any, i: int) -> Any:
+    def _row(self, call: Eqn, stacked: Any, i: int) -> Any:
         """``stacked[i]``; the very value that was stacked there, where it is known."""
         maker = self._maker.get(stacked)
         if maker is not None and maker.primitive.name == "stack" and maker.params["axis"] == 0:
@@ -203,13 +207,13 @@ class _Inliner:
             maker = self._maker.get(maker.invars[0])
         return maker is not None and maker.primitive.name in ("stack", "concatenate")
 
-    def _emit(self, call: Any, function: Any, invars: list[Any]) -> list[Any]:
+    def _emit(self, call: Eqn, function: Any, invars: list[Atom]) -> list[Any]:
         """Appends the equations of a function of these values."""
         shapes = [jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype) for var in invars]
         return self._call(jax.make_jaxpr(function)(*shapes).jaxpr, invars, call)
 
 
-def _context(call: Any) -> Any:
+def _context(call: Eqn) -> Any:
     """Name stack for the equations of a call."""
     stack = type(call.source_info.name_stack)()
     for name in reversed(list(functions(call))):
@@ -217,7 +221,7 @@ def _context(call: Any) -> Any:
     return stack.extend(str(call.params.get("name", call.primitive.name)))
 
 
-def _keeps_order(eqn: Any) -> bool:
+def _keeps_order(eqn: Eqn) -> bool:
     """Whether an equation that puts an axis of length 1 in front leaves the others as they are."""
     if eqn.primitive.name == "reshape":
         return eqn.params["dimensions"] is None
@@ -227,11 +231,3 @@ def _keeps_order(eqn: Any) -> bool:
 def _like_row(stacked: Any) -> Any:
     aval = stacked.aval
     return jex.Var(aval.update(shape=aval.shape[1:]))
-
-
-def _read(env: dict[Any, Any], atom: Any) -> Any:
-    return atom if isinstance(atom, jex.Literal) else env.get(atom, atom)
-
-
-def _variables(atoms: Iterable[Any]) -> Iterator[Any]:
-    return (atom for atom in atoms if not isinstance(atom, jex.Literal))

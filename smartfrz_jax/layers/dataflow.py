@@ -15,10 +15,11 @@ from typing import Any, NamedTuple
 from jax.extend import core as jex
 
 from smartfrz_jax.jaxprs import inline, named_axes
+from smartfrz_jax.jaxprs.parts import ClosedJaxpr, Eqn, Jaxpr, lookup, variables
 from smartfrz_jax.layers import stacks
 from smartfrz_jax.pytrees import paths
+from smartfrz_jax.pytrees.types import PyTree
 
-PyTree = Any
 _Inner = tuple[Any, list[Any]]
 
 # What comes out of these depends on the data that go in, though the body run once may not show it.
@@ -112,12 +113,14 @@ def _traced(forward: Callable[..., Any], params: PyTree, inputs: Sequence[Any]) 
     return named_axes.make_jaxpr(forward)(params, *inputs), list(paths.flatten(params))
 
 
-def _inlined(closed: Any, n_params: int, inputs: Sequence[Any]) -> Any:
+def _inlined(closed: ClosedJaxpr, n_params: int, inputs: Sequence[Any]) -> Any:
     data = closed.jaxpr.invars[n_params:] if inputs else closed.jaxpr.constvars
     return inline.inline(closed, closed.jaxpr.invars[:n_params], data)
 
 
-def consumed(closed: Any, names: Sequence[str], *, data_is_closed_over: bool, writes: bool = False) -> Consumption:
+def consumed(
+    closed: ClosedJaxpr, names: Sequence[str], *, data_is_closed_over: bool, writes: bool = False
+) -> Consumption:
     """As :func:`consumption`, of what :func:`trace` gives."""
     jaxpr = closed.jaxpr
     tags: dict[Any, frozenset[str]] = {}
@@ -138,21 +141,21 @@ def consumed(closed: Any, names: Sequence[str], *, data_is_closed_over: bool, wr
     return Consumption(uses, sources, merged, _between(jaxpr, uses))
 
 
-def _written(jaxpr: Any, names: Sequence[str], tags: Mapping[Any, frozenset[str]]) -> Iterator[_Use]:
+def _written(jaxpr: Jaxpr, names: Sequence[str], tags: Mapping[Any, frozenset[str]]) -> Iterator[_Use]:
     """Where new values are made, of the parameters that are the last outputs."""
     makers = {var: index for index, eqn in enumerate(jaxpr.eqns) for var in eqn.outvars}
     for name, atom in zip(names, jaxpr.outvars[-len(names) :], strict=True):
-        tag = _tag(tags, atom)
+        tag = lookup(tags, atom, frozenset())
         if not isinstance(atom, jex.Literal) and atom in makers and tag != {name}:
             is_data = isinstance(tag, _Data)
             yield _Use((makers[atom],), name, tag if is_data else frozenset(), frozenset() if is_data else tag, False)
 
 
-def _is_backward(eqn: Any) -> bool:
+def _is_backward(eqn: Eqn) -> bool:
     return "transpose(" in str(eqn.source_info.name_stack)
 
 
-def _between(jaxpr: Any, uses: Mapping[str, Sequence[tuple[int, ...]]]) -> dict[str, frozenset[str]]:
+def _between(jaxpr: Jaxpr, uses: Mapping[str, Sequence[tuple[int, ...]]]) -> dict[str, frozenset[str]]:
     found = {}
     for name, ranks in uses.items():
         first, last = ranks[0][0], ranks[-1][0]
@@ -165,25 +168,20 @@ def _between(jaxpr: Any, uses: Mapping[str, Sequence[tuple[int, ...]]]) -> dict[
     return found
 
 
-def _way(eqns: Sequence[Any], first: int, last: int) -> set[int]:
+def _way(eqns: Sequence[Eqn], first: int, last: int) -> set[int]:
     """Indices of the equations that depend on one equation and that another depends on."""
-    after, before = set(eqns[first].outvars), set(variables(eqns[last]))
+    after, before = set(eqns[first].outvars), set(variables(eqns[last].invars))
     reached = []
     for index in range(first + 1, last):
-        if any(var in after for var in variables(eqns[index])):
+        if any(var in after for var in variables(eqns[index].invars)):
             after.update(eqns[index].outvars)
             reached.append(index)
     way = set()
     for index in reversed(reached):
         if any(var in before for var in eqns[index].outvars):
-            before.update(variables(eqns[index]))
+            before.update(variables(eqns[index].invars))
             way.add(index)
     return way
-
-
-def variables(eqn: Any) -> Iterator[Any]:
-    """Inputs of an equation that are no literals."""
-    return (atom for atom in eqn.invars if not isinstance(atom, jex.Literal))
 
 
 class _Use(NamedTuple):
@@ -196,17 +194,17 @@ class _Use(NamedTuple):
     is_number: bool
 
 
-def _uses(jaxpr: Any, tags: dict[Any, frozenset[str]]) -> Iterator[_Use]:
+def _uses(jaxpr: Jaxpr, tags: dict[Any, frozenset[str]]) -> Iterator[_Use]:
     """Yields every use, in the order of execution; extends ``tags``."""
     for index, eqn in enumerate(jaxpr.eqns):
-        ins = [_tag(tags, atom) for atom in eqn.invars]
+        ins = [lookup(tags, atom, frozenset()) for atom in eqn.invars]
         data = [tag for tag in ins if isinstance(tag, _Data)]
         on_params = [tag for tag in ins if not isinstance(tag, _Data)]
         weights, sources = _join(on_params), _join(data)
         whole = _join([tag for tag in on_params if not isinstance(tag, _Number)])
         outs = [weights] * len(eqn.outvars)
         if not data:
-            reduces = any(var.aval.shape for var in variables(eqn))
+            reduces = any(var.aval.shape for var in variables(eqn.invars))
             is_number = [not whole or (reduces and not var.aval.shape) for var in eqn.outvars]
             outs = [_Number(weights) if number else weights for number in is_number]
         else:
@@ -216,7 +214,7 @@ def _uses(jaxpr: Any, tags: dict[Any, frozenset[str]]) -> Iterator[_Use]:
                 for use in _uses(body, inner):
                     yield use._replace(rank=(index, *use.rank))
                 rank = (index, len(body.eqns))
-                results.append([_tag(inner, atom) for atom in body.outvars])
+                results.append([lookup(inner, atom, frozenset()) for atom in body.outvars])
             if results:  # what a body does not use, or hands on as it is, it does not consume
                 outs = [_join(tags) for tags in zip(*results, strict=True)]
             if not results or eqn.primitive.name in _CONTROL_FLOW:
@@ -227,16 +225,12 @@ def _uses(jaxpr: Any, tags: dict[Any, frozenset[str]]) -> Iterator[_Use]:
         tags.update(zip(eqn.outvars, outs, strict=True))
 
 
-def _tag(tags: Mapping[Any, frozenset[str]], atom: Any) -> frozenset[str]:
-    return frozenset() if isinstance(atom, jex.Literal) else tags.get(atom, frozenset())
-
-
 def _join(tags: Sequence[frozenset[str]]) -> frozenset[str]:
     kind = _Data if any(isinstance(tag, _Data) for tag in tags) else frozenset
     return kind(frozenset[str]().union(*tags))
 
 
-def _bodies(eqn: Any) -> Iterator[_Inner]:
+def _bodies(eqn: Eqn) -> Iterator[_Inner]:
     """Jaxprs that an equation runs, each with the positions of the equation's inputs that are its arguments."""
     every = list(range(len(eqn.invars)))
     params = eqn.params

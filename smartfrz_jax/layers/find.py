@@ -14,8 +14,8 @@ from smartfrz_jax.layers.blocks import blocks
 from smartfrz_jax.layers.layers import Layer, Layers, check_params
 from smartfrz_jax.layers.overwritten import homes
 from smartfrz_jax.pytrees import checks, paths
+from smartfrz_jax.pytrees.types import PyTree
 
-PyTree = Any
 Granularity = Literal["layer", "block"] | Callable[[str], str]
 
 # Leaves with these names are never kernels, whatever their rank (stacked blocks have biases of rank 2).

@@ -15,8 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from smartfrz_jax.pytrees import checks, paths
-
-PyTree = Any
+from smartfrz_jax.pytrees.types import PyTree
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,15 +7,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend import core as jex
 
 from smartfrz_jax.jaxprs import example_axis, inline
 from smartfrz_jax.jaxprs.example_rules import Axis
+from smartfrz_jax.jaxprs.parts import Jaxpr, as_function, variables
 from smartfrz_jax.layers import dataflow
 from smartfrz_jax.layers.layers import Layers, check_params
 from smartfrz_jax.pytrees import checks
-
-PyTree = Any
+from smartfrz_jax.pytrees.types import PyTree
 
 
 def layer_outputs(
@@ -70,7 +69,7 @@ def layer_outputs(
         outvars.append(outvar)
         axes.append(axis)
     kept = inline.needed(jaxpr.jaxpr, outvars)
-    run = _as_function(jaxpr, kept, outvars)
+    run = as_function(jaxpr, kept, jaxpr.jaxpr.invars, outvars)
 
     def outputs(params: PyTree, *inputs: Any) -> dict[str, jax.Array]:
         values = run(*jax.tree.leaves((params, inputs)))
@@ -103,7 +102,7 @@ def _end(used: dataflow.Consumption, members: Sequence[str]) -> int:
     return max(rank for rank in ranks if until is None or rank < until)[0]
 
 
-def _axes(jaxpr: Any, n_params: int, examples: int) -> dict[Any, Axis | str]:
+def _axes(jaxpr: Jaxpr, n_params: int, examples: int) -> dict[Any, Axis | str]:
     """The axis of the examples, or why there is none, of every value that depends on the batch."""
     if examples == 1:
         values = [*jaxpr.invars[n_params:], *(var for eqn in jaxpr.eqns for var in eqn.outvars)]
@@ -118,11 +117,11 @@ def _axes(jaxpr: Any, n_params: int, examples: int) -> dict[Any, Axis | str]:
     return known
 
 
-def _output(jaxpr: Any, index: int, known: Mapping[Any, Axis | str], group: str, examples: int) -> tuple[Any, Axis]:
+def _output(jaxpr: Jaxpr, index: int, known: Mapping[Any, Axis | str], group: str, examples: int) -> tuple[Any, Axis]:
     """First value at or after equation ``index``, and depending on it, with an axis that counts the examples."""
     follow: set[Any] = set()
     for eqn in jaxpr.eqns[index:]:
-        if not follow or any(var in follow for var in dataflow.variables(eqn)):
+        if not follow or any(var in follow for var in variables(eqn.invars)):
             for var in eqn.outvars:
                 axis = known.get(var)
                 if isinstance(axis, Axis):
@@ -134,10 +133,3 @@ def _output(jaxpr: Any, index: int, known: Mapping[Any, Axis | str], group: str,
         f"from it, counts them ({why}); pass a forward function that gives a result for each example, and let the "
         "first axis of the first input count them"
     )
-
-
-def _as_function(closed: Any, eqns: Sequence[Any], outvars: Sequence[Any]) -> Callable[..., list[Any]]:
-    jaxpr = closed.jaxpr
-    info = jex.DebugInfo(jaxpr.debug_info.traced_for, jaxpr.debug_info.func_src_info, None, None)
-    jaxpr = jaxpr.replace(eqns=list(eqns), outvars=list(outvars), debug_info=info)
-    return jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, closed.consts))

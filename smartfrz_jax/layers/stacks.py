@@ -9,9 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from jax.extend import core as jex
-
 from smartfrz_jax.jaxprs import inline
+from smartfrz_jax.jaxprs.parts import ClosedJaxpr, Eqn, Jaxpr, lookup
 from smartfrz_jax.pytrees import paths
 
 _Rows = frozenset[str]
@@ -20,7 +19,7 @@ _NONE: _Rows = frozenset()
 _JOINING = frozenset({"concatenate", "stack", "pad", "reduce_sum", "dot_general"})
 
 
-def stacks(closed: Any, names: Sequence[str]) -> list[_Rows]:
+def stacks(closed: ClosedJaxpr, names: Sequence[str]) -> list[_Rows]:
     """Groups of parameters that a loop reads row by row.
 
     Weights that are stacked on the way, as ``smartfrz_jax.nnx.scan_blocks`` does, are not: each is one row.
@@ -67,11 +66,11 @@ def name_of(stack: Iterable[str], others: Iterable[str]) -> str:
     return "+".join(dict.fromkeys(paths.SEPARATOR.join(part[:depth]) for part in parts))
 
 
-def _read(jaxpr: Any, rows: dict[Any, _Rows | None], *, in_loop: bool = False) -> Iterator[_Rows]:
+def _read(jaxpr: Jaxpr, rows: dict[Any, _Rows | None], *, in_loop: bool = False) -> Iterator[_Rows]:
     """Yields, for every loop, what it reads row by row; extends ``rows``, which has None for what depends on data."""
     sliced = set[str]()
     for eqn in jaxpr.eqns:
-        ins = [_NONE if isinstance(atom, jex.Literal) else rows.get(atom, _NONE) for atom in eqn.invars]
+        ins = [lookup(rows, atom, _NONE) for atom in eqn.invars]
         outs: list[_Rows | None] = [_joined(eqn, ins)] * len(eqn.outvars)
         name = eqn.primitive.name
         if name == "scan":
@@ -93,19 +92,19 @@ def _read(jaxpr: Any, rows: dict[Any, _Rows | None], *, in_loop: bool = False) -
             inner = dict(zip(body.invars, ins, strict=True))
             yield from _read(body, inner, in_loop=in_loop)
             if len(body.outvars) == len(outs):
-                outs = [_NONE if isinstance(atom, jex.Literal) else inner.get(atom, _NONE) for atom in body.outvars]
+                outs = [lookup(inner, atom, _NONE) for atom in body.outvars]
         rows.update(zip(eqn.outvars, outs, strict=True))
     yield frozenset(sliced)
 
 
-def _read_body(body: Any, ins: Sequence[_Rows | None], *, in_loop: bool) -> Iterator[_Rows]:
+def _read_body(body: Jaxpr, ins: Sequence[_Rows | None], *, in_loop: bool) -> Iterator[_Rows]:
     jaxpr = getattr(body, "jaxpr", body)
     constants = len(jaxpr.invars) - len(ins)  # of a while loop: its own come first
     rows = dict(zip(jaxpr.invars[max(constants, 0) :], ins[max(-constants, 0) :], strict=True))
     yield from _read(jaxpr, rows, in_loop=in_loop)
 
 
-def _joined(eqn: Any, ins: Sequence[_Rows | None]) -> _Rows | None:
+def _joined(eqn: Eqn, ins: Sequence[_Rows | None]) -> _Rows | None:
     """The parameters whose rows are rows of a result too; None if it depends on data."""
     if None in ins:
         return None

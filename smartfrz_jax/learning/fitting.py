@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +26,11 @@ from smartfrz_jax.predictor.encoded import Encoded
 from smartfrz_jax.predictor.observation import Observation
 from smartfrz_jax.predictor.predictor import Predictor, check_predictor, freeze_probability
 from smartfrz_jax.pytrees import checks
+from smartfrz_jax.pytrees.types import PyTree
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
-PyTree = Any
 ClassWeights = Literal["balanced"] | tuple[float, float] | None
 
 

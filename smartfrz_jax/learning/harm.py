@@ -24,11 +24,11 @@ import numpy as np
 from smartfrz_jax.freezing.transform import Frozen
 from smartfrz_jax.layers.layers import Layers, check_layers, check_leaves
 from smartfrz_jax.pytrees import checks, paths
+from smartfrz_jax.pytrees.types import PyTree
 
 if TYPE_CHECKING:
     from jaxtyping import Float, Int
 
-PyTree = Any
 Cell = tuple[int, int]
 """Train steps done, and how many layers from the front are frozen or swapped."""
 

@@ -12,11 +12,10 @@ from smartfrz_jax.learning.recording import Recording, check_finite, check_steps
 from smartfrz_jax.predictor.cka import layer_gram, layer_similarity
 from smartfrz_jax.predictor.sampling import Tailoring
 from smartfrz_jax.pytrees import checks, hosts
+from smartfrz_jax.pytrees.types import PyTree
 
 if TYPE_CHECKING:
     import jax
-
-PyTree = Any
 
 
 class Recorder:

@@ -14,8 +14,7 @@ from flax import linen as nn
 
 from smartfrz_jax.freezing.transform import Frozen, check_frozen
 from smartfrz_jax.pytrees import paths
-
-PyTree = Any
+from smartfrz_jax.pytrees.types import PyTree
 
 # Part of the key of JAX's caches: a jitted function that was traced for another frozen set is traced again, so that its
 # modules are met again.

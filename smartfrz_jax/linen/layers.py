@@ -13,8 +13,7 @@ from smartfrz_jax.layers.find import Granularity
 from smartfrz_jax.layers.find import find_layers as find_layers_of_params
 from smartfrz_jax.layers.layers import Layers
 from smartfrz_jax.pytrees import checks
-
-PyTree = Any
+from smartfrz_jax.pytrees.types import PyTree
 
 
 def find_layers(

@@ -19,8 +19,7 @@ from smartfrz_jax.layers.layers import Layers, check_layers, check_params
 from smartfrz_jax.layers.select import Selectors
 from smartfrz_jax.linen.hold import hold
 from smartfrz_jax.pytrees import checks, paths
-
-PyTree = Any
+from smartfrz_jax.pytrees.types import PyTree
 
 
 class TrainState(train_state.TrainState):

@@ -16,8 +16,7 @@ from smartfrz_jax.layers.layers import Layers, check_layers
 from smartfrz_jax.nnx.hold import hold
 from smartfrz_jax.nnx.layers import check_model
 from smartfrz_jax.pytrees import checks
-
-PyTree = Any
+from smartfrz_jax.pytrees.types import PyTree
 
 
 def account(

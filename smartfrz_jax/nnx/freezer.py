@@ -23,8 +23,7 @@ from smartfrz_jax.policies.base import Policy
 from smartfrz_jax.programs import arguments
 from smartfrz_jax.programs.train_step import TrainStep
 from smartfrz_jax.pytrees.file_paths import PathLike
-
-PyTree = Any
+from smartfrz_jax.pytrees.types import PyTree
 
 
 class Freezer(freezer.Freezer):

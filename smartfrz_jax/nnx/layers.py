@@ -8,7 +8,6 @@ from typing import Any
 
 import jax
 from flax import nnx
-from jax.extend import core as jex
 
 from smartfrz_jax.jaxprs import inline, named_axes
 from smartfrz_jax.layers import dataflow
@@ -16,8 +15,7 @@ from smartfrz_jax.layers.find import Granularity, group
 from smartfrz_jax.layers.layers import Layers, check_layers, check_params
 from smartfrz_jax.layers.outputs import layer_outputs
 from smartfrz_jax.pytrees import checks, paths
-
-PyTree = Any
+from smartfrz_jax.pytrees.types import PyTree
 
 
 def check_model(model: Any) -> None:
@@ -167,7 +165,7 @@ def _before(
     behind: dict[Any, frozenset[str]] = dict.fromkeys(data, frozenset())  # by values that depend on the data
     before: dict[str, list[frozenset[str]]] = {name: [] for name in names}
     for eqn in inline.inline(closed, params, data).jaxpr.eqns:
-        ins = [var for var in eqn.invars if not isinstance(var, jex.Literal)]
+        ins = variables(eqn.invars)
         weights = frozenset[str]().union(*(carried.get(var, ()) for var in ins))
         if not any(var in behind for var in ins):
             carried.update(dict.fromkeys(eqn.outvars, weights))

@@ -20,8 +20,7 @@ from smartfrz_jax.nnx.hold import hold
 from smartfrz_jax.nnx.layers import check_model
 from smartfrz_jax.nnx.superseded import supersede
 from smartfrz_jax.pytrees import checks, paths
-
-PyTree = Any
+from smartfrz_jax.pytrees.types import PyTree
 
 
 class Optimizer(nnx.Optimizer):

@@ -13,8 +13,7 @@ from smartfrz_jax.caching.split_loss import SplitLoss
 from smartfrz_jax.freezing.transform import Frozen
 from smartfrz_jax.nnx.hold import hold
 from smartfrz_jax.pytrees import paths
-
-PyTree = Any
+from smartfrz_jax.pytrees.types import PyTree
 
 
 @dataclasses.dataclass(frozen=True)

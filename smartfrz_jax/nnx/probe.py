@@ -13,8 +13,7 @@ from smartfrz_jax.nnx.layers import check_model
 from smartfrz_jax.policies.gain import Gradients
 from smartfrz_jax.predictor.probe import Probe
 from smartfrz_jax.pytrees import checks
-
-PyTree = Any
+from smartfrz_jax.pytrees.types import PyTree
 
 
 def probe(model: nnx.Module, loss_fn: Callable[..., Any], *batch: Any, wrt: nnx.filterlib.Filter = nnx.Param) -> Probe:

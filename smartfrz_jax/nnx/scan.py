@@ -16,8 +16,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from smartfrz_jax.pytrees import checks
-
-PyTree = Any
+from smartfrz_jax.pytrees.types import PyTree
 
 
 def scan_blocks(blocks: Sequence[nnx.Module], x: PyTree, *args: PyTree, live: bool = True) -> PyTree:

@@ -23,11 +23,11 @@ from smartfrz_jax.policies.base import (
     require,
 )
 from smartfrz_jax.pytrees import checks, hosts
+from smartfrz_jax.pytrees.types import PyTree
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
 
-PyTree = Any
 
 _NAME = "autofreeze"
 

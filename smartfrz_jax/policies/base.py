@@ -11,11 +11,11 @@ import numpy as np
 from smartfrz_jax.layers.layers import Layers, check_layers
 from smartfrz_jax.layers.select import Selector, Selectors, as_selectors, select
 from smartfrz_jax.pytrees import checks
+from smartfrz_jax.pytrees.types import PyTree
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
-PyTree = Any
 
 # A step that no run reaches.
 NEVER = checks.LARGEST

@@ -21,8 +21,8 @@ from smartfrz_jax.policies.base import (
     scheduled,
 )
 from smartfrz_jax.pytrees import checks, paths
+from smartfrz_jax.pytrees.types import PyTree
 
-PyTree = Any
 Spacing = Literal["linear", "cubic"]
 
 

@@ -23,11 +23,11 @@ from smartfrz_jax.policies.base import (
     shares_of_cost,
 )
 from smartfrz_jax.pytrees import checks, hosts, paths
+from smartfrz_jax.pytrees.types import PyTree
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
-PyTree = Any
 Gradients = Callable[[PyTree, int], PyTree]
 """From parameters and the number of the measurement to the gradient of the loss on a batch that no step has used."""
 

@@ -7,8 +7,7 @@ from typing import Any
 
 from smartfrz_jax.layers.layers import Layers
 from smartfrz_jax.policies.base import Policy
-
-PyTree = Any
+from smartfrz_jax.pytrees.types import PyTree
 
 
 def never() -> Policy:

@@ -12,11 +12,11 @@ from smartfrz_jax.layers.select import Selectors, described
 from smartfrz_jax.policies.base import Policy, check_finite, check_update, freezable, kept, names_of, require
 from smartfrz_jax.predictor.cka import layer_similarity, stabilised
 from smartfrz_jax.pytrees import checks, hosts
+from smartfrz_jax.pytrees.types import PyTree
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
 
-PyTree = Any
 
 _NAME = "similarity_guided"
 

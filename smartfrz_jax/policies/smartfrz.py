@@ -23,8 +23,8 @@ from smartfrz_jax.policies.smartfrz_state import SmartFrzState
 from smartfrz_jax.predictor.predictor import Predictor, check_trained, freeze_probability
 from smartfrz_jax.predictor.probe import PROBE_DEPTHS, Probe, check_probe
 from smartfrz_jax.pytrees import checks
+from smartfrz_jax.pytrees.types import PyTree
 
-PyTree = Any
 Order = Literal["front_to_back", "any"]
 
 _NAME = "smartfrz"

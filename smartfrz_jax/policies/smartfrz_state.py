@@ -16,11 +16,10 @@ from smartfrz_jax.predictor.observation import Observation
 from smartfrz_jax.predictor.probe import Probe, contributions, depths_of, spread
 from smartfrz_jax.predictor.sampling import Tailoring
 from smartfrz_jax.pytrees import checks, hosts
+from smartfrz_jax.pytrees.types import PyTree
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
-
-PyTree = Any
 
 
 class SmartFrzState(struct.PyTreeNode):

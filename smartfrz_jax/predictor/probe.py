@@ -16,6 +16,7 @@ import numpy as np
 
 from smartfrz_jax.layers.layers import Layers
 from smartfrz_jax.pytrees import checks, paths
+from smartfrz_jax.pytrees.types import PyTree
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
@@ -24,7 +25,6 @@ _FIRST = 12  # part of a run after which a policy measures first
 PROBE_DEPTHS = 3
 """At how many depths a policy measures, unless told otherwise."""
 
-PyTree = Any
 Probe = Callable[[PyTree], Any]
 """From parameters to the training loss on some batch, always the same, without a trace in the network."""
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
@@ -18,11 +18,10 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from smartfrz_jax.layers.layers import Layers, check_layers, check_params
 from smartfrz_jax.pytrees import checks, paths
+from smartfrz_jax.pytrees.types import PyTree
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float
-
-PyTree = Any
 
 
 class Tailoring(struct.PyTreeNode):

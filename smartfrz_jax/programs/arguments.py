@@ -13,8 +13,7 @@ from flax import nnx
 
 from smartfrz_jax.freezing.transform import Frozen
 from smartfrz_jax.pytrees import paths
-
-PyTree = Any
+from smartfrz_jax.pytrees.types import PyTree
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -9,8 +9,7 @@ import jax
 
 from smartfrz_jax.freezing.transform import Frozen
 from smartfrz_jax.programs.arguments import Arguments, has_frozen, is_node
-
-PyTree = Any
+from smartfrz_jax.pytrees.types import PyTree
 
 
 class Owners:

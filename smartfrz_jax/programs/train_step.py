@@ -21,8 +21,6 @@ from smartfrz_jax.programs.nnx_call import Bounds, Watch
 from smartfrz_jax.programs.owners import Owners
 from smartfrz_jax.programs.recompilation import Recompilations
 
-PyTree = Any
-
 # Calls that tell which batch is the usual one: the last of an epoch is often smaller.
 _RECENT = 16
 

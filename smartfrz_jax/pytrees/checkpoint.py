@@ -12,8 +12,7 @@ from jax.tree_util import keystr
 
 from smartfrz_jax.pytrees import checkpoint_leaves
 from smartfrz_jax.pytrees.file_paths import Path, PathLike, as_path, is_remote
-
-PyTree = Any
+from smartfrz_jax.pytrees.types import PyTree
 
 # Where the metadata have the notes on leaves that Orbax does not hold as they are, the checksums of those that it does,
 # and that of all the metadata.

@@ -7,7 +7,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-PyTree = Any
+from smartfrz_jax.pytrees.types import PyTree
 
 
 def fetch(tree: PyTree) -> PyTree:

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 from jax.tree_util import GetAttrKey, KeyPath, keystr
 
-PyTree = Any
+from smartfrz_jax.pytrees.types import PyTree
 
 SEPARATOR = "/"
 
