@@ -54,8 +54,7 @@ def make_policy(
                 total_steps=total_steps,
                 **caution,
                 order="any" if options.order == "any" else "front_to_back",
-                patience=options.patience,
-                window=options.window,
+                schedule=sfj.policies.Schedule(patience=options.patience, window=options.window),
                 probe=probe,
                 seed=options.seed,
             )

@@ -90,7 +90,7 @@ STRATEGIES: dict[str, Strategy] = {
     "static:half": _static((0.0, 0.5)),
     "static:half,all:0.6": _static((0.0, 0.5), (0.6, 1.0)),
     "smartfrz": _smartfrz("default"),
-    "paper": _smartfrz("paper", caution=0.5, order="any", patience=1),
+    "paper": _smartfrz("paper", caution=0.5, order="any", schedule=sfj.policies.Schedule(patience=1)),
     "shorter:0.5": _never(0.5),
     "gain:0.5": _gain(0.5),
     "progress": Strategy(lambda s: sfj.progress(total_steps=s.total_steps)),

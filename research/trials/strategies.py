@@ -99,7 +99,8 @@ def strategies() -> dict[str, Strategy]:
                 needs=needs,
             )
     found["paper"] = Strategy(
-        lambda situation: _smartfrz(situation, 0.5, order="any", patience=1), needs="paper_predictor"
+        lambda situation: _smartfrz(situation, 0.5, order="any", schedule=sfj.policies.Schedule(patience=1)),
+        needs="paper_predictor",
     )
     for length in _SHORTER:
         for rate in _RATE_FACTORS:

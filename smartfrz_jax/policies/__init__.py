@@ -13,5 +13,7 @@ from smartfrz_jax.policies.rehearsal import Harm as Harm
 from smartfrz_jax.policies.rehearsal import Rehearsal as Rehearsal
 from smartfrz_jax.policies.rehearsal import rehearse as rehearse
 from smartfrz_jax.policies.similarity_guided import similarity_guided as similarity_guided
+from smartfrz_jax.policies.smartfrz import Probing as Probing
+from smartfrz_jax.policies.smartfrz import Schedule as Schedule
 from smartfrz_jax.policies.smartfrz import smartfrz as smartfrz
 from smartfrz_jax.policies.static_prefix import static_prefix as static_prefix

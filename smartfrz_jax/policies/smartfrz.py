@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import jax
 import numpy as np
 
 from smartfrz_jax.layers.layers import Layers
-from smartfrz_jax.layers.select import Selectors, described
+from smartfrz_jax.layers.select import Selector, Selectors, described
 from smartfrz_jax.policies.base import (
     MAX_CONSECUTIVE_ERRORS,
     Policy,
@@ -21,7 +22,7 @@ from smartfrz_jax.policies.base import (
 )
 from smartfrz_jax.policies.smartfrz_state import SmartFrzState
 from smartfrz_jax.predictor.predictor import Predictor, check_trained, freeze_probability
-from smartfrz_jax.predictor.probe import PROBE_DEPTHS, Probe, check_probe
+from smartfrz_jax.predictor.probe import PROBE_DEPTHS, Probe
 from smartfrz_jax.pytrees import checks
 from smartfrz_jax.pytrees.types import PyTree
 
@@ -33,22 +34,84 @@ _NAME = "smartfrz"
 _LEAST_RECORDS = 5
 
 
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """When :func:`smartfrz` records, and when it judges by the records.
+
+    The paper does not say how often; the defaults are this project's.
+
+    Attributes:
+        record_every: Train steps between records. Default ``max(1, total_steps // (4 * window))``: the window spans a
+            quarter of the run.
+        evaluate_every: Train steps between freezing stages. Default ``5 * record_every``.
+        window: Records that the predictor sees; 30 in the paper.
+        min_records: Records a layer must have before it is judged. Default 5, or the whole window for a predictor on
+            raw weights, the paper's.
+        patience: Freezing stages in a row at which a layer must be found ready before it freezes; 1 in the paper.
+        max_consecutive_errors: Losses in a row that may be other than finite, as of steps that a loss scale of float16
+            skips; they are left out of the record. More end the run, at a record.
+
+    Raises:
+        ValueError: If one is out of range.
+    """
+
+    record_every: int | None = None
+    evaluate_every: int | None = None
+    window: int = 30
+    min_records: int | None = None
+    patience: int = 2
+    max_consecutive_errors: int = MAX_CONSECUTIVE_ERRORS
+
+    def __post_init__(self) -> None:
+        for name in ("record_every", "evaluate_every", "min_records"):
+            if getattr(self, name) is not None:
+                checks.count(getattr(self, name), name)
+        checks.count(self.window, "window")
+        checks.count(self.patience, "patience")
+        checks.count(self.max_consecutive_errors, "max_consecutive_errors", least=0)
+        if self.min_records is not None and self.min_records > self.window:
+            raise ValueError(
+                f"min_records: got {self.min_records}, expected at most the window, {self.window}; no more are kept"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class Probing:
+    """How :func:`smartfrz` measures what the front has contributed (:mod:`smartfrz_jax.predictor.probe`).
+
+    Attributes:
+        probe: From a parameter pytree to the training loss on a batch that is always the same, such as
+            :func:`smartfrz_jax.nnx.probe` makes it.
+        first_probe: Train steps before the first measurement, a multiple of ``evaluate_every``. Default
+            ``2 * evaluate_every``.
+        depths: Most depths at which to measure; between them contributions are taken to be linear. The predictor must
+            have learned from as many (:func:`smartfrz_jax.predictor.probe.by_policy`).
+
+    Raises:
+        TypeError: If ``probe`` is no function.
+        ValueError: If a number is out of range.
+    """
+
+    probe: Probe
+    first_probe: int | None = None
+    depths: int = PROBE_DEPTHS
+
+    def __post_init__(self) -> None:
+        expected = "a function from parameters to a loss, such as sfj.nnx.probe(model, loss_fn, *batch)"
+        checks.function(self.probe, "probe", expected)
+        if self.first_probe is not None:
+            checks.count(self.first_probe, "first_probe")
+        checks.count(self.depths, "depths")
+
+
 def smartfrz(
     predictor: Predictor,
     *,
     total_steps: int | None = None,
     caution: float = 0.95,
     order: Order = "front_to_back",
-    patience: int = 2,
-    record_every: int | None = None,
-    evaluate_every: int | None = None,
-    window: int = 30,
-    size: int | None = None,
-    min_records: int | None = None,
-    probe: Probe | None = None,
-    first_probe: int | None = None,
-    probe_depths: int = PROBE_DEPTHS,
-    max_consecutive_errors: int = MAX_CONSECUTIVE_ERRORS,
+    schedule: Schedule | None = None,
+    probe: Probe | Probing | None = None,
     seed: int = 0,
     keep: Selectors | None = None,
 ) -> Policy:
@@ -63,13 +126,12 @@ def smartfrz(
     ``caution`` is the knob to turn. On the same training run, the layers that are frozen at any stage with more caution
     are among those that are with less; the same holds of ``patience``.
 
-    With ``probe`` it also measures what the front of the network has contributed so far
-    (:mod:`smartfrz_jax.predictor.probe`), for a predictor that reads that: after ``first_probe`` steps, and again
-    whenever twice as many are done. This takes up to ``probe_depths + 1`` forward passes each time, so by default 16 in
-    a run whose length is given, and keeps a copy of the parameters on the host.
+    With ``probe`` it also measures what the front of the network has contributed so far, for a predictor that reads
+    that: after ``first_probe`` steps, and again whenever twice as many are done. This takes up to ``depths + 1``
+    forward passes each time, by default 16 in a run whose length is given, and keeps the start's parameters on the
+    host.
 
-    The paper does not say how often to record and to judge; the defaults are this project's. Its own rule is
-    ``caution=0.5, order="any", patience=1``, with its predictor.
+    The paper's own rule is ``caution=0.5, order="any", schedule=Schedule(patience=1)``, with its predictor.
 
     Args:
         predictor: The predictor, such as ``Predictor.pretrained()``.
@@ -79,29 +141,12 @@ def smartfrz(
             layer ready. 0.5 is the argmax of the paper's Eq. 4; at 1 nothing ever freezes.
         order: ``"front_to_back"``: a layer freezes only with all before it frozen, for only then the backward pass
             ends earlier; kept layers are passed over. ``"any"``: each on its own, as in the paper.
-        patience: Freezing stages in a row at which a layer must be found ready before it freezes.
-        record_every: Train steps between records. Default ``max(1, total_steps // (4 * window))``: the window spans a
-            quarter of the run.
-        evaluate_every: Train steps between freezing stages. Default ``5 * record_every``.
-        window: Records that the predictor sees; 30 in the paper.
-        size: Weights sampled per layer; that for which the predictor was made.
-        min_records: Records a layer must have before it is judged. Default 5, or the whole window for a predictor on
-            raw weights, the paper's.
-        probe: From a parameter pytree to the training loss on a batch that is always the same, such as
-            :func:`smartfrz_jax.nnx.probe` makes it; ``None`` does not measure, and neither is
-            measured what the predictor does not read.
-        first_probe: Train steps before the first measurement, a multiple of ``evaluate_every``. Default
-            ``2 * evaluate_every``.
-        probe_depths: Most depths at which to measure; between them contributions are taken to be linear. The predictor
-            must have learned from as many (:func:`smartfrz_jax.predictor.probe.by_policy`).
-        max_consecutive_errors: Losses in a row that may be other than finite, as of steps that a loss scale of float16
-            skips; they are left out of the record. More end the run, at a record.
-        seed: Seed of the sample.
+        schedule: When it records and judges; see :class:`Schedule`.
+        probe: The training loss on a fixed batch as a function of the parameters, or :class:`Probing`; ``None`` does
+            not measure, and neither is measured what the predictor does not read.
+        seed: Seed of the sample of weights.
         keep: Layers never to freeze: names, globs, regular expressions, predicates or NNX filters (see
             :func:`smartfrz_jax.layers.select.select`); ``None`` keeps the head, ``()`` nothing.
-
-    Returns:
-        The policy.
 
     Raises:
         TypeError: If ``predictor`` is not a :class:`~smartfrz_jax.Predictor`, or ``probe`` not a function.
@@ -123,99 +168,141 @@ def smartfrz(
         >>> state.history.count.tolist()
         [1, 1]
     """
-    check_trained(predictor)
-    if size is None:
-        size = predictor.config.size
-    checks.count(size, "size")
-    if size != predictor.config.size:
-        raise ValueError(
-            f"size: got {size}, but the predictor was made for {predictor.config.size} weights per layer; leave size "
-            "out, or take a predictor of that size"
-        )
-    checks.fraction(caution, "caution")
-    checks.choice(order, "order", get_args(Order))
-    checks.seed(seed)
-    checks.count(patience, "patience")
-    checks.count(window, "window")
-    if min_records is None:
-        min_records = window if predictor.config.encoding.weights == "raw" else min(_LEAST_RECORDS, window)
-    checks.count(min_records, "min_records")
-    if min_records > window:
-        raise ValueError(f"min_records: got {min_records}, expected at most the window, {window}; no more are kept")
-    record_every, evaluate_every = _periods(total_steps, record_every, evaluate_every, window)
-    if total_steps is not None:
-        _check_fits(total_steps, record_every, evaluate_every, min_records, patience)
-    check_probe(probe)
-    if "contribution" not in predictor.config.encoding.regime_names:
-        probe = None
-    first_probe = 2 * evaluate_every if first_probe is None else first_probe
-    checks.count(first_probe, "first_probe")
-    checks.count(probe_depths, "probe_depths")
-    checks.count(max_consecutive_errors, "max_consecutive_errors", least=0)
-    if first_probe % evaluate_every:
-        raise ValueError(
-            f"first_probe: got {first_probe}, expected a multiple of evaluate_every, {evaluate_every}; it is asked for "
-            "at freezing stages only"
-        )
-    keep = kept(keep)
+    times = _times(predictor, total_steps, Schedule() if schedule is None else schedule)
+    probing = Probing(probe) if probe is not None and not isinstance(probe, Probing) else probe
+    rule = _SmartFrz(
+        predictor, total_steps, caution, order, times, _measured(predictor, times, probing), seed, kept(keep)
+    )
+    return Policy(rule.init, rule.update, options=rule.options)
 
-    def init(layers: Layers, params: PyTree) -> SmartFrzState:
-        freezable(layers, keep)
-        sampled = size if predictor.config.encoding.reads_weights else None
+
+class _Times(NamedTuple):
+    """A :class:`Schedule` with the defaults filled in."""
+
+    record_every: int
+    evaluate_every: int
+    window: int
+    min_records: int
+    patience: int
+    max_consecutive_errors: int
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _SmartFrz:
+    """The options of :func:`smartfrz`, and what it does with them."""
+
+    predictor: Predictor
+    total_steps: int | None
+    caution: float
+    order: Order
+    times: _Times
+    probing: Probing | None
+    seed: int
+    keep: tuple[Selector, ...] | None
+
+    def __post_init__(self) -> None:
+        checks.fraction(self.caution, "caution")
+        checks.choice(self.order, "order", get_args(Order))
+        checks.seed(self.seed)
+
+    @property
+    def options(self) -> dict[str, Any]:
+        probing = self.probing
+        return {
+            "name": _NAME,
+            "total_steps": None if self.total_steps is None else int(self.total_steps),
+            "caution": float(self.caution),
+            "order": self.order,
+            "patience": int(self.times.patience),
+            "record_every": int(self.times.record_every),
+            "evaluate_every": int(self.times.evaluate_every),
+            "window": int(self.times.window),
+            "size": int(self.predictor.config.size),
+            "min_records": int(self.times.min_records),
+            "first_probe": probing and probing.first_probe and int(probing.first_probe),
+            "probe_depths": probing and int(probing.depths),
+            "seed": int(self.seed),
+            "keep": described(self.keep),
+        }
+
+    def init(self, layers: Layers, params: PyTree) -> SmartFrzState:
+        freezable(layers, self.keep)
+        config, measures = self.predictor.config, self.probing is not None
+        size = config.size if config.encoding.reads_weights else None
         return SmartFrzState.create(
-            layers, params, window=window, size=sampled, seed=seed, keep_start=probe is not None
+            layers, params, window=self.times.window, size=size, seed=self.seed, keep_start=measures
         )
 
     def update(
-        state: SmartFrzState, layers: Layers, *, step: int, params: Callable[[], PyTree], **signals: Any
+        self, state: SmartFrzState, layers: Layers, *, step: int, params: Callable[[], PyTree], **signals: Any
     ) -> tuple[frozenset[str], SmartFrzState]:
         check_update(state, SmartFrzState, layers, step)
         by_hand = signals.get("frozen", ())
         if by_hand:  # else they would hold back the layers behind them
             state = state.replace(frozen=state.frozen | np.array([name in by_hand for name in layers.names]))
         state = state.with_loss(signals.get("loss"))
-        if step % record_every == 0:
-            state = state.with_record(
-                layers, params(), step=step, policy=_NAME, max_consecutive_errors=max_consecutive_errors
-            )
-        if step % evaluate_every == 0:
-            state = evaluate(state, layers, step, params)
+        if step % self.times.record_every == 0:
+            most = self.times.max_consecutive_errors
+            state = state.with_record(layers, params(), step=step, policy=_NAME, max_consecutive_errors=most)
+        if step % self.times.evaluate_every == 0:
+            state = self._judged(state, layers, step, params)
         return names_of(layers, state.frozen), state
 
-    def evaluate(state: SmartFrzState, layers: Layers, step: int, params: Callable[[], PyTree]) -> SmartFrzState:
-        may_freeze = freezable(layers, keep)
-        judged = may_freeze & ~state.frozen
-        if state.records < min_records or not judged.any():
+    def _judged(self, state: SmartFrzState, layers: Layers, step: int, params: Callable[[], PyTree]) -> SmartFrzState:
+        judged = freezable(layers, self.keep) & ~state.frozen
+        if state.records < self.times.min_records or not judged.any():
             return state
-        if probe is not None and step % first_probe == 0 and (step // first_probe).bit_count() == 1:
-            state = state.with_contribution(layers, params(), probe, probe_depths)
-        recorded = step - step % record_every
-        observation = state.observation(np.nan if total_steps is None else min(1.0, recorded / total_steps))
-        confidence = np.asarray(jax.device_get(freeze_probability(predictor, observation)))
+        if self.probing is not None and _is_doubled(step, self.probing.first_probe):
+            state = state.with_contribution(layers, params(), self.probing.probe, self.probing.depths)
+        recorded = step - step % self.times.record_every
+        progress = np.nan if self.total_steps is None else min(1.0, recorded / self.total_steps)
+        confidence = np.asarray(jax.device_get(freeze_probability(self.predictor, state.observation(progress))))
         check_finite(layers, judged & ~np.isfinite(confidence), what="confidence", policy=_NAME, step=step)
-        streak = np.where(judged & (confidence > caution), state.streak + 1, 0).astype(np.int32)
-        ready = judged & (streak >= patience)
-        if order == "front_to_back":
+        streak = np.where(judged & (confidence > self.caution), state.streak + 1, 0).astype(np.int32)
+        ready = judged & (streak >= self.times.patience)
+        if self.order == "front_to_back":
             ready &= ~np.logical_or.accumulate(judged & ~ready)
         return state.replace(streak=streak, frozen=state.frozen | ready)
 
-    options = {
-        "name": _NAME,
-        "total_steps": None if total_steps is None else int(total_steps),
-        "caution": float(caution),
-        "order": order,
-        "patience": int(patience),
-        "record_every": int(record_every),
-        "evaluate_every": int(evaluate_every),
-        "window": int(window),
-        "size": int(size),
-        "min_records": int(min_records),
-        "first_probe": None if probe is None else int(first_probe),
-        "probe_depths": None if probe is None else int(probe_depths),
-        "seed": int(seed),
-        "keep": described(keep),
-    }
-    return Policy(init, update, frozenset(), options)
+
+def _is_doubled(step: int, first: int | None) -> bool:
+    """Whether a step is the first, or twice the one before, four times, ..."""
+    return first is not None and step % first == 0 and (step // first).bit_count() == 1
+
+
+def _measured(predictor: Predictor, times: _Times, probing: Probing | None) -> Probing | None:
+    """What is measured of the front, with the defaults filled in."""
+    first_probe = 2 * times.evaluate_every if probing is None or probing.first_probe is None else probing.first_probe
+    if first_probe % times.evaluate_every:
+        raise ValueError(
+            f"first_probe: got {first_probe}, expected a multiple of evaluate_every, {times.evaluate_every}; it is "
+            "asked for at freezing stages only"
+        )
+    if probing is None or "contribution" not in predictor.config.encoding.regime_names:
+        return None
+    return dataclasses.replace(probing, first_probe=first_probe)
+
+
+def _times(predictor: Predictor, total_steps: int | None, schedule: Schedule) -> _Times:
+    """The schedule of a run, with the defaults filled in."""
+    check_trained(predictor)
+    checks.instance(schedule, Schedule, "schedule", "a smartfrz_jax.policies.Schedule, or None")
+    record_every, evaluate_every = _periods(
+        total_steps, schedule.record_every, schedule.evaluate_every, schedule.window
+    )
+    is_raw, min_records = predictor.config.encoding.weights == "raw", schedule.min_records
+    if min_records is None:
+        min_records = schedule.window if is_raw else min(_LEAST_RECORDS, schedule.window)
+    if total_steps is not None:
+        _check_fits(total_steps, record_every, evaluate_every, min_records, schedule.patience)
+    return _Times(
+        record_every,
+        evaluate_every,
+        schedule.window,
+        min_records,
+        schedule.patience,
+        schedule.max_consecutive_errors,
+    )
 
 
 def _periods(
@@ -228,10 +315,8 @@ def _periods(
         if total_steps is None:
             raise ValueError("record_every: got none; pass it, or total_steps for the default")
         record_every = max(1, total_steps // (4 * window))
-    checks.count(record_every, "record_every")
     if evaluate_every is None:
         evaluate_every = 5 * record_every
-    checks.count(evaluate_every, "evaluate_every")
     if evaluate_every < record_every:
         raise ValueError(
             f"evaluate_every: got {evaluate_every}, expected at least record_every, {record_every}; without a new "

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from smartfrz_jax.layers.layers import Layers
-from smartfrz_jax.pytrees import checks, paths
+from smartfrz_jax.pytrees import paths
 from smartfrz_jax.pytrees.types import PyTree
 
 if TYPE_CHECKING:
@@ -174,11 +174,3 @@ def _loss(probe: Probe, params: PyTree) -> float:
             "return the mean loss over a batch"
         )
     return float(loss)
-
-
-def check_probe(probe: Any) -> None:
-    """Raises ``TypeError`` unless a probe is a function or ``None``."""
-    if probe is not None:
-        checks.function(
-            probe, "probe", "a function from parameters to a loss, such as sfj.nnx.probe(model, loss_fn, *batch)"
-        )

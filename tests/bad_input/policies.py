@@ -14,6 +14,8 @@ from tests.bad_input import scenes
 from tests.bad_input.scenes import frozen, layers, of_another_network, outputs, params, predictor, update
 from tests.bad_input.table import INF, NAN, Case, Door
 
+Probing, Schedule = sfj.policies.Probing, sfj.policies.Schedule
+
 DOORS = [
     Door("freezeout", lambda: {"total_steps": 10}),
     Door("progress", lambda: {"total_steps": 10}),
@@ -27,6 +29,8 @@ DOORS = [
         "policies.freezeout_schedules",
         lambda: {"layers": layers(), "learning_rate": 0.1, "total_steps": 10},
     ),
+    Door("policies.Schedule", lambda: {}),
+    Door("policies.Probing", lambda: {"probe": len}),
     Door("policies.scale_by_layer_schedule", lambda: {"layers": layers(), "schedules": dict.fromkeys("abc", float)}),
     Door(
         "rehearse",
@@ -183,11 +187,10 @@ CASES = [
     ),
     Case("run-too-short", "min_records, patience", ValueError, ("do not fit",), lambda: smart(total_steps=5)),
     Case("no-length", "record_every", ValueError, ("got none", "total_steps"), lambda: smart(total_steps=None)),
-    Case("more-than-window", "min_records", ValueError, ("9", "the window, 3"), lambda: smart(window=3, min_records=9)),
-    Case("rarer-records", "evaluate_every", ValueError, ("2", "5"), lambda: smart(record_every=5, evaluate_every=2)),
+    Case("more-than-window", "min_records", ValueError, ("9", "window, 3"), lambda: Schedule(window=3, min_records=9)),
+    Case("rarer-records", "evaluate_every", ValueError, ("2", "5"), lambda: smart(schedule=Schedule(5, 2))),
     Case("order-unknown", "order", ValueError, ("'back'", "front_to_back"), lambda: smart(order="back")),
-    Case("size-of-another", "size", ValueError, ("8", "4"), lambda: smart(size=8)),
-    Case("first-probe", "first_probe", ValueError, ("7", "multiple"), lambda: smart(first_probe=7)),
+    Case("first-probe", "first_probe", ValueError, ("7", "multiple"), lambda: smart(probe=Probing(len, 7))),
     Case("loss-a-vector", "loss", ValueError, ("(4,)", "a scalar"), lambda: update(smart(), loss=np.ones(4))),
     Case("loss-as-text", "loss", TypeError, ("'1.0'", "a scalar"), lambda: update(smart(), loss="1.0")),
     Case("predictor-infinite", "predictor", ValueError, ("not finite", "classifier"), lambda: infinite_statistics()),

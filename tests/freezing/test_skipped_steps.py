@@ -34,7 +34,8 @@ SMALL = PredictorConfig(size=8, hidden=4, features=4, head_hidden=4)
 
 def smartfrz(values, **options):
     """The state after steps with these losses."""
-    policy = policies.smartfrz(Predictor(SMALL, rngs=nnx.Rngs(0)), record_every=4, window=5, **options)
+    schedule = policies.Schedule(record_every=4, window=5, **options)
+    policy = policies.smartfrz(Predictor(SMALL, rngs=nnx.Rngs(0)), schedule=schedule)
     state = policy.init(LAYERS, PARAMS)
     for step, value in enumerate(values, start=1):
         _, state = policy.update(state, LAYERS, step=step, params=lambda: PARAMS, loss=jnp.float32(value))
@@ -93,7 +94,7 @@ def test_a_run_with_apply_if_finite_goes_on(kind):
     policy = (
         policies.autofreeze(3)
         if kind == "autofreeze"
-        else policies.smartfrz(Predictor(SMALL, rngs=nnx.Rngs(0)), record_every=3, window=5)
+        else policies.smartfrz(Predictor(SMALL, rngs=nnx.Rngs(0)), schedule=policies.Schedule(record_every=3, window=5))
     )
     state = linen.TrainState.create(apply_fn=None, params=PARAMS, tx=tx, layers=LAYERS, keep_grads=True)
     freezer = linen.Freezer(state, policy)

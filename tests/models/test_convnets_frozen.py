@@ -82,7 +82,9 @@ def test_every_policy_decides():
         "linear": sfj.policies.freezeout(total_steps=6, t0=0.5),
         "autofreeze": sfj.policies.autofreeze(2),
         "similarity_guided": sfj.policies.similarity_guided(outputs, 2, window=2, tolerance=0.1),
-        "smartfrz": sfj.policies.smartfrz(predictor, total_steps=6, record_every=1, evaluate_every=3, window=2),
+        "smartfrz": sfj.policies.smartfrz(
+            predictor, total_steps=6, schedule=sfj.policies.Schedule(record_every=1, evaluate_every=3, window=2)
+        ),
         "static_prefix": sfj.policies.static_prefix([(0.5, 0.8)], total_steps=6),
         "random": sfj.policies.random(0.4, total_steps=6),
     }

@@ -51,7 +51,9 @@ def test_every_policy_freezes_them():
         sfj.autofreeze(2),
         sfj.static_prefix([(0.5, 1.0)], total_steps=4),
         sfj.policies.random(0.5, total_steps=4),
-        sfj.smartfrz(predictor, record_every=1, evaluate_every=2, window=2, min_records=2),
+        sfj.smartfrz(
+            predictor, schedule=sfj.policies.Schedule(record_every=1, evaluate_every=2, window=2, min_records=2)
+        ),
         sfj.policies.similarity_guided(outputs, evaluate_every=2, window=2, tolerance=0.9),
     ]
     for policy in policies:

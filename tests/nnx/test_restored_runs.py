@@ -26,10 +26,11 @@ def test_a_restored_run_goes_on_bit_identically_across_a_freeze(tmp_path, name, 
             "random": lambda: sfj.policies.random(0.4, total_steps=14),
             "smartfrz": lambda: sfj.smartfrz(
                 sfj.Predictor(sfj.predictor.PredictorConfig(size=8), rngs=nnx.Rngs(3)),
-                record_every=1, evaluate_every=3, window=3, caution=0.4,
+                schedule=sfj.policies.Schedule(record_every=1, evaluate_every=3, window=3),
+                caution=0.4,
             ),
             "autofreeze": lambda: sfj.autofreeze(2, percentile=80),
-        }[name]()  # fmt: skip
+        }[name]()
         model, optimizer = make()
         return model, optimizer, sfj.nnx.Freezer(model, optimizer, policy)
 

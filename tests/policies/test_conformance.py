@@ -94,13 +94,16 @@ CASES = {
     ),
     "smartfrz": Case(
         lambda keep=None: policies.smartfrz(
-            eager_predictor(), total_steps=STEPS, record_every=2, evaluate_every=5, window=4, keep=keep
+            eager_predictor(),
+            total_steps=STEPS,
+            schedule=policies.Schedule(record_every=2, evaluate_every=5, window=4),
+            keep=keep,
         ),
         every(5),
     ),
     "smartfrz_paper": Case(
         lambda keep=None: policies.smartfrz(
-            eager_predictor(), record_every=3, window=2, order="any", patience=1, keep=keep
+            eager_predictor(), schedule=policies.Schedule(record_every=3, window=2, patience=1), order="any", keep=keep
         ),
         every(15),
     ),

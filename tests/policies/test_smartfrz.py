@@ -21,6 +21,13 @@ START = {name: jnp.ones((4, 4)) for name in NAMES}
 PAPER_RULE = {"caution": 0.5, "order": "any", "patience": 1}
 
 
+def smartfrz(predictor, **options):
+    """The policy, of options that are not grouped."""
+    fields = [field.name for field in dataclasses.fields(policies.Schedule) if field.name in options]
+    schedule = policies.Schedule(**{name: options.pop(name) for name in fields})
+    return policies.smartfrz(predictor, schedule=schedule, **options)
+
+
 class StillnessPredictor(Predictor):
     """Confident if the records differ little from the newest: simple enough to say by hand what it must answer.
 
@@ -81,14 +88,14 @@ def test_judges_each_layer_by_its_own_records(predictor):
     def speeds(step):
         return np.array([1.0, 0.0, 1.0 if step <= 8 else 0.1, 0.0])
 
-    policy = policies.smartfrz(predictor, record_every=2, evaluate_every=4, window=3, **PAPER_RULE)
+    policy = smartfrz(predictor, record_every=2, evaluate_every=4, window=3, **PAPER_RULE)
     decisions, _ = run(policy, 20, speeds)
     # b has its three records at step 6, and is judged at 8; c's have been quiet since the record at step 8.
     assert decisions == [""] * 7 + ["b"] * 4 + ["bc"] * 9
 
 
 def test_records_are_the_tailored_weights_at_the_stated_steps(predictor):
-    policy = policies.smartfrz(predictor, record_every=3, evaluate_every=100, window=4)
+    policy = policies.smartfrz(predictor, schedule=policies.Schedule(record_every=3, evaluate_every=100, window=4))
     _, states = run(policy, 11, speeds=(1.0, 2.0, 0.0, 0.5))
     records, mask = states[-1].history.chronological()
     assert mask.tolist() == [[False, True, True, True]] * 4
@@ -102,7 +109,7 @@ def test_frozen_layers_lose_their_history_and_are_not_judged_again(predictor):
     def speeds(step):  # b stands still until it freezes; were it judged later, it would be found moving
         return np.array([1.0, 0.0 if step <= 4 else 9.0, 1.0, 1.0])
 
-    policy = policies.smartfrz(predictor, record_every=1, evaluate_every=4, window=3, **PAPER_RULE)
+    policy = smartfrz(predictor, record_every=1, evaluate_every=4, window=3, **PAPER_RULE)
     decisions, states = run(policy, 12, speeds)
     assert decisions == [""] * 3 + ["b"] * 9
     assert states[4].history.count.tolist() == [5, 0, 5, 5]
@@ -123,7 +130,10 @@ def test_frozen_layers_lose_their_history_and_are_not_judged_again(predictor):
 def test_waits_for_min_records(encoding, window, min_records, first):
     predictor = StillnessPredictor(config=dataclasses.replace(CONFIG, **encoding))
     policy = policies.smartfrz(
-        predictor, record_every=1, evaluate_every=2, window=window, min_records=min_records, patience=1
+        predictor,
+        schedule=policies.Schedule(
+            record_every=1, evaluate_every=2, window=window, min_records=min_records, patience=1
+        ),
     )
     decisions, _ = run(policy, 10)
     assert decisions.index("abc") + 1 == first
@@ -132,7 +142,9 @@ def test_waits_for_min_records(encoding, window, min_records, first):
 
 @pytest.mark.parametrize(("patience", "first"), [(1, 4), (2, 6), (3, 8)])
 def test_waits_for_patience(predictor, patience, first):
-    policy = policies.smartfrz(predictor, record_every=1, evaluate_every=2, window=3, patience=patience)
+    policy = policies.smartfrz(
+        predictor, schedule=policies.Schedule(record_every=1, evaluate_every=2, window=3, patience=patience)
+    )
     assert run(policy, 8)[0].index("abc") + 1 == first
 
 
@@ -164,7 +176,7 @@ def rule(logits, *, caution, order, patience, min_records, keep):
 )
 def test_decides_by_the_rule(logits, caution, order, patience, min_records, keep):
     options = {"caution": caution, "order": order, "patience": patience, "min_records": min_records, "keep": keep}
-    policy = policies.smartfrz(WeightPredictor(), record_every=1, evaluate_every=1, window=3, **options)
+    policy = smartfrz(WeightPredictor(), record_every=1, evaluate_every=1, window=3, **options)
     state, decisions = policy.init(LAYERS, START), []
     for step, row in enumerate(logits, start=1):
         names, state = policy.update(state, LAYERS, step=step, params=lambda row=row: params_at(1, row))
@@ -179,7 +191,9 @@ def test_front_to_back_waits_for_the_layers_before(predictor):
         return np.array([1.0 if step < 5 else 0.0, 0.0, 1.0, 0.0])
 
     def last(**options):
-        policy = policies.smartfrz(predictor, record_every=1, evaluate_every=1, window=2, patience=1, **options)
+        policy = policies.smartfrz(
+            predictor, schedule=policies.Schedule(record_every=1, evaluate_every=1, window=2, patience=1), **options
+        )
         return run(policy, 8, speeds)[0]
 
     assert last() == [""] * 4 + ["ab"] * 4
@@ -194,7 +208,9 @@ def test_caution_is_the_confidence_that_is_asked_for():
 
     def last(caution):
         policy = policies.smartfrz(
-            StillnessPredictor(0.005), record_every=1, evaluate_every=2, window=2, caution=caution
+            StillnessPredictor(0.005),
+            schedule=policies.Schedule(record_every=1, evaluate_every=2, window=2),
+            caution=caution,
         )
         return run(policy, 6)[0][-1]
 
@@ -209,7 +225,7 @@ def numbers_frozen(seed, cautions, order, patiences):
     movements = rng.normal(size=(16, 4)) * speeds
     bold, careful = (
         run_observed(
-            policies.smartfrz(
+            smartfrz(
                 predictor, total_steps=16, caution=caution, order=order, patience=patience,
                 record_every=1, evaluate_every=2, window=6, min_records=2,
             ),
@@ -268,7 +284,9 @@ def run_observed(policy, movements):
 
 def test_a_tie_keeps_training():
     """argmax of equal logits is the first: keep."""
-    policy = policies.smartfrz(StillnessPredictor(bound=0.0), record_every=1, evaluate_every=2, window=2)
+    policy = policies.smartfrz(
+        StillnessPredictor(bound=0.0), schedule=policies.Schedule(record_every=1, evaluate_every=2, window=2)
+    )
     assert run(policy, 6)[0][-1] == ""
 
 
@@ -283,7 +301,9 @@ def test_compiles_the_predictor_once(predictor):
     def speeds(step):
         return np.array([step < 10, step < 20, step < 30, 1.0], np.float64)
 
-    policy = policies.smartfrz(predictor, total_steps=40, record_every=1, evaluate_every=2, window=6, min_records=2)
+    policy = policies.smartfrz(
+        predictor, total_steps=40, schedule=policies.Schedule(record_every=1, evaluate_every=2, window=6, min_records=2)
+    )
     assert run(policy, 4, speeds)[0][-1] == ""
     assert StillnessPredictor.traces == 1
     jax.monitoring.register_event_duration_secs_listener(listener)
@@ -311,7 +331,7 @@ def test_listener_of_the_test_above_hears_compilations():
 
 
 def test_no_implicit_transfers(predictor):
-    policy = policies.smartfrz(predictor, record_every=1, evaluate_every=2, window=2)
+    policy = policies.smartfrz(predictor, schedule=policies.Schedule(record_every=1, evaluate_every=2, window=2))
     state, on_device = policy.init(LAYERS, START), jnp.float32(3)
     for guard in ("allow", "disallow"):  # constants go to the device when programs are compiled
         with jax.transfer_guard(guard):
@@ -325,7 +345,7 @@ def test_no_implicit_transfers(predictor):
 
 @pytest.mark.slow
 def test_defaults_follow_from_the_length_of_the_run(predictor):
-    policy = policies.smartfrz(predictor, total_steps=400, window=10)  # a record every 10 steps, a stage every 50
+    policy = smartfrz(predictor, total_steps=400, window=10)  # a record every 10 steps, a stage every 50
     decisions, states = run(policy, 100)
     assert [int(s.history.count[0]) for s in states[8:20]] == [0, *[1] * 10, 2]
     assert decisions.index("abc") + 1 == 100
@@ -339,7 +359,7 @@ def test_paper_defaults():
 
 def test_seed_draws_the_sample(predictor):
     def positions(seed):
-        state = policies.smartfrz(predictor, record_every=1, seed=seed).init(LAYERS, START)
+        state = policies.smartfrz(predictor, schedule=policies.Schedule(record_every=1), seed=seed).init(LAYERS, START)
         return [np.asarray(p).tolist() for p in jax.tree.leaves(state.tailoring)]
 
     assert positions(0) == positions(0)
@@ -363,14 +383,13 @@ def test_seed_draws_the_sample(predictor):
         ({"patience": 0}, "patience: got 0, expected an integer of at least 1"),
         ({"patience": 1.5}, "patience: got 1.5, expected an integer of at least 1"),
         ({"total_steps": 0}, "total_steps: got 0"),
-        ({"size": 16}, "size: got 16, but the predictor was made for 8 weights per layer"),
         ({"total_steps": 9}, r"5 records, one every 1 steps, and then 2 freezing stage\(s\), .* a run of 9 steps"),
         ({"total_steps": 50, "min_records": 1, "evaluate_every": 51}, "one every 51 steps, do not fit in a run of 50"),
     ],
 )
 def test_refuses_bad_options(predictor, options, message):
     with pytest.raises(ValueError, match=message):
-        policies.smartfrz(predictor, **({"record_every": 1} | options))
+        smartfrz(predictor, **({"record_every": 1} | options))
 
 
 @pytest.mark.slow
@@ -385,7 +404,7 @@ def test_a_run_is_refused_exactly_if_it_is_too_short_for_anything_to_freeze(
     record_every, longer, min_records, patience
 ):
     make = functools.partial(
-        policies.smartfrz, WeightPredictor(), caution=0.0, window=4, record_every=record_every,
+        smartfrz, WeightPredictor(), caution=0.0, window=4, record_every=record_every,
         evaluate_every=record_every + longer, min_records=min_records, patience=patience,
     )  # fmt: skip
     policy, frozen, step = make(), frozenset(), 0
@@ -404,7 +423,7 @@ def test_refuses_what_is_not_a_predictor():
 
 
 def test_stops_at_weights_that_are_not_finite(predictor):
-    policy = policies.smartfrz(predictor, record_every=2, window=4)
+    policy = policies.smartfrz(predictor, schedule=policies.Schedule(record_every=2, window=4))
     broken = START | {"b": jnp.full((4, 4), jnp.nan), "d": jnp.full((4, 4), jnp.inf)}
     state = policy.init(LAYERS, START)
     _, state = policy.update(state, LAYERS, step=1, params=lambda: broken)  # not recorded
@@ -413,6 +432,8 @@ def test_stops_at_weights_that_are_not_finite(predictor):
 
 
 def test_stops_at_a_confidence_that_is_not_finite():
-    policy = policies.smartfrz(StillnessPredictor(bound=3e38), record_every=1, evaluate_every=2, window=2)
+    policy = policies.smartfrz(
+        StillnessPredictor(bound=3e38), schedule=policies.Schedule(record_every=1, evaluate_every=2, window=2)
+    )
     with pytest.raises(FloatingPointError, match="confidence: not finite after step 2 in layer 'a', 'b', 'c', so"):
         run(policy, 2)

@@ -58,7 +58,11 @@ def loss_at(step):
 
 
 def test_shows_the_predictor_the_last_records_and_where_they_stand_in_the_run(predictor, observed):
-    policy = policies.smartfrz(predictor, total_steps=60, record_every=3, evaluate_every=12, window=3, min_records=1)
+    policy = policies.smartfrz(
+        predictor,
+        total_steps=60,
+        schedule=policies.Schedule(record_every=3, evaluate_every=12, window=3, min_records=1),
+    )
     state = run(policy, 24, loss_at)
     tailored = {step: np.asarray(state.tailoring(weights_at(step))) for step in range(1, 25)}
     means = {end: np.mean([loss_at(step) for step in range(end - 2, end + 1)]) for end in range(3, 25, 3)}
@@ -79,7 +83,9 @@ def test_shows_the_predictor_the_last_records_and_where_they_stand_in_the_run(pr
 
 
 def test_before_the_window_is_full(predictor, observed):
-    policy = policies.smartfrz(predictor, record_every=2, evaluate_every=4, window=4, min_records=2)
+    policy = policies.smartfrz(
+        predictor, schedule=policies.Schedule(record_every=2, evaluate_every=4, window=4, min_records=2)
+    )
     state = run(policy, 4, loss_at)
     (observation,) = observed
     assert observation.mask.tolist() == [[False, False, True, True]] * 4
@@ -89,26 +95,41 @@ def test_before_the_window_is_full(predictor, observed):
 
 
 def test_progress_is_unknown_in_a_run_without_a_set_end(predictor, observed):
-    run(policies.smartfrz(predictor, record_every=1, evaluate_every=2, window=2), 4)
+    run(policies.smartfrz(predictor, schedule=policies.Schedule(record_every=1, evaluate_every=2, window=2)), 4)
     assert len(observed) == 2
     assert all(np.isnan(observation.progress).all() for observation in observed)
     np.testing.assert_array_equal(observed[1].elapsed, [4] * 4)
 
 
 def test_progress_ends_at_one(predictor, observed):
-    run(policies.smartfrz(predictor, total_steps=4, record_every=1, evaluate_every=2, window=2, min_records=1), 8)
+    run(
+        policies.smartfrz(
+            predictor,
+            total_steps=4,
+            schedule=policies.Schedule(record_every=1, evaluate_every=2, window=2, min_records=1),
+        ),
+        8,
+    )
     np.testing.assert_array_equal([observation.progress[0] for observation in observed], [0.5, 1, 1, 1])
 
 
 def test_stands_where_the_last_record_does_if_a_freezing_stage_falls_between_two(predictor, observed):
-    policy = policies.smartfrz(predictor, total_steps=100, record_every=4, evaluate_every=6, window=2, min_records=1)
+    policy = policies.smartfrz(
+        predictor,
+        total_steps=100,
+        schedule=policies.Schedule(record_every=4, evaluate_every=6, window=2, min_records=1),
+    )
     run(policy, 18)
     np.testing.assert_allclose([o.progress[0] for o in observed], [0.04, 0.12, 0.16], rtol=1e-6)
     assert [float(o.elapsed[0]) for o in observed] == [1, 3, 4]
 
 
 def test_a_run_that_goes_on_with_a_policy_has_its_start_there(predictor, observed):
-    policy = policies.smartfrz(predictor, total_steps=200, record_every=5, evaluate_every=10, window=4, min_records=1)
+    policy = policies.smartfrz(
+        predictor,
+        total_steps=200,
+        schedule=policies.Schedule(record_every=5, evaluate_every=10, window=4, min_records=1),
+    )
     run(policy, 20, loss_at, first=101)
     assert [float(o.elapsed[0]) for o in observed] == [2, 4]
     np.testing.assert_allclose([o.progress[0] for o in observed], [0.55, 0.6], rtol=1e-6)
@@ -129,14 +150,14 @@ def test_a_run_that_goes_on_with_a_policy_has_its_start_there(predictor, observe
     ],
 )
 def test_mean_loss_between_records(predictor, observed, loss, losses, first):
-    run(policies.smartfrz(predictor, record_every=3, evaluate_every=9, window=3), 9, loss)
+    run(policies.smartfrz(predictor, schedule=policies.Schedule(record_every=3, evaluate_every=9, window=3)), 9, loss)
     (observation,) = observed
     np.testing.assert_array_equal(observation.losses, np.tile(np.float32(losses), (4, 1)))
     np.testing.assert_array_equal(observation.first_loss, np.float32([first] * 4))
 
 
 def test_a_loss_left_out_is_a_loss_of_none(predictor, observed):
-    policy = policies.smartfrz(predictor, record_every=1, evaluate_every=2, window=2)
+    policy = policies.smartfrz(predictor, schedule=policies.Schedule(record_every=1, evaluate_every=2, window=2))
     state = policy.init(LAYERS, START)
     for step in (1, 2):
         _, state = policy.update(state, LAYERS, step=step, params=lambda: START)
@@ -144,14 +165,14 @@ def test_a_loss_left_out_is_a_loss_of_none(predictor, observed):
 
 
 def test_refuses_a_loss_that_is_no_scalar(predictor):
-    policy = policies.smartfrz(predictor, record_every=2)
+    policy = policies.smartfrz(predictor, schedule=policies.Schedule(record_every=2))
     with pytest.raises(ValueError, match=r"loss: got shape \(3,\), expected a scalar; pass the mean"):
         policy.update(policy.init(LAYERS, START), LAYERS, step=1, params=lambda: START, loss=jnp.ones(3))
 
 
 def test_adding_up_the_loss_does_not_wait_for_it(predictor):
     """With a traced loss, which has no value yet, anything that asked for it would raise."""
-    policy = policies.smartfrz(predictor, record_every=3)
+    policy = policies.smartfrz(predictor, schedule=policies.Schedule(record_every=3))
     state = policy.init(LAYERS, START)
 
     def two_steps(first, second):
@@ -166,7 +187,7 @@ def test_adding_up_the_loss_does_not_wait_for_it(predictor):
 def test_losses_and_weights_on_a_mesh(predictor, observed, axes):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(axes,))
     everywhere = NamedSharding(mesh, PartitionSpec())
-    policy = policies.smartfrz(predictor, record_every=2, evaluate_every=4, window=3)
+    policy = policies.smartfrz(predictor, schedule=policies.Schedule(record_every=2, evaluate_every=4, window=3))
     alone = run(policy, 8, loss_at)
     with jax.set_mesh(mesh):
         state = policy.init(LAYERS, jax.device_put(START, everywhere))
@@ -188,7 +209,11 @@ def test_a_restored_predictor_judges_weights_on_a_mesh(predictor, tmp_path):
     restored = Predictor.restore(tmp_path / "predictor")
     everywhere = NamedSharding(jax.make_mesh((8,), ("data",)), PartitionSpec())
     for params in (START, jax.device_put(START, everywhere)):  # neither may bind the predictor to its devices
-        policy = policies.smartfrz(restored, record_every=1, evaluate_every=1, min_records=1, patience=1, caution=0.0)
+        policy = policies.smartfrz(
+            restored,
+            schedule=policies.Schedule(record_every=1, evaluate_every=1, min_records=1, patience=1),
+            caution=0.0,
+        )
         names, _ = policy.update(policy.init(LAYERS, params), LAYERS, step=1, params=lambda params=params: params)
         assert names == {"a", "b", "c"}
 
@@ -206,7 +231,7 @@ def test_frozen_layers_lose_their_history_but_not_their_start():
 
 
 def test_a_loss_under_way_survives_a_checkpoint(predictor, observed, tmp_path):
-    policy = policies.smartfrz(predictor, record_every=4, evaluate_every=8, window=2)
+    policy = policies.smartfrz(predictor, schedule=policies.Schedule(record_every=4, evaluate_every=8, window=2))
     state = run(policy, 6, loss_at)
     checkpoint.write(tmp_path / "state", state, "policy", {})
     restored = checkpoint.read(tmp_path / "state", policy.init(LAYERS, START), "policy")
@@ -229,7 +254,9 @@ def test_shows_the_predictor_what_the_front_has_contributed(predictor, observed)
         return -sum(np.mean(params[name]) for name in NAMES)
 
     policy = policies.smartfrz(
-        predictor, record_every=1, evaluate_every=2, min_records=1, probe=probe, first_probe=4, probe_depths=2
+        predictor,
+        schedule=policies.Schedule(record_every=1, evaluate_every=2, min_records=1),
+        probe=policies.Probing(probe, first_probe=4, depths=2),
     )
     state = run(policy, 14)  # it doubles: after 12 steps nothing is measured
     risen = np.cumsum([[np.mean(weights_at(step)[name] - START[name]) for name in NAMES] for step in (4, 8)], axis=1)
@@ -283,20 +310,35 @@ def test_a_predictor_learns_from_what_a_policy_will_show_it(predictor, observed)
     ("options", "error", "message"),
     [
         ({"probe": 3}, TypeError, "probe: got int 3, expected a function .* sfj.nnx.probe"),
-        ({"first_probe": 15}, ValueError, "first_probe: got 15, expected a multiple of evaluate_every, 10"),
-        ({"first_probe": 0}, ValueError, "first_probe: got 0"),
-        ({"probe_depths": 0}, ValueError, "probe_depths: got 0"),
+        (
+            {"probe": len, "first_probe": 15},
+            ValueError,
+            "first_probe: got 15, .* multiple of evaluate_every, 10",
+        ),
+        ({"probe": len, "first_probe": 0}, ValueError, "first_probe: got 0"),
+        ({"probe": len, "depths": 0}, ValueError, "depths: got 0"),
     ],
 )
 def test_refuses_bad_probes(predictor, options, error, message):
+    schedule = policies.Schedule(record_every=2, evaluate_every=10)
     with pytest.raises(error, match=message):
-        policies.smartfrz(predictor, record_every=2, evaluate_every=10, **options)
+        policies.smartfrz(predictor, schedule=schedule, probe=policies.Probing(**options))
+
+
+def test_a_function_is_a_probing_with_the_defaults(predictor):
+    made = [policies.smartfrz(predictor, total_steps=1000, probe=probe) for probe in (len, policies.Probing(len))]
+    assert made[0].options == made[1].options
+    assert (made[0].options["first_probe"], made[0].options["probe_depths"]) == (80, 3)
+    with pytest.raises(TypeError, match="probe: got int 3, expected a function"):
+        policies.smartfrz(predictor, total_steps=1000, probe=3)
 
 
 def test_does_not_measure_what_the_predictor_does_not_read(observed):
     config = PredictorConfig(size=SIZE, hidden=4, features=4, head_hidden=4, encoding=Encoding(regime=("loss_level",)))
     policy = policies.smartfrz(
-        Predictor(config, rngs=nnx.Rngs(0)), record_every=1, evaluate_every=2, probe=lambda params: 1 / 0
+        Predictor(config, rngs=nnx.Rngs(0)),
+        schedule=policies.Schedule(record_every=1, evaluate_every=2),
+        probe=lambda params: 1 / 0,
     )
     state = run(policy, 16)
     assert state.start_params is None
@@ -309,7 +351,9 @@ def test_keeps_no_weights_for_a_predictor_that_reads_none(tmp_path):
         size=SIZE, hidden=4, features=4, head_hidden=4, encoding=Encoding("none", regime=("loss_level",))
     )
     blind = Predictor(config, rngs=nnx.Rngs(0))
-    policy = policies.smartfrz(blind, total_steps=40, record_every=1, evaluate_every=2, window=5)
+    policy = policies.smartfrz(
+        blind, total_steps=40, schedule=policies.Schedule(record_every=1, evaluate_every=2, window=5)
+    )
     state = run(policy, 20, loss_at)
     assert state.tailoring is None
     assert state.history.values.size == len(NAMES) * 5

@@ -164,8 +164,7 @@ class TestProbeOfAModel:
             )
             policy = sfj.smartfrz(
                 sfj.Predictor(config, rngs=nnx.Rngs(1)),
-                record_every=1,
-                evaluate_every=2,
+                schedule=sfj.policies.Schedule(record_every=1, evaluate_every=2),
                 caution=1.0,
                 probe=sfj.nnx.probe(model, loss_fn, self.X, self.LABELS) if probing else None,
             )

@@ -45,12 +45,19 @@ def policy_of(name, layers, probe):
         case "smartfrz":
             predictor = sfj.Predictor.pretrained()
             return sfj.smartfrz(
-                predictor, total_steps=STEPS, record_every=1, evaluate_every=2, caution=0.3, patience=1, probe=probe
+                predictor,
+                total_steps=STEPS,
+                schedule=sfj.policies.Schedule(record_every=1, evaluate_every=2, patience=1),
+                caution=0.3,
+                probe=probe,
             )
         case "paper":
             predictor = sfj.Predictor.pretrained("paper")
             return sfj.smartfrz(
-                predictor, total_steps=STEPS, record_every=1, evaluate_every=4, caution=0.01, patience=1, window=8
+                predictor,
+                total_steps=STEPS,
+                schedule=sfj.policies.Schedule(record_every=1, evaluate_every=4, patience=1, window=8),
+                caution=0.01,
             )
         case "autofreeze":
             return sfj.autofreeze(evaluate_every=4)

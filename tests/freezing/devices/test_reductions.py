@@ -110,7 +110,10 @@ class Stillness(sfj.Predictor):
 
 POLICIES = {
     "smartfrz": lambda: sfj.smartfrz(
-        Stillness(), record_every=1, evaluate_every=2, window=3, caution=0.5, order="any", patience=1
+        Stillness(),
+        schedule=sfj.policies.Schedule(record_every=1, evaluate_every=2, window=3, patience=1),
+        caution=0.5,
+        order="any",
     ),
     "autofreeze": lambda: sfj.autofreeze(evaluate_every=3, percentile=60),
     "static prefix": lambda: sfj.static_prefix([(0.4, 0.85)], total_steps=12),
