@@ -81,8 +81,12 @@ def table(runs: Sequence[Run]) -> str:
         row(f"frozen layers, of {full[0].end.costs.layers}", lambda run: run.end.costs.frozen, ".0f"),
     ]
     widths = [max(len(line[column]) for line in rows) for column in range(len(rows[0]))]
-    lines = [f"| {' | '.join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))} |" for line in rows]
-    lines.insert(1, f"|{'-' * (widths[0] + 2)}|{'|'.join('-' * (width + 1) + ':' for width in widths[1:])}|")
+    name, *others = widths
+    lines = [
+        f"| {label:<{name}} | {' | '.join(f'{cell:>{width}}' for cell, width in zip(cells, others, strict=True))} |"
+        for label, *cells in rows
+    ]
+    lines.insert(1, f"|{'-' * (name + 2)}|{'|'.join('-' * (width + 1) + ':' for width in others)}|")
     return "\n".join(lines)
 
 
@@ -113,10 +117,10 @@ def picture(runs: Sequence[Run], path: Path, title: str) -> None:
     axes.set_xlim(left=0)
     axes.set_xlabel("total time, seconds: compiling and keeping activations included")
     axes.set_ylabel("accuracy on test images, %")
-    axes.set_title(title, fontsize=11)
+    axes.set_title(title, fontsize=11, pad=26)
     axes.grid(alpha=0.25)
     axes.spines[["top", "right"]].set_visible(False)
-    axes.legend(frameon=False, loc="center right")
+    axes.legend(frameon=False, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)  # hides no line there
     figure.savefig(path, dpi=150)
     plt.close(figure)
 
