@@ -378,6 +378,13 @@ def test_without_a_jaxpr():
     assert "pass the jaxpr" in finding.message
 
 
+def test_without_a_jaxpr_what_the_account_may_be_off_by_is_not_reported():
+    after = shared_program("d", grads_of=every_grad, log=optax.tree.norm)
+    assert 0.01 < account().saving(frozen_set("d")) < 0.05
+    assert check(after).cause == "norm"
+    assert check_saving(account(), unfrozen(), after._replace(jaxpr=None), notable=0.5) is None
+
+
 def test_nothing_is_asked_of_layers_that_return():
     assert check_saving(account(), shared_program("ab"), shared_program("a")) is None
 
