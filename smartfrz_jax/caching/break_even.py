@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
+import sys
 from typing import NamedTuple
 
 from smartfrz_jax.caching.prefix_cache import PrefixCache
 from smartfrz_jax.cost.account import Account
+from smartfrz_jax.pytrees import checks
 
 
 class BreakEven(NamedTuple):
@@ -62,11 +64,15 @@ def break_even(
         The answer, with the numbers.
 
     Raises:
+        TypeError: If ``account`` is no :class:`~smartfrz_jax.Account`, or ``cache`` no :class:`PrefixCache`.
         ValueError: If the account is of another network, or a number is negative.
     """
-    for argument, number in (("examples", examples), ("steps", steps), ("flops_per_byte", flops_per_byte)):
-        if number < 0:
-            raise ValueError(f"{argument}: got {number}, expected 0 or more")
+    checks.instance(account, Account, "account", "the account of the train step, from smartfrz_jax.account")
+    checks.instance(cache, PrefixCache, "cache", "a smartfrz_jax.PrefixCache")
+    for argument, number in (("examples", examples), ("steps", steps), ("budget", budget)):
+        if number is not None or argument != "budget":
+            checks.count(number, argument, least=0, most=sys.maxsize)
+    checks.between(flops_per_byte, "flops_per_byte", "a finite number from 0 up", 0.0, sys.float_info.max)
     moved = cache.bytes_per_example * flops_per_byte
     build = examples * cache.views * (cache.build_flops + moved)
     saved = account.examples * (cache.saved_flops - moved)

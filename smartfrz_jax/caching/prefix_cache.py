@@ -13,8 +13,9 @@ from jax.typing import DTypeLike
 from smartfrz_jax.caching.fill import Source, missing
 from smartfrz_jax.caching.loss_adapter import Hold, PytreeLoss
 from smartfrz_jax.caching.split_loss import Grown, SplitLoss
-from smartfrz_jax.caching.store import ActivationCache, Place
-from smartfrz_jax.freezing.transform import Frozen
+from smartfrz_jax.caching.store import ActivationCache, Place, check_place
+from smartfrz_jax.freezing.transform import Frozen, check_frozen
+from smartfrz_jax.pytrees import checks
 from smartfrz_jax.pytrees.types import PyTree
 
 if TYPE_CHECKING:
@@ -23,6 +24,8 @@ if TYPE_CHECKING:
 
 def check_views(views: int, *, augmented: bool) -> None:
     """Raises if no activations can be kept because an example looks different in every epoch."""
+    checks.flag(augmented, "augmented")
+    checks.count(views, "views")
     if augmented and views == 1:
         raise ValueError(
             "augmented: an example looks different in every epoch, so its activations are never the same; let the "
@@ -99,6 +102,8 @@ class PrefixCache:
         views: int = 1,
     ):
         check_views(views, augmented=augmented)
+        if hold is not None:
+            checks.function(hold, "hold", "a function of a frozen set and parameters to a context, such as linen.hold")
         self._begin(SplitLoss(params, frozen, loss_fn, inputs, PytreeLoss(hold), state_inputs), views)
 
     def _begin(self, loss: SplitLoss, views: int) -> None:
@@ -177,6 +182,7 @@ class PrefixCache:
             A jitted function of ``(params, activations, *inputs)`` that runs only the layers between the two frontiers,
             or None if there is no such: then the activations must be computed from the inputs.
         """
+        _check_old(old)
         return self._loss.grown_from(old._loss)
 
     def keep(
@@ -201,8 +207,9 @@ class PrefixCache:
         Raises:
             ValueError: If they would not fit.
         """
-        self._kept = {"examples": examples, "place": place, "dtype": dtype, "budget": budget}
-        self.store = ActivationCache(self.frontier, views=self.views, **self._kept)
+        kept: dict[str, Any] = {"examples": examples, "place": place, "dtype": dtype, "budget": budget}
+        self.store = ActivationCache(self.frontier, views=self.views, **kept)
+        self._kept = kept
         return self.store
 
     def fetch(
@@ -279,6 +286,9 @@ class PrefixCache:
             ValueError: As for :class:`PrefixCache` and :meth:`keep`. This cache stays as it was then.
             FileExistsError: If the directory is not empty. So it does then.
         """
+        check_frozen(frozen, self.frozen.layers)
+        if place is not None:
+            check_place(place)
         if frozen == self.frozen:
             return self
         new = copy.copy(self)
@@ -297,6 +307,9 @@ class PrefixCache:
             ValueError: As for :meth:`keep`. Both caches stay as they were then.
             FileExistsError: If the directory is not empty. So they do then.
         """
+        _check_old(old)
+        if place is not None:
+            check_place(place)
         if old.store is None:
             return
         grown = self.grown_from(old)
@@ -309,3 +322,7 @@ class PrefixCache:
         if self.store is None:
             raise ValueError("store: there is none; call keep with the number of examples in the data set first")
         return self.store
+
+
+def _check_old(old: Any) -> None:
+    checks.instance(old, PrefixCache, "old", "the PrefixCache for another frozen set")

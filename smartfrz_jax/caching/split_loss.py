@@ -12,9 +12,10 @@ import numpy as np
 from smartfrz_jax.caching import split, traced_loss
 from smartfrz_jax.caching.loss_adapter import LossAdapter
 from smartfrz_jax.caching.split import Split
-from smartfrz_jax.freezing.transform import Frozen
+from smartfrz_jax.freezing.transform import Frozen, check_frozen
 from smartfrz_jax.jaxprs import example_axis
-from smartfrz_jax.pytrees import paths
+from smartfrz_jax.layers.layers import check_leaves, check_of_layers
+from smartfrz_jax.pytrees import checks, paths
 from smartfrz_jax.pytrees.types import PyTree
 
 
@@ -48,12 +49,16 @@ class SplitLoss:
     ):
         if not inputs:
             raise ValueError("inputs: got none; what depends on the batch is traced, so pass one after the parameters")
+        check_frozen(frozen)
+        checks.function(loss_fn, "loss_fn", "a function of the parameters, or the model, and the batch")
+        checks.instance(state_inputs, Collection, "state_inputs", "positions of inputs, such as (1,)")
         self.frozen = frozen
+        self._structure: Any = None
         self._loss_fn, self._adapter, self._state_inputs = loss_fn, adapter, frozenset(state_inputs)
         self._inputs = jax.tree.map(_shape, inputs)
         self._examples = example_axis.count(inputs, self._state_inputs)
         self._run = jax.jit(self._activations, static_argnums=0)
-        self.split = self._split_for(*adapter.split(params), inputs)
+        self.split = self._split_for(*self._taken_apart(params), inputs)
 
     def with_frozen(self, params: PyTree, frozen: Frozen) -> SplitLoss:
         """The same loss for another frozen set."""
@@ -61,14 +66,23 @@ class SplitLoss:
 
     def activations(self, params: PyTree, inputs: tuple[Any, ...]) -> tuple[jax.Array, ...]:
         """What the first part gives, the first axis counting the examples; jitted."""
-        return self._run(*self._adapter.split(params), inputs)
+        return self._run(*self._taken_apart(params), inputs)
 
     def rest(self, params: PyTree, activations: tuple[jax.Array, ...], inputs: tuple[Any, ...]) -> Any:
         """What the loss returns, from the activations; variables change as it changes them."""
-        static, variables = self._adapter.split(params)
+        static, variables = self._taken_apart(params)
         out, updates = self._live(static, variables, activations, inputs)
         self._adapter.write(params, variables, updates)
         return out
+
+    def _taken_apart(self, params: PyTree) -> tuple[Any, PyTree]:
+        """What is static, and the arrays; checked by name where the structure is not that of the last call."""
+        static, variables = self._adapter.split(params)
+        structure = jax.tree.structure(variables)
+        if self._structure is None or structure != self._structure:
+            check_of_layers(check_leaves(variables, "params"), self.frozen.layers)
+            self._structure = structure
+        return static, variables
 
     def rows_of(self, inputs: tuple[Any, ...], rows: np.ndarray, n: int) -> tuple[Any, ...]:
         """Some examples of a batch of ``n``."""
@@ -132,8 +146,9 @@ class SplitLoss:
         return split.frozen_part(variables, inputs)
 
     def _live(self, static: Any, variables: PyTree, activations: Any, inputs: tuple[Any, ...]) -> Any:
-        got = [tuple(value.shape[1:]) for value in activations]
         expected = [value.shape for value in self.split.frontier]
+        checks.arrays(activations, "activations", f"what fetch returns, arrays of {expected} for each example")
+        got = [tuple(value.shape[1:]) for value in activations]
         if got != expected:
             raise ValueError(
                 f"activations: got {got} for an example, expected {expected}; they are of another frozen set: fetch "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -14,6 +15,7 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from smartfrz_jax.caching.memory import OnDevice, OnDisk, OnHost, Store, empty_directory, free_bytes
+from smartfrz_jax.pytrees import checks
 from smartfrz_jax.pytrees.file_paths import local_path
 
 if TYPE_CHECKING:
@@ -35,16 +37,60 @@ def stored_shapes(
         dtype: Type in which floating-point values wider than it are held; their own by default.
 
     Raises:
-        ValueError: If ``dtype`` is not one to store activations in.
+        TypeError: If ``dtype`` is no type of numbers.
+        ValueError: If it is not one to store activations in.
     """
-    if dtype is not None and jnp.dtype(dtype).name not in _NARROW:
-        raise ValueError(f"dtype: got {jnp.dtype(dtype).name}, expected {', '.join(_NARROW)}, or None for what it is")
+    expected = f"{', '.join(_NARROW)}, or None for what it is"
+    try:
+        name = None if dtype is None else jnp.dtype(dtype).name
+    except TypeError as error:
+        raise TypeError(f"dtype: got {checks.got(dtype)}, expected {expected}") from error
+    if name not in (None, *_NARROW):
+        raise ValueError(f"dtype: got {name}, expected {expected}")
 
     def narrow(own: Any) -> Any:
         wider = dtype is not None and jnp.issubdtype(own, jnp.floating) and own.itemsize > jnp.dtype(dtype).itemsize
         return jnp.dtype(dtype) if wider else own
 
     return tuple(jax.ShapeDtypeStruct((rows, *value.shape), narrow(value.dtype)) for value in frontier)
+
+
+def check_room(examples: Any, views: Any, budget: Any) -> None:
+    """Raises ``TypeError`` or ``ValueError`` unless these are numbers of what a store may hold."""
+    for argument, number in (("examples", examples), ("views", views)):
+        checks.count(number, argument, most=sys.maxsize)
+    if budget is not None:
+        checks.count(budget, "budget", least=0, most=sys.maxsize)
+
+
+def check_place(place: Any) -> None:
+    """Raises ``TypeError`` or ``ValueError`` unless activations can be kept there, by its type."""
+    if place not in ("device", "host"):
+        local_path(place, "place")
+
+
+def check_indices(indices: Any, view: Any, examples: int, views: int) -> Int[np.ndarray, " n"]:
+    """Which examples, as int64.
+
+    Args:
+        indices: What was given.
+        view: Which view of them.
+        examples: How many there are.
+        views: Of each.
+
+    Raises:
+        TypeError: If the view is no number.
+        ValueError: If an index is wrong, or there is no such view.
+    """
+    array = np.asarray(indices)
+    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+        raise ValueError(f"indices: got {array.dtype}{list(array.shape)}, expected a vector of integers")
+    if array.size and (array.min() < 0 or array.max() >= examples):
+        raise ValueError(f"indices: got {array.min()} to {array.max()}, expected 0 to {examples - 1}")
+    checks.count(view, "view", least=0)
+    if view >= views:
+        raise ValueError(f"view: got {view}, expected 0 to {views - 1}; say how many views there are (views)")
+    return array.astype(np.int64)
 
 
 class ActivationCache:
@@ -94,9 +140,11 @@ class ActivationCache:
         views: int = 1,
         budget: int | None = None,
     ):
-        for argument, number in (("examples", examples), ("views", views)):
-            if number < 1:
-                raise ValueError(f"{argument}: got {number}, expected at least 1")
+        check_room(examples, views, budget)
+        expected = "a sequence of jax.ShapeDtypeStruct, of the values of one example"
+        checks.instance(frontier, Sequence, "frontier", expected)
+        if not all(hasattr(value, "shape") and hasattr(value, "dtype") for value in frontier):
+            raise TypeError(f"frontier: got {checks.got(frontier)}, expected {expected}")
         self.frontier = tuple(frontier)
         self._shapes = stored_shapes(frontier, examples * views, dtype)
         self.nbytes = sum(math.prod(shape.shape) * shape.dtype.itemsize for shape in self._shapes)
@@ -154,6 +202,7 @@ class ActivationCache:
         """
         indices = self._checked(indices, view)
         expected = [(len(indices), *shape.shape[1:]) for shape in self._shapes]
+        checks.arrays(activations, "activations", f"arrays of shapes {expected}")
         got = [tuple(value.shape) for value in activations]
         if got != expected:
             raise ValueError(
@@ -195,15 +244,7 @@ class ActivationCache:
         return (indices * self.filled.shape[1] + view).astype(np.int32 if self.filled.size < 2**31 else np.int64)
 
     def _checked(self, indices: Any, view: int) -> np.ndarray:
-        examples, views = self.filled.shape
-        array = np.asarray(indices)
-        if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
-            raise ValueError(f"indices: got {array.dtype}{list(array.shape)}, expected a vector of integers")
-        if array.size and (array.min() < 0 or array.max() >= examples):
-            raise ValueError(f"indices: got {array.min()} to {array.max()}, expected 0 to {examples - 1}")
-        if not 0 <= view < views:
-            raise ValueError(f"view: got {view}, expected 0 to {views - 1}; say how many views there are (views)")
-        return array.astype(np.int64)
+        return check_indices(indices, view, *self.filled.shape)
 
 
 @functools.partial(jax.jit, static_argnums=1)

@@ -20,7 +20,7 @@ from smartfrz_jax.cost.measured import ProgramCost
 from smartfrz_jax.cost.step_program import StepProgram
 from smartfrz_jax.freezing import transform
 from smartfrz_jax.freezing.transform import Frozen
-from smartfrz_jax.pytrees import paths
+from smartfrz_jax.pytrees import checks, paths
 
 # Nine tenths of what was predicted count as all of it, and what is below 1 % of the step is not looked for; where there
 # are only XLA's counts of FLOPs, which the account is within 5 % of, nor what is below that.
@@ -63,8 +63,15 @@ class Finding(NamedTuple):
 
 
 def jaxpr_of(traced: Any) -> Any:
-    """The jaxpr of a step that ``jax.jit`` or ``nnx.jit`` has traced: of ``step.trace(*args)``."""
-    return getattr(traced, "traced", traced).jaxpr  # nnx.jit wraps what jax.jit returns
+    """The jaxpr of a step that ``jax.jit`` or ``nnx.jit`` has traced: of ``step.trace(*args)``.
+
+    Raises:
+        TypeError: If it is something else.
+    """
+    traced_by_jax = getattr(traced, "traced", traced)  # nnx.jit wraps what jax.jit returns
+    if not hasattr(traced_by_jax, "jaxpr"):
+        raise TypeError(f"traced: got {checks.got(traced)}, expected what step.trace(*args) returns for a jitted step")
+    return traced_by_jax.jaxpr
 
 
 def check_saving(account: Account, before: Measured, after: Measured, *, notable: float = 0.1) -> Finding | None:
@@ -83,7 +90,8 @@ def check_saving(account: Account, before: Measured, after: Measured, *, notable
         optimizer's state, and of the gradients that several devices sum. Else what is missing, and why.
 
     Raises:
-        ValueError: If a frozen set is of another network than the account.
+        TypeError: If ``account``, ``before`` or ``after`` is something else.
+        ValueError: If a frozen set is of another network than the account, or ``notable`` is no share.
 
     Example:
         >>> import jax.numpy as jnp
@@ -101,6 +109,9 @@ def check_saving(account: Account, before: Measured, after: Measured, *, notable
         >>> check_saving(account, measured(), measured("b", "c")).cause
         'behind'
     """
+    _check_account(account, notable)
+    _check_measured(before, "before")
+    _check_measured(after, "after")
     layers = tuple(name for name in account.layers.names if name in after.frozen.names - before.frozen.names)
     total = account.flops(after.frozen).total
     if after.jaxpr is not None and sum(account.macs.values()) and not diagnosis.has_products(after.jaxpr.jaxpr):
@@ -130,9 +141,14 @@ class SavingCheck:
 
     Attributes:
         findings: The findings so far, one for each cause.
+
+    Raises:
+        TypeError: If ``account`` is no :class:`~smartfrz_jax.Account`.
+        ValueError: If ``notable`` is no share.
     """
 
     def __init__(self, account: Account, *, notable: float = 0.1):
+        _check_account(account, notable)
         self.findings: list[Finding] = []
         self._account, self._notable = account, notable
         self._first: Measured | None = None
@@ -145,7 +161,12 @@ class SavingCheck:
 
         Returns:
             What was found, also if there was a warning of that cause before.
+
+        Raises:
+            TypeError: If it is something else.
+            ValueError: If its frozen set is of another network than the account.
         """
+        _check_measured(program, "program")
         account, first = self._account, self._first
         if first is None or account.saving(program.frozen, first.frozen) <= 0:
             self._first = program
@@ -155,6 +176,15 @@ class SavingCheck:
             self.findings.append(finding)
             warnings.warn(finding.message, SavingWarning, stacklevel=2)
         return finding
+
+
+def _check_account(account: Any, notable: Any) -> None:
+    checks.instance(account, Account, "account", "the account of the step, from smartfrz_jax.account")
+    checks.fraction(notable, "notable")
+
+
+def _check_measured(program: Any, argument: str) -> None:
+    checks.instance(program, Measured, argument, "a smartfrz_jax.cost.Measured")
 
 
 class _Comparison(NamedTuple):

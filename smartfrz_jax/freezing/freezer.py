@@ -12,7 +12,7 @@ from smartfrz_jax.callbacks.base import Callback, FreezeEvent
 from smartfrz_jax.freezing import saved_run
 from smartfrz_jax.freezing.summary import Summary, summarise
 from smartfrz_jax.freezing.transform import Frozen, check_frozen
-from smartfrz_jax.layers.layers import Layers, check_layers, check_params
+from smartfrz_jax.layers.layers import Layers, check_layers, check_of_layers, check_params
 from smartfrz_jax.policies.base import Policy, check_policy, decision
 from smartfrz_jax.pytrees import checkpoint, checks
 from smartfrz_jax.pytrees.file_paths import PathLike
@@ -88,7 +88,7 @@ class Freezer:
             checks.function(saving, "saving", "a function of two frozen sets, such as the account's saving")
         if frozen is not None:
             check_frozen(frozen, layers)
-        _check_of_layers(params, layers)
+        check_of_layers(check_params(params), layers)
         if min_saving and saving is None:
             raise ValueError(
                 f"min_saving: got {min_saving}, but nothing predicts what freezing saves; give TrainStep the account"
@@ -321,17 +321,6 @@ def check_options(policy: Any, features: Any, train_step: Any, steps: tuple[type
         raise TypeError(
             f"train_step: got {checks.got(train_step)}, expected a {' or '.join(step.__name__ for step in steps)}"
         )
-
-
-def _check_of_layers(params: PyTree, layers: Layers) -> None:
-    """Raises ``ValueError`` unless parameters are those of the layers."""
-    found = check_params(params)
-    for name in layers.owner:
-        if name not in found:
-            raise ValueError(
-                f"params: got {len(found)} without {name!r} of layer {layers.owner[name]!r}, expected those that the "
-                "layers were found for"
-            )
 
 
 def _text(names: Iterable[str]) -> str:

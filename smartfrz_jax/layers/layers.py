@@ -183,6 +183,16 @@ def check_leaves(tree: PyTree, argument: str) -> dict[str, Any]:
     return leaves
 
 
+def check_of_layers(found: Mapping[str, Any], layers: Layers) -> None:
+    """Raises ``ValueError`` unless what is found of a network, by name, has the parameters of all layers."""
+    for name in layers.owner:
+        if name not in found:
+            raise ValueError(
+                f"params: got {len(found)} without {name!r} of layer {layers.owner[name]!r}, expected those that the "
+                "layers were found for"
+            )
+
+
 def check_params(params: PyTree) -> dict[str, Any]:
     """Leaves of a parameter pytree by name.
 

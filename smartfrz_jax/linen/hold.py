@@ -30,8 +30,7 @@ _FLAGS = {
 _PASSING = frozenset({"cache", "intermediates", "perturbations"})
 
 
-@contextlib.contextmanager
-def hold(frozen: Frozen, params: PyTree = None) -> Iterator[None]:
+def hold(frozen: Frozen, params: PyTree = None) -> contextlib.AbstractContextManager[None]:
     """Within it, Linen modules that belong to frozen layers run in evaluation mode.
 
     That is every BatchNorm whose parameters are in a frozen layer, attention in which all layers are frozen, and every
@@ -47,11 +46,20 @@ def hold(frozen: Frozen, params: PyTree = None) -> Iterator[None]:
         params: The parameters that parts are taken of. They tell two networks apart whose parameters have the same
             names, as in ``{"actor": ..., "critic": ...}``, if ``apply`` gets the very same arrays.
 
+    Returns:
+        The context.
+
     Raises:
+        TypeError: If ``frozen`` is no :class:`~smartfrz_jax.Frozen`.
         ValueError: If a module in training mode is in a network whose parameters are in no layer, and no other network
             is applied; or if it cannot be told whether the layer that it belongs to is frozen.
     """
     check_frozen(frozen)
+    return _held(frozen, params)
+
+
+@contextlib.contextmanager
+def _held(frozen: Frozen, params: PyTree) -> Iterator[None]:
     if not frozen.names:
         yield
         return

@@ -11,17 +11,18 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from smartfrz_jax.caching.break_even import break_even
-from smartfrz_jax.caching.store import stored_shapes
+from smartfrz_jax.caching.store import check_indices, check_room, stored_shapes
 from smartfrz_jax.caching.traced_loss import INPUTS
 from smartfrz_jax.cost.account import Account
 from smartfrz_jax.cost.check import SavingWarning
 from smartfrz_jax.freezing.transform import Frozen
 from smartfrz_jax.jaxprs import example_axis
+from smartfrz_jax.nnx.layers import check_model
 from smartfrz_jax.nnx.optimizer import Optimizer
 from smartfrz_jax.nnx.prefix_cache import PrefixCache
 from smartfrz_jax.programs import arguments
 from smartfrz_jax.programs.train_step import Program, TrainStep
-from smartfrz_jax.pytrees import paths
+from smartfrz_jax.pytrees import checks, paths
 
 if TYPE_CHECKING:
     import numpy as np
@@ -102,11 +103,15 @@ class CachedStep:
         total_steps: int | None = None,
         donate: bool = False,
     ):
-        for argument, number in (("examples", examples), ("views", views), ("total_steps", total_steps)):
-            if number is not None and number < 1:
-                raise ValueError(f"{argument}: got {number}, expected at least 1")
-        if place not in ("device", "host"):
-            raise ValueError(f"place: got {place!r}, expected 'device' or 'host'; to keep files, use a PrefixCache")
+        checks.function(make_step, "make_step", "a function of a loss to a plain train step")
+        checks.function(loss_fn, "loss_fn", "a function of (model, *inputs)")
+        check_room(examples, views, budget)
+        if total_steps is not None:
+            checks.count(total_steps, "total_steps")
+        if not isinstance(place, str) or place not in ("device", "host"):
+            raise ValueError(
+                f"place: got {checks.got(place)}, expected 'device' or 'host'; to keep files, use a PrefixCache"
+            )
         stored_shapes((), 0, dtype)  # raises, if there is no such type
         self.account = account
         self.cache: PrefixCache | None = None
@@ -138,6 +143,7 @@ class CachedStep:
             indices: As of a call; not looked at.
             *inputs: As of a call.
         """
+        _check_loop(model, optimizer)
         self._follow(model, optimizer, inputs)
         if self.cache is None or self._cached is None:
             return self._listed(self._plain.program(model, optimizer, *inputs))
@@ -154,6 +160,8 @@ class CachedStep:
         Raises:
             ValueError: If the step was not called before.
         """
+        checks.instance(owner, Optimizer, "owner", "the smartfrz_jax.nnx.Optimizer of the step")
+        checks.instance(new, Optimizer, "new", "the smartfrz_jax.nnx.Optimizer with the frozen set to come")
         if self._usual is None:
             raise ValueError(
                 "owner: the step was not called yet, so the shapes of its batch are unknown; call it first"
@@ -184,6 +192,8 @@ class CachedStep:
         Raises:
             ValueError: If an index is wrong.
         """
+        _check_loop(model, optimizer)
+        indices = check_indices(indices, view, self._examples, self._views)
         self._follow(model, optimizer, inputs)
         self._done += 1
         if self.cache is None or self._cached is None:
@@ -253,6 +263,12 @@ class CachedStep:
         if program not in self.programs:
             self.programs.append(program)
         return program
+
+
+def _check_loop(model: Any, optimizer: Any) -> None:
+    """Raises ``TypeError`` unless a step can be called with these."""
+    check_model(model)
+    checks.instance(optimizer, Optimizer, "optimizer", "the smartfrz_jax.nnx.Optimizer of the model")
 
 
 class _Coming(NamedTuple):

@@ -18,10 +18,10 @@ from smartfrz_jax.pytrees import checks, paths
 from smartfrz_jax.pytrees.types import PyTree
 
 
-def check_model(model: Any) -> None:
+def check_model(model: Any, argument: str = "model") -> None:
     """Raises ``TypeError`` unless ``model`` is an NNX module, or a container with one."""
     if next(nnx.iter_modules(model), None) is None:
-        raise TypeError(f"model: got {checks.got(model)}, expected an nnx.Module")
+        raise TypeError(f"{argument}: got {checks.got(model)}, expected an nnx.Module")
 
 
 def find_layers(

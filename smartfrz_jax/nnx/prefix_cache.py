@@ -12,6 +12,7 @@ from smartfrz_jax.caching import prefix_cache
 from smartfrz_jax.caching.split_loss import SplitLoss
 from smartfrz_jax.freezing.transform import Frozen
 from smartfrz_jax.nnx.hold import hold
+from smartfrz_jax.nnx.layers import check_model
 from smartfrz_jax.pytrees import paths
 from smartfrz_jax.pytrees.types import PyTree
 
@@ -22,6 +23,7 @@ class ModelLoss:
 
     def split(self, params: nnx.Module) -> tuple[Hashable, PyTree]:
         """As of ``LossAdapter``."""
+        check_model(params, "params")
         graphdef, variables = nnx.split(params)
         return graphdef, nnx.as_pure(variables)
 
@@ -83,5 +85,6 @@ class PrefixCache(prefix_cache.PrefixCache):
         augmented: bool = False,
         views: int = 1,
     ):
+        check_model(model)
         prefix_cache.check_views(views, augmented=augmented)
         self._begin(SplitLoss(model, frozen, loss_fn, inputs, ModelLoss()), views)

@@ -15,6 +15,8 @@ from smartfrz_jax.predictor.probe import Probe
 from smartfrz_jax.pytrees import checks
 from smartfrz_jax.pytrees.types import PyTree
 
+_LOSS = "a function of (model, *batch) to a scalar loss"
+
 
 def probe(model: nnx.Module, loss_fn: Callable[..., Any], *batch: Any, wrt: nnx.filterlib.Filter = nnx.Param) -> Probe:
     """A function from parameters to ``loss_fn(model, *batch)``, which leaves the model as it is.
@@ -38,7 +40,7 @@ def probe(model: nnx.Module, loss_fn: Callable[..., Any], *batch: Any, wrt: nnx.
         1.0
     """
     check_model(model)
-    checks.function(loss_fn, "loss_fn", "a function of (model, *batch) to a scalar loss")
+    checks.function(loss_fn, "loss_fn", _LOSS)
 
     def loss(params: PyTree) -> jax.Array:
         graphdef, _, rest = nnx.split(model, wrt, ...)
@@ -71,10 +73,15 @@ def gradient_probe(
         >>> gradients({"kernel": jnp.ones((2, 1))}, 0)["kernel"].tolist()
         [[4.0], [4.0]]
     """
+    check_model(model)
+    checks.function(loss_fn, "loss_fn", _LOSS)
+    checks.function(batches, "batches", "a function of the number of a measurement to a batch, a tuple")
 
     def gradients(params: PyTree, number: int) -> PyTree:
         graphdef, _, rest = nnx.split(model, wrt, ...)
-        return _gradient(graphdef, loss_fn, params, nnx.as_pure(rest), batches(number))
+        batch = batches(number)
+        checks.instance(batch, tuple | list, "batches", "a tuple: what loss_fn takes after the model")
+        return _gradient(graphdef, loss_fn, params, nnx.as_pure(rest), batch)
 
     return gradients
 
@@ -87,7 +94,12 @@ def _gradient(
     rest: PyTree,
     batch: tuple[Any, ...],
 ) -> PyTree:
-    return jax.grad(lambda params: loss_fn(nnx.merge(graphdef, params, rest, copy=True), *batch))(params)
+    def scalar_loss(params: PyTree) -> jax.Array:
+        loss = loss_fn(nnx.merge(graphdef, params, rest, copy=True), *batch)
+        checks.scalar(loss, "loss_fn", "a scalar; return the mean over the batch, and nothing else")
+        return loss
+
+    return jax.grad(scalar_loss)(params)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

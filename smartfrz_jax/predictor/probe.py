@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from smartfrz_jax.layers.layers import Layers
-from smartfrz_jax.pytrees import paths
+from smartfrz_jax.pytrees import checks, paths
 from smartfrz_jax.pytrees.types import PyTree
 
 if TYPE_CHECKING:
@@ -66,7 +66,8 @@ def contributions(
         float32 of shape ``(layers,)``, NaN at other depths.
 
     Raises:
-        ValueError: If a loss is not a finite scalar.
+        TypeError: If a loss is no number.
+        ValueError: If it is not a finite scalar.
 
     Example:
         >>> import jax.numpy as jnp
@@ -167,10 +168,8 @@ def _choose(before: dict[str, Any], reverted: set[str]) -> Callable[[str, Any], 
 
 
 def _loss(probe: Probe, params: PyTree) -> float:
-    loss = np.asarray(probe(params))
-    if loss.shape != () or not np.isfinite(loss):
-        raise ValueError(
-            f"probe: got {loss.tolist() if loss.size < 10 else f'shape {loss.shape}'}, expected a finite scalar; "
-            "return the mean loss over a batch"
-        )
-    return float(loss)
+    expected = "a finite scalar; return the mean loss over a batch"
+    loss = checks.number(probe(params), "probe", expected)
+    if not np.isfinite(loss):
+        raise ValueError(f"probe: got {loss}, expected {expected}")
+    return loss

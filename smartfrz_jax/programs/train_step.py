@@ -20,6 +20,7 @@ from smartfrz_jax.programs.flat_step import Call, Donate
 from smartfrz_jax.programs.nnx_call import Bounds, Watch
 from smartfrz_jax.programs.owners import Owners
 from smartfrz_jax.programs.recompilation import Recompilations
+from smartfrz_jax.pytrees import checks
 
 # Calls that tell which batch is the usual one: the last of an epoch is often smaller.
 _RECENT = 16
@@ -108,8 +109,9 @@ class TrainStep:
         max_programs: int = 8,
     ):
         _check_plain(train_step)
-        if max_programs < 1:
-            raise ValueError(f"max_programs: got {max_programs}, expected at least 1, the program in use")
+        if account is not None:
+            checks.instance(account, Account, "account", "the account of the step, from smartfrz_jax.account")
+        checks.count(max_programs, "max_programs")
         self.account = account
         self.programs: list[Program] = []
         self.wait_seconds = 0.0
@@ -161,6 +163,12 @@ class TrainStep:
         Raises:
             ValueError: If the step was not called before, or ``owner`` is none of its arguments.
         """
+        for argument, value in (("owner", owner), ("new", new)):
+            if not arguments.has_frozen(value):
+                expected = "a TrainState of smartfrz_jax.linen or an Optimizer of smartfrz_jax.nnx"
+                raise TypeError(f"{argument}: got {checks.got(value)}, expected {expected}")
+        if type(new) is not type(owner):
+            raise TypeError(f"new: got {checks.got(new)}, expected a {type(owner).__name__}, as the owner is")
         if not self._recent:
             raise ValueError(
                 "owner: the step was not called yet, so the shapes of its batch are unknown; call it first"
@@ -179,9 +187,10 @@ class TrainStep:
             TypeError: If no argument has a frozen set.
         """
         parts = Arguments(args)
-        if parts.key not in self._compiled and parts.key not in self._coming:
+        key, _ = parts.key, parts.frozen  # raises, if there are none
+        if key not in self._compiled and key not in self._coming:
             self._begin(parts)
-            self.wait_seconds += self._coming[parts.key].traced
+            self.wait_seconds += self._coming[key].traced
 
     def __call__(self, *args: Any) -> Any:
         """Runs the step."""
@@ -285,7 +294,7 @@ def _numbers(train_step: Callable[..., Any], donate: Any) -> Donate:
     """The arguments to donate, by number."""
     if isinstance(donate, bool):
         return donate
-    names = [donate] if isinstance(donate, str) else list(donate)
+    names = checks.names(donate, "donate", of="arguments")
     parameters = list(inspect.signature(train_step).parameters)
     for name in names:
         if name not in parameters:

@@ -7,7 +7,7 @@ What is of another type is a ``TypeError``, what is out of range a ``ValueError`
 from __future__ import annotations
 
 import types
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -157,6 +157,12 @@ def numbers(value: Any, argument: str, expected: str) -> None:
     dtype = getattr(value, "dtype", object)
     real = (np.bool_, np.integer, np.floating)
     if not hasattr(value, "shape") or not any(jax.numpy.issubdtype(dtype, kind) for kind in real):
+        raise TypeError(f"{argument}: got {got(value)}, expected {expected}")
+
+
+def arrays(value: Any, argument: str, expected: str) -> None:
+    """Raises ``TypeError`` unless ``value`` is a sequence of arrays, traced or not."""
+    if not isinstance(value, Sequence) or not all(hasattr(one, "shape") and hasattr(one, "dtype") for one in value):
         raise TypeError(f"{argument}: got {got(value)}, expected {expected}")
 
 

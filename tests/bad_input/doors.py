@@ -1,4 +1,4 @@
-"""Bad input for freezing itself: the core, the NNX door and the Linen door."""
+"""Bad input for freezing itself: the core and the Linen door."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from flax.training import train_state as flax_state
 
 import smartfrz_jax as sfj
@@ -20,7 +19,6 @@ from tests.bad_input.scenes import (
     layers,
     loss,
     of_another_network,
-    optimizer,
     other_layers,
     params,
 )
@@ -52,34 +50,6 @@ DOORS = [
         unchecked={"params": "the updates do not fit"},
     ),
     Door("migrate_opt_state", lambda: {"opt_state": state(), "tx": TX, "params": params(), "frozen": frozen("a")}),
-    Door("nnx.find_layers", lambda: {"model": scenes.module(), "inputs": (X,)}, unchecked={"wrt": "a filter"}),
-    Door(
-        "nnx.features",
-        lambda: {"model": scenes.module(), "layers": scenes.nnx_layers(), "inputs": (X,)},
-        unchecked={"wrt": "a filter"},
-    ),
-    Door(
-        "nnx.probe",
-        lambda: {"model": scenes.module(), "loss_fn": scenes.nnx_loss, "batch": (X,)},
-        unchecked={"wrt": "a filter"},
-    ),
-    Door(
-        "nnx.Optimizer",
-        lambda: {"model": scenes.module(), "tx": TX, "layers": scenes.nnx_layers()},
-        unchecked={"wrt": "a filter"},
-    ),
-    Door("nnx.Optimizer.value_and_grad", lambda: {"loss_fn": scenes.nnx_loss}, on=optimizer),
-    Door("nnx.Optimizer.update", lambda: {"model": scenes.module(), "grads": grads()}, on=optimizer),
-    Door(
-        "nnx.Optimizer.freeze",
-        lambda: {"model": scenes.module(), "frozen": nnx_frozen()},
-        on=optimizer,
-        unchecked={"frozen=text": "the name of a layer"},
-    ),
-    Door("nnx.Optimizer.record_grads", lambda: {"model": scenes.module()}, on=optimizer),
-    Door("nnx.Freezer", lambda: {"model": scenes.module(), "optimizer": optimizer(), "policy": sfj.policies.never()}),
-    Door("nnx.Freezer.step", dict, on=scenes.nnx_freezer),
-    Door("nnx.scan_blocks", lambda: {"blocks": [scenes.block()], "x": X}, unchecked={"x": "any pytree"}),
     Door("linen.find_layers", lambda: {"module": scenes.dense(), "variables": scenes.variables(), "inputs": (X,)}),
     Door(
         "linen.TrainState.create",
@@ -94,17 +64,10 @@ DOORS = [
         on=scenes.train_state,
         unchecked={"frozen=text": "the name of a layer"},
     ),
+    Door("linen.hold", lambda: {"frozen": frozen()}, unchecked={"params": "any tree of layers' leaves"}),
     Door("linen.Freezer", lambda: {"state": scenes.train_state(), "policy": sfj.policies.never()}),
     Door("linen.Freezer.step", lambda: {"state": scenes.train_state()}, on=scenes.linen_freezer),
 ]
-
-
-def grads(model: Any = None) -> Any:
-    return nnx.grad(scenes.nnx_loss)(scenes.module() if model is None else model, X)
-
-
-def nnx_frozen() -> sfj.Frozen:
-    return sfj.Frozen(scenes.nnx_layers(), frozenset(scenes.nnx_layers().names[:1]))
 
 
 CASES = [
@@ -167,89 +130,11 @@ CASES = [
         lambda: migrate_opt_state(state(), of_another_network()),
     ),
     Case(
-        "nnx-no-inputs", "inputs", ValueError, ("none", "example batch"), lambda: sfj.nnx.find_layers(scenes.module())
-    ),
-    Case(
-        "nnx-wrt",
-        "params",
-        ValueError,
-        ("without leaves",),
-        lambda: sfj.nnx.find_layers(scenes.module(), X, wrt=nnx.Cache),
-    ),
-    Case(
-        "nnx-tx-none",
-        "tx",
-        TypeError,
-        ("None", "optax"),
-        lambda: sfj.nnx.Optimizer(scenes.module(), None, layers=scenes.nnx_layers()),
-    ),
-    Case("nnx-layers-names", "layers", TypeError, ("['a']", "find_layers"), lambda: optimizer(layers=["a"])),
-    Case("nnx-layers-bigger", "layers", ValueError, ("'a/kernel'",), lambda: optimizer(layers=layers())),
-    Case(
-        "nnx-layers-more",
-        "layers",
-        ValueError,
-        ("'more/kernel'", "not in the model"),
-        lambda: optimizer(layers=more_layers()),
-    ),
-    Case("nnx-returning", "returning", ValueError, ("'new'", "'kept'"), lambda: optimizer(returning="new")),
-    Case(
-        "nnx-update-another", "grads", ValueError, ("'layers/0/bias'",), lambda: update(grads(scenes.another_model()))
-    ),
-    Case("nnx-update-shape", "grads", ValueError, ("[1, 2]", "(2, 2)"), lambda: update(broadcast_grads())),
-    Case(
-        "nnx-update-model",
-        "grads",
-        ValueError,
-        ("'bias'",),
-        lambda: optimizer().update(scenes.another_model(), grads()),
-    ),
-    Case(
-        "nnx-freeze-unknown",
-        "frozen",
-        ValueError,
-        ("'z'", "did you mean"),
-        lambda: optimizer().freeze(scenes.module(), ["z"]),
-    ),
-    Case(
-        "nnx-freeze-another",
-        "frozen",
-        ValueError,
-        ("3 layers", "2 layers"),
-        lambda: optimizer().freeze(scenes.module(), frozen("a")),
-    ),
-    Case("nnx-freezer-plain", "optimizer", TypeError, ("nnx.Optimizer",), lambda: plain_optimizer()),
-    Case(
-        "nnx-freezer-swapped",
-        "optimizer",
-        TypeError,
-        ("Sequential", "Optimizer"),
-        lambda: sfj.nnx.Freezer(optimizer(), scenes.module(), sfj.policies.never()),
-    ),
-    Case(
-        "nnx-freezer-policy",
-        "policy",
-        TypeError,
-        ("function", "Policy"),
-        lambda: scenes.nnx_freezer(sfj.policies.never),
-    ),
-    Case(
-        "nnx-freezer-loss", "loss", ValueError, ("(4,)", "a scalar"), lambda: scenes.nnx_freezer().step(loss=np.ones(4))
-    ),
-    Case("nnx-guided-without", "features", ValueError, ("features",), lambda: scenes.nnx_freezer(guided())),
-    Case(
         "linen-guided-without",
         "features",
         ValueError,
         ("features",),
         lambda: sfj.linen.Freezer(scenes.train_state(), guided()),
-    ),
-    Case(
-        "blocks-unequal",
-        "blocks",
-        ValueError,
-        ("(4, 3)", "(4, 2)"),
-        lambda: sfj.nnx.scan_blocks([scenes.block(), nnx.Linear(2, 3, rngs=nnx.Rngs(0))], X),
     ),
     Case(
         "linen-params",
@@ -317,25 +202,6 @@ def apply(updates: Any, other: sfj.Frozen | None = None) -> Any:
 
 def migrate_opt_state(opt_state: Any, tree: Any = None) -> Any:
     return sfj.migrate_opt_state(opt_state, TX, params() if tree is None else tree, frozen("a"))
-
-
-def more_layers() -> sfj.Layers:
-    more = sfj.Layer("more", ("more/kernel",), ("more/kernel",))
-    return sfj.Layers((*scenes.nnx_layers().entries, more))
-
-
-def update(gradients: Any) -> Any:
-    return optimizer().update(scenes.module(), gradients)
-
-
-def broadcast_grads() -> Any:
-    found = grads()
-    found["layers"][0]["kernel"] = nnx.Param(jnp.zeros((1, 2)))
-    return found
-
-
-def plain_optimizer() -> Any:
-    return sfj.nnx.Freezer(scenes.module(), nnx.Optimizer(scenes.module(), TX, wrt=nnx.Param), sfj.policies.never())
 
 
 def plain_state() -> Any:

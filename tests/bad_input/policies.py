@@ -34,7 +34,7 @@ DOORS = [
     Door("policies.scale_by_layer_schedule", lambda: {"layers": layers(), "schedules": dict.fromkeys("abc", float)}),
     Door(
         "rehearse",
-        lambda: {"train": lambda policy, steps: 1.0, "policies": {"n": sfj.policies.never}, "steps": 1},
+        lambda: {"train": lambda policy, steps: 1.0, "policies": {"n": lambda steps: sfj.policies.never()}, "steps": 1},
         unchecked={"tolerance=-7": "a policy may have to be better than never"},
     ),
     Door(
@@ -191,6 +191,13 @@ CASES = [
     Case("rarer-records", "evaluate_every", ValueError, ("2", "5"), lambda: smart(schedule=Schedule(5, 2))),
     Case("order-unknown", "order", ValueError, ("'back'", "front_to_back"), lambda: smart(order="back")),
     Case("first-probe", "first_probe", ValueError, ("7", "multiple"), lambda: smart(probe=Probing(len, 7))),
+    Case("probe-vector", "probe", ValueError, ("(3,)", "a finite scalar"), lambda: probed(lambda params: np.ones(3))),
+    Case("probe-pair", "probe", TypeError, ("tuple of 2", "scalar"), lambda: probed(lambda params: (1.0, {}))),
+    Case("probe-nothing", "probe", TypeError, ("None", "scalar"), lambda: probed(lambda params: None)),
+    Case("probe-nan", "probe", ValueError, ("nan", "finite"), lambda: probed(lambda params: NAN)),
+    Case("gradient-another", "gradients", ValueError, ("'a/kernel'",), lambda: gained(lambda *_: of_another_network())),
+    Case("gradient-shape", "gradients", ValueError, ("(3,)", "(2, 2)"), lambda: gained(lambda *_: shaped(3))),
+    Case("gradient-nothing", "gradients", ValueError, ("none", "'a/kernel'"), lambda: gained(lambda *_: None)),
     Case("loss-a-vector", "loss", ValueError, ("(4,)", "a scalar"), lambda: update(smart(), loss=np.ones(4))),
     Case("loss-as-text", "loss", TypeError, ("'1.0'", "a scalar"), lambda: update(smart(), loss="1.0")),
     Case("predictor-infinite", "predictor", ValueError, ("not finite", "classifier"), lambda: infinite_statistics()),
@@ -255,6 +262,22 @@ def nan_outputs() -> dict[str, Any]:
 
 def smart(**options: Any) -> sfj.Policy:
     return sfj.smartfrz(predictor(), **{"total_steps": 1000} | options)
+
+
+def probed(probe: Any) -> Any:
+    encoding = sfj.predictor.Encoding(regime=("contribution",))
+    config = sfj.predictor.PredictorConfig(size=4, hidden=2, features=2, head_hidden=2, encoding=encoding)
+    schedule, reading = Schedule(1, 1, min_records=1), sfj.Predictor(config, rngs=nnx.Rngs(0))
+    policy = sfj.smartfrz(reading, total_steps=1000, schedule=schedule, probe=Probing(probe, 1))
+    return update(policy, loss=np.float32(1))
+
+
+def gained(gradients: Any) -> Any:
+    policy = sfj.policies.gain(gradients, total_steps=100, window=2, measure_every=2)
+    state = policy.init(layers(), params())
+    for step in (2, 3):
+        _, state = policy.update(state, layers(), step=step, params=params)
+    return state
 
 
 def infinite_statistics() -> Any:

@@ -37,7 +37,7 @@ DOORS = [
     Door("predictor.Encoding.width", lambda: {"size": 4}, on=sfj.predictor.Encoding),
     Door("predictor.PredictorConfig", dict),
     Door("Predictor", lambda: {"rngs": nnx.Rngs(0)}),
-    Door("Predictor.__call__", lambda: {"observation": observation()}, on=predictor),
+    Door("Predictor.__call__", lambda: {"observation": one()}, on=predictor),
     Door("Predictor.pretrained", dict),
     Door("predictor.freeze_probability", lambda: {"predictor": predictor(), "observation": observation()}),
     Door(

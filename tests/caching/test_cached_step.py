@@ -266,7 +266,7 @@ def test_a_restored_run_goes_on_with_activations_computed_anew(tmp_path):
 
 
 def test_wrong_arguments():
-    with pytest.raises(ValueError, match="examples: got 0, expected at least 1"):
+    with pytest.raises(ValueError, match="examples: got 0, expected an integer of at least 1"):
         sfj.nnx.CachedStep(make_step, loss_fn, examples=0)
     with pytest.raises(ValueError, match="place: got 'somewhere', expected 'device' or 'host'; to keep files, use"):
         cached(place="somewhere")

@@ -1,0 +1,177 @@
+"""Bad input for the NNX door."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+import smartfrz_jax as sfj
+from tests.bad_input import scenes
+from tests.bad_input.scenes import TX, X, frozen, layers, optimizer
+from tests.bad_input.table import Case, Door
+
+
+def grads(model: Any = None) -> Any:
+    return nnx.grad(scenes.nnx_loss)(scenes.module() if model is None else model, X)
+
+
+def nnx_frozen() -> sfj.Frozen:
+    return sfj.Frozen(scenes.nnx_layers(), frozenset(scenes.nnx_layers().names[:1]))
+
+
+DOORS = [
+    Door("nnx.find_layers", lambda: {"model": scenes.module(), "inputs": (X,)}, unchecked={"wrt": "a filter"}),
+    Door(
+        "nnx.features",
+        lambda: {"model": scenes.module(), "layers": scenes.nnx_layers(), "inputs": (X,)},
+        unchecked={"wrt": "a filter"},
+    ),
+    Door(
+        "nnx.probe",
+        lambda: {"model": scenes.module(), "loss_fn": scenes.nnx_loss, "batch": (X,)},
+        unchecked={"wrt": "a filter"},
+    ),
+    Door(
+        "nnx.gradient_probe",
+        lambda: {"model": scenes.module(), "loss_fn": scenes.nnx_loss, "batches": lambda number: (X,)},
+        unchecked={"wrt": "a filter"},
+    ),
+    Door(
+        "nnx.Optimizer",
+        lambda: {"model": scenes.module(), "tx": TX, "layers": scenes.nnx_layers()},
+        unchecked={"wrt": "a filter"},
+    ),
+    Door("nnx.Optimizer.value_and_grad", lambda: {"loss_fn": scenes.nnx_loss}, on=optimizer),
+    Door("nnx.Optimizer.update", lambda: {"model": scenes.module(), "grads": grads()}, on=optimizer),
+    Door(
+        "nnx.Optimizer.freeze",
+        lambda: {"model": scenes.module(), "frozen": nnx_frozen()},
+        on=optimizer,
+        unchecked={"frozen=text": "the name of a layer"},
+    ),
+    Door("nnx.Optimizer.record_grads", lambda: {"model": scenes.module()}, on=optimizer),
+    Door("nnx.Freezer", lambda: {"model": scenes.module(), "optimizer": optimizer(), "policy": sfj.policies.never()}),
+    Door("nnx.Freezer.step", dict, on=scenes.nnx_freezer),
+    Door("nnx.scan_blocks", lambda: {"blocks": [scenes.block()], "x": X}, unchecked={"x": "any pytree"}),
+]
+
+CASES = [
+    Case(
+        "nnx-probe-vector", "loss_fn", ValueError, ("(4, 2)", "a scalar"), lambda: measured(lambda model, x: model(x))
+    ),
+    Case("nnx-probe-aux", "loss_fn", TypeError, ("tuple of 2", "a scalar"), lambda: measured(with_aux)),
+    Case("nnx-probe-batch", "batches", TypeError, ("float32[4, 2]", "a tuple"), lambda: measured(batch=X)),
+    Case(
+        "nnx-no-inputs", "inputs", ValueError, ("none", "example batch"), lambda: sfj.nnx.find_layers(scenes.module())
+    ),
+    Case(
+        "nnx-wrt",
+        "params",
+        ValueError,
+        ("without leaves",),
+        lambda: sfj.nnx.find_layers(scenes.module(), X, wrt=nnx.Cache),
+    ),
+    Case(
+        "nnx-tx-none",
+        "tx",
+        TypeError,
+        ("None", "optax"),
+        lambda: sfj.nnx.Optimizer(scenes.module(), None, layers=scenes.nnx_layers()),
+    ),
+    Case("nnx-layers-names", "layers", TypeError, ("['a']", "find_layers"), lambda: optimizer(layers=["a"])),
+    Case("nnx-layers-bigger", "layers", ValueError, ("'a/kernel'",), lambda: optimizer(layers=layers())),
+    Case(
+        "nnx-layers-more",
+        "layers",
+        ValueError,
+        ("'more/kernel'", "not in the model"),
+        lambda: optimizer(layers=more_layers()),
+    ),
+    Case("nnx-returning", "returning", ValueError, ("'new'", "'kept'"), lambda: optimizer(returning="new")),
+    Case(
+        "nnx-update-another", "grads", ValueError, ("'layers/0/bias'",), lambda: update(grads(scenes.another_model()))
+    ),
+    Case("nnx-update-shape", "grads", ValueError, ("[1, 2]", "(2, 2)"), lambda: update(broadcast_grads())),
+    Case(
+        "nnx-update-model",
+        "grads",
+        ValueError,
+        ("'bias'",),
+        lambda: optimizer().update(scenes.another_model(), grads()),
+    ),
+    Case(
+        "nnx-freeze-unknown",
+        "frozen",
+        ValueError,
+        ("'z'", "did you mean"),
+        lambda: optimizer().freeze(scenes.module(), ["z"]),
+    ),
+    Case(
+        "nnx-freeze-another",
+        "frozen",
+        ValueError,
+        ("3 layers", "2 layers"),
+        lambda: optimizer().freeze(scenes.module(), frozen("a")),
+    ),
+    Case("nnx-freezer-plain", "optimizer", TypeError, ("nnx.Optimizer",), lambda: plain_optimizer()),
+    Case(
+        "nnx-freezer-swapped",
+        "optimizer",
+        TypeError,
+        ("Sequential", "Optimizer"),
+        lambda: sfj.nnx.Freezer(optimizer(), scenes.module(), sfj.policies.never()),
+    ),
+    Case(
+        "nnx-freezer-policy",
+        "policy",
+        TypeError,
+        ("function", "Policy"),
+        lambda: scenes.nnx_freezer(sfj.policies.never),
+    ),
+    Case(
+        "nnx-freezer-loss", "loss", ValueError, ("(4,)", "a scalar"), lambda: scenes.nnx_freezer().step(loss=np.ones(4))
+    ),
+    Case("nnx-guided-without", "features", ValueError, ("features",), lambda: scenes.nnx_freezer(guided())),
+    Case(
+        "blocks-unequal",
+        "blocks",
+        ValueError,
+        ("(4, 3)", "(4, 2)"),
+        lambda: sfj.nnx.scan_blocks([scenes.block(), nnx.Linear(2, 3, rngs=nnx.Rngs(0))], X),
+    ),
+]
+
+
+def more_layers() -> sfj.Layers:
+    more = sfj.Layer("more", ("more/kernel",), ("more/kernel",))
+    return sfj.Layers((*scenes.nnx_layers().entries, more))
+
+
+def update(gradients: Any) -> Any:
+    return optimizer().update(scenes.module(), gradients)
+
+
+def broadcast_grads() -> Any:
+    found = grads()
+    found["layers"][0]["kernel"] = nnx.Param(jnp.zeros((1, 2)))
+    return found
+
+
+def plain_optimizer() -> Any:
+    return sfj.nnx.Freezer(scenes.module(), nnx.Optimizer(scenes.module(), TX, wrt=nnx.Param), sfj.policies.never())
+
+
+def guided() -> sfj.Policy:
+    return sfj.policies.similarity_guided(scenes.outputs(), evaluate_every=1)
+
+
+def with_aux(model: Any, x: Any) -> Any:
+    return scenes.nnx_loss(model, x), {}
+
+
+def measured(loss_fn: Any = scenes.nnx_loss, batch: Any = (X,)) -> Any:
+    params = nnx.as_pure(nnx.state(scenes.module(), nnx.Param))
+    return sfj.nnx.gradient_probe(scenes.module(), loss_fn, lambda number: batch)(params, 0)
