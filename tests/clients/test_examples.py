@@ -1,9 +1,11 @@
-"""Flax's examples as clients: with nothing frozen every bit is as with Flax's own door; a freeze holds and saves."""
+"""Examples of Flax and optax as clients: with nothing frozen every bit is as without this library; a freeze saves."""
 
 import numpy as np
 import pytest
 
-from tests.clients import (
+from tests.clients import optax_cookbook
+from tests.clients.doors import Freezing, Stock, assert_equal, flops
+from tests.clients.flax_examples import (
     linen_big_vision,
     linen_examples,
     linen_imagenet,
@@ -12,7 +14,6 @@ from tests.clients import (
     nnx_language,
     nnx_models,
 )
-from tests.clients.doors import Freezing, Stock, assert_equal, flops
 
 MODULES = (
     linen_big_vision,
@@ -22,6 +23,7 @@ MODULES = (
     nnx_arguments,
     nnx_language,
     nnx_models,
+    optax_cookbook,
 )
 EXAMPLES = [example for module in MODULES for example in module.EXAMPLES]
 
@@ -31,7 +33,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("jax_defaults")]
 @pytest.mark.parametrize(
     "example", EXAMPLES, ids=lambda example: f"{example.__module__.rpartition('.')[2]}.{example.__name__}"
 )
-def test_runs_as_with_flax_and_freezes(example):
+def test_runs_as_without_a_frozen_set_and_freezes(example):
     stock, run = example(Stock()), example(Freezing())
     for _ in range(3):
         loss = stock.advance()
