@@ -38,6 +38,10 @@ def hold(frozen: Frozen, params: PyTree = None) -> contextlib.AbstractContextMan
     that belongs to frozen layers in the same way, or calls nothing but these, end with the values that they began with,
     whatever it assigns to them; but for the collections ``"cache"``, ``"intermediates"`` and ``"perturbations"``.
 
+    A module around several layers, of which some train, goes on to write its variables, and so may change what the
+    frozen ones compute. Only those that are named by the path of a parameter, as ``nn.SpectralNorm`` names its own, are
+    of the layer of this parameter.
+
     Modules may be applied to a part of the parameters, such as ``params["backbone"]``: a layer's parameter is one whose
     name ends in the path from the module that is applied.
 
@@ -101,7 +105,7 @@ class _Holder:
         outside, self._called = self._called, set[str]()
         self._around = readings
         try:
-            if flag is not None and self._is_held(module, readings, last):
+            if flag is not None and self._are_frozen(module, _layers_of(module, readings) or last):
                 result = _call_with(module, flag, next_fun, args, kwargs)
             else:
                 result = next_fun(*args, **kwargs)
@@ -109,8 +113,10 @@ class _Holder:
             self._around = around
         after = _changeable(module)
         changed = [key for key, value in before.items() if not _is_same(value, after[key])]
-        if changed and self._is_held(module, readings, [self._called] if self._called else last):
-            for key in changed:
+        otherwise = [self._called] if self._called else last
+        for key in changed:
+            named = [{layer} for reading in readings if (layer := _named_by(key[1], module.path, reading))]
+            if self._are_frozen(module, named or _layers_of(module, readings) or otherwise):
                 module.scope.put_variable(*key, before[key])
         path = paths.SEPARATOR.join(module.path)
         own = [
@@ -133,13 +139,9 @@ class _Holder:
                 "mode or outside of loss_fn"
             )
 
-    def _is_held(self, module: nn.Module, readings: list[dict[str, str]], otherwise: list[set[str]]) -> bool:
+    def _are_frozen(self, module: nn.Module, possible: list[set[str]]) -> bool:
+        """Whether all of some layers are frozen, of which one reading each may be the right one."""
         path = paths.SEPARATOR.join(module.path)
-        inside = [
-            {layer for param, layer in reading.items() if param.startswith(path and path + paths.SEPARATOR)}
-            for reading in readings
-        ]
-        possible = [layers for layers in inside if layers] or otherwise
         answers = {layers <= self._frozen.names for layers in possible}
         if len(answers) > 1:
             named = " or ".join(sorted({repr(", ".join(sorted(layers))) for layers in possible}))
@@ -169,6 +171,27 @@ class _Holder:
                 readings = [{param: owner[name] for param, name in names.items()}]
         self._networks.append((root, readings))
         return readings
+
+
+def _layers_of(module: nn.Module, readings: list[dict[str, str]]) -> list[set[str]]:
+    """Layers with parameters inside a module, by the readings that have such."""
+    path = paths.SEPARATOR.join(module.path)
+    before = path and path + paths.SEPARATOR
+    inside = [{layer for param, layer in reading.items() if param.startswith(before)} for reading in readings]
+    return [layers for layers in inside if layers]
+
+
+def _named_by(variable: str, path: tuple[str, ...], reading: dict[str, str]) -> str | None:
+    """The layer of the parameter by whose path a variable is named, as ``Dense_0/kernel/sigma`` of a SpectralNorm.
+
+    Args:
+        variable: Its name.
+        path: Of its module, in which the parameter is, or beside it.
+        reading: Layers by parameter.
+    """
+    param = variable.rpartition(paths.SEPARATOR)[0]
+    inside = reading.get(paths.SEPARATOR.join((*path, param)))
+    return inside or reading.get(paths.SEPARATOR.join((*path[:-1], param)))
 
 
 def _parts(leaves: Iterable[str], owner: Iterable[str]) -> list[str]:
