@@ -11,7 +11,7 @@ import smartfrz_jax
 
 ROOT = Path(__file__).parents[2]
 RESULTS = sorted(path for path in (ROOT / "docs" / "results").glob("*.md") if path.stem not in {"index", "long-runs"})
-MODULES = ("nnx", "linen", "policies", "cost", "caching", "predictor", "learning")
+MODULES = ("nnx", "linen", "policies", "cost", "caching", "predictor", "learning", "callbacks")
 
 # With decimals: counts and words are not in the raw tables as they stand on the pages.
 FIGURE = re.compile(r"(?<![\d.])[-+]?\d+\.\d+")
