@@ -33,6 +33,22 @@ def _checked(make: Callable[[str], T], text: str) -> T:
         raise argparse.ArgumentTypeError(str(error).removeprefix("path: ")) from error
 
 
+def check_least(config: object, **least: float) -> None:
+    """Checks options that are numbers.
+
+    Args:
+        config: What has them as attributes.
+        **least: The smallest value of each.
+
+    Raises:
+        ValueError: If one is smaller, infinite or not a number.
+    """
+    for name, smallest in least.items():
+        got = getattr(config, name)
+        if not smallest <= got < float("inf"):
+            raise ValueError(f"--{name.replace('_', '-')}: got {got}, expected at least {smallest}")
+
+
 class Interrupt:
     """While it is entered, the first Ctrl-C is remembered until :meth:`check`; a second one acts at once.
 

@@ -6,7 +6,8 @@ import platform
 import sys
 import time
 from collections.abc import Callable, Iterator
-from typing import Any
+from contextlib import ExitStack
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -16,16 +17,17 @@ from tqdm import tqdm
 
 import smartfrz_jax as sfj
 from models import weights
+from smartfrz_jax.pytrees.file_paths import Path, is_remote
 from train import report
 from train.command_line import Interrupt, exit_code
 from train.data import Data, metrics
 from train.data.open import open_data
 from train.log import Evaluation, Log, Run
 from train.loop import make_step, training
-from train.networks import make_network
+from train.networks import NetworkConfig, make_network
 from train.optimizers import make_optimizer
-from train.options import KeepActivations, Options, parse
-from train.policies import make_policy
+from train.options import KeepActivations, Options, RunConfig, parse
+from train.policies import layer_rates, make_policy
 from train.resume import check_agree, read_baseline, read_started, save_checkpoint
 
 
@@ -93,8 +95,113 @@ def make_evaluation(data: Data, figures: dict[str, metrics.Metric]) -> Callable[
     return evaluate
 
 
+class Training(NamedTuple):
+    """What a run trains with.
+
+    Attributes:
+        model: The network.
+        optimizer: Its optimizer.
+        freezer: Decides what freezes.
+        step: The train step.
+        account: What the step costs.
+    """
+
+    model: nnx.Module
+    optimizer: sfj.nnx.Optimizer
+    freezer: sfj.nnx.Freezer
+    step: sfj.TrainStep | sfj.nnx.CachedStep
+    account: sfj.Account
+
+
+def make_model(config: NetworkConfig, *, image_size: int, num_classes: int, seed: int) -> nnx.Module:
+    """The network with the weights that it starts from, in training mode; see :func:`train.networks.make_network`."""
+    model = make_network(config, image_size=image_size, num_classes=num_classes, seed=seed)
+    if config.weights is not None:
+        prefix = config.weights_prefix or ""
+        weights.load(model, config.weights, prefix=prefix, new_head=config.head == "new", resample=True)
+    model.train()
+    if config.batch_norm == "fixed":
+        fix_statistics(model)
+    return model
+
+
+def make_training(options: Options, data: Data) -> Training:
+    """All that a run trains with, from its options and its training set.
+
+    Raises:
+        FileNotFoundError: If weights or a predictor are not there.
+        ValueError: If options do not fit each other, the network or the data.
+    """
+    run, policy_config = options.run, options.policy
+    total_steps = run.epochs * data.steps_per_epoch
+    sizes = {"image_size": options.data.image_size, "num_classes": data.num_classes, "seed": run.seed}
+    model = make_model(options.network, **sizes)
+    first = data.batch(0)
+    example = data.prepare(first.inputs)
+    layers = sfj.nnx.find_layers(model, *example)
+    learning_rate = options.optimizer.learning_rate
+    rates = layer_rates(policy_config, layers, learning_rate=learning_rate, total_steps=total_steps)
+    tx = make_optimizer(options.optimizer, epochs=run.epochs, total_steps=total_steps, rates=rates)
+    account = sfj.nnx.account(model, layers, loss_fn, example, first.labels, tx=tx)
+    features, reference = None, None
+    if policy_config.reference is not None:
+        outputs_of = sfj.nnx.features(model, layers, *example)
+        known = make_network(options.network, **sizes)
+        weights.load(known, policy_config.reference)
+        features, reference = (lambda model: outputs_of(model, *example)), outputs_of(known, *example)
+    policy = make_policy(
+        policy_config,
+        epochs=run.epochs,
+        steps_per_epoch=data.steps_per_epoch,
+        seed=run.seed,
+        costs={name: parts.forward for name, parts in account.flops().by_layer.items() if name},
+        reference=reference,
+        probe=sfj.nnx.probe(model, loss_fn, example, first.labels),
+    )
+    optimizer = sfj.nnx.Optimizer(model, tx, layers=layers)
+    step = make_train_step(data, account, total_steps, run.keep_activations)
+    freezer = sfj.nnx.Freezer(
+        model,
+        optimizer,
+        policy,
+        features=features,
+        train_step=step,
+        lead=policy_config.lead,
+        min_saving=policy_config.min_saving,
+    )
+    return Training(model, optimizer, freezer, step, account)
+
+
+def restore(freezer: sfj.nnx.Freezer, checkpoint: Path, history: Run) -> None:
+    """Puts a checkpoint into all that a run trains with.
+
+    Raises:
+        ValueError: If its parts, or the log, are not of one moment.
+    """
+    freezer.restore(checkpoint)
+    done = {"optimizer": int(freezer.optimizer.step[...]), "policy": freezer.steps, "log.jsonl": len(history.steps)}
+    check_agree(checkpoint, done)
+
+
+def make_callbacks(config: RunConfig, settings: dict[str, Any]) -> list[sfj.callbacks.Writer]:
+    """The callbacks of ``--log``.
+
+    Raises:
+        ImportError: If a package that writes for one is not installed.
+    """
+    made: list[sfj.callbacks.Writer] = []
+    for name in config.log:
+        match name:
+            case "tensorboard":
+                made.append(sfj.callbacks.TensorBoard(config.out / "tensorboard"))
+            case "wandb":
+                folder = None if is_remote(config.out) else config.out
+                made.append(sfj.callbacks.WandB(project="smartfrz_jax", config=settings, dir=folder))
+    return made
+
+
 def finetune(options: Options, say: Callable[[str], None], interrupt: Interrupt) -> None:
-    """The whole run; writes into ``options.out`` as it goes.
+    """The whole run; writes into ``--out`` as it goes.
 
     Args:
         options: The command line.
@@ -108,107 +215,77 @@ def finetune(options: Options, say: Callable[[str], None], interrupt: Interrupt)
         FloatingPointError: If the loss is not finite.
     """
     begin = time.perf_counter()
-    started = read_started(options) if options.resume else None
-    if options.resume and started is None:
-        say(f"{options.out} holds no checkpoint yet: the run starts again from its first step")
-    if options.keep_programs is not None:
-        sfj.enable_compilation_cache(options.keep_programs)
-    train_data, evaluation_data = open_data(options)
-    steps_per_epoch = train_data.steps_per_epoch
-    total_steps = options.epochs * steps_per_epoch
-    baseline = [] if options.baseline is None else [read_baseline(options, options.baseline, total_steps)]
-    model = make_network(options, num_classes=train_data.num_classes, seed=options.seed)
-    if options.weights is not None:
-        prefix = options.weights_prefix or ""
-        weights.load(model, options.weights, prefix=prefix, new_head=options.head == "new", resample=True)
-    model.train()
-    if options.batch_norm == "fixed":
-        fix_statistics(model)
-
-    first = train_data.batch(0)
-    example = train_data.prepare(first.inputs)
-    layers = sfj.nnx.find_layers(model, *example)
-    tx = make_optimizer(options, layers, total_steps)
-    account = sfj.nnx.account(model, layers, loss_fn, example, first.labels, tx=tx)
-    features, reference = None, None
-    if options.reference is not None:
-        outputs_of = sfj.nnx.features(model, layers, *example)
-        known = make_network(options, num_classes=train_data.num_classes, seed=options.seed)
-        weights.load(known, options.reference)
-        features, reference = (lambda model: outputs_of(model, *example)), outputs_of(known, *example)
-    policy = make_policy(
-        options,
-        steps_per_epoch=steps_per_epoch,
-        costs={name: parts.forward for name, parts in account.flops().by_layer.items() if name},
-        reference=reference,
-        probe=sfj.nnx.probe(model, loss_fn, example, first.labels),
+    config, settings, out = options.run, options.settings(), options.run.out
+    started = read_started(out, settings) if config.resume else None
+    if config.resume and started is None:
+        say(f"{out} holds no checkpoint yet: the run starts again from its first step")
+    if config.keep_programs is not None:
+        sfj.enable_compilation_cache(config.keep_programs)
+    data, evaluation_data = open_data(
+        options.data, options.network.reads, batch_size=config.batch_size, seed=config.seed
     )
-    optimizer = sfj.nnx.Optimizer(model, tx, layers=layers)
-    train_step = make_train_step(train_data, account, total_steps, options.keep_activations)
-    freezer = sfj.nnx.Freezer(
-        model,
-        optimizer,
-        policy,
-        features=features,
-        train_step=train_step,
-        lead=options.lead,
-        min_saving=options.min_saving,
-    )
-
-    history = Run(options.policy, layers.names, options.settings())
+    total_steps = config.epochs * data.steps_per_epoch
+    figures = metrics.metrics_of(options.data.data)
+    baseline = [] if config.baseline is None else [read_baseline(config.baseline, settings, total_steps, figures)]
+    model, optimizer, freezer, step, account = make_training(options, data)
+    history = Run(options.policy.policy, freezer.layers.names, settings)
     if started is not None:
         checkpoint, history = started
-        freezer.restore(checkpoint)
-        done = {"optimizer": int(optimizer.step[...]), "policy": freezer.steps, "log.jsonl": len(history.steps)}
-        check_agree(checkpoint, done)
+        restore(freezer, checkpoint, history)
         say(f"resumed from {checkpoint}, {freezer.steps} of {total_steps} steps done")
     versions = f"jax {jax.__version__}, Python {platform.python_version()}, {jax.devices()[0].device_kind}"
-    say(
-        f"{options.model}: {len(layers)} layers, {account.flops().total / 1e9:.2f} GFLOP a step of {options.batch_size}"
-    )
-    say(f"{options.data}: {steps_per_epoch} steps an epoch, {total_steps} in all ({versions})")
+    layers, gflop = len(freezer.layers), account.flops().total / 1e9
+    say(f"{options.network.model}: {layers} layers, {gflop:.2f} GFLOP a step of {config.batch_size}")
+    say(f"{options.data.data}: {data.steps_per_epoch} steps an epoch, {total_steps} in all ({versions})")
 
-    evaluate = make_evaluation(evaluation_data, metrics.metrics_of(options.data))
-    bar = tqdm(total=total_steps, initial=freezer.steps, unit="step", disable=options.quiet, ncols=100)
+    evaluate = make_evaluation(evaluation_data, figures)
 
     def batches() -> Iterator[tuple[Any, ...]]:
         steps = range(freezer.steps, total_steps)
-        for step, batch in zip(steps, train_data.batches(freezer.steps, total_steps), strict=True):
-            indices = () if options.keep_activations == "no" else (train_data.indices(step),)
-            yield *indices, train_data.key(step), batch.inputs, batch.labels
+        for at, batch in zip(steps, data.batches(freezer.steps, total_steps), strict=True):
+            indices = () if config.keep_activations == "no" else (data.indices(at),)
+            yield *indices, data.key(at), batch.inputs, batch.labels
 
-    with bar, Log(options.out / "log.jsonl", history) as log:
-        data = interrupt.checked(batches(), on_interrupt=lambda: save_checkpoint(freezer, options.out))
-        flops = (lambda frozen: account.flops(frozen).total) if options.scan else None
-        for step in training(log, model, optimizer, freezer, train_step, data, flops=flops):
+    with ExitStack() as stack:
+        callbacks = [stack.enter_context(callback) for callback in make_callbacks(config, settings)]
+        bar = tqdm(total=total_steps, initial=freezer.steps, unit="step", disable=config.quiet, ncols=100)
+        stack.enter_context(bar)
+        log = stack.enter_context(Log(out / "log.jsonl", history, callbacks))
+        checked = interrupt.checked(batches(), on_interrupt=lambda: save_checkpoint(freezer, out))
+        flops = (lambda frozen: account.flops(frozen).total) if options.network.scan else None
+        for done in training(log, model, optimizer, freezer, step, checked, flops=flops):
             bar.update()
-            bar.set_postfix(loss=f"{log.run.steps[-1].loss:.3f}", frozen=f"{len(freezer.frozen.names)}/{len(layers)}")
-            if step % steps_per_epoch == 0:
-                log.add(Evaluation(step, evaluate(model)))
-                figures = ", ".join(f"{name} {value:.4f}" for name, value in log.run.metrics.items())
-                bar.write(f"epoch {step // steps_per_epoch}: {figures}", file=sys.stdout)
-                save_checkpoint(freezer, options.out)
+            bar.set_postfix(loss=f"{log.run.steps[-1].loss:.3f}", frozen=f"{len(freezer.frozen.names)}/{layers}")
+            if done % data.steps_per_epoch == 0:
+                log.add(Evaluation(done, evaluate(model)))
+                found = ", ".join(f"{name} {value:.4f}" for name, value in log.run.metrics.items())
+                bar.write(f"epoch {done // data.steps_per_epoch}: {found}", file=sys.stdout)
+                save_checkpoint(freezer, out)
 
-    weights.save(model, options.out / "model.safetensors", overwrite=True)
-    runs = [*baseline, log.run]
-    table, phases = report.table(runs), report.phases(log.run)
-    (options.out / "report.md").write_text(f"{' '.join(sys.argv)}\n\n{versions}\n\n{table}\n\n{phases}\n")
-    report.picture(runs, options.out / "report.png", f"{options.model} on {options.data} ({versions})")
-    say(f"\n{table}\n\neverything is in {options.out} ({time.perf_counter() - begin:.0f} s in all)")
+    weights.save(model, out / "model.safetensors", overwrite=True)
+    table = write_report([*baseline, log.run], out, f"{options.network.model} on {options.data.data}", versions)
+    say(f"\n{table}\n\neverything is in {out} ({time.perf_counter() - begin:.0f} s in all)")
+
+
+def write_report(runs: list[Run], out: Path, title: str, versions: str) -> str:
+    """Writes report.md and report.png; returns the table that compares the runs, of which the last is the new one."""
+    table, phases = report.table(runs), report.phases(runs[-1])
+    (out / "report.md").write_text(f"{' '.join(sys.argv)}\n\n{versions}\n\n{table}\n\n{phases}\n")
+    report.picture(runs, out / "report.png", f"{title} ({versions})")
+    return table
 
 
 def main(argv: list[str] | None = None) -> int:
     """Runs the script; returns the exit code: 0, 2 if something asked for is wrong, 130 if interrupted."""
     options = parse(argv)
+    out = options.run.out
 
     def work(interrupt: Interrupt) -> None:
-        if (options.out / "log.jsonl").exists() and not options.resume:
-            raise FileExistsError(
-                f"out: {options.out} holds a run; go on with it with --resume, or choose another folder"
-            )
+        if (out / "log.jsonl").exists() and not options.run.resume:
+            raise FileExistsError(f"out: {out} holds a run; go on with it with --resume, or choose another folder")
         finetune(options, print, interrupt)
 
-    return exit_code(work, options.out, go_on=f"go on with --resume --out {options.out}")
+    return exit_code(work, out, go_on=f"go on with --resume --out {out}")
 
 
 if __name__ == "__main__":

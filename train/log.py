@@ -7,6 +7,7 @@ import itertools
 import json
 import math
 import os
+from collections.abc import Sequence
 from typing import Any, NamedTuple, TextIO
 
 import numpy as np
@@ -192,6 +193,7 @@ class Log:
         path: The file. It is written anew; one that is there stays whole until all the run has is written. In an object
             store, where nothing can be added to a file, it is written again at every evaluation and at the end.
         run: The run; lines are written for what it has already.
+        callbacks: What is told of every step, of the figures of every evaluation, and of what freezes.
 
     Raises:
         OSError: If the file cannot be written.
@@ -199,8 +201,8 @@ class Log:
     A context manager, which closes the file.
     """
 
-    def __init__(self, path: Path, run: Run):
-        self.run = run
+    def __init__(self, path: Path, run: Run, callbacks: Sequence[sfj.callbacks.Callback] = ()):
+        self.run, self._callbacks = run, callbacks
         lines = [_line("run", {"name": run.name, "layers": run.layers, "settings": run.settings})]
         for event, (field, _) in _KINDS.items():
             lines += [_line(event, item._asdict()) for item in getattr(run, field)]
@@ -212,6 +214,8 @@ class Log:
         """Adds something that happened to the run and to the file."""
         event, field = next((event, field) for event, (field, kind) in _KINDS.items() if isinstance(item, kind))
         getattr(self.run, field).append(item)
+        for callback in self._callbacks:
+            _tell(callback, item)
         line = _line(event, item._asdict())
         if self._file is not None:
             self._file.write(line)
@@ -229,6 +233,18 @@ class Log:
             self._file.close()
         else:
             write_whole(self._path, "".join(self._lines))
+
+
+def _tell(callback: sfj.callbacks.Callback, item: Step | Compiled | sfj.FreezeEvent | Evaluation) -> None:
+    match item:
+        case Step():
+            loss = math.nan if item.loss is None else item.loss
+            metrics = {name: value for name, value in item._asdict().items() if name not in ("step", "frozen")}
+            callback.on_step(item.step, metrics | {"loss": loss, "frozen_layers": item.frozen})
+        case Evaluation():
+            callback.on_step(item.step, {f"evaluation/{name}": value for name, value in item.metrics.items()})
+        case sfj.FreezeEvent():
+            callback.on_freeze(item)
 
 
 def _line(event: str, fields: dict[str, Any]) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from flax import nnx
@@ -14,10 +15,9 @@ from models.efficientnet_lite import efficientnet_lite0
 from models.mobilenetv2 import mobilenetv2
 from models.resnet import resnet50
 from models.vgg import vgg11
+from smartfrz_jax.pytrees.file_paths import Path
 from train.data.augment import images
-
-if TYPE_CHECKING:
-    from train.options import Options
+from train.data.open import Reads
 
 Name = Literal[
     "resnet50",
@@ -34,23 +34,52 @@ Name = Literal[
 VOCABULARY = 30522  # tokens that the networks for text know: those of uncased BERT
 
 
-def is_text(name: Name) -> bool:
-    """Whether the network reads text."""
-    return name in ("bert-base", "minilm")
+@dataclasses.dataclass(frozen=True)
+class NetworkConfig:
+    """The network, and the weights that it starts from."""
+
+    model: Name
+    """the network"""
+    weights: Path | None = None
+    """safetensors file to start from; from scratch without one"""
+    weights_prefix: str | None = None
+    """what is taken off the names in --weights, such as module. of DataParallel"""
+    head: Literal["new", "keep"] = "new"
+    """whether the head of --weights is made anew or kept"""
+    stem: Literal["imagenet", "cifar"] = "imagenet"
+    """cifar: for images of 32x32; no early strides"""
+    precision: Literal["float32", "bfloat16"] = "float32"
+    """of the computation; weights are float32"""
+    scan: bool = False
+    """scan over a transformer's blocks: compiles faster"""
+    batch_norm: Literal["train", "fixed"] = "train"
+    """fixed: BatchNorms use the statistics of --weights throughout; better for short runs on little data"""
+
+    def __post_init__(self) -> None:
+        if self.batch_norm == "fixed" and self.weights is None:
+            raise ValueError(
+                "--batch-norm: got fixed, which keeps the statistics of --weights, expected these, too; or leave it out"
+            )
+
+    @property
+    def is_text(self) -> bool:
+        """Whether the network reads text."""
+        return self.model in ("bert-base", "minilm")
+
+    @property
+    def reads(self) -> Reads:
+        """What the network reads, as its published weights expect it."""
+        lite = self.model == "efficientnet-lite0"
+        mean, std = (images.LITE_MEAN, images.LITE_STD) if lite else (images.IMAGENET_MEAN, images.IMAGENET_STD)
+        return Reads(self.model, "text" if self.is_text else "image", mean, std, VOCABULARY)
 
 
-def normalisation(name: Name) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and standard deviation of the channels, on a scale from 0 to 1, that the published weights expect."""
-    if name == "efficientnet-lite0":
-        return images.LITE_MEAN, images.LITE_STD
-    return images.IMAGENET_MEAN, images.IMAGENET_STD
-
-
-def make_network(options: Options, *, num_classes: int, seed: int) -> nnx.Module:
-    """The network that the command line asks for, freshly initialised.
+def make_network(config: NetworkConfig, *, image_size: int, num_classes: int, seed: int) -> nnx.Module:
+    """A network, freshly initialised.
 
     Args:
-        options: The command line.
+        config: Which one.
+        image_size: Height and width of images.
         num_classes: Width of the head.
         seed: Of its weights and of its dropout.
 
@@ -62,27 +91,27 @@ def make_network(options: Options, *, num_classes: int, seed: int) -> nnx.Module
     """
     common: dict[str, Any] = {
         "num_classes": num_classes,
-        "dtype": jnp.bfloat16 if options.precision == "bfloat16" else jnp.float32,
+        "dtype": jnp.bfloat16 if config.precision == "bfloat16" else jnp.float32,
         "rngs": nnx.Rngs(params=seed, dropout=seed + 1),
     }
-    transformer = is_text(options.model) or options.model.startswith("deit")
-    if options.scan and not transformer:
-        raise ValueError(f"scan: {options.model} has no stack of equal blocks; leave --scan out")
-    if options.stem == "cifar" and (transformer or options.model.startswith("vgg")):
-        raise ValueError(f"stem: {options.model} has no strided stem; leave --stem out")
-    deit = partial(deit_tiny, image_size=options.image_size, scan=options.scan)
-    text = {"vocab_size": VOCABULARY, "scan": options.scan}
-    match options.model:
+    transformer = config.is_text or config.model.startswith("deit")
+    if config.scan and not transformer:
+        raise ValueError(f"scan: {config.model} has no stack of equal blocks; leave --scan out")
+    if config.stem == "cifar" and (transformer or config.model.startswith("vgg")):
+        raise ValueError(f"stem: {config.model} has no strided stem; leave --stem out")
+    deit = partial(deit_tiny, image_size=image_size, scan=config.scan)
+    text = {"vocab_size": VOCABULARY, "scan": config.scan}
+    match config.model:
         case "resnet50":
-            return resnet50(stem=options.stem, **common)
+            return resnet50(stem=config.stem, **common)
         case "vgg11" | "vgg11-bn":
-            return vgg11(batch_norm=options.model == "vgg11-bn", **common)
+            return vgg11(batch_norm=config.model == "vgg11-bn", **common)
         case "mobilenetv2":
-            return mobilenetv2(stem=options.stem, **common)
+            return mobilenetv2(stem=config.stem, **common)
         case "efficientnet-lite0":
-            return efficientnet_lite0(stem=options.stem, **common)
+            return efficientnet_lite0(stem=config.stem, **common)
         case "deit-tiny" | "deit-tiny-distilled":
-            return deit(distilled=options.model == "deit-tiny-distilled", **common)
+            return deit(distilled=config.model == "deit-tiny-distilled", **common)
         case "bert-base":
             return bert_base(**text, **common)
         case "minilm":

@@ -2,61 +2,76 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any, Literal
+import dataclasses
+from typing import Any, Literal
 
 import jax
 import optax
 
-import smartfrz_jax as sfj
 from smartfrz_jax.pytrees.types import PyTree
-
-if TYPE_CHECKING:
-    from train.options import Options
+from train.command_line import check_least
 
 OptimizerName = Literal["sgd", "adamw"]
 
 
-def make_optimizer(options: Options, layers: sfj.Layers, total_steps: int) -> optax.GradientTransformation:
+@dataclasses.dataclass(frozen=True)
+class OptimizerConfig:
+    """The optimizer and its learning rate."""
+
+    optimizer: OptimizerName = "sgd"
+    """the paper's is sgd"""
+    learning_rate: float = 0.01
+    """at the start; annealed to 0 by a cosine"""
+    momentum: float = 0.9
+    """of sgd"""
+    weight_decay: float = 0.0
+    """of kernels and embeddings, not of biases and normalisations"""
+    warmup_epochs: float = 0.0
+    """in which the learning rate rises from 0"""
+    clip: float | None = None
+    """largest norm of the gradients of active layers; any without it"""
+
+    def __post_init__(self) -> None:
+        check_least(self, learning_rate=0, momentum=0, weight_decay=0, warmup_epochs=0)
+        if self.clip is not None and not 0 < self.clip < float("inf"):
+            raise ValueError(f"--clip: got {self.clip}, expected a norm above 0; leave it out for none")
+
+
+def make_optimizer(
+    config: OptimizerConfig, *, epochs: int, total_steps: int, rates: optax.GradientTransformation | None = None
+) -> optax.GradientTransformation:
     """SGD with momentum, or AdamW, under a cosine schedule; clipping inside, so that it is over active layers only.
 
-    With the policy ``freezeout`` every layer has the schedule of FreezeOut, which ends when it freezes.
-
     Args:
-        options: The command line.
-        layers: The network's layers.
-        total_steps: Steps of the whole run.
+        config: The optimizer.
+        epochs: Epochs of the whole run.
+        total_steps: Its steps.
+        rates: What multiplies by the learning rates, in place of the cosine: that of a policy which anneals every layer
+            on a schedule of its own.
 
     Returns:
         The transformation. Make it once: another one is another program.
 
     Raises:
-        ValueError: If the warm-up is longer than the run, or is asked for together with FreezeOut.
+        ValueError: If the warm-up is longer than the run, or is asked for together with ``rates``.
     """
-    warmup = round(options.warmup_epochs * total_steps / options.epochs)
-    if warmup >= total_steps or (warmup and options.policy == "freezeout"):
+    warmup = round(config.warmup_epochs * total_steps / epochs)
+    if warmup >= total_steps:
+        raise ValueError(f"warmup_epochs: got {config.warmup_epochs}, expected fewer than the {epochs} of --epochs")
+    if warmup and rates is not None:
         raise ValueError(
-            f"warmup_epochs: got {options.warmup_epochs} of {options.epochs} epochs with policy {options.policy!r}; "
-            "expected fewer than the epochs, and 0 with 'freezeout', which has a schedule of its own for every layer"
+            f"warmup_epochs: got {config.warmup_epochs}, expected 0 with --policy freezeout, which has a schedule of "
+            "its own for every layer"
         )
-    if options.policy == "freezeout":
-        schedules = sfj.policies.freezeout_schedules(
-            layers,
-            learning_rate=options.learning_rate,
-            total_steps=total_steps,
-            t0=options.t0,
-            spacing=options.spacing,  # pyright: ignore[reportArgumentType]  # argparse has checked it
-        )
-        step = sfj.policies.scale_by_layer_schedule(layers, schedules)
-    else:
-        peak = options.learning_rate
-        rate = (
+    if rates is None:
+        peak = config.learning_rate
+        rates = optax.scale_by_learning_rate(
             optax.warmup_cosine_decay_schedule(0.0, peak, warmup, total_steps)
             if warmup
             else optax.cosine_decay_schedule(peak, total_steps)
         )
-        step = optax.scale_by_learning_rate(rate)
-    clip = [] if options.clip is None else [optax.clip_by_global_norm(options.clip)]
-    return optax.chain(*clip, *directions(options.optimizer, options.weight_decay or None, options.momentum), step)
+    clip = [] if config.clip is None else [optax.clip_by_global_norm(config.clip)]
+    return optax.chain(*clip, *directions(config.optimizer, config.weight_decay or None, config.momentum), rates)
 
 
 def directions(name: OptimizerName, decay: Any = None, momentum: float = 0.9) -> list[optax.GradientTransformation]:

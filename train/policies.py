@@ -2,76 +2,142 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import jax
+import optax
 
 import smartfrz_jax as sfj
 from smartfrz_jax.predictor.probe import Probe
-
-if TYPE_CHECKING:
-    from train.options import Options
+from smartfrz_jax.pytrees.file_paths import Path
+from train.command_line import check_least
 
 PolicyName = Literal[
     "never", "smartfrz", "progress", "freezeout", "autofreeze", "similarity_guided", "static_prefix", "random"
 ]
 
 
+Stages: TypeAlias = tuple[tuple[float, float], ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyConfig:
+    """What decides when layers freeze."""
+
+    policy: PolicyName = "never"
+    """what decides when layers freeze"""
+    predictor: str = "default"
+    """smartfrz: default or paper, which come with the library, or the path of a checkpoint"""
+    caution: float | None = None
+    """smartfrz, progress: from 0, save more, to 1, never lose; 0.95 without it"""
+    order: Literal["front_to_back", "any"] = "front_to_back"
+    """smartfrz: whether a layer waits for those before it; the paper's is any"""
+    patience: int = 2
+    """smartfrz: decisions in a row that it takes; the paper's is 1"""
+    window: int = 30
+    """smartfrz: records that the predictor sees"""
+    t0: float = 0.5
+    """freezeout: share of training after which the first layer freezes"""
+    spacing: Literal["linear", "cubic"] = "linear"
+    """freezeout: of the moments of freezing"""
+    evaluations_per_epoch: int = 4
+    """autofreeze, similarity_guided: decisions in an epoch"""
+    percentile: float = 50.0
+    """autofreeze: share of active layers taken as converged, in percent"""
+    tolerance: float = 0.02
+    """similarity_guided: change in CKA that counts as none"""
+    reference: Path | None = None
+    """similarity_guided: model.safetensors of a finished run of that network"""
+    stages: Stages = ((0.0, 0.5),)
+    """static_prefix: from which share of training on which share of the forward FLOPs is frozen, such as 0:0.5,0.5:1"""
+    budget: float = 0.5
+    """random: share of the forward FLOPs to freeze"""
+    lead: int = 20
+    """steps from a decision to its effect, in which its program is compiled"""
+    min_saving: float = 0.01
+    """share of a step's FLOPs that a new program must save"""
+
+    def __post_init__(self) -> None:
+        check_least(self, patience=1, window=1, evaluations_per_epoch=1, lead=0, min_saving=0)
+        if self.policy == "similarity_guided" and self.reference is None:
+            raise ValueError("--policy: got similarity_guided, expected --reference, too; see --help")
+
+
 def make_policy(
-    options: Options,
+    config: PolicyConfig,
     *,
+    epochs: int,
     steps_per_epoch: int,
+    seed: int,
     costs: Mapping[str, float],
     reference: Mapping[str, jax.Array] | None,
     probe: Probe | None = None,
 ) -> sfj.Policy:
-    """The policy that the command line asks for.
+    """The policy.
 
     Args:
-        options: The command line.
+        config: Which one.
+        epochs: Epochs of the whole run.
         steps_per_epoch: Train steps of an epoch.
+        seed: Of policies that draw.
         costs: Forward FLOPs of each layer, for policies with a budget.
         reference: Outputs of the reference network's layers on the probe batch, for ``similarity_guided``.
         probe: From parameters to the training loss on a fixed batch, for ``smartfrz``.
-
-    Returns:
-        The policy.
 
     Raises:
         FileNotFoundError: If the predictor's checkpoint is not there.
         ValueError: If it is damaged, or an option is out of range.
     """
-    total_steps = options.epochs * steps_per_epoch
-    evaluate_every = max(1, steps_per_epoch // options.evaluations_per_epoch)
-    caution: dict[str, Any] = {} if options.caution is None else {"caution": options.caution}
-    match options.policy:
+    total_steps = epochs * steps_per_epoch
+    evaluate_every = max(1, steps_per_epoch // config.evaluations_per_epoch)
+    caution: dict[str, Any] = {} if config.caution is None else {"caution": config.caution}
+    match config.policy:
         case "never":
             return sfj.policies.never()
         case "smartfrz":
             return sfj.smartfrz(
-                _predictor(options.predictor),
+                _predictor(config.predictor),
                 total_steps=total_steps,
                 **caution,
-                order="any" if options.order == "any" else "front_to_back",
-                schedule=sfj.policies.Schedule(patience=options.patience, window=options.window),
+                order=config.order,
+                schedule=sfj.policies.Schedule(patience=config.patience, window=config.window),
                 probe=probe,
-                seed=options.seed,
+                seed=seed,
             )
         case "progress":
             return sfj.progress(total_steps=total_steps, **caution)
         case "freezeout":
-            spacing = "cubic" if options.spacing == "cubic" else "linear"
-            return sfj.freezeout(total_steps=total_steps, t0=options.t0, spacing=spacing)
+            return sfj.freezeout(total_steps=total_steps, t0=config.t0, spacing=config.spacing)
         case "autofreeze":
-            return sfj.autofreeze(evaluate_every, percentile=options.percentile)
+            return sfj.autofreeze(evaluate_every, percentile=config.percentile)
         case "similarity_guided":
             assert reference is not None
-            return sfj.policies.similarity_guided(reference, evaluate_every, tolerance=options.tolerance)
+            return sfj.policies.similarity_guided(reference, evaluate_every, tolerance=config.tolerance)
         case "static_prefix":
-            return sfj.static_prefix(options.stages, total_steps=total_steps, costs=costs)
+            return sfj.static_prefix(config.stages, total_steps=total_steps, costs=costs)
         case "random":
-            return sfj.policies.random(options.budget, total_steps=total_steps, seed=options.seed, costs=costs)
+            return sfj.policies.random(config.budget, total_steps=total_steps, seed=seed, costs=costs)
+
+
+def layer_rates(
+    config: PolicyConfig, layers: sfj.Layers, *, learning_rate: float, total_steps: int
+) -> optax.GradientTransformation | None:
+    """What multiplies by the learning rate of every layer, where the policy has one for each; else None.
+
+    Args:
+        config: The policy.
+        layers: The network's layers.
+        learning_rate: The rate at the start.
+        total_steps: Steps of the whole run.
+    """
+    if config.policy != "freezeout":
+        return None
+    schedules = sfj.policies.freezeout_schedules(
+        layers, learning_rate=learning_rate, total_steps=total_steps, t0=config.t0, spacing=config.spacing
+    )
+    return sfj.policies.scale_by_layer_schedule(layers, schedules)
 
 
 def _predictor(name: str) -> sfj.Predictor:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from etils import epath
 
 import smartfrz_jax as sfj
 from smartfrz_jax.pytrees.file_paths import Path
-from train.data import metrics
 from train.log import Run, read
-from train.options import Options
 
 
 def save_checkpoint(freezer: sfj.nnx.Freezer, out: Path) -> None:
@@ -28,11 +27,12 @@ def last_checkpoint(out: Path) -> Path | None:
     return max((path for path in (out / "checkpoints").glob("*") if path.name.isdigit()), default=None)
 
 
-def read_started(options: Options) -> tuple[Path, Run] | None:
+def read_started(out: Path, settings: dict[str, Any]) -> tuple[Path, Run] | None:
     """The newest checkpoint of the run in ``--out``, and its log until there.
 
     Args:
-        options: The command line.
+        out: The folder.
+        settings: The options by name.
 
     Returns:
         None of a run that ended before its first checkpoint, and is to start again.
@@ -41,13 +41,13 @@ def read_started(options: Options) -> tuple[Path, Run] | None:
         FileNotFoundError: If there is no run.
         ValueError: If the log is damaged, or the run was started with other options.
     """
-    checkpoint, file = last_checkpoint(options.out), options.out / "log.jsonl"
+    checkpoint, file = last_checkpoint(out), out / "log.jsonl"
     if checkpoint is None and not file.exists():
         raise FileNotFoundError(
-            f"resume: {options.out} holds no run; start it without --resume, or name the folder of one with --out"
+            f"resume: {out} holds no run; start it without --resume, or name the folder of one with --out"
         )
     started = read(file, until=None if checkpoint is None else int(checkpoint.name), argument="resume")
-    check_same(started.settings, options.settings())
+    check_same(started.settings, settings)
     return None if checkpoint is None else (checkpoint, started)
 
 
@@ -57,7 +57,7 @@ def check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
     Raises:
         ValueError: If an option that changes what is computed differs.
     """
-    free = {"resume", "baseline", "quiet", "workers", "out", "data_dir", "keep_programs"}
+    free = {"resume", "baseline", "quiet", "workers", "out", "data_dir", "keep_programs", "log"}
     changed = [f"{name} (was {before.get(name)}, is {now[name]})" for name in now if before.get(name) != now[name]]
     changed = [text for text in changed if text.split(" ")[0] not in free]
     if changed:
@@ -81,13 +81,14 @@ def check_agree(checkpoint: Path, steps: dict[str, int]) -> None:
         )
 
 
-def read_baseline(options: Options, folder: Path, total_steps: int) -> Run:
+def read_baseline(folder: Path, settings: dict[str, Any], total_steps: int, metrics: Iterable[str]) -> Run:
     """The run to compare with.
 
     Args:
-        options: The command line.
         folder: The folder of that run.
-        total_steps: Steps of the run that the command line asks for.
+        settings: The options of this run by name.
+        total_steps: Its steps.
+        metrics: Names of its figures.
 
     Raises:
         FileNotFoundError: If its log is not there.
@@ -97,8 +98,8 @@ def read_baseline(options: Options, folder: Path, total_steps: int) -> Run:
     names = ("model", "data", "evaluation_split", "batch_size", "epochs")
     there = {name: run.settings.get(name) for name in names}
     there |= {"steps": len(run.steps), "metrics": sorted(run.metrics)}
-    here = {name: getattr(options, name) for name in names}
-    here |= {"steps": total_steps, "metrics": sorted(metrics.metrics_of(options.data))}
+    here = {name: settings[name] for name in names}
+    here |= {"steps": total_steps, "metrics": sorted(metrics)}
     wrong = [f"{name} {there[name]!r}, not {here[name]!r}" for name in here if there[name] != here[name]]
     if wrong:
         raise ValueError(

@@ -15,6 +15,7 @@ from flax import nnx
 
 import smartfrz_jax as sfj
 from smartfrz_jax import FreezeEvent
+from tests.support.tensorboard import read_tensorboard
 
 pytestmark = pytest.mark.usefixtures("jax_defaults")
 
@@ -121,21 +122,6 @@ def test_json_lines_hold_what_is_not_finite_as_null(tmp_path):
     sfj.callbacks.JsonLines(tmp_path / "m").on_step(1, {"loss": jnp.nan, "bound": float("inf")})
     entry = json.loads((tmp_path / "m").read_text(), parse_constant=pytest.fail)
     assert entry["metrics"] == {"loss": None, "bound": None}
-
-
-def read_tensorboard(folder):
-    """What is in a folder of TensorBoard: a scalar or a text for each step and name."""
-    event_pb2 = importlib.import_module("tensorboardX.proto.event_pb2")
-    (file,) = folder.iterdir()
-    content, found = file.read_bytes(), []
-    while content:
-        (length,) = struct.unpack("<Q", content[:8])
-        event = event_pb2.Event.FromString(content[12 : 12 + length])
-        content = content[16 + length :]
-        for value in event.summary.value:
-            texts = [text.decode() for text in value.tensor.string_val]
-            found.append((event.step, value.tag.partition("/")[0], texts[0] if texts else value.simple_value))
-    return found
 
 
 def test_tensorboard_reads_scalars_and_texts(tmp_path):

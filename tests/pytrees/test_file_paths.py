@@ -18,6 +18,7 @@ from smartfrz_jax.learning import recording_files
 from smartfrz_jax.pytrees import checkpoint, file_paths
 from tests.learning.test_recording import example
 from tests.models.test_weights import assert_same, resnet, values
+from tests.support.boxes import unboxed
 from tests.support.buckets import buckets
 from train import command_line, finetune, log, resume
 from train.data import directory
@@ -181,8 +182,8 @@ def test_the_command_line_of_finetune(home, capsys):
     assert (options.settings()["out"], options.settings()["weights"]) == ("gs://bucket/run", str(home / "a"))
     with pytest.raises(SystemExit):
         parse([*ARGUMENTS, "--out", "nowhere://run"])
-    assert (
-        "argument --out: got nowhere://run, expected a local path or one of an object store" in capsys.readouterr().err
+    assert "--out: path: got nowhere://run, expected a local path or one of an object store" in unboxed(
+        capsys.readouterr().err
     )
 
 

@@ -10,9 +10,10 @@ import pytest
 from flax import nnx
 
 import smartfrz_jax as sfj
+from tests.support.boxes import unboxed
 from train.optimizers import directions, make_optimizer
 from train.options import parse
-from train.policies import make_policy
+from train.policies import layer_rates, make_policy
 
 PARAMS = {
     "a": {"kernel": jnp.ones((3, 3)), "bias": jnp.ones(3)},
@@ -32,6 +33,19 @@ def layers(jax_defaults):
 
 def options(*changed):
     return parse(["--model", "resnet50", "--data", "x", "--data-dir", "y", "--out", "z", "--epochs", "4", *changed])
+
+
+def optimizer_of(layers, *changed):
+    """As ``train.finetune`` makes it."""
+    chosen = options(*changed)
+    rates = layer_rates(chosen.policy, layers, learning_rate=chosen.optimizer.learning_rate, total_steps=STEPS)
+    return make_optimizer(chosen.optimizer, epochs=chosen.run.epochs, total_steps=STEPS, rates=rates)
+
+
+def policy_of(*changed, steps_per_epoch=10, reference=None):
+    costs, epochs = {"a": 3.0, "b": 1.0}, options().run.epochs
+    config = options(*changed).policy
+    return make_policy(config, epochs=epochs, steps_per_epoch=steps_per_epoch, seed=0, costs=costs, reference=reference)
 
 
 def trajectory(tx):
@@ -65,12 +79,12 @@ COSINE = optax.cosine_decay_schedule(0.1, STEPS)
     ],
 )
 def test_the_optimizer_is_that_of_optax(layers, changed, reference):
-    ours = make_optimizer(options("--learning-rate", "0.1", *changed), layers, STEPS)
+    ours = optimizer_of(layers, "--learning-rate", "0.1", *changed)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), trajectory(ours), trajectory(reference))
 
 
 def test_weight_decay_shrinks_kernels_only(layers):
-    tx = make_optimizer(options("--weight-decay", "0.5", "--learning-rate", "0.1"), layers, STEPS)
+    tx = optimizer_of(layers, "--weight-decay", "0.5", "--learning-rate", "0.1")
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, PARAMS), tx.init(PARAMS), PARAMS)
     assert float(updates["a"]["kernel"][0, 0]) == pytest.approx(-0.05)
     assert float(updates["a"]["bias"][0]) == 0
@@ -89,7 +103,7 @@ def test_weight_decay_may_be_traced(jax_defaults, name):
 
 
 def test_linear_anneals_every_layer_to_its_own_end(layers):
-    tx = make_optimizer(options("--policy", "freezeout", "--t0", "0.5", "--learning-rate", "0.1"), layers, STEPS)
+    tx = optimizer_of(layers, "--policy", "freezeout", "--t0", "0.5", "--learning-rate", "0.1")
     state = tx.init(PARAMS)
     sizes = []
     for _ in range(STEPS):
@@ -102,7 +116,7 @@ def test_linear_anneals_every_layer_to_its_own_end(layers):
 @pytest.mark.parametrize("changed", [("--warmup-epochs", "4"), ("--warmup-epochs", "1", "--policy", "freezeout")])
 def test_a_warm_up_that_does_not_fit_is_refused(layers, changed):
     with pytest.raises(ValueError, match=r"warmup_epochs: got \d"):
-        make_optimizer(options(*changed), layers, STEPS)
+        optimizer_of(layers, *changed)
 
 
 @pytest.mark.parametrize(
@@ -114,7 +128,7 @@ def test_every_policy_can_be_chosen(layers, name):
     if name == "similarity_guided":
         changed += ["--reference", "model.safetensors"]
         reference = {"a": jnp.eye(3), "b": jnp.eye(3)}
-    policy = make_policy(options(*changed), steps_per_epoch=10, costs={"a": 3.0, "b": 1.0}, reference=reference)
+    policy = policy_of(*changed, reference=reference)
     state = policy.init(layers, PARAMS)
     if name in ("never", "static_prefix", "freezeout", "random", "progress"):
         frozen = frozenset()
@@ -130,14 +144,13 @@ def test_predictors_that_can_be_chosen(layers, tmp_path, name):
     if name == "a path":
         name = str(tmp_path / "predictor")
         sfj.Predictor(sfj.predictor.PredictorConfig(size=16), rngs=nnx.Rngs(0)).save(name)
-    chosen = options("--policy", "smartfrz", "--predictor", name)
-    policy = make_policy(chosen, steps_per_epoch=100, costs={"a": 3.0, "b": 1.0}, reference=None)
+    policy = policy_of("--policy", "smartfrz", "--predictor", name, steps_per_epoch=100)
     sampled = {"default": 1, "paper": 1024}.get(name, 16)  # the default reads no weights, so there is a zero
     assert policy.init(layers, PARAMS).history.values.shape[-1] == sampled
 
 
 def frozen_after_each_step(layers, *changed):
-    policy = make_policy(options(*changed), steps_per_epoch=10, costs={"a": 3.0, "b": 1.0}, reference=None)
+    policy = policy_of(*changed)
     state, frozen = policy.init(layers, PARAMS), []
     for step in range(1, STEPS + 1):
         names, state = policy.update(state, layers, step=step, params=lambda: PARAMS)
@@ -161,7 +174,7 @@ def test_stages_can_be_compared_with_those_of_a_log():
 def test_refuses_stages_of_another_form(text, capsys):
     with pytest.raises(SystemExit):
         options("--stages", text)
-    assert "expected pairs AT:SHARE of numbers" in capsys.readouterr().err
+    assert "expected pairs AT:SHARE of numbers" in unboxed(capsys.readouterr().err)
 
 
 @pytest.mark.slow

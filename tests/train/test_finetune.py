@@ -9,8 +9,8 @@ import pytest
 import safetensors.numpy
 
 from models.deit import deit_tiny
-from train import command_line, finetune, log, networks, report, resume
-from train.options import parse
+from tests.support.tensorboard import read_tensorboard
+from train import command_line, finetune, log, networks, report
 
 pytestmark = pytest.mark.usefixtures("jax_defaults")
 
@@ -124,10 +124,16 @@ def test_scanned_blocks_are_logged_one_by_one(few_blocks, tmp_path, capsys):
     arguments = [*few_blocks[:-1], str(tmp_path / "plain"), "--train-split", "train[:4]", "--batch-size", "4",
                  "--epochs", "1"]  # fmt: skip
     assert finetune.main(arguments) == 0, capsys.readouterr().err
-    assert finetune.main([*arguments, "--scan", "--out", str(tmp_path / "run")]) == 0, capsys.readouterr().err
+    changed = ["--scan", "--out", str(tmp_path / "run"), "--log", "tensorboard"]
+    assert finetune.main([*arguments, *changed]) == 0, capsys.readouterr().err
     plain, scanned = (log.read(tmp_path / name / "log.jsonl") for name in ("plain", "run"))
     assert scanned.steps[0].flops == pytest.approx(plain.steps[0].flops, rel=0.05)
     assert "predicted steps, TFLOPs" in report.table([scanned])
+    (step,) = scanned.steps
+    told = {name: (at, value) for at, name, value in read_tensorboard(tmp_path / "run/tensorboard")}
+    assert told["loss"] == (1, pytest.approx(step.loss))
+    assert told["flops"] == (1, pytest.approx(step.flops))
+    assert told["evaluation"] == (1, pytest.approx(scanned.metrics["accuracy"]))
 
 
 class InterruptedAt(command_line.Interrupt):
@@ -230,111 +236,3 @@ def test_a_run_killed_before_its_first_checkpoint_and_interrupted_goes_on_bit_fo
 def test_what_cannot_run_says_why(images, changed, message, capsys):
     assert finetune.main([*images, *changed]) == 2
     assert message in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    ("changed", "message"),
-    [
-        (["--epochs", "0"], "argument --epochs: got 0, expected at least 1"),
-        (["--learning-rate", "-1"], "argument --learning-rate: got -1.0"),
-        (["--policy", "similarity_guided"], "similarity_guided needs --reference"),
-        (["--model", "resnet51"], "invalid choice"),
-        (["--clip", "0"], "argument --clip: got 0.0, expected a norm above 0"),
-        (["--clip", "-1"], "argument --clip: got -1.0"),
-        (["--clip", "inf"], "argument --clip: got inf"),
-        (["--clip", "nan"], "argument --clip: got nan"),
-        (["--image-size", "0"], "argument --image-size: got 0, expected at least 1"),
-        (["--image-size", "-8"], "argument --image-size: got -8"),
-        (["--max-tokens", "3"], "argument --max-tokens: got 3, expected at least 4"),
-        (["--keep-activations", "host"], "argument --keep-activations: an augmented example is never the same; pass"),
-        (["--keep-activations", "host", "--augment", "none", "--scan"], "argument --keep-activations: of scanned"),
-        (["--batch-norm", "fixed"], "argument --batch-norm: fixed keeps the statistics of --weights"),
-        (["--help"], "--evaluations-per-epoch"),
-    ],
-)
-def test_the_command_line_is_checked(changed, message, capsys):
-    with pytest.raises(SystemExit):
-        finetune.main(["--model", "resnet50", "--data", "x", "--data-dir", "y", "--out", "z", *changed])
-    output = capsys.readouterr()
-    assert message in output.out + output.err
-
-
-def options(*changed):
-    return parse(["--model", "resnet50", "--data", "x", "--data-dir", "y", "--out", "z", *changed])
-
-
-def write_log(folder, settings, steps=4, metrics=("accuracy",)):
-    folder.mkdir()
-    with log.Log(folder / "log.jsonl", log.Run("never", ("a",), settings)) as written:
-        for step in range(1, steps + 1):
-            written.add(log.Step(step, 1.0, 1.0, 0.0, 0, 1.0, 1))
-        written.add(log.Evaluation(steps, dict.fromkeys(metrics, 0.5)))
-
-
-def test_a_run_is_resumed_as_it_was_started_and_its_log_read_until_the_checkpoint(tmp_path, capsys):
-    arguments = ["--epochs", "2", "--out", str(tmp_path / "run")]
-    write_log(tmp_path / "run", options(*arguments).settings())
-    assert resume.read_started(options(*arguments)) is None  # it starts again
-    checkpoint = tmp_path / "run/checkpoints/00000003"
-    checkpoint.mkdir(parents=True)
-    found, run = resume.read_started(options(*arguments))
-    assert (found, len(run.steps)) == (checkpoint, 3)
-    assert finetune.main(["--model", "resnet50", "--data", "x", "--data-dir", "y", "--resume", *arguments,
-                          "--optimizer", "adamw"]) == 2  # fmt: skip
-    assert "optimizer (was sgd, is adamw)" in capsys.readouterr().err
-    (tmp_path / "run/log.jsonl").unlink()
-    with pytest.raises(FileNotFoundError, match=r"resume: .*log.jsonl is not there"):
-        resume.read_started(options(*arguments))
-
-
-def test_a_checkpoint_of_the_same_step_is_not_replaced(tmp_path):
-    class Freezer:
-        steps = 3
-
-        def save(self, path):
-            path.mkdir(parents=True)
-
-    for steps in (2, 3, 3):
-        Freezer.steps = steps
-        resume.save_checkpoint(Freezer(), tmp_path)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["00000003"]
-
-
-@pytest.mark.parametrize(("optimizer_steps", "log_steps"), [(7, 6), (6, 5)])
-def test_a_checkpoint_from_the_midst_of_a_step_or_a_log_that_lost_steps_is_refused(optimizer_steps, log_steps):
-    checkpoint = Path("run/checkpoints/00000006")
-    resume.check_agree(checkpoint, {"optimizer": 6, "policy": 6, "log.jsonl": 6})
-    with pytest.raises(ValueError, match=r"resume: steps done before .*00000006 are .*expected one number for all"):
-        resume.check_agree(checkpoint, {"optimizer": optimizer_steps, "policy": 6, "log.jsonl": log_steps})
-
-
-@pytest.mark.parametrize(
-    ("there", "changed", "message"),
-    [
-        ({}, ["--model", "vgg11"], "model 'resnet50', not 'vgg11'"),
-        ({}, ["--data", "cifar10"], "data 'x', not 'cifar10'"),
-        ({}, ["--evaluation-split", "test[:9]"], r"evaluation_split None, not 'test\[:9\]'"),
-        ({}, ["--batch-size", "8"], "batch_size 32, not 8"),
-        ({}, ["--epochs", "3"], "epochs 10, not 3"),
-        ({"steps": 3}, [], "steps 3, not 4"),
-        ({}, ["--data", "glue/mrpc"], r"metrics \['accuracy'\], not \['accuracy', 'f1'\]"),
-        ({"metrics": ()}, [], r"metrics \[\], not \['accuracy'\]"),
-        ({"settings": {}}, [], "model None, not 'resnet50'"),
-    ],
-)
-def test_a_baseline_that_cannot_be_compared_with_is_refused(tmp_path, there, changed, message):
-    write_log(tmp_path / "run", **({"settings": options().settings()} | there))
-    with pytest.raises(ValueError, match=rf"baseline: the run in .* has .*{message}.*--baseline"):
-        resume.read_baseline(options(*changed), tmp_path / "run", 4)
-
-
-def test_a_baseline_may_differ_in_how_it_was_trained(tmp_path):
-    write_log(tmp_path / "run", options("--policy", "never", "--seed", "3").settings())
-    assert len(resume.read_baseline(options("--policy", "freezeout"), tmp_path / "run", 4).steps) == 4
-
-
-def test_every_option_is_in_the_settings():
-    options = parse(["--model", "resnet50", "--data", "x", "--data-dir", "y", "--out", "z"])
-    assert options.settings().keys() == vars(options).keys()
-    assert options.settings()["batch_size"] == 32
-    assert options.settings()["out"] == "z"

@@ -1,6 +1,7 @@
 """The log of a run: read back as written, cut at a step, robust against kills; files are whole at any moment."""
 
 import json
+import math
 import os
 
 import pytest
@@ -133,3 +134,25 @@ def test_a_log_that_cannot_be_written_anew_leaves_the_old_one(tmp_path):
     with pytest.raises(TypeError, match="not JSON serializable"):
         Log(tmp_path / "log.jsonl", Run("freezeout", ("a",), {"x": object()}))
     assert read(tmp_path / "log.jsonl").name == "never"
+
+
+def test_callbacks_are_told_what_is_added(tmp_path):
+    class Recorder:
+        def on_step(self, step, metrics):
+            told.append((step, dict(metrics)))
+
+        def on_freeze(self, event):
+            told.append(event)
+
+    told, before = [], Run("never", ("a",), steps=[Step(1, 1.0, 1.0, 0.0, 0, 1.0, 8)])
+    with Log(tmp_path / "log.jsonl", before, [Recorder()]) as log:
+        log.add(Compiled(2, 0, 2.0, False, 1.5, 1000))
+        log.add(Step(2, 0.5, 2.0, 0.25, 1, 100.0, 8))
+        log.add(sfj.FreezeEvent(2, ("a",)))
+        log.add(Evaluation(2, {"accuracy": 0.75}))
+        log.add(Step(3, None, 2.0, 0.25, 1, 100.0, 8))
+    costs = {"seconds": 2.0, "policy_seconds": 0.25, "frozen_layers": 1, "flops": 100.0, "peak_bytes": 8}
+    assert told[:3] == [(2, {"loss": 0.5} | costs), sfj.FreezeEvent(2, ("a",)), (2, {"evaluation/accuracy": 0.75})]
+    step, metrics = told[3]
+    assert step == 3
+    assert math.isnan(metrics["loss"])

@@ -10,6 +10,12 @@ from train.networks import VOCABULARY
 from train.options import parse
 
 
+def opened(arguments):
+    """As ``train.finetune`` opens them."""
+    options = parse(arguments)
+    return open_data(options.data, options.network.reads, batch_size=options.run.batch_size, seed=options.run.seed)
+
+
 @pytest.fixture
 def arguments(tmp_path):
     """Of a run on 40 sentences; label = number % 2."""
@@ -22,7 +28,7 @@ def arguments(tmp_path):
 
 
 def test_no_training_example_only_fills_a_batch_up_and_evaluation_leaves_none_out(arguments):
-    train, evaluation = open_data(parse([*arguments, "--train-split", "train[:20]"]))
+    train, evaluation = opened([*arguments, "--train-split", "train[:20]"])
     assert train.steps_per_epoch == 2
     assert all(np.all(batch.weights == 1) for batch in train.batches(0, 4))
     assert [batch.weights.sum() for batch in evaluation.evaluation_batches()] == [5]
@@ -44,20 +50,18 @@ def test_no_training_example_only_fills_a_batch_up_and_evaluation_leaves_none_ou
 )
 def test_splits_that_cannot_be_trained_and_evaluated_on(arguments, changed, message):
     with pytest.raises(ValueError, match=message):
-        open_data(parse([*arguments, *changed]))
+        opened([*arguments, *changed])
 
 
 def test_parts_of_the_training_set_that_have_nothing_in_common(arguments):
-    train, evaluation = open_data(
-        parse([*arguments, "--train-split", "train[:90%]", "--evaluation-split", "train[90%:]"])
-    )
+    train, evaluation = opened([*arguments, "--train-split", "train[:90%]", "--evaluation-split", "train[90%:]"])
     assert (train.steps_per_epoch, evaluation.evaluation_steps) == (4, 1)
 
 
 def test_a_vocabulary_that_the_network_does_not_know(arguments, tmp_path):
     known = [*(tmp_path / "vocab.txt").read_text().split(), *map(str, range(VOCABULARY - 5))]
     (tmp_path / "vocab.txt").write_text("\n".join(known))
-    open_data(parse(arguments))
+    opened(arguments)
     (tmp_path / "vocab.txt").write_text("\n".join([*known, "dog"]))
     with pytest.raises(ValueError, match=rf"vocab: .* holds {VOCABULARY + 1} tokens, expected at most .*--vocab"):
-        open_data(parse(arguments))
+        opened(arguments)
