@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -57,13 +56,6 @@ def mesh_of(kind):
 
 
 KINDS = {"params": [AxisType.Auto, AxisType.Explicit], "ids": ["auto", "explicit"]}
-
-
-@pytest.fixture(**KINDS)
-def mesh(request):
-    mesh = mesh_of(request.param)
-    with jax.set_mesh(mesh):
-        yield mesh
 
 
 def replicate(module, mesh):
