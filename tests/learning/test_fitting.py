@@ -265,7 +265,7 @@ class TestStandardizing:
 
     @pytest.mark.slow
     def test_fit_takes_the_training_examples_and_leaves_the_scale(self):
-        examples, predictor = random_examples(), small_predictor(3, encoding=Encoding(regime=False))
+        examples, predictor = random_examples(), small_predictor(3, encoding=Encoding(regime=("loss_level",)))
         held_out = by_run(examples, [1])
         result = fit(predictor, examples, **OPTIONS | {"held_out": held_out})
         expected = standardized(predictor, examples.select(~held_out))
