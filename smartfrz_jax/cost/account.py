@@ -23,6 +23,7 @@ from smartfrz_jax.freezing.transform import Frozen
 from smartfrz_jax.jaxprs import example_axis, flops
 from smartfrz_jax.jaxprs.flops import Flops
 from smartfrz_jax.layers.layers import Layers, check_layers, check_params
+from smartfrz_jax.layers.select import Selectors, select
 from smartfrz_jax.pytrees import checks
 from smartfrz_jax.pytrees.types import PyTree
 
@@ -66,14 +67,14 @@ class Account:
         self._gradients: dict[Any, tuple[Flops, Flops]] = {}
         self._steps: dict[tuple[frozenset[str], frozenset[str]], StepFlops] = {}
 
-    def flops(self, frozen: Frozen | None = None, *, stopped: Collection[str] = ()) -> StepFlops:
+    def flops(self, frozen: Frozen | None = None, *, stopped: Selectors = ()) -> StepFlops:
         """Predicted FLOPs of one step.
 
         Args:
             frozen: The frozen set; none by default.
-            stopped: Names of layers that are used again behind others, such as an embedding that is the classifier
-                too, of which the gradient by way of the first use is not computed: its output goes through
-                ``jax.lax.stop_gradient``.
+            stopped: Layers, as in ``Frozen(layers, names)``, that are used again behind others, such as an embedding
+                that is the classifier too, of which the gradient by way of the first use is not computed: its output
+                goes through ``jax.lax.stop_gradient``.
 
         Returns:
             The FLOPs, in all, by layer and by kind of operation.
@@ -82,7 +83,7 @@ class Account:
             ValueError: If the frozen set is of another network, or a name of ``stopped`` is none of its layers.
         """
         frozen = self._checked(frozen)
-        key = frozen.names, frozenset(self.layers.check(stopped, "stopped"))
+        key = frozen.names, frozenset(select(self.layers, stopped, "stopped"))
         if key not in self._steps:
             self._steps[key] = self._count(frozen, key[1])
         return self._steps[key]
