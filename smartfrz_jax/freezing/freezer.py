@@ -247,8 +247,10 @@ class Freezer:
 
         Raises:
             FileExistsError: If ``path`` exists and ``overwrite`` is false.
-            TypeError: If the policy's state holds what is neither an array nor a number.
+            TypeError: If ``run`` or the policy's state holds what is neither an array nor a number.
+            ValueError: If ``run`` holds nothing.
         """
+        saved_run.check_run(run)
         metadata = {
             "layers": list(self.layers.names),
             "frozen": sorted(self.frozen.names),
@@ -284,6 +286,7 @@ class Freezer:
             FileNotFoundError: If there is no such directory.
             ValueError: If the checkpoint is damaged or does not fit; nothing has changed then.
         """
+        saved_run.check_run(run)
         frozen = self.saved_frozen(path)
         policy = checkpoint.with_dropped(path, self._initial_state, saved_run.KIND, prefix="['policy']")
         saved = checkpoint.read(path, {"run": run, "policy": policy}, saved_run.KIND)

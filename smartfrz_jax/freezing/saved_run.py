@@ -10,6 +10,7 @@ from smartfrz_jax.layers.layers import Layers
 from smartfrz_jax.policies.base import Policy
 from smartfrz_jax.pytrees import checkpoint, checks
 from smartfrz_jax.pytrees.file_paths import PathLike
+from smartfrz_jax.pytrees.types import PyTree
 
 KIND = "training run"
 
@@ -36,6 +37,15 @@ def read_metadata(path: PathLike, layers: Layers, policy: Policy) -> dict[str, A
         )
     _check_policy_of(path, metadata.get("policy", {}), json.loads(json.dumps(dict(policy.options))))
     return metadata
+
+
+def check_run(run: PyTree) -> None:
+    """Raises ``TypeError`` or ``ValueError`` unless it is a pytree of what a checkpoint can hold."""
+    if not checkpoint.leaves_by_name(run, "run"):
+        raise ValueError(
+            f"run: got {checks.got(run)}, expected a pytree with arrays: parameters, optimizer state and whatever else "
+            "the run goes on with"
+        )
 
 
 def _check_policy_of(path: PathLike, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:

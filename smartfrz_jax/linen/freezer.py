@@ -83,7 +83,7 @@ class Freezer(freezer.Freezer):
 
         Args:
             state: The state after the step.
-            loss: Loss of the step, for policies that look at it.
+            loss: Loss of the step, for policies that look at it; NaN for one that was skipped, which is left out.
             metrics: Further scalars by name, for the callbacks.
 
         Returns:
@@ -114,6 +114,7 @@ class Freezer(freezer.Freezer):
             TypeError: If the policy's state holds what is neither an array nor a number.
             ValueError: As in :meth:`step`.
         """
+        checks.instance(state, TrainState, "state", "the smartfrz_jax.linen.TrainState to save")
         self.adopt(state.frozen)
         self.save_run(path, _run(state), overwrite=overwrite)
 
@@ -128,6 +129,7 @@ class Freezer(freezer.Freezer):
             FileNotFoundError: If there is no such directory.
             ValueError: If the checkpoint is damaged, or of another network.
         """
+        checks.instance(state, TrainState, "state", "a smartfrz_jax.linen.TrainState of the network and the optimizer")
         if state.kept is None:
             return self.restore_run(path, state.freeze(self.saved_frozen(path)))
         with state.kept.unchanged_on_error():

@@ -90,7 +90,7 @@ class Freezer(freezer.Freezer):
         Layers that were frozen by hand since the last call stay frozen, whatever the policy decides.
 
         Args:
-            loss: Loss of the step, for policies that look at it.
+            loss: Loss of the step, for policies that look at it; NaN for one that was skipped, which is left out.
             metrics: Further scalars by name, for the callbacks.
 
         Returns:

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 from jax.tree_util import keystr
 
-from smartfrz_jax.pytrees import checkpoint_leaves
+from smartfrz_jax.pytrees import checkpoint_leaves, checks
 from smartfrz_jax.pytrees.file_paths import Path, PathLike, as_path, is_remote
 from smartfrz_jax.pytrees.types import PyTree
 
@@ -34,10 +34,11 @@ def write(path: PathLike, tree: PyTree, kind: str, metadata: dict[str, Any], *, 
         TypeError: If a leaf is neither an array nor a number nor a string.
         ValueError: If there is no array with elements, without which Orbax writes nothing.
     """
+    checks.flag(overwrite, "overwrite")
     target = _location(path)
     if target.exists() and not overwrite:
         raise FileExistsError(f"path: {target} exists; choose another directory or pass overwrite=True")
-    leaves = _by_name(tree, "tree")
+    leaves = leaves_by_name(tree, "tree")
     arrays = {
         name: checkpoint_leaves.stored(leaf) for name, leaf in leaves.items() if checkpoint_leaves.is_stored(leaf)
     }
@@ -84,7 +85,7 @@ def read(path: PathLike, like: PyTree, kind: str) -> PyTree:
         ValueError: If the checkpoint is damaged, or a leaf is missing, is left over, or has another shape or dtype.
     """
     source = _location(path)
-    metadata, wanted = _metadata(source, kind), _by_name(like, "like")
+    metadata, wanted = _metadata(source, kind), leaves_by_name(like, "like")
     arrays = metadata.metadata
     saved = {name: {"shape": leaf.shape, "dtype": str(leaf.dtype)} for name, leaf in arrays.items()}
     saved |= metadata.custom_metadata.get(_SPECIAL, {})
@@ -210,7 +211,8 @@ def _text(leaf: tuple[tuple[int, ...], str] | None) -> str:
     return "missing" if leaf is None else f"{leaf[1]}{list(leaf[0])}"
 
 
-def _by_name(tree: PyTree, argument: str) -> dict[str, Any]:
+def leaves_by_name(tree: PyTree, argument: str) -> dict[str, Any]:
+    """What can be saved, by name; raises ``TypeError`` if a leaf cannot."""
     leaves = {keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
     for name, leaf in leaves.items():
         if not checkpoint_leaves.can_be_saved(leaf):

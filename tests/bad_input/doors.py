@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from typing import Any
 
 import jax.numpy as jnp
@@ -27,6 +29,24 @@ from tests.bad_input.table import Case, Door
 
 def zeros(shape: tuple[int, ...] = (2, 2)) -> Any:
     return {name: {"kernel": jnp.zeros(shape)} for name in "abc"}
+
+
+def new_folder() -> str:
+    return f"{tempfile.mkdtemp()}/checkpoint"
+
+
+@functools.cache
+def saved() -> str:
+    path = new_folder()
+    scenes.linen_freezer().save(path, scenes.train_state())
+    return path
+
+
+@functools.cache
+def saved_run() -> str:
+    path = new_folder()
+    scenes.freezer().save_run(path, params())
+    return path
 
 
 def state() -> Any:
@@ -66,6 +86,11 @@ DOORS = [
     ),
     Door("linen.hold", lambda: {"frozen": frozen()}, unchecked={"params": "any tree of layers' leaves"}),
     Door("linen.Freezer", lambda: {"state": scenes.train_state(), "policy": sfj.policies.never()}),
+    Door("linen.Freezer.save", lambda: {"path": new_folder(), "state": scenes.train_state()}, on=scenes.linen_freezer),
+    Door("linen.Freezer.restore", lambda: {"path": saved(), "state": scenes.train_state()}, on=scenes.linen_freezer),
+    Door("Freezer.save_run", lambda: {"path": new_folder(), "run": params()}, on=scenes.freezer),
+    Door("Freezer.restore_run", lambda: {"path": saved_run(), "run": params()}, on=scenes.freezer),
+    Door("Freezer.saved_frozen", lambda: {"path": saved_run()}, on=scenes.freezer),
     Door("linen.Freezer.step", lambda: {"state": scenes.train_state()}, on=scenes.linen_freezer),
 ]
 

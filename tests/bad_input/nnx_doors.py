@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,6 +22,17 @@ def grads(model: Any = None) -> Any:
 
 def nnx_frozen() -> sfj.Frozen:
     return sfj.Frozen(scenes.nnx_layers(), frozenset(scenes.nnx_layers().names[:1]))
+
+
+def new_folder() -> str:
+    return f"{tempfile.mkdtemp()}/checkpoint"
+
+
+@functools.cache
+def saved() -> str:
+    path = new_folder()
+    scenes.nnx_freezer().save(path)
+    return path
 
 
 DOORS = [
@@ -54,6 +67,8 @@ DOORS = [
     ),
     Door("nnx.Optimizer.record_grads", lambda: {"model": scenes.module()}, on=optimizer),
     Door("nnx.Freezer", lambda: {"model": scenes.module(), "optimizer": optimizer(), "policy": sfj.policies.never()}),
+    Door("nnx.Freezer.save", lambda: {"path": new_folder()}, on=scenes.nnx_freezer),
+    Door("nnx.Freezer.restore", lambda: {"path": saved()}, on=scenes.nnx_freezer),
     Door("nnx.Freezer.step", dict, on=scenes.nnx_freezer),
     Door("nnx.scan_blocks", lambda: {"blocks": [scenes.block()], "x": X}, unchecked={"x": "any pytree"}),
 ]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import tempfile
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,13 @@ def small(**changed: Any) -> sfj.predictor.PredictorConfig:
     return sfj.predictor.PredictorConfig(**{"size": 4, "hidden": 2, "features": 2, "head_hidden": 2} | changed)
 
 
+@functools.cache
+def saved() -> str:
+    path = f"{tempfile.mkdtemp()}/predictor"
+    predictor().save(path)
+    return path
+
+
 DOORS = [
     Door("predictor.linear_cka", lambda: {"x": ONES, "y": ONES}),
     Door("predictor.layer_cka", lambda: {"features": outputs(), "reference": outputs()}),
@@ -39,6 +48,8 @@ DOORS = [
     Door("Predictor", lambda: {"rngs": nnx.Rngs(0)}),
     Door("Predictor.__call__", lambda: {"observation": one()}, on=predictor),
     Door("Predictor.pretrained", dict),
+    Door("Predictor.save", lambda: {"path": f"{tempfile.mkdtemp()}/predictor"}, on=predictor),
+    Door("Predictor.restore", lambda: {"path": saved()}),
     Door("predictor.freeze_probability", lambda: {"predictor": predictor(), "observation": observation()}),
     Door(
         "layer_outputs",

@@ -14,8 +14,8 @@ AREAS = [caching, callbacks, costs, doors, learning, nnx_doors, policies, predic
 DOORS = [door for area in AREAS for door in area.DOORS]
 CASES = [case for door in DOORS for case in table.wrong_types(door)] + [case for area in AREAS for case in area.CASES]
 SLOW = {
-    "Predictor", "Predictor.__call__", "learning.encode_examples", "learning.fit", "learning.predict",
-    "predictor.freeze_probability",
+    "Predictor", "Predictor.__call__", "Predictor.restore", "learning.encode_examples", "learning.fit",
+    "learning.predict", "predictor.freeze_probability",
 }  # fmt: skip
 # They need packages that may not be here.
 ABROAD = {"callbacks.TensorBoard", "callbacks.WandB"}

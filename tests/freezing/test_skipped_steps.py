@@ -1,16 +1,19 @@
 """Steps that are skipped because a gradient or a loss is not finite are left out of what policies look at."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx
+from flax.training import dynamic_scale
 
 from smartfrz_jax import Predictor, linen, policies
 from smartfrz_jax.policies.base import MAX_CONSECUTIVE_ERRORS
 from smartfrz_jax.predictor import PredictorConfig
-from tests.optimizers.network import LAYERS, NAMES, PARAMS, loss
+from tests.optimizers.network import LAYERS, NAMES, PARAMS, arrays, loss
 
 pytestmark = pytest.mark.usefixtures("jax_defaults")
 
@@ -111,3 +114,56 @@ def test_a_run_with_apply_if_finite_goes_on(kind):
     seen = freezer.policy_state.norms if kind == "autofreeze" else freezer.policy_state.losses[-3:]
     assert np.isfinite(seen).all()
     assert np.all(seen > 0)
+
+
+def scaled_run(policy, steps, every=None):
+    """A loop with Flax's DynamicScale; of every so many steps one has gradients that overflow, of a finite loss."""
+    tx = optax.sgd(0.1, momentum=0.9)
+    state = linen.TrainState.create(apply_fn=None, params=PARAMS, tx=tx, layers=LAYERS, keep_grads=True)
+    freezer = linen.Freezer(state, policy)
+    scale = dynamic_scale.DynamicScale(fin_steps=jnp.int32(0), scale=jnp.float32(1024))
+
+    @jax.jit
+    def step(state, scale, slope):
+        def steep(params):
+            value = loss(params)
+            return value + slope * (value - jax.lax.stop_gradient(value))
+
+        scale, is_finite, value, grads = scale.value_and_grad(state.with_frozen(steep))(state.params)
+        stepped = state.apply_gradients(grads=grads)
+        keep = partial(jax.tree.map, partial(jnp.where, is_finite))
+        kept = {name: keep(getattr(stepped, name), getattr(state, name)) for name in ("params", "opt_state")}
+        return stepped.replace(**kept), scale, jnp.where(is_finite, value, np.nan), value
+
+    for number in range(1, steps + 1):
+        overflows = every is not None and number % every == 0
+        state, scale, seen, value = step(state, scale, jnp.float32(3e38 if overflows else 0))
+        assert np.isfinite(value)
+        assert np.isnan(seen) == overflows
+        state = freezer.step(state, loss=seen)
+    return state, freezer
+
+
+def test_what_dynamic_scale_skips_is_no_progress_to_autofreeze():
+    """With one step of five skipped, intervals of five steps are as those of four without."""
+    state, freezer = scaled_run(policies.autofreeze(5), 10, every=5)
+    expected, other = scaled_run(policies.autofreeze(4), 8)
+    assert arrays(state.params) == arrays(expected.params)
+    assert [(event.step, event.names) for event in other.events] == [(8, ("a",))]
+    assert [(event.step, event.names) for event in freezer.events] == [(10, ("a",))]
+    np.testing.assert_allclose(freezer.policy_state.norms * 4 / 5, other.policy_state.norms, rtol=1e-6)
+
+
+def test_what_dynamic_scale_skips_is_no_progress_to_smartfrz():
+    """The loss of a skipped step is NaN to the policy; the records are those of a run without that step."""
+
+    def policy(every):
+        return policies.smartfrz(Predictor(SMALL, rngs=nnx.Rngs(0)), schedule=policies.Schedule(every, window=5))
+
+    (state, freezer), (expected, other) = scaled_run(policy(3), 9, every=3), scaled_run(policy(2), 6)
+    assert arrays(state.params) == arrays(expected.params)
+    seen, wanted = freezer.policy_state, other.policy_state
+    np.testing.assert_array_equal(seen.losses, wanted.losses)
+    assert np.isfinite(wanted.losses[-3:]).all()
+    assert int(seen.records) == 3
+    jax.tree.map(np.testing.assert_array_equal, seen.history, wanted.history)
