@@ -1,7 +1,7 @@
 """Values among the parameters that are overwritten by their gradients, as Flax's operations in fp8 have them.
 
 They come beside the parameters proper, as ``{"params": ..., "_overwrite_with_gradient": ...}``: scales and histories of
-maxima whose "gradient" is their next value. No optimizer sees them.
+maxima whose "gradient" is their next value. No optimizer sees them. NNX has no such operations.
 """
 
 from __future__ import annotations

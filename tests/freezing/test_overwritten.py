@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from flax import linen as nn
+from flax import nnx
 from flax.training import train_state
 
 import smartfrz_jax as sfj
@@ -88,3 +89,8 @@ def test_those_of_a_frozen_layer_hold_still_and_return(returning):
     after = after.freeze(sfj.Frozen(after.frozen.layers))
     again = steps(after, lambda state: state.value_and_grad, 1)
     assert not np.array_equal(again.params["params"]["a_second"]["kernel"], before["params"]["a_second"]["kernel"])
+
+
+def test_nnx_has_no_operations_in_fp8():
+    """Where it gets some, what they overwrite must be kept from the optimizer in ``nnx.Optimizer``, too."""
+    assert not [name for name in dir(nnx) if "fp8" in name.lower()]
