@@ -19,9 +19,10 @@ SLOW = {
 }  # fmt: skip
 # They need packages that may not be here.
 ABROAD = {"callbacks.TensorBoard", "callbacks.WandB"}
-# Made by the library alone, or without arguments of their own that could be wrong.
+# Made by the library alone, abstract, or without arguments of their own that could be wrong.
 RESULTS = {
     "Account", "FreezeEvent", "Layer", "Policy", "Program", "SavingWarning", "caching.BreakEven", "callbacks.Callback",
+    "callbacks.Writer",
     "cost.Finding", "cost.Measured", "cost.Parts", "cost.ProgramCost", "cost.StepFlops", "learning.Evaluation",
     "learning.Fit", "policies.Harm", "policies.Rehearsal", "policies.never", "predictor.Observation",
 }  # fmt: skip

@@ -230,7 +230,8 @@ def test_layers_frozen_by_hand_do_not_hold_back_those_behind_them(monkeypatch, d
     module = importlib.import_module("smartfrz_jax.policies.smartfrz")
     monkeypatch.setattr(module, "freeze_probability", lambda predictor, observation: np.array([0.1, 0.99, 0.99]))
     periods = {"record_every": 1, "evaluate_every": 1, "min_records": 1, "patience": 1}
-    policy = sfj.smartfrz(sfj.Predictor.pretrained(), total_steps=100, **periods)
+    schedule = sfj.policies.Schedule(**periods)
+    policy = sfj.smartfrz(sfj.Predictor.pretrained(), total_steps=100, schedule=schedule)
     run = door(policy, before=before)
     run.step()
     assert run.frozen.names == ({"a", "b"} if before else set())
