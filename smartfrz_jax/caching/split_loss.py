@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
-from smartfrz_jax.caching import split, traced_loss
+from smartfrz_jax.caching import loss_jaxpr
 from smartfrz_jax.caching.loss_adapter import LossAdapter
-from smartfrz_jax.caching.split import Split
+from smartfrz_jax.caching.partial_eval import Split, partial_eval
 from smartfrz_jax.freezing.transform import Frozen, check_frozen
 from smartfrz_jax.jaxprs import example_axis
 from smartfrz_jax.layers.layers import check_leaves, check_of_layers
@@ -132,14 +132,14 @@ class SplitLoss:
             at, *rest = name.split(paths.SEPARATOR)
             if int(at) in self._state_inputs:
                 ends = (_module(paths.SEPARATOR.join(rest[start:])) for start in range(len(rest)))
-                state[traced_loss.INPUTS + name] = next((modules[end] for end in ends if end in modules), None)
+                state[loss_jaxpr.INPUTS + name] = next((modules[end] for end in ends if end in modules), None)
         return state
 
     def _split_for(self, static: Any, variables: PyTree, inputs: tuple[Any, ...]) -> Split:
         variables, inputs = jax.tree.map(_shape, (variables, inputs))
-        traced = traced_loss.trace(self._adapter.traceable(self._loss_fn, self.frozen, static), variables, inputs)
+        traced = loss_jaxpr.trace(self._adapter.traceable(self._loss_fn, self.frozen, static), variables, inputs)
         examples = example_axis.count(inputs, self._state_inputs)
-        return split.split(traced, self.frozen, examples, self._state(variables, inputs))
+        return partial_eval(traced, self.frozen, examples, self._state(variables, inputs))
 
     def _activations(self, static: Any, variables: PyTree, inputs: tuple[Any, ...]) -> tuple[jax.Array, ...]:
         split = self._checked(self._split_for(static, variables, inputs))

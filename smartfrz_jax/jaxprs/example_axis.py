@@ -12,20 +12,11 @@ from typing import Any
 
 import jax
 
-from smartfrz_jax.jaxprs import example_rules as rules
-from smartfrz_jax.jaxprs import flops, inline
-from smartfrz_jax.jaxprs.example_rules import Axis, Mixed, Value
+from smartfrz_jax.jaxprs import example_axis_rules as rules
+from smartfrz_jax.jaxprs import inline
+from smartfrz_jax.jaxprs.example_axis_rules import Axis, Mixed, Value
 from smartfrz_jax.jaxprs.parts import Atom, Eqn, Jaxpr, lookup
 
-# fmt: off
-_ELEMENTWISE = flops.ELEMENTWISE | {
-    "acos", "acosh", "asin", "asinh", "atan", "atan2", "atanh", "bessel_i0e", "bessel_i1e", "cbrt", "complex", "conj",
-    "copy", "copy_p", "cos", "cosh", "digamma", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "integer_pow",
-    "lgamma", "log", "log1p", "logistic", "pow", "population_count", "reduce_precision", "rsqrt",
-    "sharding_constraint", "sin", "sinh", "sqrt", "stop_gradient", "tan", "tanh",
-}
-# fmt: on
-_REDUCTIONS = flops.REDUCTIONS | {"argmax", "argmin"}
 _RANDOM = ("random_", "rng_", "threefry")
 
 
@@ -135,10 +126,6 @@ def _transfer(eqn: Eqn, values: Sequence[Value]) -> list[Axis | None]:
     """Axes of the examples in the results of an equation of which at least one input has such an axis."""
     name = eqn.primitive.name
     shapes = [var.aval.shape for var in eqn.invars]
-    if name in _ELEMENTWISE:
-        return [rules.elementwise(eqn, shapes, values)]
-    if name in _REDUCTIONS:
-        return [rules.without(values[0].axis, eqn.params["axes"], "a reduction over the examples") for _ in eqn.outvars]
     rule = _RULES.get(name)
     if rule is not None:
         return rule(eqn, shapes, values)

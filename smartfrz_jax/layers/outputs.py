@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from smartfrz_jax.jaxprs import example_axis, inline
-from smartfrz_jax.jaxprs.example_rules import Axis
+from smartfrz_jax.jaxprs.example_axis_rules import Axis
 from smartfrz_jax.jaxprs.parts import Jaxpr, as_function, variables
 from smartfrz_jax.layers import dataflow
 from smartfrz_jax.layers.layers import Layers, check_params

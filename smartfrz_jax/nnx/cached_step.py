@@ -11,8 +11,8 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 from smartfrz_jax.caching.break_even import break_even
+from smartfrz_jax.caching.loss_jaxpr import INPUTS
 from smartfrz_jax.caching.store import check_indices, check_room, stored_shapes
-from smartfrz_jax.caching.traced_loss import INPUTS
 from smartfrz_jax.cost.account import Account
 from smartfrz_jax.cost.check import SavingWarning
 from smartfrz_jax.freezing.transform import Frozen

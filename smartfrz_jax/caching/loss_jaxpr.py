@@ -1,4 +1,4 @@
-"""A loss as equations, and what it does to the variables of the network."""
+"""The jaxpr of a loss, by the names of its variables and inputs, and which variables the loss changes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from smartfrz_jax.pytrees.types import PyTree
 INPUTS = "inputs:"
 
 
-class Traced(NamedTuple):
+class LossJaxpr(NamedTuple):
     """A loss, traced.
 
     Attributes:
@@ -32,18 +32,18 @@ class Traced(NamedTuple):
     updated: tuple[str, ...]
 
 
-def trace(loss_fn: Callable[..., Any], variables: PyTree, inputs: tuple[Any, ...]) -> Traced:
+def trace(loss_fn: Callable[..., Any], variables: PyTree, inputs: tuple[Any, ...]) -> LossJaxpr:
     """Traces a function of ``(variables, *inputs)`` to ``(out, updates)``, the latter variables by name."""
     closed, shapes = jax.make_jaxpr(loss_fn, return_shape=True)(variables, *inputs)
-    return Traced(closed, jax.tree.structure(shapes), tuple(by_name(variables, inputs)), tuple(sorted(shapes[1])))
+    return LossJaxpr(closed, jax.tree.structure(shapes), tuple(by_name(variables, inputs)), tuple(sorted(shapes[1])))
 
 
 def by_name(variables: PyTree, inputs: tuple[Any, ...]) -> dict[str, Any]:
-    """Variables and inputs by the names that :class:`Traced` has for them."""
+    """Variables and inputs by the names that :class:`LossJaxpr` has for them."""
     return paths.flatten(variables) | {INPUTS + name: leaf for name, leaf in paths.flatten(inputs).items()}
 
 
-def changed_variables(traced: Traced, params: Iterable[Any], data: Iterable[Any]) -> set[str]:
+def changed_variables(traced: LossJaxpr, params: Iterable[Any], data: Iterable[Any]) -> set[str]:
     """Names of the variables that come back as something else."""
     invars = dict(zip(traced.names, traced.closed.jaxpr.invars, strict=True))
     flat = inline.inline(traced.closed, list(params), list(data)).jaxpr  # for what only passes through a call
@@ -69,7 +69,7 @@ def _unstacked(maker: Mapping[Any, Any], var: Var) -> Any:
     return var
 
 
-def with_unchanged(closed: ClosedJaxpr, traced: Traced, changed: Collection[str]) -> Any:
+def with_unchanged(closed: ClosedJaxpr, traced: LossJaxpr, changed: Collection[str]) -> Any:
     """The same jaxpr, with the variables that do not change as they came."""
     jaxpr = closed.jaxpr
     invars = dict(zip(traced.names, jaxpr.invars, strict=True))
@@ -79,6 +79,6 @@ def with_unchanged(closed: ClosedJaxpr, traced: Traced, changed: Collection[str]
     return jex.ClosedJaxpr(jaxpr.replace(outvars=outvars), closed.consts)
 
 
-def updates_of(traced: Traced, jaxpr: Jaxpr) -> Sequence[Any]:
+def updates_of(traced: LossJaxpr, jaxpr: Jaxpr) -> Sequence[Any]:
     """The outputs of a jaxpr that are new values of variables."""
     return jaxpr.outvars[len(jaxpr.outvars) - len(traced.updated) :]

@@ -6,10 +6,23 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+from smartfrz_jax.jaxprs import flops
 from smartfrz_jax.jaxprs.parts import Eqn
 
+# fmt: off
+_ELEMENTWISE = flops.ELEMENTWISE | {
+    "acos", "acosh", "asin", "asinh", "atan", "atan2", "atanh", "bessel_i0e", "bessel_i1e", "cbrt", "complex", "conj",
+    "copy", "copy_p", "cos", "cosh", "digamma", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "integer_pow",
+    "lgamma", "log", "log1p", "logistic", "pow", "population_count", "reduce_precision", "rsqrt",
+    "sharding_constraint", "sin", "sinh", "sqrt", "stop_gradient", "tan", "tanh",
+}
+# fmt: on
+_REDUCTIONS = flops.REDUCTIONS | {"argmax", "argmin"}
 _CUMULATIVE = frozenset({"cumsum", "cumprod", "cummax", "cummin", "cumlogsumexp"})
 _WINDOWS = frozenset({"reduce_window", "reduce_window_sum", "reduce_window_max", "reduce_window_min"})
+
+Rule = Callable[[Eqn, Sequence[tuple[int, ...]], Sequence["Value"]], list["Axis | None"]]
+"""From an equation, the shapes of its inputs and what is known of them to the axis of the examples in its results."""
 
 
 class Axis(NamedTuple):
@@ -71,6 +84,10 @@ def without(axis: Axis | None, removed: Sequence[int], how: str) -> Axis:
     return axis._replace(position=axis.position - sum(at < axis.position for at in removed))
 
 
+def _elementwise(eqn: Eqn, shapes: Any, values: Any) -> list[Axis | None]:
+    return [elementwise(eqn, shapes, values)]
+
+
 def _broadcast(eqn: Eqn, shapes: Any, values: Any) -> list[Axis | None]:
     (axis,) = (values[0].axis,)
     return [axis._replace(position=eqn.params["broadcast_dimensions"][axis.position])]
@@ -95,10 +112,6 @@ def _reshape(eqn: Eqn, shapes: Any, values: Any) -> list[Axis | None]:
 def _transpose(eqn: Eqn, shapes: Any, values: Any) -> list[Axis | None]:
     axis = values[0].axis
     return [axis._replace(position=eqn.params["permutation"].index(axis.position))]
-
-
-def _squeeze(eqn: Eqn, shapes: Any, values: Any) -> list[Axis | None]:
-    return [without(values[0].axis, eqn.params["dimensions"], "the axis of the examples is removed")]
 
 
 def _dot_general(eqn: Eqn, shapes: Any, values: Any) -> list[Axis | None]:
@@ -143,24 +156,12 @@ def _window(eqn: Eqn, shapes: Any, values: Any) -> list[Axis | None]:
     return [axis]
 
 
-def _concatenate(eqn: Eqn, shapes: Any, values: Any) -> list[Axis | None]:
-    axis = elementwise(eqn, shapes, values)
-    if axis.position == eqn.params["dimension"]:
-        raise Mixed("the batch is concatenated with something")
-    return [axis]
-
-
 def _stack(eqn: Eqn, shapes: Any, values: Any) -> list[Axis | None]:
     axis = agreed(value.axis for value in values)
     for shape, value in zip(shapes, values, strict=True):
         if value.axis is None:
             _check_constant(shape, value, axis)
     return [axis._replace(position=axis.position + (eqn.params["axis"] <= axis.position))]
-
-
-def _unstack(eqn: Eqn, shapes: Any, values: Any) -> list[Axis | None]:
-    axis = without(values[0].axis, (eqn.params["axis"],), "the examples are taken apart")
-    return [axis] * len(eqn.outvars)
 
 
 def _pad(eqn: Eqn, shapes: Any, values: Any) -> list[Axis | None]:
@@ -197,24 +198,27 @@ def _check_whole(part: Sequence[int], whole: Sequence[int], axis: Axis, *, rever
         raise Mixed("a part of the batch is taken")
 
 
-def _along(parameter: str, how: str) -> Callable[..., list[Axis | None]]:
-    """Rule of primitives that work along one axis, or some, and leave the others as they are."""
+def _along(parameter: str, how: str) -> Rule:
+    """Of primitives that work along one axis, or some, and leave the others as they are."""
 
     def rule(eqn: Eqn, shapes: Any, values: Any) -> list[Axis | None]:
         along = eqn.params[parameter]
         axis = elementwise(eqn, shapes, values)
         if axis.position in (along if isinstance(along, tuple) else (along,)):
-            raise Mixed(f"{how} over the examples")
+            raise Mixed(how)
         return [axis] * len(eqn.outvars)
 
     return rule
 
 
-def _top_k(eqn: Eqn, shapes: Any, values: Any) -> list[Axis | None]:
-    along = eqn.params.get("axis", -1) % len(shapes[0])
-    if values[0].axis.position == along:
-        raise Mixed("the largest of the examples are taken")
-    return [values[0].axis] * len(eqn.outvars)
+def _removing(parameter: str, how: str) -> Rule:
+    """Of primitives of which the results lack one axis, or some."""
+
+    def rule(eqn: Eqn, shapes: Any, values: Any) -> list[Axis | None]:
+        gone = eqn.params[parameter]
+        return [without(values[0].axis, gone if isinstance(gone, tuple) else (gone,), how)] * len(eqn.outvars)
+
+    return rule
 
 
 def _gather(eqn: Eqn, shapes: Any, values: Any) -> list[Axis | None]:
@@ -246,9 +250,9 @@ def _barrier(eqn: Eqn, shapes: Any, values: Any) -> list[Axis | None]:
     return [value.axis for value in values]
 
 
-RULES: dict[str, Callable[..., list[Axis | None]]] = {
+RULES: dict[str, Rule] = {
     "broadcast_in_dim": _broadcast,
-    "concatenate": _concatenate,
+    "concatenate": _along("dimension", "the batch is concatenated with something"),
     "conv_general_dilated": _convolution,
     "dot_general": _dot_general,
     "dynamic_slice": _dynamic_slice,
@@ -259,13 +263,15 @@ RULES: dict[str, Callable[..., list[Axis | None]]] = {
     "reshape": _reshape,
     "rev": _along("dimensions", "the batch is turned round"),
     "slice": _slice,
-    "sort": _along("dimension", "a sort"),
-    "split": _along("axis", "a split"),
-    "squeeze": _squeeze,
+    "sort": _along("dimension", "a sort over the examples"),
+    "split": _along("axis", "a split of the examples"),
+    "squeeze": _removing("dimensions", "the axis of the examples is removed"),
     "stack": _stack,
-    "top_k": _top_k,
+    "top_k": _along("axis", "the largest of the examples are taken"),
     "transpose": _transpose,
-    "unstack": _unstack,
-    **dict.fromkeys(_CUMULATIVE, _along("axis", "a cumulative sum")),
+    "unstack": _removing("axis", "the examples are taken apart"),
+    **dict.fromkeys(_ELEMENTWISE, _elementwise),
+    **dict.fromkeys(_REDUCTIONS, _removing("axes", "a reduction over the examples")),
+    **dict.fromkeys(_CUMULATIVE, _along("axis", "a cumulative sum over the examples")),
     **dict.fromkeys(_WINDOWS, _window),
 }

@@ -1,4 +1,4 @@
-"""What of a loss depends on frozen layers and the batch alone, followed from equation to equation."""
+"""Which values of a loss depend on frozen layers and the batch alone, the same in every epoch; why others do not."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from jax.extend import core as jex
 
 from smartfrz_jax.freezing.transform import Frozen
 from smartfrz_jax.jaxprs import example_axis, flops, inline
-from smartfrz_jax.jaxprs.example_rules import Axis, Mixed, Value
+from smartfrz_jax.jaxprs.example_axis_rules import Axis, Mixed, Value
 from smartfrz_jax.jaxprs.partial_inline import Roles
 from smartfrz_jax.jaxprs.parts import Eqn, Var, variables
 
@@ -27,11 +27,11 @@ _EVALUATION_MODE = (
 )
 
 
-class Flow:
+class KnownValues:
     """What is known about every value: whether it trains, which axis counts the examples, or why it cannot be kept."""
 
     def __init__(self, roles: Roles, why: Mapping[Any, str], layer: Mapping[Any, str | None], frozen: Frozen):
-        self.known = {var: Value(Axis(0)) for var in roles.data} | dict.fromkeys(roles.frozen, Value())
+        self.values = {var: Value(Axis(0)) for var in roles.data} | dict.fromkeys(roles.frozen, Value())
         self.live = set(roles.live)
         self._blocked = {var: f"depends on {text}" for var, text in why.items()}
         self._weights, self._data, self._batch = set(roles.frozen), {*roles.data, *roles.varying}, set(roles.data)
@@ -58,8 +58,8 @@ class Flow:
         reason = next((self._blocked[var] for var in ins if var in self._blocked), None)
         if reason is None:
             try:
-                values = example_axis.outputs(eqn, example_axis.read(self.known, eqn.invars))
-                self.known.update(zip(eqn.outvars, values, strict=True))
+                values = example_axis.outputs(eqn, example_axis.read(self.values, eqn.invars))
+                self.values.update(zip(eqn.outvars, values, strict=True))
                 return
             except Mixed as error:
                 reason = f"{self._layer(rank)}{eqn.primitive.name}: {error}"
@@ -83,11 +83,11 @@ class Flow:
 
     def is_frozen(self, eqn: Eqn) -> bool:
         """Whether an equation can be run once for all epochs."""
-        return all(var in self.known for var in eqn.outvars)
+        return all(var in self.values for var in eqn.outvars)
 
     def has_axis(self, var: Var) -> bool:
         """Whether a value is the same for an example every time, and can be kept for each."""
-        return var in self.known and self.known[var].axis is not None
+        return var in self.values and self.values[var].axis is not None
 
     def is_expensive(self, eqn: Eqn) -> bool:
         """Whether an equation must not be computed again."""

@@ -1,4 +1,4 @@
-"""Splits a loss in two: what depends on frozen layers and the batch alone, and what trains.
+"""Partial evaluation of a loss: what depends on frozen layers and the batch alone, and the rest, which trains.
 
 The first part gives, for every example, the same in each epoch; its results at the frontier to the second can be kept.
 The frontier is a minimum cut: nothing expensive is computed again, what is cheap (a normalisation, an embedding, an
@@ -10,18 +10,18 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
 
-from smartfrz_jax.caching.frozen_flow import Flow
-from smartfrz_jax.caching.traced_loss import INPUTS, Traced, by_name, changed_variables, updates_of, with_unchanged
+from smartfrz_jax.caching.known_values import KnownValues
+from smartfrz_jax.caching.loss_jaxpr import INPUTS, LossJaxpr, by_name, changed_variables, updates_of, with_unchanged
 from smartfrz_jax.freezing.transform import Frozen
 from smartfrz_jax.jaxprs import digests, flops, inline, partial_inline
-from smartfrz_jax.jaxprs.example_rules import Axis
+from smartfrz_jax.jaxprs.example_axis_rules import Axis
 from smartfrz_jax.jaxprs.min_cut import min_cut
 from smartfrz_jax.jaxprs.partial_inline import Roles
 from smartfrz_jax.jaxprs.parts import Atom, Eqn, Var, as_function, variables
@@ -47,7 +47,7 @@ class Split:
     examples: int
     frozen_flops: float
     repeated_flops: float
-    _traced: Traced
+    _traced: LossJaxpr
     _jaxpr: Any
     _cut: tuple[Any, ...]
     _axes: tuple[Axis, ...]
@@ -131,7 +131,7 @@ class Growth(NamedTuple):
     needed: frozenset[str]
 
 
-def split(traced: Traced, frozen: Frozen, examples: int, state: Mapping[str, str | None]) -> Split:
+def partial_eval(traced: LossJaxpr, frozen: Frozen, examples: int, state: Mapping[str, str | None]) -> Split:
     """Splits a loss.
 
     Args:
@@ -157,7 +157,44 @@ def split(traced: Traced, frozen: Frozen, examples: int, state: Mapping[str, str
         [var for var, name in invars.items() if name in frozen.layers.owner],
         [var for var, name in invars.items() if name.startswith(INPUTS) and name not in owner],
     )
-    roles, why = Roles(set(), set(), set(), set()), {}
+    roles, why = _roles(invars, owner, changed, frozen, examples)
+    flat = with_unchanged(partial_inline.opened(traced.closed, roles), traced, changed)
+    eqns = inline.needed(flat.jaxpr, flat.jaxpr.outvars)
+    known = KnownValues(roles, why, {var: owner.get(name) for var, name in invars.items()}, frozen)
+    for eqn in eqns:
+        known.follow(eqn)
+    known.check_updates(zip(traced.updated, updates_of(traced, flat.jaxpr), strict=True), owner)
+    cut = _cut(eqns, flat.jaxpr.outvars, known, examples)
+    axes = tuple(known.values[var].axis or Axis(0) for var in cut)
+    computed, again = _needed(eqns, cut, ()), _needed(eqns, flat.jaxpr.outvars, cut)
+    read = {*(var for eqn in again for var in variables(eqn.invars)), *variables(flat.jaxpr.outvars)}
+    price = functools.partial(flops.of_equation, backend=jax.default_backend())
+    digest_of = digests.digests(flat, traced.names, [eqn for eqn in eqns if known.is_frozen(eqn)])
+    return Split(
+        frontier=tuple(_of_one(var, axis, examples) for var, axis in zip(cut, axes, strict=True)),
+        digests=tuple(digest_of[var] for var in cut),
+        needed=frozenset(name for var, name in invars.items() if var in read and name.startswith(INPUTS)),
+        examples=examples,
+        frozen_flops=sum(price(eqn).needed for eqn in computed),
+        repeated_flops=sum(price(eqn).needed for eqn in again if known.is_frozen(eqn)),
+        _traced=traced,
+        _jaxpr=jex.ClosedJaxpr(flat.jaxpr.replace(eqns=eqns), flat.consts),
+        _cut=tuple(cut),
+        _axes=axes,
+        _digest_of=digest_of,
+        _expensive=frozenset(var for eqn in computed if known.is_expensive(eqn) for var in eqn.outvars),
+    )
+
+
+def _roles(
+    invars: Mapping[Var, str],
+    owner: Mapping[str, str | None],
+    changed: Collection[str],
+    frozen: Frozen,
+    examples: int,
+) -> tuple[Roles, dict[Any, str]]:
+    """What the inputs of the loss are, and why some change from step to step."""
+    roles, why = Roles(set(), set(), set(), set()), dict[Any, str]()
     for var, name in invars.items():
         layer = owner.get(name)
         if layer is not None and layer not in frozen.names:
@@ -175,47 +212,22 @@ def split(traced: Traced, frozen: Frozen, examples: int, state: Mapping[str, str
         else:
             roles.varying.add(var)
             why[var] = f"{name!r}, of shape {var.aval.shape}, in which no axis counts the {examples} examples"
-    flat = with_unchanged(partial_inline.opened(traced.closed, roles), traced, changed)
-    eqns = inline.needed(flat.jaxpr, flat.jaxpr.outvars)
-    flow = Flow(roles, why, {var: owner.get(name) for var, name in invars.items()}, frozen)
-    for eqn in eqns:
-        flow.follow(eqn)
-    flow.check_updates(zip(traced.updated, updates_of(traced, flat.jaxpr), strict=True), owner)
-    cut = _cut(eqns, flat.jaxpr.outvars, flow, examples)
-    axes = tuple(flow.known[var].axis or Axis(0) for var in cut)
-    computed, again = _needed(eqns, cut, ()), _needed(eqns, flat.jaxpr.outvars, cut)
-    read = {*(var for eqn in again for var in variables(eqn.invars)), *variables(flat.jaxpr.outvars)}
-    price = functools.partial(flops.of_equation, backend=jax.default_backend())
-    digest_of = digests.digests(flat, traced.names, [eqn for eqn in eqns if flow.is_frozen(eqn)])
-    return Split(
-        frontier=tuple(_of_one(var, axis, examples) for var, axis in zip(cut, axes, strict=True)),
-        digests=tuple(digest_of[var] for var in cut),
-        needed=frozenset(name for var, name in invars.items() if var in read and name.startswith(INPUTS)),
-        examples=examples,
-        frozen_flops=sum(price(eqn).needed for eqn in computed),
-        repeated_flops=sum(price(eqn).needed for eqn in again if flow.is_frozen(eqn)),
-        _traced=traced,
-        _jaxpr=jex.ClosedJaxpr(flat.jaxpr.replace(eqns=eqns), flat.consts),
-        _cut=tuple(cut),
-        _axes=axes,
-        _digest_of=digest_of,
-        _expensive=frozenset(var for eqn in computed if flow.is_expensive(eqn) for var in eqn.outvars),
-    )
+    return roles, why
 
 
-def _cut(eqns: Sequence[Eqn], outvars: Sequence[Atom], flow: Flow, examples: int) -> list[Any]:
+def _cut(eqns: Sequence[Eqn], outvars: Sequence[Atom], known: KnownValues, examples: int) -> list[Any]:
     """The values at the frontier."""
     costs: dict[Any, int] = {}
-    edges, sources, sinks = [], [], [var for var in variables(outvars) if flow.has_axis(var)]
+    edges, sources, sinks = [], [], [var for var in variables(outvars) if known.has_axis(var)]
     for i, eqn in enumerate(eqns):
-        read = [var for var in variables(eqn.invars) if flow.has_axis(var)]
-        if not flow.is_frozen(eqn):
+        read = [var for var in variables(eqn.invars) if known.has_axis(var)]
+        if not known.is_frozen(eqn):
             sinks += read
             continue
-        made = [var for var in eqn.outvars if flow.has_axis(var)]
+        made = [var for var in eqn.outvars if known.has_axis(var)]
         # Fewer values where the bytes are the same.
         costs.update({var: (math.prod(var.aval.shape) * var.aval.dtype.itemsize << 16) + 1 for var in made})
-        if flow.is_expensive(eqn):
+        if known.is_expensive(eqn):
             sources += made
         elif made:
             costs[i] = sum(costs[var] for var in made) + 1  # an equation is no value: never cheaper than its results

@@ -1,0 +1,82 @@
+"""When the frozen set changes, what is stored is the input of what will be."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import smartfrz_jax as sfj
+from tests.support.prefix_caches import PARAMS, N, X, Y, cached, mlp
+from tests.support.rounding import assert_close
+
+pytestmark = pytest.mark.usefixtures("jax_defaults")
+
+
+def run_epoch(cache, params, x, y):
+    parts = np.split(np.arange(len(x)), 2)
+    return jnp.concatenate([cache.fetch(params, rows, x[rows], y[rows])[0] for rows in parts])
+
+
+@pytest.mark.slow
+def test_when_the_prefix_grows_only_the_new_layers_are_run():
+    cache = cached(mlp, PARAMS, (X, Y), ["w0"])
+    cache.keep(N)
+    first = run_epoch(cache, PARAMS, X, Y)
+    assert_close(first, np.tanh(X @ PARAMS["w0"]))
+    old = cache.store
+    new = cache.follow(PARAMS, cache.frozen.add(["w1", "w2"]))
+    assert cache.store is None
+    grown = new.grown_from(cache)
+    flops = sfj.program_cost(jax.jit(lambda a: grown(PARAMS, (a,), None, Y)), first).flops
+    assert flops == 2 * N * (5 * 3 + 3 * 4)
+    # The inputs are not needed any more: the activations come from the old ones.
+    for rows in np.split(np.arange(N), 2):
+        new.fetch(PARAMS, rows, None, Y[rows])
+    assert new.store.is_complete
+    assert new._source is None
+    assert old.is_complete
+    from_inputs = new.activations(PARAMS, X, Y)
+    assert_close(new.store.take(np.arange(N))[0], from_inputs[0])
+
+
+def test_a_cache_stays_as_it_was_if_the_next_cannot_be(tmp_path):
+    cache = cached(mlp, PARAMS, (X, Y), ["w0"])
+    store = cache.keep(N, place=tmp_path / "first")
+    with pytest.raises(FileExistsError, match="place"):  # without a place, it would be the same directory
+        cache.follow(PARAMS, cache.frozen.add(["w1"]))
+    assert cache.store is store
+    new = cache.follow(PARAMS, cache.frozen.add(["w1"]), place=tmp_path / "second")
+    assert cache.store is None
+    assert new._source.store is store
+
+
+def test_when_the_prefix_shrinks_what_was_kept_is_dropped():
+    cache = cached(mlp, PARAMS, (X, Y), ["w0", "w1"])
+    cache.keep(N)
+    run_epoch(cache, PARAMS, X, Y)
+    new = cache.follow(PARAMS, sfj.Frozen(cache.frozen.layers, frozenset({"w0"})))
+    assert new.grown_from(cache) is None
+    assert new._source is None
+    assert not new.store.filled.any()
+    changed = {**PARAMS, "w1": 2 * PARAMS["w1"]}  # it trains again
+    got = run_epoch(new, changed, X, Y)
+    assert_close(got, np.tanh(X @ PARAMS["w0"]))
+
+
+def test_where_the_old_values_are_not_enough_they_are_computed_from_the_inputs():
+    def two_branches(params, x, y):
+        left = jnp.tanh(x @ params["w0"])
+        right = jnp.tanh(x @ params["w9"])
+        return jnp.square((left * right) @ params["w1"] @ params["w2"] @ params["w3"] - y).mean()
+
+    params = PARAMS | {"w9": 2 * PARAMS["w0"]}
+    cache = cached(two_branches, params, (X, Y), ["w0"])
+    new = cache.follow(params, cache.frozen.add(["w9"]))
+    grown = new.grown_from(cache)  # the other branch is new work, and reads the input
+    assert_close(grown(params, cache.activations(params, X, Y), X, Y), new.activations(params, X, Y))
+    with pytest.raises(ValueError, match="inputs:0"):
+        grown(params, cache.activations(params, X, Y), None, Y)
+    other = cached(
+        lambda params, x, y: mlp({k: v for k, v in params.items() if k != "w9"}, x + 1, y), PARAMS, (X, Y), ["w0"]
+    )
+    assert new.grown_from(other) is None
