@@ -70,7 +70,7 @@ def make_train_step(
         make_step,
         loss_of_batch,
         examples=data.examples,
-        place=keep_activations,
+        storage=sfj.caching.Storage(keep_activations),
         account=account,
         total_steps=total_steps,
     )

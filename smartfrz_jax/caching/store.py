@@ -7,7 +7,7 @@ import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +22,21 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Int
 
 Place = Literal["device", "host"] | Path
+
+
+class Storage(NamedTuple):
+    """Where and how activations are kept; see :class:`ActivationCache`.
+
+    Attributes:
+        place: ``"device"``, ``"host"``, or a directory, where whoever takes this keeps files.
+        dtype: Type to store wider floating-point values in, ``"bfloat16"`` for instance; their own by default.
+        budget: Most bytes to use; what is free by default.
+    """
+
+    place: Place | str = "device"
+    dtype: DTypeLike | None = None
+    budget: int | None = None
+
 
 _NARROW = ("float32", "bfloat16", "float16")
 

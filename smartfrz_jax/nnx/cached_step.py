@@ -5,14 +5,14 @@ from __future__ import annotations
 import time
 import warnings
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flax import nnx
 from jax.typing import DTypeLike
 
 from smartfrz_jax.caching.break_even import break_even
 from smartfrz_jax.caching.loss_jaxpr import INPUTS
-from smartfrz_jax.caching.store import check_indices, check_room, stored_shapes
+from smartfrz_jax.caching.store import Storage, check_indices, check_room, stored_shapes
 from smartfrz_jax.cost.account import Account
 from smartfrz_jax.cost.check import SavingWarning
 from smartfrz_jax.freezing.transform import Frozen
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import numpy as np
     from jaxtyping import Int
 
-Place = Literal["device", "host"]
+_ON_DEVICE = Storage()
 
 
 class CachedStep:
@@ -48,9 +48,8 @@ class CachedStep:
             and with losses that begin at activations, the first of their inputs.
         loss_fn: A function of ``(model, *inputs)``, as that of :class:`PrefixCache`.
         examples: Number of examples in the data set.
-        place: Where activations are kept: ``"device"`` or ``"host"``. For files, see :class:`PrefixCache`.
-        dtype: Type to store them in, ``"bfloat16"`` for instance; their own by default.
-        budget: Most bytes to use; what is free by default.
+        storage: Where activations are kept, on the ``"device"`` by default or the ``"host"``, in which type, and in how
+            many bytes. For files, see :class:`PrefixCache`.
         views: Number of augmented views of each example that there are; 1 if there is no augmentation.
         account: The account of the step, from :func:`account`; see :class:`smartfrz_jax.TrainStep`. With
             ``total_steps`` it tells whether keeping activations still pays.
@@ -63,7 +62,7 @@ class CachedStep:
         flops: FLOPs of the last call, the computation of activations that were not there included.
 
     Raises:
-        TypeError: If what ``make_step`` makes is jitted.
+        TypeError: If what ``make_step`` makes is jitted, or ``storage`` is no ``Storage``.
         ValueError: If a number is below 1, or there is no such place or type.
 
     Example:
@@ -95,9 +94,7 @@ class CachedStep:
         loss_fn: Callable[..., Any],
         *,
         examples: int,
-        place: Place = "device",
-        dtype: DTypeLike | None = None,
-        budget: int | None = None,
+        storage: Storage = _ON_DEVICE,
         views: int = 1,
         account: Account | None = None,
         total_steps: int | None = None,
@@ -105,21 +102,21 @@ class CachedStep:
     ):
         checks.function(make_step, "make_step", "a function of a loss to a plain train step")
         checks.function(loss_fn, "loss_fn", "a function of (model, *inputs)")
-        check_room(examples, views, budget)
+        checks.instance(storage, Storage, "storage", "a smartfrz_jax.caching.Storage, such as Storage('host')")
+        check_room(examples, views, storage.budget)
         if total_steps is not None:
             checks.count(total_steps, "total_steps")
-        if not isinstance(place, str) or place not in ("device", "host"):
-            raise ValueError(
-                f"place: got {checks.got(place)}, expected 'device' or 'host'; to keep files, use a PrefixCache"
-            )
-        stored_shapes((), 0, dtype)  # raises, if there is no such type
+        if not isinstance(storage.place, str) or storage.place not in ("device", "host"):
+            got = checks.got(storage.place)
+            raise ValueError(f"place: got {got}, expected 'device' or 'host'; to keep files, use a PrefixCache")
+        stored_shapes((), 0, storage.dtype)  # raises, if there is no such type
         self.account = account
         self.cache: PrefixCache | None = None
         self.programs: list[Program] = []
         self.flops = 0.0
         self._make_step, self._loss_fn, self._donate = make_step, loss_fn, donate
         self._examples, self._total_steps, self._views = examples, total_steps, views
-        self._keep: dict[str, Any] = {"place": place, "dtype": dtype, "budget": budget}
+        self._storage = storage
         self._plain = TrainStep(make_step(loss_fn), account=account, donate=donate)
         self._cached: TrainStep | None = None
         self._frozen: Frozen | None = None
@@ -147,7 +144,7 @@ class CachedStep:
         self._follow(model, optimizer, inputs)
         if self.cache is None or self._cached is None:
             return self._listed(self._plain.program(model, optimizer, *inputs))
-        args = _from_activations(self.cache, inputs, self._keep["dtype"])
+        args = _from_activations(self.cache, inputs, self._storage.dtype)
         return self._listed(self._cached.program(model, optimizer, *args))
 
     def prepare(self, owner: Optimizer, new: Optimizer) -> None:
@@ -174,7 +171,7 @@ class CachedStep:
             self._plain.compile_ahead(model, new, *inputs)
             return
         step = self._step_from(cache)
-        step.compile_ahead(model, new, *_from_activations(cache, inputs, self._keep["dtype"]))
+        step.compile_ahead(model, new, *_from_activations(cache, inputs, self._storage.dtype))
         self._coming = _Coming(new.frozen, step)
 
     def __call__(
@@ -245,7 +242,7 @@ class CachedStep:
         """Makes room for the activations, where they can from those of the cache before."""
         try:
             if old is None:
-                cache.keep(self._examples, **self._keep)
+                cache.keep(self._examples, **self._storage._asdict())
             else:
                 cache.take_over(old)
         except ValueError as error:

@@ -148,7 +148,7 @@ CASES = [
     Case("nnx-activations-another", "params", ValueError, ("without",), lambda: model_computed(scenes.another_model())),
     Case("cached-jitted", "train_step", TypeError, ("jax.jit", "plain"), lambda: cached(lambda loss: jax.jit(loss))),
     Case("cached-not-made", "train_step", TypeError, ("NoneType",), lambda: cached(lambda loss: None)),
-    Case("cached-disk", "place", ValueError, ("'/tmp/x'", "PrefixCache"), lambda: cached(place="/tmp/x")),
+    Case("cached-disk", "place", ValueError, ("'/tmp/x'", "PrefixCache"), lambda: cached(storage=sfj.caching.Storage("/tmp/x"))),
     Case("cached-beyond", "indices", ValueError, ("5", "0 to 3"), lambda: called(INDICES + 2)),
     Case(
         "cached-plain-optimizer",

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 import smartfrz_jax as sfj
+from smartfrz_jax.caching import Storage
 from tests.support.train_steps import loss_fn, make_step
 
 EXAMPLES, BATCH, EPOCHS = 64, 16, 8
@@ -96,7 +97,7 @@ def run(training, step, policy, *, lead=0):
 @pytest.mark.parametrize("lead", [0, 2])
 def test_results_are_those_of_the_plain_step(place, lead):
     plain, kept = Training(), Training()
-    step = cached(place=place)
+    step = cached(storage=Storage(place))
     expected, flops, events = run(plain, sfj.TrainStep(make_step(loss_fn)), stages(), lead=lead)
     got, kept_flops, kept_events = run(kept, step, stages(), lead=lead)
     assert len(events) == 2
@@ -171,7 +172,7 @@ def test_where_activations_cannot_be_kept_the_plain_step_goes_on_and_says_why_on
 
 
 def test_where_there_is_no_room_the_plain_step_goes_on():
-    training, step = Training(), cached(budget=EXAMPLES * 24 * 4 - 1)
+    training, step = Training(), cached(storage=Storage(budget=EXAMPLES * 24 * 4 - 1))
     training.optimizer.freeze(training.model, training.layers.names[:2])
     indices = next(batches())
     with pytest.warns(sfj.SavingWarning, match="activations are not kept: examples: 64 .* the budget is 6,143"):
@@ -214,7 +215,7 @@ def test_it_goes_on_when_layers_train_again():
 
 
 def test_a_smaller_last_batch_and_stored_bfloat16():
-    training, step = Training(), cached(dtype="bfloat16")
+    training, step = Training(), cached(storage=Storage(dtype="bfloat16"))
     training.optimizer.freeze(training.model, training.layers.names[:2])
     for indices in (np.arange(16), np.arange(16, 24), np.arange(24)):
         loss = step(*training.args, indices, IMAGES[indices], LABELS[indices])
@@ -269,9 +270,11 @@ def test_wrong_arguments():
     with pytest.raises(ValueError, match="examples: got 0, expected an integer of at least 1"):
         sfj.nnx.CachedStep(make_step, loss_fn, examples=0)
     with pytest.raises(ValueError, match="place: got 'somewhere', expected 'device' or 'host'; to keep files, use"):
-        cached(place="somewhere")
+        cached(storage=Storage("somewhere"))
+    with pytest.raises(TypeError, match=r"storage: got str 'host', expected .*Storage\('host'\)"):
+        cached(storage="host")
     with pytest.raises(ValueError, match="dtype: got int8, expected float32, bfloat16, float16"):
-        cached(dtype="int8")
+        cached(storage=Storage(dtype="int8"))
     with pytest.raises(TypeError, match=r"train_step: got train_step jitted by nnx\.jit, expected the plain function"):
         sfj.nnx.CachedStep(lambda loss: nnx.jit(make_step(loss)), loss_fn, examples=4)
     training, step = Training(), cached()

@@ -109,7 +109,7 @@ def run(case, mesh, directory: Path):
         return put(IMAGES[indices], split), put(LABELS[indices], split)
 
     if case in ("device", "host"):
-        step = sfj.nnx.CachedStep(make_step, loss_fn, examples=EXAMPLES, place=case)
+        step = sfj.nnx.CachedStep(make_step, loss_fn, examples=EXAMPLES, storage=sfj.caching.Storage(case))
     else:
         step = sfj.TrainStep(make_step(loss_fn))
     probe_batch = batch_of(np.arange(BATCH))
