@@ -37,6 +37,7 @@ class Split:
         digests: What these values are computed from and how, of equal ones equal.
         needed: Names of the inputs that the second part reads.
         examples: Examples in a batch.
+        literals: Numbers that are written into the first part, and how often.
         frozen_flops: FLOPs of the first part, for a batch.
         repeated_flops: Those of them that the second part computes again.
     """
@@ -45,6 +46,7 @@ class Split:
     digests: tuple[str, ...]
     needed: frozenset[str]
     examples: int
+    literals: Mapping[str, int]
     frozen_flops: float
     repeated_flops: float
     _traced: LossJaxpr
@@ -175,6 +177,7 @@ def partial_eval(traced: LossJaxpr, frozen: Frozen, examples: int, state: Mappin
         digests=tuple(digest_of[var] for var in cut),
         needed=frozenset(name for var, name in invars.items() if var in read and name.startswith(INPUTS)),
         examples=examples,
+        literals=digests.literals(computed),
         frozen_flops=sum(price(eqn).needed for eqn in computed),
         repeated_flops=sum(price(eqn).needed for eqn in again if known.is_frozen(eqn)),
         _traced=traced,

@@ -166,6 +166,15 @@ class SplitLoss:
                 f"are kept ({split.frontier} and {self.split.frontier} for an example); the model, its mode or the "
                 "shape of the inputs has changed: make a new PrefixCache"
             )
+        if split.literals != self.split.literals:
+            here, kept = (
+                {*one.literals} - {*other.literals} for one, other in ((split, self.split), (self.split, split))
+            )
+            raise ValueError(
+                f"inputs: frozen layers compute with the number of examples, so that a batch of {split.examples} gives "
+                f"other activations than one of {self.split.examples} ({', '.join(sorted(here)[:3])} stands where that "
+                f"has {', '.join(sorted(kept)[:3])}); take that number out of them, or pass as many examples each time"
+            )
         return split
 
     def _completed(self, inputs: tuple[Any, ...], examples: int) -> tuple[Any, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -30,6 +31,21 @@ def digests(closed: ClosedJaxpr, names: Sequence[str], eqns: Iterable[Eqn]) -> d
     inputs = set(known)
     _follow(eqns, known)
     return {var: digest for var, digest in known.items() if var not in inputs}
+
+
+def literals(eqns: Iterable[Eqn]) -> Counter[str]:
+    """The numbers that are written into some equations, and into what these call, and how often."""
+    found: Counter[str] = Counter()
+    for eqn in eqns:
+        found.update(str(atom.val) for atom in eqn.invars if isinstance(atom, jex.Literal))
+        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
+            if _is_jaxpr(value):
+                found += literals(value.eqns)
+    return found
+
+
+def _is_jaxpr(value: Any) -> bool:
+    return isinstance(value, jex.Jaxpr | jex.ClosedJaxpr)
 
 
 def _follow(eqns: Iterable[Eqn], known: dict[Any, str]) -> None:

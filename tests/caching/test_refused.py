@@ -50,6 +50,16 @@ def test_inputs_that_are_the_same_for_all_examples_may_change():
         cached(loss_fn, PARAMS, (X, Y, jnp.float32(2.0)), ["w0"])
 
 
+def test_activations_that_depend_on_the_number_of_examples():
+    def loss_fn(params, x, y):
+        h = jax.jit(lambda x: jnp.tanh(x @ params["w0"]) / len(x))(x)
+        return jnp.square(h @ params["w1"] @ params["w2"] @ params["w3"] - y).mean()
+
+    cache = check(loss_fn, PARAMS, (X, Y), ["w0", "w1"])
+    with pytest.raises(ValueError, match=r"a batch of 2 gives other .* of 4 \(2.0 stands where that has 4.0\); take"):
+        cache.activations(PARAMS, X[:2], Y[:2])
+
+
 def test_augmentation():
     with pytest.raises(ValueError, match=r"augmented.*views"):
         cached(mlp, PARAMS, (X, Y), ["w0"], augmented=True)

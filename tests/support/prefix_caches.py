@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import smartfrz_jax as sfj
+from smartfrz_jax.caching.prefix_cache import PrefixCache
 from tests.support.rounding import assert_close
 
 N = 4
