@@ -114,6 +114,8 @@ def test_networks(name):
     cache = NNXPrefixCache(model, optimizer.frozen, cross_entropy, *inputs)
     assert [value.shape for value in cache.frontier] == frontier
     assert cache.needed == needed
+    of_two = jax.eval_shape(lambda *inputs: cache.activations(model, *inputs), *(x[:2] for x in inputs))
+    assert [value.shape for value in of_two] == [(2, *shape) for shape in frontier]
     activations = cache.activations(model, *inputs)
     left = [x if f"inputs:{i}" in needed else None for i, x in enumerate(inputs)]
     expected = uncached_step(model, optimizer, cross_entropy, *inputs)
