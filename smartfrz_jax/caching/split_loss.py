@@ -19,6 +19,10 @@ from smartfrz_jax.pytrees import checks, paths
 from smartfrz_jax.pytrees.types import PyTree
 
 
+class BatchSizeError(ValueError):
+    """A batch of another size would give other activations for the same examples."""
+
+
 class SplitLoss:
     """A loss in two parts, for batches of any size; :class:`smartfrz_jax.PrefixCache` adds a store between them.
 
@@ -170,7 +174,7 @@ class SplitLoss:
             here, kept = (
                 {*one.literals} - {*other.literals} for one, other in ((split, self.split), (self.split, split))
             )
-            raise ValueError(
+            raise BatchSizeError(
                 f"inputs: frozen layers compute with the number of examples, so that a batch of {split.examples} gives "
                 f"other activations than one of {self.split.examples} ({', '.join(sorted(here)[:3])} stands where that "
                 f"has {', '.join(sorted(kept)[:3])}); take that number out of them, or pass as many examples each time"

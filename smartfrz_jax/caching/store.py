@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -22,20 +23,6 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Int
 
 Place = Literal["device", "host"] | Path
-
-
-class Storage(NamedTuple):
-    """Where and how activations are kept; see :class:`ActivationCache`.
-
-    Attributes:
-        place: ``"device"``, ``"host"``, or a directory, where whoever takes this keeps files.
-        dtype: Type to store wider floating-point values in, ``"bfloat16"`` for instance; their own by default.
-        budget: Most bytes to use; what is free by default.
-    """
-
-    place: Place | str = "device"
-    dtype: DTypeLike | None = None
-    budget: int | None = None
 
 
 _NARROW = ("float32", "bfloat16", "float16")
@@ -106,6 +93,30 @@ def check_indices(indices: Any, view: Any, examples: int, views: int) -> Int[np.
     if view >= views:
         raise ValueError(f"view: got {view}, expected 0 to {views - 1}; say how many views there are (views)")
     return array.astype(np.int64)
+
+
+@dataclasses.dataclass(frozen=True)
+class Storage:
+    """Where and how activations are kept; see :class:`ActivationCache`.
+
+    Attributes:
+        place: ``"device"``, ``"host"``, or a directory, where whoever takes this keeps files.
+        dtype: Type to store wider floating-point values in, ``"bfloat16"`` for instance; their own by default.
+        budget: Most bytes to use; what is free by default.
+
+    Raises:
+        TypeError: If one of them is of another type.
+        ValueError: If ``dtype`` is not one to store activations in, or the budget is negative.
+    """
+
+    place: Place | str = "device"
+    dtype: DTypeLike | None = None
+    budget: int | None = None
+
+    def __post_init__(self):
+        check_place(self.place)
+        stored_shapes((), 0, self.dtype)  # raises, if there is no such type
+        check_room(1, 1, self.budget)
 
 
 class ActivationCache:

@@ -12,6 +12,7 @@ from jax.typing import DTypeLike
 
 from smartfrz_jax.caching.break_even import break_even
 from smartfrz_jax.caching.loss_jaxpr import INPUTS
+from smartfrz_jax.caching.split_loss import BatchSizeError
 from smartfrz_jax.caching.store import Storage, check_indices, check_room, stored_shapes
 from smartfrz_jax.cost.account import Account
 from smartfrz_jax.cost.check import SavingWarning
@@ -106,10 +107,9 @@ class CachedStep:
         check_room(examples, views, storage.budget)
         if total_steps is not None:
             checks.count(total_steps, "total_steps")
-        if not isinstance(storage.place, str) or storage.place not in ("device", "host"):
-            got = checks.got(storage.place)
+        if storage.place not in ("device", "host"):
+            got = repr(storage.place)
             raise ValueError(f"place: got {got}, expected 'device' or 'host'; to keep files, use a PrefixCache")
-        stored_shapes((), 0, storage.dtype)  # raises, if there is no such type
         self.account = account
         self.cache: PrefixCache | None = None
         self.programs: list[Program] = []
@@ -193,14 +193,19 @@ class CachedStep:
         indices = check_indices(indices, view, self._examples, self._views)
         self._follow(model, optimizer, inputs)
         self._done += 1
-        if self.cache is None or self._cached is None:
-            out = self._plain(model, optimizer, *inputs)
-            self.flops = self._listed(self._plain.last).cost.flops
-            return out
-        fetching = self.cache.fetch_flops(indices, view)
-        activations = self.cache.fetch(model, indices, *inputs, view=view)
-        out = self._cached(model, optimizer, activations, *_needed(self.cache, inputs))
-        self.flops = self._listed(self._cached.last).cost.flops + fetching
+        if self.cache is not None and self._cached is not None:
+            try:
+                fetching = self.cache.fetch_flops(indices, view)
+                activations = self.cache.fetch(model, indices, *inputs, view=view)
+                out = self._cached(model, optimizer, activations, *_needed(self.cache, inputs))
+                self.flops = self._listed(self._cached.last).cost.flops + fetching
+                return out
+            except BatchSizeError as error:  # raised while tracing: nothing has been changed
+                self._warn(error)
+                self._waited += self._cached.wait_seconds
+                self._cached, self.cache = None, None
+        out = self._plain(model, optimizer, *inputs)
+        self.flops = self._listed(self._plain.last).cost.flops
         return out
 
     def _follow(self, model: nnx.Module, optimizer: Optimizer, inputs: tuple[Any, ...]) -> None:
@@ -242,7 +247,8 @@ class CachedStep:
         """Makes room for the activations, where they can from those of the cache before."""
         try:
             if old is None:
-                cache.keep(self._examples, **self._storage._asdict())
+                where = self._storage
+                cache.keep(self._examples, place=where.place, dtype=where.dtype, budget=where.budget)
             else:
                 cache.take_over(old)
         except ValueError as error:

@@ -78,6 +78,7 @@ DOORS = [
     Door("caching.ActivationCache.take", lambda: {"indices": INDICES}, on=full),
     Door("caching.ActivationCache.has", lambda: {"indices": INDICES}, on=store),
     Door("caching.ActivationCache.stored", lambda: {"indices": INDICES}, on=store),
+    Door("caching.Storage", lambda: {"place": "host"}),
     Door("PrefixCache", lambda: {"params": params(), "frozen": frozen("a"), "loss_fn": loss, "inputs": (X,)}),
     Door("PrefixCache.keep", lambda: {"examples": 4}, on=lambda: prefix()),
     Door("PrefixCache.activations", lambda: {"params": params(), "inputs": (X,)}, on=cache),
@@ -148,7 +149,13 @@ CASES = [
     Case("nnx-activations-another", "params", ValueError, ("without",), lambda: model_computed(scenes.another_model())),
     Case("cached-jitted", "train_step", TypeError, ("jax.jit", "plain"), lambda: cached(lambda loss: jax.jit(loss))),
     Case("cached-not-made", "train_step", TypeError, ("NoneType",), lambda: cached(lambda loss: None)),
-    Case("cached-disk", "place", ValueError, ("'/tmp/x'", "PrefixCache"), lambda: cached(storage=sfj.caching.Storage("/tmp/x"))),
+    Case(
+        "cached-disk",
+        "place",
+        ValueError,
+        ("'/tmp/x'", "PrefixCache"),
+        lambda: cached(storage=sfj.caching.Storage("/tmp/x")),
+    ),
     Case("cached-beyond", "indices", ValueError, ("5", "0 to 3"), lambda: called(INDICES + 2)),
     Case(
         "cached-plain-optimizer",

@@ -1,5 +1,6 @@
 """``nnx.CachedStep``: the plain step's results under any policy, with the frozen front run once for every example."""
 
+import contextlib
 import warnings
 
 import jax
@@ -169,6 +170,26 @@ def test_where_activations_cannot_be_kept_the_plain_step_goes_on_and_says_why_on
     assert len(said) == len({str(one.message) for one in said})
     assert step.cache is None
     assert (got, kept_flops) == (expected, flops)
+
+
+def test_where_frozen_layers_compute_with_the_number_of_examples_a_smaller_batch_ends_the_cache():
+    def loss(model, images, labels):
+        return loss_fn(model, images / len(images), labels)
+
+    plain, kept = Training(), Training()
+    step, reference = cached(loss), sfj.TrainStep(make_step(loss))
+    for training in (plain, kept):
+        training.optimizer.freeze(training.model, training.layers.names[:2])
+    for indices, keeps, warns in (
+        (np.arange(16), True, False),
+        (np.arange(16, 24), False, True),
+        (np.arange(16), False, False),
+    ):
+        batch = IMAGES[indices], LABELS[indices]
+        with pytest.warns(sfj.SavingWarning, match="of 8 ") if warns else contextlib.nullcontext():
+            got = step(*kept.args, indices, *batch)
+        np.testing.assert_allclose(got, reference(*plain.args, *batch), rtol=2e-5)
+        assert (step.cache is not None) == keeps
 
 
 def test_where_there_is_no_room_the_plain_step_goes_on():
