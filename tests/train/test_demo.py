@@ -173,7 +173,7 @@ def test_a_folder_that_cannot_be_written(tmp_path, capsys):
     assert "choose another one" in err
 
 
-@pytest.mark.parametrize("option", ["--epochs", "--seeds"])
+@pytest.mark.parametrize("option", ["--epochs", "--seeds", "--learning-rate"])
 def test_options_are_checked(capsys, option):
     with pytest.raises(SystemExit) as exit_info:
         demo.main([option, "0"])

@@ -16,7 +16,6 @@ from smartfrz_jax.layers.select import Selectors
 from train.loop import batches, make_step
 
 BATCH_SIZE = 32
-LEARNING_RATE = 1e-3  # the best for full training of 3e-4, 1e-3 and 3e-3
 WEIGHT_DECAY = 1e-4
 
 
@@ -76,7 +75,9 @@ def loss_fn(model: nnx.Module, images: jax.Array, labels: jax.Array) -> jax.Arra
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
 
 
-def fine_tune(model: nnx.Module, data: Images, front: Selectors, *, epochs: int, seed: int) -> Iterator[Costs]:
+def fine_tune(
+    model: nnx.Module, data: Images, front: Selectors, *, epochs: int, learning_rate: float, seed: int
+) -> Iterator[Costs]:
     """Trains the model in place, a step each time that the next item is asked for.
 
     Args:
@@ -84,6 +85,7 @@ def fine_tune(model: nnx.Module, data: Images, front: Selectors, *, epochs: int,
         data: What it is trained on.
         front: Layers that are frozen from the start, and whose activations are kept; ``()`` for none.
         epochs: Times that every image is seen.
+        learning_rate: Peak of the cosine.
         seed: Of the order of images.
 
     Yields:
@@ -95,7 +97,7 @@ def fine_tune(model: nnx.Module, data: Images, front: Selectors, *, epochs: int,
     images, labels = data
     total_steps = epochs * (len(labels) // BATCH_SIZE)
     clock = _Clock()
-    tx = optax.adamw(optax.cosine_decay_schedule(LEARNING_RATE, total_steps), weight_decay=WEIGHT_DECAY)
+    tx = optax.adamw(optax.cosine_decay_schedule(learning_rate, total_steps), weight_decay=WEIGHT_DECAY)
     layers = sfj.nnx.find_layers(model, images[:1])
     optimizer = sfj.nnx.Optimizer(model, tx, layers=layers)
     if front:
@@ -104,7 +106,7 @@ def fine_tune(model: nnx.Module, data: Images, front: Selectors, *, epochs: int,
     for step, batch in enumerate(batches(len(labels), BATCH_SIZE, epochs, seed), start=1):
         loss = float(train_step(model, optimizer, batch, images[batch], labels[batch]))
         if not np.isfinite(loss):
-            raise FloatingPointError(f"the loss is {loss} after step {step}; lower LEARNING_RATE in {__file__}")
+            raise FloatingPointError(f"the loss is {loss} after step {step}; lower --learning-rate")
         clock.stop()
         cache = train_step.cache
         yield Costs(
