@@ -14,7 +14,7 @@ from smartfrz_jax.learning.splits import by_run
 from smartfrz_jax.predictor import PredictorConfig, freeze_probability
 from smartfrz_jax.predictor.encoded import Encoded, encode
 from smartfrz_jax.predictor.encoding import PAPER, Encoding
-from tests.learning.test_fitting import OPTIONS, arrays, random_examples, small_predictor
+from tests.learning.fitting.runs import OPTIONS, arrays, random_examples, small_predictor
 from tests.support.observations import walk
 
 ENCODINGS = {

@@ -60,6 +60,7 @@ def run(policy, gradients, *, only_active=True):
     return decisions, states
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("percentile", [30, 50, 80])
 def test_is_the_published_algorithm(percentile):
     depths = set()

@@ -1,3 +1,5 @@
+"""The predictor against its equations: masks, meshes, costs, and what it reads."""
+
 import contextlib
 import dataclasses
 
@@ -12,29 +14,13 @@ from smartfrz_jax.predictor import History, PredictorConfig
 from smartfrz_jax.predictor.context import FLAGGED, context_names, encode_context
 from smartfrz_jax.predictor.encoding import PAPER, Encoding, encode_records
 from smartfrz_jax.predictor.predictor import Statistic, freeze_probability
-from smartfrz_jax.pytrees import checkpoint
+from tests.predictor.small_predictors import ENCODINGS, SMALL, predictor_with_biases, records_of
 from tests.support.observations import observation_of, walk
 
 ROUNDING = {
     "rtol": 2e-5,
     "atol": 2e-6,
 }  # of float32, through two MLPs and an attention; 2.5e-6 was the most seen in 800
-SMALL = PredictorConfig(size=12, hidden=10, features=6, head_hidden=5, encoding=PAPER)
-ENCODINGS = {
-    "raw, no context": PAPER,
-    "raw": Encoding("raw", regime=False),
-    "scale-free": Encoding(),
-    "scale-free, records": Encoding(context_in="records"),
-    "scale-free, classifier": Encoding(context_in="classifier"),
-    "scale-free, no context": dataclasses.replace(PAPER, weights="scale_free"),
-    "context": Encoding("none"),
-    "some context": Encoding("none", regime=("displacement", "loss_level")),
-}
-
-
-def records_of(*shape: int) -> jax.Array:
-    """The same for every call, so that no test depends on which ran before it."""
-    return jnp.asarray(np.random.default_rng(shape).standard_normal(shape), jnp.float32)
 
 
 @nnx.jit
@@ -45,14 +31,6 @@ def logits(predictor: Predictor, observation) -> jax.Array:
 @nnx.jit
 def gradient(predictor: Predictor, observation) -> nnx.State:
     return nnx.grad(lambda predictor: predictor(observation)[1])(predictor)
-
-
-def predictor_with_biases(config: PredictorConfig, seed: int = 0) -> Predictor:
-    """As initialised the biases are zero, and an error in their use would not show."""
-    predictor = Predictor(config, rngs=nnx.Rngs(seed))
-    state = nnx.state(predictor)
-    nnx.update(predictor, jax.tree.map(lambda w: w + 0.1 * jnp.abs(records_of(*w.shape)), state))
-    return predictor
 
 
 def mlp(weights: dict, name: str, x: np.ndarray) -> np.ndarray:
@@ -194,6 +172,7 @@ def test_order_of_the_older_records_does_not_matter_but_the_newest_does():
     assert not np.allclose(logits(predictor, observation_of(records[np.array([4, 1, 2, 3, 0])])), got, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_layer_without_records_is_finite():
     predictor = predictor_with_biases(SMALL)
     history = History.create(layers=2, window=3, size=12)
@@ -296,6 +275,7 @@ def test_agrees_with_the_equations_on_every_encoding(encoding):
     np.testing.assert_allclose(jax.jit(predictor)(observation), mlp(weights, "classifier", read), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("encoding", ENCODINGS)
 def test_finite_whatever_is_unknown(encoding):
     predictor = predictor_with_biases(dataclasses.replace(SMALL, encoding=ENCODINGS[encoding]))
@@ -327,122 +307,6 @@ def test_the_papers_predictor_reads_raw_weights_and_nothing_else():
     assert not jax.tree.leaves(nnx.state(paper, Statistic))
     with pytest.raises(ValueError, match="config: got one and paper=True"):
         Predictor(SMALL, paper=True, rngs=nnx.Rngs(0))
-
-
-def test_a_checkpoint_of_the_default_is_at_most_five_megabytes():
-    state = nnx.state(nnx.eval_shape(lambda: Predictor(rngs=nnx.Rngs(0))))
-    assert sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state)) < 5e6
-
-
-@pytest.mark.parametrize("encoding", ["raw, no context", "scale-free, records", "scale-free, classifier", "context"])
-def test_save_and_restore_are_bit_identical(tmp_path, encoding):
-    config = dataclasses.replace(SMALL, encoding=ENCODINGS[encoding])
-    predictor = predictor_with_biases(config)
-    predictor.save(tmp_path / "p")
-    observation = walk(5, batch=(3,))
-    for restored in (Predictor.restore(tmp_path / "p"), Predictor.restore(str(tmp_path / "p"), config=config)):
-        assert restored.config == config
-        before, after = nnx.to_pure_dict(nnx.state(predictor)), nnx.to_pure_dict(nnx.state(restored))
-        jax.tree.map(np.testing.assert_array_equal, before, after)
-        np.testing.assert_array_equal(
-            freeze_probability(restored, observation), freeze_probability(predictor, observation)
-        )
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"encoding": Encoding(context_in="records")}, r"context_in='records'.* for encoding.* context_in='both'"),
-        ({"encoding": Encoding("raw")}, "weights='raw'.*weights='scale_free'"),
-    ],
-)
-def test_a_checkpoint_of_another_encoding(tmp_path, change, message):
-    config = dataclasses.replace(SMALL, encoding=Encoding())
-    predictor_with_biases(config).save(tmp_path / "p")
-    with pytest.raises(ValueError, match=message):
-        Predictor.restore(tmp_path / "p", config=dataclasses.replace(config, **change))
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"version": 1}, "has version 1, expected 2, .*fit it again"),
-        ({"version": 3}, "has version 3, expected 2"),
-        (
-            {"context": ["progress", "depth"]},
-            r"trained on the context \('progress', 'depth'\), expected \('progress', ",
-        ),
-    ],
-)
-def test_a_checkpoint_of_another_version(tmp_path, change, message, monkeypatch):
-    written = checkpoint.write
-    monkeypatch.setattr(
-        checkpoint,
-        "write",
-        lambda path, tree, kind, metadata, **rest: written(path, tree, kind, metadata | change, **rest),
-    )
-    predictor_with_biases(dataclasses.replace(SMALL, encoding=Encoding())).save(tmp_path / "p")
-    with pytest.raises(ValueError, match=message):
-        Predictor.restore(tmp_path / "p")
-
-
-@pytest.mark.slow
-def test_restored_predictor_can_be_trained_and_saved_again(tmp_path):
-    predictor_with_biases(SMALL).save(tmp_path / "p")
-    restored = Predictor.restore(tmp_path / "p")
-    grads = nnx.grad(lambda p: p(observation_of(records_of(2, 12)))[0])(restored)
-    assert np.any(np.asarray(grads["key"]["layers"][0]["kernel"][...]) != 0)
-    restored.save(tmp_path / "q")
-    assert Predictor.restore(tmp_path / "q").config == SMALL
-
-
-@pytest.mark.parametrize(
-    ("change", "shapes"), [({"size": 16}, ("12, 10", "16, 10")), ({"head_hidden": 7}, ("float32[5]", "float32[7]"))]
-)
-def test_misfit_names_both_shapes(tmp_path, change, shapes):
-    predictor_with_biases(SMALL).save(tmp_path / "p")
-    with pytest.raises(ValueError, match=r"path: the predictor in .* does not fit: .* there, expected ") as error:
-        Predictor.restore(tmp_path / "p", config=dataclasses.replace(SMALL, **change))
-    assert all(shape in str(error.value) for shape in shapes)
-
-
-def test_existing_path_is_not_overwritten(tmp_path):
-    first, second = predictor_with_biases(SMALL), predictor_with_biases(SMALL, seed=1)
-    first.save(tmp_path / "p")
-    with pytest.raises(FileExistsError, match=r"path: .* exists; .*overwrite=True"):
-        second.save(tmp_path / "p")
-    for predictor in (first, second):
-        kernel = predictor.key.layers[0].kernel[...]
-        np.testing.assert_array_equal(Predictor.restore(tmp_path / "p").key.layers[0].kernel[...], kernel)
-        second.save(tmp_path / "p", overwrite=True)
-
-
-def test_checkpoints_that_are_not_predictors(tmp_path):
-    with pytest.raises(FileNotFoundError, match="path: there is no directory"):
-        Predictor.restore(tmp_path / "nowhere")
-    checkpoint.write(tmp_path / "run", {"a": jnp.ones(1)}, "run", {})
-    with pytest.raises(ValueError, match="is not the checkpoint of a predictor"):
-        Predictor.restore(tmp_path / "run")
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ValueError, match="is not a complete checkpoint of a predictor"):
-        Predictor.restore(tmp_path / "empty")
-
-
-@pytest.mark.parametrize(
-    "metadata",
-    [
-        {},
-        {"config": {"size": 3}},
-        {"config": {"encoding": {"form": "raw"}}},
-        {"config": {"encoding": {}, "size": 0}},
-        {"config": {"encoding": {}, "pooling": "mean"}},  # older versions had these
-        {"config": {"encoding": {"weights": "scale_free", "quantiles": 64}}},
-    ],
-)
-def test_predictor_checkpoint_without_a_usable_configuration(tmp_path, metadata):
-    checkpoint.write(tmp_path / "p", {"a": jnp.ones(1)}, "predictor", {"version": 2, "context": []} | metadata)
-    with pytest.raises(ValueError, match=r"path: the predictor in .* has no usable config .*Predictor.save"):
-        Predictor.restore(tmp_path / "p")
 
 
 @pytest.mark.parametrize("field", ["size", "hidden", "features", "head_hidden"])

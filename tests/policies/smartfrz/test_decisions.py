@@ -1,3 +1,5 @@
+"""When the policy ``smartfrz`` freezes a layer: records, order, patience, caution."""
+
 import dataclasses
 import functools
 
@@ -9,76 +11,22 @@ from flax import nnx
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from smartfrz_jax import Layer, Layers, Predictor, policies
-from smartfrz_jax.predictor import PredictorConfig
+from smartfrz_jax import Predictor, policies
 from smartfrz_jax.predictor.encoding import PAPER
+from tests.policies.smartfrz.predictors import (
+    CONFIG,
+    LAYERS,
+    NAMES,
+    SIZE,
+    START,
+    StillnessPredictor,
+    WeightPredictor,
+    params_at,
+    run,
+    smartfrz,
+)
 
-NAMES = ("a", "b", "c", "d")
-LAYERS = Layers(tuple(Layer(name, (name,), (name,)) for name in NAMES))
-SIZE = 8
-CONFIG = PredictorConfig(size=SIZE, hidden=4, features=4, head_hidden=4)
-START = {name: jnp.ones((4, 4)) for name in NAMES}
 PAPER_RULE = {"caution": 0.5, "order": "any", "patience": 1}
-
-
-def smartfrz(predictor, **options):
-    """The policy, of options that are not grouped."""
-    fields = [field.name for field in dataclasses.fields(policies.Schedule) if field.name in options]
-    schedule = policies.Schedule(**{name: options.pop(name) for name in fields})
-    return policies.smartfrz(predictor, schedule=schedule, **options)
-
-
-class StillnessPredictor(Predictor):
-    """Confident if the records differ little from the newest: simple enough to say by hand what it must answer.
-
-    ``bound`` stands in a parameter, so that it goes through ``nnx.jit`` as weights do.
-    """
-
-    traces = 0
-
-    def __init__(self, bound=0.5, config=CONFIG):
-        super().__init__(config, rngs=nnx.Rngs(0))
-        self.bound = nnx.Param(jnp.float32(bound))
-
-    def __call__(self, observation):
-        type(self).traces += 1
-        records, mask = observation.records, observation.mask
-        moved = jnp.max(jnp.where(mask[:, None], jnp.abs(records - records[-1:]), 0.0))
-        return 100 * jnp.stack([moved, self.bound[...]])  # so large that it is sure, on either side
-
-
-class WeightPredictor(Predictor):
-    """The newest weight of a layer says how ready it is: it is the logit."""
-
-    def __init__(self):
-        super().__init__(CONFIG, rngs=nnx.Rngs(0))
-
-    def __call__(self, observation):
-        return jnp.stack([jnp.float32(0), observation.records[-1, 0]])
-
-
-@pytest.fixture
-def predictor():
-    StillnessPredictor.traces = 0
-    return StillnessPredictor()
-
-
-def params_at(step, speeds):
-    return {name: jnp.full((4, 4), step * speed, jnp.float32) for name, speed in zip(NAMES, speeds, strict=True)}
-
-
-def run(policy, steps, speeds=(0.0, 0.0, 0.0, 0.0)):
-    """``speeds``: how far a layer's weights move per step; a function of the step, or four numbers."""
-    state, decisions, states = policy.init(LAYERS, START), [], []
-    position = np.zeros(4)
-    for step in range(1, steps + 1):
-        position += speeds(step) if callable(speeds) else speeds
-        names, state = policy.update(
-            state, LAYERS, step=step, params=lambda position=position: params_at(1, position), loss=np.float32(1 / step)
-        )
-        decisions.append("".join(sorted(names)))
-        states.append(state)
-    return decisions, states
 
 
 @pytest.mark.slow
@@ -290,73 +238,6 @@ def test_a_tie_keeps_training():
     assert run(policy, 6)[0][-1] == ""
 
 
-def test_compiles_the_predictor_once(predictor):
-    """However many layers are frozen and records there are; after the first round nothing at all is compiled."""
-    compiled = []
-
-    def listener(event, duration, **kwargs):
-        if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(kwargs.get("fun_name"))
-
-    def speeds(step):
-        return np.array([step < 10, step < 20, step < 30, 1.0], np.float64)
-
-    policy = policies.smartfrz(
-        predictor, total_steps=40, schedule=policies.Schedule(record_every=1, evaluate_every=2, window=6, min_records=2)
-    )
-    assert run(policy, 4, speeds)[0][-1] == ""
-    assert StillnessPredictor.traces == 1
-    jax.monitoring.register_event_duration_secs_listener(listener)
-    try:
-        decisions, _ = run(policy, 40, speeds)
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listener)
-    assert sorted(set(decisions)) == ["", "a", "ab", "abc"]
-    assert StillnessPredictor.traces == 1
-    assert compiled == []
-
-
-def test_listener_of_the_test_above_hears_compilations():
-    compiled = []
-
-    def listener(event, duration, **kwargs):
-        compiled.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listener)
-    try:
-        jax.jit(lambda x: x * 3.25 - 1.125)(jnp.ones(7))
-    finally:
-        jax.monitoring.unregister_event_duration_listener(listener)
-    assert "/jax/core/compile/backend_compile_duration" in compiled
-
-
-def test_no_implicit_transfers(predictor):
-    policy = policies.smartfrz(predictor, schedule=policies.Schedule(record_every=1, evaluate_every=2, window=2))
-    state, on_device = policy.init(LAYERS, START), jnp.float32(3)
-    for guard in ("allow", "disallow"):  # constants go to the device when programs are compiled
-        with jax.transfer_guard(guard):
-            for step in (1, 2, 3, 4):
-                for loss in (np.float32(1), 2.0, on_device, None):
-                    names, later = policy.update(state, LAYERS, step=step, params=lambda: START, loss=loss)
-                state = later
-        assert names == {"a", "b", "c"}
-        state = policy.init(LAYERS, START)
-
-
-@pytest.mark.slow
-def test_defaults_follow_from_the_length_of_the_run(predictor):
-    policy = smartfrz(predictor, total_steps=400, window=10)  # a record every 10 steps, a stage every 50
-    decisions, states = run(policy, 100)
-    assert [int(s.history.count[0]) for s in states[8:20]] == [0, *[1] * 10, 2]
-    assert decisions.index("abc") + 1 == 100
-
-
-def test_paper_defaults():
-    predictor = Predictor(CONFIG, rngs=nnx.Rngs(0))
-    state = policies.smartfrz(predictor, total_steps=1000).init(LAYERS, START)
-    assert state.history.values.shape == (4, 30, SIZE)
-
-
 def test_seed_draws_the_sample(predictor):
     def positions(seed):
         state = policies.smartfrz(predictor, schedule=policies.Schedule(record_every=1), seed=seed).init(LAYERS, START)
@@ -364,76 +245,3 @@ def test_seed_draws_the_sample(predictor):
 
     assert positions(0) == positions(0)
     assert positions(0) != positions(1)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"record_every": None}, "record_every: got none; pass it, or total_steps for the default"),
-        ({"record_every": 0}, "record_every: got 0"),
-        ({"evaluate_every": 0}, "evaluate_every: got 0"),
-        ({"record_every": 5, "evaluate_every": 4}, "evaluate_every: got 4, expected at least record_every, 5"),
-        ({"window": 0}, "window: got 0"),
-        ({"min_records": 0}, "min_records: got 0"),
-        ({"min_records": 31}, "min_records: got 31, expected at most the window, 30"),
-        ({"caution": 1.5}, "caution: got 1.5"),
-        ({"caution": -0.1}, "caution: got -0.1"),
-        ({"caution": float("nan")}, "caution: got nan"),
-        ({"order": "back_to_front"}, "order: got 'back_to_front', expected 'front_to_back' or 'any'"),
-        ({"patience": 0}, "patience: got 0, expected an integer of at least 1"),
-        ({"patience": 1.5}, "patience: got 1.5, expected an integer of at least 1"),
-        ({"total_steps": 0}, "total_steps: got 0"),
-        ({"total_steps": 9}, r"5 records, one every 1 steps, and then 2 freezing stage\(s\), .* a run of 9 steps"),
-        ({"total_steps": 50, "min_records": 1, "evaluate_every": 51}, "one every 51 steps, do not fit in a run of 50"),
-    ],
-)
-def test_refuses_bad_options(predictor, options, message):
-    with pytest.raises(ValueError, match=message):
-        smartfrz(predictor, **({"record_every": 1} | options))
-
-
-@pytest.mark.slow
-@settings(max_examples=15, deadline=None)
-@given(
-    record_every=st.integers(2, 4),
-    longer=st.integers(0, 5),
-    min_records=st.integers(1, 4),
-    patience=st.integers(1, 3),
-)
-def test_a_run_is_refused_exactly_if_it_is_too_short_for_anything_to_freeze(
-    record_every, longer, min_records, patience
-):
-    make = functools.partial(
-        smartfrz, WeightPredictor(), caution=0.0, window=4, record_every=record_every,
-        evaluate_every=record_every + longer, min_records=min_records, patience=patience,
-    )  # fmt: skip
-    policy, frozen, step = make(), frozenset(), 0
-    state = policy.init(LAYERS, START)
-    while not frozen:
-        step += 1
-        frozen, state = policy.update(state, LAYERS, step=step, params=lambda: START)
-    make(total_steps=step)
-    with pytest.raises(ValueError, match=f"do not fit in a run of {step - 1} steps"):
-        make(total_steps=step - 1)
-
-
-def test_refuses_what_is_not_a_predictor():
-    with pytest.raises(TypeError, match="predictor: got str 'resnet50', expected a smartfrz_jax"):
-        policies.smartfrz("resnet50", total_steps=1000)
-
-
-def test_stops_at_weights_that_are_not_finite(predictor):
-    policy = policies.smartfrz(predictor, schedule=policies.Schedule(record_every=2, window=4))
-    broken = START | {"b": jnp.full((4, 4), jnp.nan), "d": jnp.full((4, 4), jnp.inf)}
-    state = policy.init(LAYERS, START)
-    _, state = policy.update(state, LAYERS, step=1, params=lambda: broken)  # not recorded
-    with pytest.raises(FloatingPointError, match="params: not finite after step 2 in layer 'b', 'd', so the policy"):
-        policy.update(state, LAYERS, step=2, params=lambda: broken)
-
-
-def test_stops_at_a_confidence_that_is_not_finite():
-    policy = policies.smartfrz(
-        StillnessPredictor(bound=3e38), schedule=policies.Schedule(record_every=1, evaluate_every=2, window=2)
-    )
-    with pytest.raises(FloatingPointError, match="confidence: not finite after step 2 in layer 'a', 'b', 'c', so"):
-        run(policy, 2)
