@@ -61,8 +61,11 @@ def resnet_layers() -> list[str]:
     return [*names, "a_head"]
 
 
-@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
-@pytest.mark.parametrize("wrap", [lambda f: f, jax.jit, jax.checkpoint], ids=["bare", "jit", "remat"])
+@pytest.mark.parametrize(
+    ("wrap", "train"),
+    [(lambda f: f, False), (jax.jit, False), (lambda f: f, True), (jax.checkpoint, True)],
+    ids=["bare-eval", "jit-eval", "bare-train", "remat-train"],
+)
 def test_resnet_in_linen(train, wrap):
     net = ResNet(train)
     variables = jax.eval_shape(net.init, jax.random.key(0), IMAGE)

@@ -200,6 +200,7 @@ def sum_of(closed):
     return StepProgram(closed, "cpu").cost()
 
 
+@pytest.mark.slow
 def test_a_scan_that_is_wholly_active_is_not_said_to_run_frozen_blocks():
     """Of blocks that are stacked in the step, the account takes each for itself, the first with nothing before it."""
     params = {name: jnp.ones((WIDTH, WIDTH)) for name in ("stem", "b", "c")}

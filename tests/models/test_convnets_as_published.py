@@ -95,6 +95,7 @@ def test_names_are_those_of_the_original():
     assert MobileNetV2.tensor_name("features/17/conv/2/kernel") == "features.17.conv.2.weight"
 
 
+@pytest.mark.slow
 def test_efficientnet_lite0_has_the_tensors_of_the_port(shared):
     shapes = json.loads((shared / "data" / "weights" / "efficientnet_lite0_shapes.json").read_text())
     ours = {}

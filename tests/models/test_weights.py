@@ -194,6 +194,7 @@ def test_buffers_without_weights_are_ignored_and_old_names_and_bare_encoders_are
     assert_same(values(network), tensors)
 
 
+@pytest.mark.slow
 def test_heads_of_pretraining_and_a_pooler_on_one_side_only():
     tensors = values(bert())
     tensors = {name: value for name, value in tensors.items() if not name.startswith(("classifier", "bert.pooler"))}

@@ -167,6 +167,7 @@ def test_an_account_tells_networks_apart():
     assert one == (none + both) / 2
 
 
+@pytest.mark.slow
 def test_networks_are_told_apart_inside_a_checkpoint_too():
     class Checkpointed(nn.Module):
         @nn.compact

@@ -81,6 +81,7 @@ def test_a_checkpoint_of_another_network_is_refused_and_nothing_changes(tmp_path
     run_for(1, model, optimizer, freezer)
 
 
+@pytest.mark.slow
 def test_a_failed_restore_leaves_the_optimizer_as_it_was(tmp_path):
     """Also where the checkpoint has layers frozen that are active now: their moments must not be lost."""
     wide = Net(nnx.Rngs(0), width=8)

@@ -184,6 +184,7 @@ def test_state_is_a_pytree_of_arrays(case):
         assert all(isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(moment.state))
 
 
+@pytest.mark.slow
 @every_policy
 def test_deterministic(case):
     for a, b in zip(run(case.make()), straight_run(case.make), strict=True):
