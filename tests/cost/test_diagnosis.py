@@ -11,7 +11,7 @@ import pytest
 import smartfrz_jax as sfj
 from smartfrz_jax.cost.check import Measured, check_saving, jaxpr_of
 from smartfrz_jax.cost.step_program import StepProgram
-from tests.support.small_networks import NETWORKS, X
+from tests.cost.small_networks import NETWORKS, X
 
 pytestmark = pytest.mark.usefixtures("jax_defaults")
 
