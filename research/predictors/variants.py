@@ -7,8 +7,7 @@ from typing import Any, NamedTuple
 from flax import nnx
 
 import smartfrz_jax as sfj
-from smartfrz_jax.learning.examples import Examples
-from smartfrz_jax.learning.hiding import Hiding
+from smartfrz_jax.learning.examples import Examples, Hiding
 from smartfrz_jax.learning.inputs import EncodedExamples
 from smartfrz_jax.learning.targets import Criterion, Harmless, Settled
 from smartfrz_jax.predictor.encoding import Encoding
@@ -74,11 +73,13 @@ class Variant(NamedTuple):
         return sfj.learning.fit(
             sfj.Predictor(config, rngs=nnx.Rngs(seed)),
             prepared,
+            sfj.learning.SGD(
+                epochs=max(1, round(self.epochs / self.copies)),
+                learning_rate=self.learning_rate,
+                weight_decay=self.weight_decay,
+            ),
             held_out=None,
             hiding=None if isinstance(prepared, EncodedExamples) else self.hiding,
-            epochs=max(1, round(self.epochs / self.copies)),
-            learning_rate=self.learning_rate,
-            weight_decay=self.weight_decay,
             class_weights=None,  # probabilities are to be read as such
             seed=seed,
         ).predictor

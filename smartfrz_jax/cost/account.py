@@ -11,7 +11,7 @@ import collections
 import contextlib
 import functools
 from collections.abc import Callable, Collection, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -26,6 +26,22 @@ from smartfrz_jax.layers.layers import Layers, check_layers, check_params
 from smartfrz_jax.layers.select import Selectors, select
 from smartfrz_jax.pytrees import checks
 from smartfrz_jax.pytrees.types import PyTree
+
+
+class TracedStep(NamedTuple):
+    """What an account is made of.
+
+    Attributes:
+        active: The loss, with nothing frozen.
+        held: The same with every layer run as a frozen one.
+        update: FLOPs of each layer's part in the update of the optimizer.
+        step: From a frozen set to the jaxpr of the whole step.
+    """
+
+    active: Equations
+    held: Equations
+    update: list[float]
+    step: Callable[[Frozen], Any]
 
 
 class Account:
@@ -48,10 +64,7 @@ class Account:
         self,
         layers: Layers,
         examples: int,
-        active: Equations,
-        held: Equations,
-        update: list[float],
-        trace_step: Callable[[Frozen], Any],
+        traced: TracedStep,
         params: PyTree,
         tx: optax.GradientTransformation | None,
         backend: str,
@@ -59,11 +72,10 @@ class Account:
         self.layers, self.examples, self.tx, self.backend = layers, examples, tx, backend
         self.params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
         self.macs = collections.Counter[str]()
-        for equation in active.all:
+        for equation in traced.active.all:
             self.macs[equation.kind] += flops.macs(equation.eqn)
-        self.elements = kinds.elements((e.eqn, e.kind) for e in active.all)
-        self._active, self._held, self._update = active, held, update
-        self._trace_step = trace_step
+        self.elements = kinds.elements((e.eqn, e.kind) for e in traced.active.all)
+        self._traced = traced
         self._gradients: dict[Any, tuple[Flops, Flops]] = {}
         self._steps: dict[tuple[frozenset[str], frozenset[str]], StepFlops] = {}
 
@@ -112,7 +124,7 @@ class Account:
     def scans(self) -> list[frozenset[str]]:
         """Layers that one ``jax.lax.scan`` runs together, their weights stacked in the step."""
         names = list(enumerate(self.layers.names))
-        return [frozenset(name for i, name in names if mask >> i & 1) for mask in self._active.scans]
+        return [frozenset(name for i, name in names if mask >> i & 1) for mask in self._traced.active.scans]
 
     def trace(self, frozen: Frozen | None = None) -> Any:
         """The jaxpr of a step that does what a frozen set asks for and no more; it takes seconds.
@@ -126,7 +138,7 @@ class Account:
         Raises:
             ValueError: If the frozen set is of another network.
         """
-        return self._trace_step(self._checked(frozen))
+        return self._traced.step(self._checked(frozen))
 
     def saving(self, frozen: Frozen, before: Frozen | None = None) -> float:
         """Share of a step's FLOPs that freezing saves.
@@ -186,7 +198,7 @@ class Account:
     def _equations(self, frozen: Frozen) -> Iterator[Equation]:
         """The equations, as those of frozen layers are when they are held."""
         mask = frozen.mask
-        for is_held, trace in ((False, self._active), (True, self._held)):
+        for is_held, trace in ((False, self._traced.active), (True, self._traced.held)):
             for equation in trace.all:
                 if (equation.owner >= 0 and bool(mask[equation.owner])) == is_held:
                     yield equation
@@ -202,7 +214,7 @@ class Account:
             cell[1] += weights.needed
             cell[2] += rest.needed
             cell[4] += equation.forward.added + weights.added + rest.added
-        for i, update in enumerate(self._update):
+        for i, update in enumerate(self._traced.update):
             if not mask[i]:
                 cells[i, kinds.UPDATE][3] += update
         names = ["", *self.layers.names]
@@ -327,6 +339,7 @@ def assemble(
     def trace_step(frozen: Frozen) -> Any:
         return step_trace.trace(loss_of(frozen), frozen, variables, params, inputs, tx)
 
-    account = Account(layers, example_axis.count(inputs), active, held, update, trace_step, params, tx, backend)
+    traced = TracedStep(active, held, update, trace_step)
+    account = Account(layers, example_axis.count(inputs), traced, params, tx, backend)
     account.flops()  # prices almost all gradients there are, here and not in somebody's training loop
     return account

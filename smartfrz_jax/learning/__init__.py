@@ -3,13 +3,14 @@
 from smartfrz_jax.learning.evaluation import Evaluation as Evaluation
 from smartfrz_jax.learning.evaluation import evaluate as evaluate
 from smartfrz_jax.learning.examples import Examples as Examples
+from smartfrz_jax.learning.examples import Hiding as Hiding
 from smartfrz_jax.learning.examples import make_examples as make_examples
+from smartfrz_jax.learning.fitting import SGD as SGD
 from smartfrz_jax.learning.fitting import Fit as Fit
 from smartfrz_jax.learning.fitting import fit as fit
 from smartfrz_jax.learning.fitting import predict as predict
 from smartfrz_jax.learning.harm import branch_harm as branch_harm
 from smartfrz_jax.learning.harm import swap_harm as swap_harm
-from smartfrz_jax.learning.hiding import Hiding as Hiding
 from smartfrz_jax.learning.inputs import encode_examples as encode_examples
 from smartfrz_jax.learning.recorder import Recorder as Recorder
 from smartfrz_jax.learning.recording import Recording as Recording

@@ -13,7 +13,7 @@ import numpy as np
 
 from smartfrz_jax.learning.examples import Examples
 from smartfrz_jax.learning.fitting import ClassWeights, class_factors
-from smartfrz_jax.learning.standardizing import contexts, mean_and_std
+from smartfrz_jax.learning.inputs import contexts, mean_and_std
 from smartfrz_jax.predictor.context import context_names
 from smartfrz_jax.predictor.encoding import WITHOUT_WEIGHTS, Encoding
 

@@ -5,6 +5,7 @@ What to hold out of the examples, :mod:`smartfrz_jax.learning.splits` says.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -17,11 +18,9 @@ import optax
 from flax import nnx
 
 from smartfrz_jax.learning.evaluation import Evaluation, evaluate
-from smartfrz_jax.learning.examples import Examples, check_examples
-from smartfrz_jax.learning.hiding import Hiding
-from smartfrz_jax.learning.inputs import EncodedExamples
+from smartfrz_jax.learning.examples import Examples, Hiding, check_examples
+from smartfrz_jax.learning.inputs import EncodedExamples, standardized
 from smartfrz_jax.learning.splits import moments
-from smartfrz_jax.learning.standardizing import standardized
 from smartfrz_jax.predictor.encoded import Encoded
 from smartfrz_jax.predictor.observation import Observation
 from smartfrz_jax.predictor.predictor import Predictor, check_predictor, freeze_probability
@@ -48,22 +47,56 @@ class Fit(NamedTuple):
     evaluations: tuple[Evaluation, ...]
 
 
+@dataclasses.dataclass(frozen=True)
+class SGD:
+    """How a predictor is trained: SGD with momentum, its learning rate annealed by a cosine (paper, section 4.1).
+
+    Attributes:
+        epochs: Times that every training example is seen.
+        learning_rate: Learning rate at the start.
+        batch_size: Examples of a step; 32 in the paper.
+        momentum: Momentum.
+        weight_decay: The loss has half of it times the squared norm of the kernels; biases are left alone.
+
+    Raises:
+        TypeError: If one of them is no number.
+        ValueError: If one is out of range.
+
+    Example:
+        >>> SGD(epochs=3, learning_rate=0.01)
+        SGD(epochs=3, learning_rate=0.01, batch_size=32, momentum=0.9, weight_decay=0.0)
+    """
+
+    epochs: int
+    learning_rate: float
+    batch_size: int = 32
+    momentum: float = 0.9
+    weight_decay: float = 0.0
+
+    def __post_init__(self) -> None:
+        checks.count(self.epochs, "epochs")
+        checks.count(self.batch_size, "batch_size")
+        checks.positive(self.learning_rate, "learning_rate")
+        expected = "a number from 0 up to, but not, 1"
+        if not 0 <= checks.number(self.momentum, "momentum", expected) < 1:
+            raise ValueError(f"momentum: got {self.momentum}, expected {expected}")
+        expected = "a number from 0 up"
+        if not 0 <= checks.number(self.weight_decay, "weight_decay", expected) < math.inf:
+            raise ValueError(f"weight_decay: got {self.weight_decay}, expected {expected}")
+
+
 def fit(
     predictor: Predictor,
     examples: Examples,
+    sgd: SGD,
     *,
     held_out: Bool[np.ndarray, " n"] | None,
-    epochs: int,
-    learning_rate: float,
-    batch_size: int = 32,
-    momentum: float = 0.9,
-    weight_decay: float = 0.0,
     class_weights: ClassWeights = "balanced",
     hiding: Hiding | None = None,
     seed: int = 0,
     progress: Callable[[Iterable[int]], Iterable[int]] | None = None,
 ) -> Fit:
-    """Trains a predictor by SGD with momentum and cosine annealing (paper, section 4.1) on softmax cross entropy.
+    """Trains a predictor on softmax cross entropy.
 
     Before, the inputs are brought to a common scale over the training examples, unless they are the paper's; the
     predictor keeps that scale. Every epoch goes once over all training examples in a new order. The same seed gives the
@@ -72,13 +105,9 @@ def fit(
     Args:
         predictor: The predictor to start from; it is not changed.
         examples: The examples; faster if they are encoded already (:func:`~smartfrz_jax.learning.encode_examples`).
+        sgd: How long, and with which learning rate.
         held_out: True for examples to evaluate on and not to train on, shape ``(n,)``; see :func:`by_run`,
             :func:`by_metadata` and :func:`by_layer`. ``None`` trains on all.
-        epochs: Number of epochs.
-        learning_rate: Learning rate at the start.
-        batch_size: Examples per step; 32 in the paper.
-        momentum: Momentum.
-        weight_decay: The loss has half of it times the squared norm of the kernels; biases are left alone.
         class_weights: Factors of the loss of examples to keep and to freeze. ``"balanced"`` gives both classes the same
             total weight, ``None`` is ``(1, 1)``.
         hiding: What is hidden from the predictor at random as it learns, so that it works without; never when it is
@@ -105,11 +134,12 @@ def fit(
         ... )  # fmt: skip
         >>> examples = make_examples([run, run], window=3, min_records=1)
         >>> predictor = Predictor(PredictorConfig(size=4), rngs=nnx.Rngs(0))
-        >>> result = fit(predictor, examples, held_out=by_run(examples, [1]), epochs=3, learning_rate=0.01)
+        >>> result = fit(predictor, examples, SGD(epochs=3, learning_rate=0.01), held_out=by_run(examples, [1]))
         >>> [evaluation.n for evaluation in result.evaluations]
         [8, 8, 8]
     """
     _check_fits(predictor, examples)
+    checks.instance(sgd, SGD, "sgd", "a smartfrz_jax.learning.SGD, such as SGD(epochs=3, learning_rate=0.01)")
     checks.seed(seed)
     if hiding is not None:
         checks.instance(hiding, Hiding, "hiding", "a smartfrz_jax.learning.Hiding, or None to hide nothing")
@@ -118,24 +148,23 @@ def fit(
     if hiding is not None and isinstance(examples, EncodedExamples):
         raise ValueError("hiding: the examples are encoded; hide as they are, encode_examples(..., hiding=hiding)")
     training, testing = _split(examples, held_out)
-    _check_numbers(epochs, batch_size, learning_rate, momentum, weight_decay)
     weights = class_factors(training.target, class_weights)
-    n, steps_per_epoch = len(training), math.ceil(len(training) / batch_size)
-    schedule = optax.cosine_decay_schedule(learning_rate, epochs * steps_per_epoch)
-    rates = np.asarray(schedule(np.arange(epochs * steps_per_epoch, dtype=np.float32)))
+    n, steps_per_epoch = len(training), math.ceil(len(training) / sgd.batch_size)
+    schedule = optax.cosine_decay_schedule(sgd.learning_rate, sgd.epochs * steps_per_epoch)
+    rates = np.asarray(schedule(np.arange(sgd.epochs * steps_per_epoch, dtype=np.float32)))
     rng, hiding_rng = np.random.default_rng(seed), np.random.default_rng([seed, 1])
     graphdef, params, statistics = nnx.split(standardized(predictor, training), nnx.Param, ...)
-    opt_state = optax.sgd(learning_rate, momentum).init(params)
+    opt_state = optax.sgd(sgd.learning_rate, sgd.momentum).init(params)
     losses, evaluations = [], []
-    for epoch in (progress or iter)(range(epochs)):
+    for epoch in (progress or iter)(range(sgd.epochs)):
         order, batch_losses = rng.permutation(n), []
         for step in range(steps_per_epoch):
-            chosen = order[step * batch_size : (step + 1) * batch_size]
-            padded = np.pad(chosen, (0, batch_size - len(chosen)), mode="edge")
+            chosen = order[step * sgd.batch_size : (step + 1) * sgd.batch_size]
+            padded = np.pad(chosen, (0, sgd.batch_size - len(chosen)), mode="edge")
             observation, target = training.batch(padded)
             if hiding is not None and not isinstance(observation, Encoded):
                 observation = hiding(observation, hiding_rng)
-            factor = np.where(np.arange(batch_size) < len(chosen), weights[target.astype(int)], 0) / len(chosen)
+            factor = np.where(np.arange(sgd.batch_size) < len(chosen), weights[target.astype(int)], 0) / len(chosen)
             params, opt_state, loss = _step(
                 graphdef,
                 params,
@@ -143,14 +172,15 @@ def fit(
                 opt_state,
                 (observation, target, factor.astype(np.float32)),
                 rates[epoch * steps_per_epoch + step],
-                np.float32(weight_decay),
-                momentum=momentum,
+                np.float32(sgd.weight_decay),
+                momentum=sgd.momentum,
             )
             batch_losses.append(loss * (len(chosen) / n))
         losses.append(float(np.sum(jax.device_get(batch_losses))))
         if not np.isfinite(losses[-1]):
             raise ValueError(
-                f"learning_rate: the loss became {losses[-1]} in epoch {epoch} with {learning_rate}; choose a lower one"
+                f"learning_rate: the loss became {losses[-1]} in epoch {epoch} with {sgd.learning_rate}; "
+                "choose a lower one"
             )
         if len(testing):
             probability = predict(nnx.merge(graphdef, params, statistics), testing)
@@ -266,15 +296,3 @@ def _check_fits(predictor: Predictor, examples: Examples) -> None:
             f"examples: have {examples.size} tailored weights per record, but the predictor takes "
             f"{predictor.config.size}; use PredictorConfig(size={examples.size}) or tailor to {predictor.config.size}"
         )
-
-
-def _check_numbers(epochs: int, batch_size: int, learning_rate: float, momentum: float, weight_decay: float) -> None:
-    for argument, value in (("epochs", epochs), ("batch_size", batch_size)):
-        checks.count(value, argument)
-    checks.positive(learning_rate, "learning_rate")
-    expected = "a number from 0 up to, but not, 1"
-    if not 0 <= checks.number(momentum, "momentum", expected) < 1:
-        raise ValueError(f"momentum: got {momentum}, expected {expected}")
-    expected = "a number from 0 up"
-    if not 0 <= checks.number(weight_decay, "weight_decay", expected) < math.inf:
-        raise ValueError(f"weight_decay: got {weight_decay}, expected {expected}")

@@ -66,12 +66,12 @@ DOORS = [
         lambda: {
             "predictor": predictor(),
             "examples": two_targets(),
+            "sgd": sfj.learning.SGD(epochs=1, learning_rate=0.1),
             "held_out": None,
-            "epochs": 1,
-            "learning_rate": 0.1,
         },
         unchecked={"class_weights=None": "stands for (1, 1)"},
     ),
+    Door("learning.SGD", lambda: {"epochs": 1, "learning_rate": 0.1}),
     Door("learning.predict", lambda: {"predictor": predictor(), "examples": examples()}),
     Door("learning.evaluate", lambda: {"probability": np.ones(2), "target": np.ones(2, bool)}),
     Door("learning.by_run", lambda: {"examples": examples(), "runs": [0]}),
@@ -133,8 +133,13 @@ def record(step: Any = 1, tree: Any = None, features: Any = None, loss: Any = No
 
 
 def fit(**options: Any) -> Any:
-    given = {"predictor": predictor(), "examples": two_targets(), "held_out": None, "epochs": 1, "learning_rate": 0.1}
+    sgd = sfj.learning.SGD(epochs=1, learning_rate=0.1)
+    given = {"predictor": predictor(), "examples": two_targets(), "sgd": sgd, "held_out": None}
     return sfj.learning.fit(**given | options)
+
+
+def sgd(**options: Any) -> Any:
+    return sfj.learning.SGD(**{"epochs": 1, "learning_rate": 0.1} | options)
 
 
 def swap(**options: Any) -> Any:
@@ -199,12 +204,12 @@ CASES = [
     Case("all-the-same", "examples", ValueError, ("are freeze",), lambda: fit(examples=all_freeze())),
     Case("held-out-indices", "held_out", ValueError, ("int64", "bool"), lambda: fit(held_out=np.array([0]))),
     Case("held-out-all", "held_out", ValueError, ("some but not all",), lambda: fit(held_out=np.ones(14, bool))),
-    Case("epochs-0", "epochs", ValueError, ("0", "at least 1"), lambda: fit(epochs=0)),
-    Case("epochs-text", "epochs", TypeError, ("'1'", "an integer"), lambda: fit(epochs="1")),
-    Case("rate-negative", "learning_rate", ValueError, ("-1", "above 0"), lambda: fit(learning_rate=-1)),
-    Case("rate-nan", "learning_rate", ValueError, ("nan", "above 0"), lambda: fit(learning_rate=NAN)),
-    Case("momentum-1", "momentum", ValueError, ("1", "from 0"), lambda: fit(momentum=1)),
-    Case("decay-infinite", "weight_decay", ValueError, ("inf", "from 0 up"), lambda: fit(weight_decay=INF)),
+    Case("epochs-0", "epochs", ValueError, ("0", "at least 1"), lambda: sgd(epochs=0)),
+    Case("epochs-text", "epochs", TypeError, ("'1'", "an integer"), lambda: sgd(epochs="1")),
+    Case("rate-negative", "learning_rate", ValueError, ("-1", "above 0"), lambda: sgd(learning_rate=-1)),
+    Case("rate-nan", "learning_rate", ValueError, ("nan", "above 0"), lambda: sgd(learning_rate=NAN)),
+    Case("momentum-1", "momentum", ValueError, ("1", "from 0"), lambda: sgd(momentum=1)),
+    Case("decay-infinite", "weight_decay", ValueError, ("inf", "from 0 up"), lambda: sgd(weight_decay=INF)),
     Case("class-weights", "class_weights", ValueError, ("'even'", "balanced"), lambda: fit(class_weights="even")),
     Case("class-weights-3", "class_weights", ValueError, ("two numbers",), lambda: fit(class_weights=(1, 2, 3))),
     Case("class-weights-one", "class_weights", TypeError, ("int 3", "two numbers"), lambda: fit(class_weights=3)),

@@ -4,7 +4,7 @@ import jax
 import numpy as np
 import pytest
 
-from smartfrz_jax.learning.hiding import Hiding
+from smartfrz_jax.learning.examples import Hiding
 from tests.support.observations import walk
 
 

@@ -7,8 +7,8 @@ from flax import nnx
 
 from smartfrz_jax import Predictor
 from smartfrz_jax.learning.controls import CONTROLS
+from smartfrz_jax.learning.examples import Hiding
 from smartfrz_jax.learning.fitting import fit, predict
-from smartfrz_jax.learning.hiding import Hiding
 from smartfrz_jax.learning.inputs import encode_examples
 from smartfrz_jax.learning.splits import by_run
 from smartfrz_jax.predictor import PredictorConfig, freeze_probability

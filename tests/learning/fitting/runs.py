@@ -6,6 +6,7 @@ from flax import nnx
 
 from smartfrz_jax import Predictor
 from smartfrz_jax.learning.examples import Examples, make_examples
+from smartfrz_jax.learning.fitting import SGD
 from smartfrz_jax.learning.recording import Recording
 from smartfrz_jax.predictor import PredictorConfig
 from smartfrz_jax.predictor.encoding import PAPER
@@ -47,4 +48,4 @@ def random_examples(runs=3, **kwargs) -> Examples:
     return make_examples(recordings, window=4, min_records=1, criterion=late)
 
 
-OPTIONS = {"epochs": 2, "learning_rate": 0.05, "held_out": None}
+OPTIONS = {"sgd": SGD(epochs=2, learning_rate=0.05), "held_out": None}

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from smartfrz_jax.learning.fitting import fit, predict
+from smartfrz_jax.learning.fitting import SGD, fit, predict
+from smartfrz_jax.learning.inputs import contexts, standardized
 from smartfrz_jax.learning.splits import by_run
-from smartfrz_jax.learning.standardizing import contexts, standardized
 from smartfrz_jax.predictor.context import context_names
 from smartfrz_jax.predictor.encoding import PAPER, Encoding
 from smartfrz_jax.predictor.predictor import Statistic
@@ -59,11 +59,8 @@ class TestAgainstAnIndependentLoop:
         result = fit(
             predictor,
             examples,
+            SGD(epochs=4, learning_rate=0.2, momentum=0.8, batch_size=batch_size),
             held_out=None,
-            epochs=4,
-            learning_rate=0.2,
-            momentum=0.8,
-            batch_size=batch_size,
             class_weights=class_weights,
         )
         losses, expected = self.by_hand(predictor, examples, factors.get(class_weights, class_weights), 4, 0.2, 0.8)
@@ -79,7 +76,7 @@ class TestAgainstAnIndependentLoop:
     def test_weight_decay(self, encoding):
         examples, predictor = random_examples(), small_predictor(3, encoding=encoding)
         options = {"epochs": 3, "learning_rate": 0.05, "momentum": 0.8, "weight_decay": 0.3}
-        result = fit(predictor, examples, held_out=None, batch_size=42, class_weights=None, **options)
+        result = fit(predictor, examples, SGD(batch_size=42, **options), held_out=None, class_weights=None)
         losses, expected = self.by_hand(predictor, examples, (1, 1), **options)
         np.testing.assert_allclose(result.losses, losses, rtol=1e-4)
         for got, leaf in zip(arrays(result.predictor), expected, strict=True):
@@ -92,10 +89,8 @@ class TestAgainstAnIndependentLoop:
         result = fit(
             predictor,
             examples,
+            SGD(epochs=1, learning_rate=1e-12, batch_size=batch_size),  # the second batch meets the same predictor
             held_out=None,
-            epochs=1,
-            learning_rate=1e-12,  # so that the second batch meets the same predictor
-            batch_size=batch_size,
             class_weights=(2, 5),
         )
         p = predict(predictor, examples).astype(np.float64)

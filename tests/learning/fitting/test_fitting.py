@@ -11,15 +11,16 @@ from smartfrz_jax import find_layers
 from smartfrz_jax.layers.outputs import layer_outputs
 from smartfrz_jax.learning import fitting
 from smartfrz_jax.learning.evaluation import evaluate
-from smartfrz_jax.learning.examples import Examples, make_examples
-from smartfrz_jax.learning.fitting import fit, predict
-from smartfrz_jax.learning.hiding import Hiding
+from smartfrz_jax.learning.examples import Examples, Hiding, make_examples
+from smartfrz_jax.learning.fitting import SGD, fit, predict
 from smartfrz_jax.learning.recorder import Recorder
 from smartfrz_jax.learning.splits import by_layer, by_run, moments
 from smartfrz_jax.learning.targets import Settled
 from smartfrz_jax.predictor import Tailoring
 from smartfrz_jax.predictor.encoding import Encoding
 from tests.learning.fitting.runs import OPTIONS, arrays, random_examples, small_predictor
+
+EIGHT = dataclasses.replace(OPTIONS["sgd"], batch_size=8)
 
 # Networks that really train: fine-tuned from the same weights, each run with noise of its own in weights and data.
 
@@ -79,7 +80,7 @@ def trained() -> Examples:
 
 def fit_trained(examples, **options):
     held_out = by_run(examples, range(10, 16))
-    return fit(small_predictor(16), examples, held_out=held_out, epochs=10, learning_rate=0.01, **options)
+    return fit(small_predictor(16), examples, SGD(epochs=10, learning_rate=0.01), held_out=held_out, **options)
 
 
 @pytest.mark.slow
@@ -108,7 +109,7 @@ def test_class_weights_move_the_decision(trained):
     rate = {}
     for weights in ((10.0, 1.0), None, "balanced", (1.0, 10.0)):
         result = fit(
-            small_predictor(16), trained, held_out=held_out, epochs=2, learning_rate=0.01, class_weights=weights
+            small_predictor(16), trained, SGD(epochs=2, learning_rate=0.01), held_out=held_out, class_weights=weights
         )
         rate[weights] = predict(result.predictor, testing).mean()
     assert rate[10.0, 1.0] + 0.1 < rate[None] < rate["balanced"] - 0.02
@@ -138,7 +139,7 @@ def test_every_example_once_an_epoch_in_a_new_order(monkeypatch):
     examples, seen = random_examples(), []
     original = Examples.batch
     monkeypatch.setattr(Examples, "batch", lambda self, chosen: seen.append(chosen) or original(self, chosen))
-    fit(small_predictor(3), examples, batch_size=8, **OPTIONS)
+    fit(small_predictor(3), examples, EIGHT, held_out=None)
     assert [len(chosen) for chosen in seen] == [8] * 12
     epochs = [np.concatenate(seen[start : start + 6])[:42] for start in (0, 6)]
     for order in epochs:
@@ -149,18 +150,19 @@ def test_every_example_once_an_epoch_in_a_new_order(monkeypatch):
 @pytest.mark.slow
 def test_compiles_one_step():
     examples, predictor = random_examples(), small_predictor(3)
+    nine = dataclasses.replace(OPTIONS["sgd"], batch_size=9)
     before = fitting._step._cache_size()
-    fit(predictor, examples, batch_size=9, **OPTIONS)  # 42 is no multiple of 9
+    fit(predictor, examples, nine, held_out=None)  # 42 is no multiple of 9
     assert fitting._step._cache_size() == before + 1
-    fit(predictor, examples, batch_size=9, epochs=3, learning_rate=0.01, held_out=by_run(examples, [1]), seed=1)
-    fit(small_predictor(3, seed=1), examples, batch_size=9, **OPTIONS)
+    fit(predictor, examples, SGD(3, 0.01, batch_size=9), held_out=by_run(examples, [1]), seed=1)
+    fit(small_predictor(3, seed=1), examples, nine, held_out=None)
     assert fitting._step._cache_size() == before + 1
 
 
 @pytest.mark.slow
 def test_same_seed_same_bits():
     examples = random_examples()
-    first, again, other = (fit(small_predictor(3), examples, seed=s, batch_size=8, **OPTIONS) for s in (3, 3, 4))
+    first, again, other = (fit(small_predictor(3), examples, EIGHT, held_out=None, seed=s) for s in (3, 3, 4))
     for a, b in zip(arrays(first.predictor), arrays(again.predictor), strict=True):
         np.testing.assert_array_equal(a, b)
     np.testing.assert_array_equal(first.losses, again.losses)
