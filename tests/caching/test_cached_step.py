@@ -94,6 +94,7 @@ def run(training, step, policy, *, lead=0):
     return losses, flops, freezer.events
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("place", ["device", "host"])
 @pytest.mark.parametrize("lead", [0, 2])
 def test_results_are_those_of_the_plain_step(place, lead):
@@ -145,6 +146,7 @@ def test_frozen_layers_hold_still_and_their_activations_are_computed_once():
     assert len(step.programs) == 2
 
 
+@pytest.mark.slow
 def test_activations_of_a_larger_set_are_computed_from_those_of_the_smaller():
     training, step = Training(), cached()
     training.optimizer.freeze(training.model, training.layers.names[:1])
@@ -161,6 +163,7 @@ def test_activations_of_a_larger_set_are_computed_from_those_of_the_smaller():
     assert 0 < small < step.cache.build_flops
 
 
+@pytest.mark.slow
 def test_where_activations_cannot_be_kept_the_plain_step_goes_on_and_says_why_once():
     plain, kept = Training(), Training()
     expected, flops, _ = run(plain, sfj.TrainStep(make_step(noisy_loss_fn)), stages())
@@ -172,6 +175,7 @@ def test_where_activations_cannot_be_kept_the_plain_step_goes_on_and_says_why_on
     assert (got, kept_flops) == (expected, flops)
 
 
+@pytest.mark.slow
 def test_where_frozen_layers_compute_with_the_number_of_examples_a_smaller_batch_ends_the_cache():
     def loss(model, images, labels):
         return loss_fn(model, images / len(images), labels)
@@ -202,6 +206,7 @@ def test_where_there_is_no_room_the_plain_step_goes_on():
     assert len(step.programs) == 1
 
 
+@pytest.mark.slow
 def test_what_would_not_pay_any_more_is_not_kept():
     training = Training()
     options = {"account": training.account(), "total_steps": STEPS}
@@ -220,6 +225,7 @@ def test_what_would_not_pay_any_more_is_not_kept():
     assert late.cache is None
 
 
+@pytest.mark.slow
 def test_it_goes_on_when_layers_train_again():
     plain, kept = Training(), Training()
     step, reference = cached(), sfj.TrainStep(make_step(loss_fn))
@@ -235,6 +241,7 @@ def test_it_goes_on_when_layers_train_again():
             )
 
 
+@pytest.mark.slow
 def test_a_smaller_last_batch_and_stored_bfloat16():
     training, step = Training(), cached(storage=Storage(dtype="bfloat16"))
     training.optimizer.freeze(training.model, training.layers.names[:2])
@@ -265,6 +272,7 @@ def test_batches_over_several_devices_give_the_same():
     assert len(step.programs) == 3
 
 
+@pytest.mark.slow
 def test_a_restored_run_goes_on_with_activations_computed_anew(tmp_path):
     def go_on(training, freezer, step, part):
         losses = []

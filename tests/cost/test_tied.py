@@ -123,6 +123,7 @@ def test_the_message_names_the_embedding_and_says_what_its_two_uses_cost(make):
     assert stopped_account.flops(stopped_program(*blocks).frozen).total == pytest.approx(stopped, rel=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [of_nnx, of_linen, of_bare])
 def test_with_the_gradient_stopped_nothing_is_missing(make):
     layers, account, measured = case(make, stop=True)
@@ -133,6 +134,7 @@ def test_with_the_gradient_stopped_nothing_is_missing(make):
     assert account.reached_through(measured(*layers.names[:-1]).frozen) == ((), ())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("make", [of_nnx, of_linen, of_bare])
 def test_the_table_trains_on_as_the_head_alone(make):
     params, loss = make(True)

@@ -72,6 +72,7 @@ KINDS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("config", "other"), KINDS.values(), ids=KINDS)
 def test_told_apart_by_equality_or_identity(config, other):
     model, optimizer = setting(config)
