@@ -17,8 +17,8 @@ from smartfrz_jax.cost.account import account as account
 from smartfrz_jax.cost.check import SavingWarning as SavingWarning
 from smartfrz_jax.cost.measured import program_cost as program_cost
 from smartfrz_jax.freezing.freezer import Freezer as Freezer
+from smartfrz_jax.freezing.frozen import Frozen as Frozen
 from smartfrz_jax.freezing.migrate import migrate_opt_state as migrate_opt_state
-from smartfrz_jax.freezing.transform import Frozen as Frozen
 from smartfrz_jax.freezing.transform import apply_updates as apply_updates
 from smartfrz_jax.freezing.transform import freeze as freeze
 from smartfrz_jax.freezing.transform import value_and_grad as value_and_grad

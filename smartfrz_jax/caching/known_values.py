@@ -7,7 +7,7 @@ from typing import Any
 
 from jax.extend import core as jex
 
-from smartfrz_jax.freezing.transform import Frozen
+from smartfrz_jax.freezing.frozen import Frozen
 from smartfrz_jax.jaxprs import example_axis, flops, inline
 from smartfrz_jax.jaxprs.example_axis_rules import Axis, Mixed, Value
 from smartfrz_jax.jaxprs.partial_inline import Roles

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 
-from smartfrz_jax.freezing.transform import Frozen
+from smartfrz_jax.freezing.frozen import Frozen
 from smartfrz_jax.pytrees.types import PyTree
 
 Hold = Callable[[Frozen, PyTree], contextlib.AbstractContextManager[Any]]

@@ -19,7 +19,7 @@ from jax.extend import core as jex
 
 from smartfrz_jax.caching.known_values import KnownValues
 from smartfrz_jax.caching.loss_jaxpr import INPUTS, LossJaxpr, by_name, changed_variables, updates_of, with_unchanged
-from smartfrz_jax.freezing.transform import Frozen
+from smartfrz_jax.freezing.frozen import Frozen
 from smartfrz_jax.jaxprs import digests, flops, inline, partial_inline
 from smartfrz_jax.jaxprs.example_axis_rules import Axis
 from smartfrz_jax.jaxprs.min_cut import min_cut

@@ -14,7 +14,7 @@ from smartfrz_jax.caching.fill import Source, missing
 from smartfrz_jax.caching.loss_adapter import Hold, PytreeLoss
 from smartfrz_jax.caching.split_loss import Grown, SplitLoss
 from smartfrz_jax.caching.store import ActivationCache, Place, check_place
-from smartfrz_jax.freezing.transform import Frozen, check_frozen
+from smartfrz_jax.freezing.frozen import Frozen, check_frozen
 from smartfrz_jax.pytrees import checks
 from smartfrz_jax.pytrees.types import PyTree
 

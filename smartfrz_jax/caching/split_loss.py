@@ -12,7 +12,7 @@ import numpy as np
 from smartfrz_jax.caching import loss_jaxpr
 from smartfrz_jax.caching.loss_adapter import LossAdapter
 from smartfrz_jax.caching.partial_eval import Split, partial_eval
-from smartfrz_jax.freezing.transform import Frozen, check_frozen
+from smartfrz_jax.freezing.frozen import Frozen, check_frozen
 from smartfrz_jax.jaxprs import example_axis
 from smartfrz_jax.layers.layers import check_leaves, check_of_layers
 from smartfrz_jax.pytrees import checks, paths

@@ -19,7 +19,7 @@ import optax
 from smartfrz_jax.cost import equations, kinds, step_trace
 from smartfrz_jax.cost.equations import Equation, Equations, Input, Trace
 from smartfrz_jax.cost.step_flops import Parts, StepFlops
-from smartfrz_jax.freezing.transform import Frozen
+from smartfrz_jax.freezing.frozen import Frozen
 from smartfrz_jax.jaxprs import example_axis, flops
 from smartfrz_jax.jaxprs.flops import Flops
 from smartfrz_jax.layers.layers import Layers, check_layers, check_params

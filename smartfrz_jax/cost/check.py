@@ -19,7 +19,7 @@ from smartfrz_jax.cost.diagnosis import Cause, Diagnosis
 from smartfrz_jax.cost.measured import ProgramCost
 from smartfrz_jax.cost.step_program import StepProgram
 from smartfrz_jax.freezing import transform
-from smartfrz_jax.freezing.transform import Frozen
+from smartfrz_jax.freezing.frozen import Frozen
 from smartfrz_jax.pytrees import checks, paths
 
 # Nine tenths of what was predicted count as all of it, and what is below 1 % of the step is not looked for; where there

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple
 
 from smartfrz_jax.cost.account import Account
 from smartfrz_jax.cost.step_program import StepProgram
-from smartfrz_jax.freezing.transform import Frozen
+from smartfrz_jax.freezing.frozen import Frozen
 from smartfrz_jax.jaxprs.parts import ClosedJaxpr, Eqn, Jaxpr
 from smartfrz_jax.pytrees import paths
 

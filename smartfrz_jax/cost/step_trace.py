@@ -9,7 +9,7 @@ import jax
 import optax
 
 from smartfrz_jax.freezing import transform
-from smartfrz_jax.freezing.transform import Frozen
+from smartfrz_jax.freezing.frozen import Frozen
 from smartfrz_jax.jaxprs import flops, inline, named_axes
 from smartfrz_jax.layers.layers import Layers
 from smartfrz_jax.pytrees import paths

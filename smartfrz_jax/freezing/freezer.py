@@ -10,8 +10,8 @@ import optax
 
 from smartfrz_jax.callbacks.base import Callback, FreezeEvent
 from smartfrz_jax.freezing import saved_run
+from smartfrz_jax.freezing.frozen import Frozen, check_frozen
 from smartfrz_jax.freezing.summary import Summary, summarise
-from smartfrz_jax.freezing.transform import Frozen, check_frozen
 from smartfrz_jax.layers.layers import Layers, check_layers, check_of_layers, check_params
 from smartfrz_jax.policies.base import Policy, check_policy, decision
 from smartfrz_jax.pytrees import checkpoint, checks

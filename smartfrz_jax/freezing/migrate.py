@@ -11,8 +11,8 @@ import optax
 from jax.tree_util import keystr, tree_leaves_with_path
 
 from smartfrz_jax.freezing.accumulation import WindowState, averages, clock_of, partial_sums, start_windows
-from smartfrz_jax.freezing.partition import ACTIVE, FROZEN, unshared
-from smartfrz_jax.freezing.transform import Frozen, check_frozen, freeze
+from smartfrz_jax.freezing.frozen import ACTIVE, FROZEN, Frozen, check_frozen
+from smartfrz_jax.freezing.transform import freeze, unshared
 from smartfrz_jax.layers.layers import Layers, check_params
 from smartfrz_jax.pytrees import checks
 from smartfrz_jax.pytrees.types import PyTree

@@ -10,7 +10,7 @@ from collections.abc import Collection
 
 from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 
-from smartfrz_jax.freezing.transform import Frozen
+from smartfrz_jax.freezing.frozen import Frozen
 from smartfrz_jax.layers.layers import Layer, Layers
 from smartfrz_jax.layers.overwritten import PARAMS, is_overwritten
 from smartfrz_jax.pytrees import paths

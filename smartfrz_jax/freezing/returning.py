@@ -12,7 +12,7 @@ import optax
 from jax.core import Tracer
 
 from smartfrz_jax.freezing import migrate
-from smartfrz_jax.freezing.transform import Frozen
+from smartfrz_jax.freezing.frozen import Frozen
 from smartfrz_jax.pytrees import hosts
 from smartfrz_jax.pytrees.types import PyTree
 

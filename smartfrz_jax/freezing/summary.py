@@ -12,8 +12,9 @@ import numpy as np
 import optax
 
 from smartfrz_jax.freezing import overwritten
+from smartfrz_jax.freezing.frozen import Frozen
 from smartfrz_jax.freezing.table import Row, Table
-from smartfrz_jax.freezing.transform import Frozen, freeze
+from smartfrz_jax.freezing.transform import freeze
 from smartfrz_jax.pytrees import checks, paths
 from smartfrz_jax.pytrees.types import PyTree
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from smartfrz_jax.freezing.transform import Frozen
+from smartfrz_jax.freezing.frozen import Frozen
 from smartfrz_jax.layers.layers import Layers, check_layers, check_leaves
 from smartfrz_jax.pytrees import checks, paths
 from smartfrz_jax.pytrees.types import PyTree

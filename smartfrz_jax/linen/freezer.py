@@ -10,7 +10,7 @@ import jax
 from smartfrz_jax.callbacks.base import Callback, check_callbacks
 from smartfrz_jax.freezing import freezer
 from smartfrz_jax.freezing.freezer import check_options
-from smartfrz_jax.freezing.transform import Frozen
+from smartfrz_jax.freezing.frozen import Frozen
 from smartfrz_jax.linen.train_state import TrainState
 from smartfrz_jax.policies.base import Policy
 from smartfrz_jax.programs import arguments

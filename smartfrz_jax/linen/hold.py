@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from flax import linen as nn
 
-from smartfrz_jax.freezing.transform import Frozen, check_frozen
+from smartfrz_jax.freezing.frozen import Frozen, check_frozen
 from smartfrz_jax.pytrees import paths
 from smartfrz_jax.pytrees.types import PyTree
 

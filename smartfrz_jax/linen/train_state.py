@@ -13,8 +13,8 @@ from flax import struct
 from flax.training import train_state
 
 from smartfrz_jax.freezing import migrate, overwritten, transform
+from smartfrz_jax.freezing.frozen import Frozen
 from smartfrz_jax.freezing.returning import Kept, Returning, make_kept
-from smartfrz_jax.freezing.transform import Frozen
 from smartfrz_jax.layers.layers import Layers, check_layers, check_params
 from smartfrz_jax.layers.select import Selectors
 from smartfrz_jax.linen.hold import hold

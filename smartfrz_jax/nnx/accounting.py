@@ -11,7 +11,7 @@ import optax
 from flax import nnx
 
 from smartfrz_jax.cost.account import Account, assemble
-from smartfrz_jax.freezing.transform import Frozen
+from smartfrz_jax.freezing.frozen import Frozen
 from smartfrz_jax.layers.layers import Layers, check_layers
 from smartfrz_jax.nnx.hold import hold
 from smartfrz_jax.nnx.layers import check_model

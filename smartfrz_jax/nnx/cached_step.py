@@ -16,7 +16,7 @@ from smartfrz_jax.caching.split_loss import BatchSizeError
 from smartfrz_jax.caching.store import Storage, check_indices, check_room, stored_shapes
 from smartfrz_jax.cost.account import Account
 from smartfrz_jax.cost.check import SavingWarning
-from smartfrz_jax.freezing.transform import Frozen
+from smartfrz_jax.freezing.frozen import Frozen
 from smartfrz_jax.jaxprs import example_axis
 from smartfrz_jax.nnx.layers import check_model
 from smartfrz_jax.nnx.optimizer import Optimizer

@@ -14,8 +14,8 @@ from flax import nnx
 from smartfrz_jax.callbacks.base import Callback, check_callbacks
 from smartfrz_jax.freezing import freezer
 from smartfrz_jax.freezing.freezer import check_options
+from smartfrz_jax.freezing.frozen import Frozen
 from smartfrz_jax.freezing.summary import Summary
-from smartfrz_jax.freezing.transform import Frozen
 from smartfrz_jax.nnx.cached_step import CachedStep
 from smartfrz_jax.nnx.layers import check_model
 from smartfrz_jax.nnx.optimizer import Optimizer

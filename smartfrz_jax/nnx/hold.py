@@ -8,7 +8,7 @@ from typing import Any
 
 from flax import nnx
 
-from smartfrz_jax.freezing.transform import Frozen
+from smartfrz_jax.freezing.frozen import Frozen
 from smartfrz_jax.layers.layers import Layers
 from smartfrz_jax.pytrees import paths
 

@@ -12,8 +12,8 @@ import optax
 from flax import nnx
 
 from smartfrz_jax.freezing import migrate, transform
+from smartfrz_jax.freezing.frozen import Frozen
 from smartfrz_jax.freezing.returning import Returning, make_kept
-from smartfrz_jax.freezing.transform import Frozen
 from smartfrz_jax.layers.layers import Layers, check_layers
 from smartfrz_jax.layers.select import Selectors
 from smartfrz_jax.nnx.hold import hold

@@ -10,7 +10,7 @@ from flax import nnx
 
 from smartfrz_jax.caching import prefix_cache
 from smartfrz_jax.caching.split_loss import SplitLoss
-from smartfrz_jax.freezing.transform import Frozen
+from smartfrz_jax.freezing.frozen import Frozen
 from smartfrz_jax.nnx.hold import hold
 from smartfrz_jax.nnx.layers import check_model
 from smartfrz_jax.pytrees import paths

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from flax import nnx
 
-from smartfrz_jax.freezing.transform import Frozen
+from smartfrz_jax.freezing.frozen import Frozen
 from smartfrz_jax.pytrees import paths
 from smartfrz_jax.pytrees.types import PyTree
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import jax
 
-from smartfrz_jax.freezing.transform import Frozen
+from smartfrz_jax.freezing.frozen import Frozen
 from smartfrz_jax.programs.arguments import Arguments, has_frozen, is_node
 from smartfrz_jax.pytrees.types import PyTree
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from smartfrz_jax.cost.check import SavingWarning
-from smartfrz_jax.freezing.transform import Frozen
+from smartfrz_jax.freezing.frozen import Frozen
 from smartfrz_jax.programs.arguments import Key
 
 # One program may well return after a long while; and of those that never do, not all are remembered.

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 from smartfrz_jax.cost.account import Account
 from smartfrz_jax.cost.check import Measured, SavingCheck, jaxpr_of
 from smartfrz_jax.cost.measured import ProgramCost, measure
-from smartfrz_jax.freezing.transform import Frozen
+from smartfrz_jax.freezing.frozen import Frozen
 from smartfrz_jax.programs import arguments, flat_step
 from smartfrz_jax.programs.arguments import Arguments, Key
 from smartfrz_jax.programs.flat_step import Call, Donate

@@ -8,7 +8,7 @@ import pytest
 from smartfrz_jax import find_layers
 from smartfrz_jax.caching.prefix_cache import PrefixCache
 from smartfrz_jax.caching.store import ActivationCache
-from smartfrz_jax.freezing.transform import Frozen
+from smartfrz_jax.freezing.frozen import Frozen
 
 FRONTIER = [jax.ShapeDtypeStruct((3, 2), jnp.float32), jax.ShapeDtypeStruct((4,), jnp.int32)]
 EXAMPLES = 10

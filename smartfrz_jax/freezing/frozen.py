@@ -1,0 +1,178 @@
+"""Which layers are frozen: a static argument of the train step.
+
+A mask known only at run time would save nothing, for the program must then be able to do the full work.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import numpy as np
+
+from smartfrz_jax.freezing.table import Table
+from smartfrz_jax.layers.layers import Layers, check_layers
+from smartfrz_jax.layers.select import Selectors, select
+from smartfrz_jax.pytrees import checks, paths
+from smartfrz_jax.pytrees.types import PyTree
+
+ACTIVE = "train"
+FROZEN = "frozen"
+
+
+@dataclasses.dataclass(frozen=True, eq=False, init=False, repr=False)
+class Frozen:
+    """Which layers of a network are frozen: immutable and hashable, to be a static argument of the train step.
+
+    ``print`` shows a table, and so does ``rich.print``.
+
+    Args:
+        layers: The layers of the network.
+        names: The frozen ones: names, globs, regular expressions, predicates or NNX filters; see
+            :func:`smartfrz_jax.layers.select.select`.
+
+    Attributes:
+        layers: The layers of the network.
+        names: Names of the frozen ones.
+
+    Raises:
+        TypeError: If ``layers`` are no :class:`~smartfrz_jax.Layers`, or ``names`` select none.
+        ValueError: If one of ``names`` is not a layer of the network.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from smartfrz_jax import find_layers
+        >>> params = {"a": {"kernel": jnp.ones((2, 2))}, "b": {"kernel": jnp.ones((2, 2))}}
+        >>> layers = find_layers(params, lambda p, x: x @ p["a"]["kernel"] @ p["b"]["kernel"], jnp.ones((1, 2)))
+        >>> Frozen(layers).add("a").active
+        ('b',)
+    """
+
+    layers: Layers
+    names: frozenset[str]
+
+    def __init__(self, layers: Layers, names: Selectors = ()):
+        check_layers(layers)
+        object.__setattr__(self, "layers", layers)
+        object.__setattr__(self, "names", frozenset(select(layers, names)))
+
+    @classmethod
+    def of_mask(cls, layers: Layers, mask: np.ndarray) -> Frozen:
+        """The frozen set of a boolean mask of shape ``(layers,)``, true where frozen.
+
+        Raises:
+            TypeError: If ``layers`` are no :class:`~smartfrz_jax.Layers`, or it is of no booleans.
+            ValueError: If it has another shape.
+        """
+        check_layers(layers)
+        if np.shape(mask) != (len(layers),):
+            raise ValueError(f"mask: got shape {np.shape(mask)}, expected {(len(layers),)}, a boolean for each layer")
+        checks.booleans(np.asarray(mask), "mask", "an array of bool, a boolean for each layer")
+        return cls(layers, frozenset(name for name, frozen in zip(layers.names, mask, strict=True) if frozen))
+
+    def add(self, names: Selectors) -> Frozen:
+        """This set and the layers that ``names`` select, as in ``Frozen(layers, names)``."""
+        return Frozen(self.layers, self.names.union(select(self.layers, names)))
+
+    def changed(self, frozen: Frozen | Selectors) -> Frozen:
+        """The frozen set of a network that is to change.
+
+        Args:
+            frozen: The new frozen set, or the layers to add to this one, as in ``Frozen(layers, names)``.
+
+        Raises:
+            TypeError: If it is neither.
+            ValueError: If a layer is not one of the network's, or the set is of another network.
+        """
+        if not isinstance(frozen, Frozen):
+            return Frozen(self.layers, self.names.union(select(self.layers, frozen, "frozen")))
+        if frozen.layers.owner.keys() != self.layers.owner.keys():  # else it groups the same parameters otherwise
+            check_frozen(frozen, self.layers)
+        return frozen
+
+    @property
+    def active(self) -> tuple[str, ...]:
+        """Names of the layers that train, front to back."""
+        return tuple(name for name in self.layers.names if name not in self.names)
+
+    @property
+    def mask(self) -> np.ndarray:
+        """Boolean array of shape ``(layers,)``, true where frozen."""
+        return np.array([name in self.names for name in self.layers.names], bool)
+
+    @functools.cached_property
+    def params(self) -> frozenset[str]:
+        """Names of the frozen parameters."""
+        return frozenset(param for layer in self.layers if layer.name in self.names for param in layer.params)
+
+    def labels(self, params: PyTree) -> PyTree:
+        """``'frozen'`` or ``'train'`` for every leaf of ``params``: labels for ``optax.multi_transform``."""
+        return paths.tree_map(lambda name, _: FROZEN if self._is_frozen(name) else ACTIVE, params)
+
+    def stop_gradient(self, params: PyTree) -> PyTree:
+        """``params`` with ``jax.lax.stop_gradient`` on the frozen leaves."""
+        return paths.tree_map(lambda name, leaf: jax.lax.stop_gradient(leaf) if self._is_frozen(name) else leaf, params)
+
+    def active_leaves(self, tree: PyTree) -> dict[str, Any]:
+        """Leaves of the layers that train, by name, of a tree shaped like the parameters."""
+        return {name: leaf for name, leaf in paths.flatten(tree).items() if not self._is_frozen(name)}
+
+    def _is_frozen(self, param: str) -> bool:
+        return self.layers.holding(param) in self.names
+
+    @property
+    def table(self) -> Table:
+        """The layers, front to back, and which are frozen."""
+        rows = (
+            (layer.name, f"{len(layer.params)}", "yes" if layer.name in self.names else "") for layer in self.layers
+        )
+        title = f"Frozen: {len(self.names)} of {len(self.layers)} layers."
+        return Table(title, ("layer", "arrays", "frozen"), tuple(rows))
+
+    def __repr__(self) -> str:
+        names = [name for name in self.layers.names if name in self.names]
+        shown = ", ".join([*map(repr, names[:3]), *(["..."] if len(names) > 3 else [])])
+        return f"<Frozen: {len(names)} of {len(self.layers)} layers{': ' if names else ''}{shown}>"
+
+    def __str__(self) -> str:
+        return str(self.table)
+
+    def __rich__(self) -> Table:
+        return self.table
+
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.layers, self.names))
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"layers": self.layers, "names": self.names}  # not what is cached, as of Layers
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (
+            isinstance(other, Frozen) and self.names == other.names and self.layers == other.layers
+        )
+
+
+def check_frozen(frozen: Any, layers: Layers | None = None) -> None:
+    """Checks that a frozen set is one, and of a network.
+
+    Args:
+        frozen: The frozen set.
+        layers: The layers of the network; ``None`` for any.
+
+    Raises:
+        TypeError: If it is something else.
+        ValueError: If it is of a network with other layers.
+    """
+    checks.instance(frozen, Frozen, "frozen", "a smartfrz_jax.Frozen; make it with Frozen(layers, names)")
+    if layers is not None and frozen.layers != layers:
+        raise ValueError(
+            f"frozen: got a set of a network of {len(frozen.layers)} layers ({', '.join(frozen.layers.names[:2])}, "
+            f"...), expected one of the {len(layers)} layers of this network ({', '.join(layers.names[:2])}, ...); "
+            "make it with Frozen(layers, names)"
+        )
