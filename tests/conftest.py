@@ -20,6 +20,12 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest runs first, so that in the end no process waits for another that has just begun one."""
+    long = tuple(Path(__file__).parent / folder for folder in ("train", "research"))
+    items.sort(key=lambda item: not any(item.path.is_relative_to(folder) for folder in long))
+
+
 @pytest.fixture(autouse=True)
 def programs_are_kept_no_longer_than_the_test():
     """Otherwise every later test would write its programs to files; JAX goes on doing so without a directory, too."""

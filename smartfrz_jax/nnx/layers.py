@@ -10,6 +10,7 @@ import jax
 from flax import nnx
 
 from smartfrz_jax.jaxprs import inline, named_axes
+from smartfrz_jax.jaxprs.parts import variables as variables_of
 from smartfrz_jax.layers import dataflow
 from smartfrz_jax.layers.find import Granularity, group
 from smartfrz_jax.layers.layers import Layers, check_layers, check_params
@@ -152,20 +153,20 @@ def _drawn_again(model: nnx.Module, used: dataflow.Consumption) -> Iterator[list
 
 
 def _before(
-    run: Callable[..., Any], leaves: Collection[str], variables: PyTree, *inputs: Any
+    run: Callable[..., Any], leaves: Collection[str], state: PyTree, *inputs: Any
 ) -> dict[str, list[frozenset[str]]]:
     """For every use of a variable, the parameters (``leaves``) that were combined last with the data that it meets.
 
     As ``sources`` of :func:`dataflow.consumption`, but of every use, and through dropouts: these do not count.
     """
-    closed = named_axes.make_jaxpr(run)(variables, *inputs)
-    names = list(paths.flatten(variables))
+    closed = named_axes.make_jaxpr(run)(state, *inputs)
+    names = list(paths.flatten(state))
     params, data = closed.jaxpr.invars[: len(names)], closed.jaxpr.invars[len(names) :]
     carried = dict(zip(params, [frozenset({name}) for name in names], strict=True))  # by values without data
     behind: dict[Any, frozenset[str]] = dict.fromkeys(data, frozenset())  # by values that depend on the data
     before: dict[str, list[frozenset[str]]] = {name: [] for name in names}
     for eqn in inline.inline(closed, params, data).jaxpr.eqns:
-        ins = variables(eqn.invars)
+        ins = variables_of(eqn.invars)
         weights = frozenset[str]().union(*(carried.get(var, ()) for var in ins))
         if not any(var in behind for var in ins):
             carried.update(dict.fromkeys(eqn.outvars, weights))
