@@ -21,22 +21,50 @@ class Key:
     """What a program is for.
 
     Attributes:
-        structure: Of all arguments, with the optimizers and their frozen sets. Static attributes of modules, which need
-            not be hashable, are told apart by equality; by identity if they cannot be compared.
+        modules: Graph definition of the modules, with the optimizers and their frozen sets. Their static attributes,
+            which need not be hashable, are told apart by equality; by identity if they cannot be compared.
+        rest: Structure of the other arguments.
         batch: Structure, shapes and dtypes of what is neither a module nor a ``TrainState``.
     """
 
-    structure: Any
+    modules: Any
+    rest: Any
     batch: Any
 
+    @functools.cached_property
+    def _hash(self) -> int:
+        # JAX leaves what is static out of a structure's hash.
+        return hash((jax.tree.structure(self.modules), self.rest, self.batch))
+
     def __hash__(self) -> int:
-        return hash((self.structure, self.batch))  # JAX leaves what is static out of a structure's hash
+        return self._hash
 
     def __eq__(self, other: object) -> bool:
         try:
-            return isinstance(other, Key) and self.batch == other.batch and self.structure == other.structure
+            alike = isinstance(other, Key) and self.batch == other.batch and self.rest == other.rest
         except (TypeError, ValueError):  # what is static is another object and cannot be compared
             return False
+        return alike and _are_same(self.modules, other.modules)
+
+
+def _are_same(one: Any, other: Any) -> bool:
+    """Whether two values are equal; parts of dataclasses and sequences that cannot be compared, if they are identical.
+
+    Up to Python 3.12, ``==`` of dataclasses looks at the identity of their fields first by itself.
+    """
+    if one is other:
+        return True
+    try:
+        return bool(one == other)
+    except (TypeError, ValueError):
+        pass
+    if type(one) is not type(other):
+        return False
+    if dataclasses.is_dataclass(one):
+        fields = [field.name for field in dataclasses.fields(one) if field.compare]
+        return all(_are_same(getattr(one, name), getattr(other, name)) for name in fields)
+    is_sequence = isinstance(one, list | tuple)
+    return is_sequence and len(one) == len(other) and all(map(_are_same, one, other))
 
 
 class Arguments:
@@ -92,7 +120,7 @@ class Arguments:
     def key(self) -> Key:
         """Equal for calls with the same program."""
         # The optimizer and the frozen set are static in their owner; those of equal ones are equal.
-        return Key(jax.tree.structure((nnx.graphdef(self.nodes), self.rest)), self.batch)
+        return Key(nnx.graphdef(self.nodes), jax.tree.structure(self.rest), self.batch)
 
     @property
     def placement(self) -> list[Any]:

@@ -37,7 +37,7 @@ class Recompilations:
         >>> from smartfrz_jax.programs.arguments import Arguments
         >>> import numpy as np
         >>> recompilations = Recompilations(1)
-        >>> keys = [Key(None, Arguments((np.ones(size),)).batch) for size in (4, 5)]
+        >>> keys = [Key(None, None, Arguments((np.ones(size),)).batch) for size in (4, 5)]
         >>> with warnings.catch_warnings(record=True) as found:
         ...     warnings.simplefilter("always")
         ...     for key in (*keys, *keys):

@@ -125,6 +125,7 @@ def test_results_are_those_of_the_plain_step(place, lead):
     assert [program.ahead for program in step.programs] == [False, lead > 0, lead > 0]
 
 
+@pytest.mark.slow
 def test_frozen_layers_hold_still_and_their_activations_are_computed_once():
     training, step = Training(), cached()
     computed = []
@@ -196,6 +197,7 @@ def test_where_frozen_layers_compute_with_the_number_of_examples_a_smaller_batch
         assert (step.cache is not None) == keeps
 
 
+@pytest.mark.slow
 def test_where_there_is_no_room_the_plain_step_goes_on():
     training, step = Training(), cached(storage=Storage(budget=EXAMPLES * 24 * 4 - 1))
     training.optimizer.freeze(training.model, training.layers.names[:2])

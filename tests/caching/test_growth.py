@@ -50,6 +50,7 @@ def test_a_cache_stays_as_it_was_if_the_next_cannot_be(tmp_path):
     assert new._source.store is store
 
 
+@pytest.mark.slow
 def test_when_the_prefix_shrinks_what_was_kept_is_dropped():
     cache = cached(mlp, PARAMS, (X, Y), ["w0", "w1"])
     cache.keep(N)

@@ -172,6 +172,7 @@ class Norms(nnx.Module):
 
 
 @pytest.mark.parametrize("kind", ["count", "average"])
+@pytest.mark.slow
 def test_variables_that_frozen_layers_change_are_held_so_activations_can_be_kept(kind):
     model = Norms(nnx.Rngs(0), kind)
     layers = sfj.nnx.find_layers(model, X)

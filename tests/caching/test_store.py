@@ -35,6 +35,7 @@ def equal(got, expected):
         np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.slow
 def test_what_is_put_is_taken(place):
     cache = ActivationCache(FRONTIER, EXAMPLES, place=place)
     assert cache.nbytes == EXAMPLES * (6 * 4 + 4 * 4)
@@ -182,6 +183,7 @@ def loop(place, *, dtype=None, views=1, epochs=3):
 
 
 @pytest.mark.parametrize("views", [1, 2])
+@pytest.mark.slow
 def test_training_is_the_same_and_reads_every_example_once(place, views):
     params, uncached, reads = loop(place, views=views)
     np.testing.assert_allclose(params["b"], uncached["b"], rtol=1e-5)
@@ -238,6 +240,7 @@ def test_of_a_batch_only_what_is_missing_is_computed_in_quarters():
     assert cache.store.is_complete
 
 
+@pytest.mark.slow
 def test_what_the_cache_before_had_is_computed_from_that_and_the_rest_from_inputs():
     cache, first, second = caches(), 2 * 6 * 5, 2 * 5 * 4
     fetched(cache, np.arange(16))
@@ -293,6 +296,7 @@ def test_variables_among_the_inputs_are_not_taken_for_examples():
 
 
 @pytest.mark.parametrize("seed", range(6))
+@pytest.mark.slow
 def test_any_order_of_batches_gives_the_activations(seed):
     rng, cache = np.random.default_rng(seed), caches()
     grows = rng.integers(3, 8)

@@ -245,6 +245,7 @@ def test_the_account_is_what_the_traced_step_does(make):
         assert account.flops(some).total == pytest.approx(traced_flops(step, *args, *batch), rel=1e-4), name
 
 
+@pytest.mark.slow
 def test_batch_norm_of_frozen_layers_is_cheaper():
     _, _, layers, account = network(small_resnet)
     every = frozen(layers, *layers.names)

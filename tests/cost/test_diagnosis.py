@@ -93,6 +93,7 @@ def test_all_that_is_said_of_a_right_step_is_of_layers_that_gradients_pass(name)
 
 
 @pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.slow
 def test_all_that_is_said_of_a_wrong_step_is_of_the_layers_that_froze(name):
     _, _, layers, account = network(name)
     nothing = measured(name, sfj.Frozen(layers), norm_of_all=True)

@@ -98,6 +98,7 @@ def case(make, stop):
 
 
 @pytest.mark.parametrize("make", [of_nnx, of_linen, of_bare])
+@pytest.mark.slow
 def test_the_message_names_the_embedding_and_says_what_its_two_uses_cost(make):
     layers, account, measured = case(make, stop=False)
     blocks = layers.names[:-1]
@@ -159,6 +160,7 @@ def test_the_table_trains_on_as_the_head_alone(make):
     assert np.abs(expected).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_a_warning_of_the_first_step_names_the_embedding():
     layers, account, measured = case(of_bare, stop=False)
     check = SavingCheck(account)

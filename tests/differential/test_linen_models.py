@@ -81,6 +81,7 @@ def run(
 
 
 @every_model
+@pytest.mark.slow
 def test_with_nothing_frozen_a_step_is_the_stock_one(name):
     case = MODELS[name]
     net, state, others = ours(name)
@@ -90,6 +91,7 @@ def test_with_nothing_frozen_a_step_is_the_stock_one(name):
 
 
 @every_model
+@pytest.mark.slow
 def test_a_frozen_layer_holds_still_and_the_others_train_as_with_stop_gradient(name):
     case = MODELS[name]
 

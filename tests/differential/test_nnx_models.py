@@ -89,6 +89,7 @@ def ours(name):
 
 
 @every_model
+@pytest.mark.slow
 def test_with_nothing_frozen_a_step_is_the_stock_one(name):
     case = MODELS[name]
     model, optimizer = ours(name)
@@ -104,6 +105,7 @@ def is_frozen(case, name):
 
 
 @every_model
+@pytest.mark.slow
 def test_a_frozen_layer_holds_still_and_the_others_train_as_with_stop_gradient(name):
     case = MODELS[name]
     model, optimizer = ours(name)

@@ -101,6 +101,7 @@ both = pytest.mark.parametrize("door", [Linen, OfNnx])
 
 
 @both
+@pytest.mark.slow
 def test_what_is_frozen_by_hand_in_the_course_of_the_run_stays_so(door, tmp_path):
     run = door(decided({3: ("a",), 5: ()}))
     run.step()

@@ -59,6 +59,7 @@ def test_an_interval_without_any_step_is_not_evaluated():
 
 
 @pytest.mark.parametrize("bad", [np.nan, -np.inf])
+@pytest.mark.slow
 def test_smartfrz_takes_the_mean_of_the_losses_that_are_left(bad):
     state = smartfrz([2.0, bad, 4.0, bad] + 4 * [bad] + [1.0, bad, bad, 2.0])
     np.testing.assert_array_equal(state.losses, np.float32([np.nan, np.nan, 3.0, np.nan, 1.5]))
@@ -144,6 +145,7 @@ def scaled_run(policy, steps, every=None):
     return state, freezer
 
 
+@pytest.mark.slow
 def test_what_dynamic_scale_skips_is_no_progress_to_autofreeze():
     """With one step of five skipped, intervals of five steps are as those of four without."""
     state, freezer = scaled_run(policies.autofreeze(5), 10, every=5)
@@ -154,6 +156,7 @@ def test_what_dynamic_scale_skips_is_no_progress_to_autofreeze():
     np.testing.assert_allclose(freezer.policy_state.norms * 4 / 5, other.policy_state.norms, rtol=1e-6)
 
 
+@pytest.mark.slow
 def test_what_dynamic_scale_skips_is_no_progress_to_smartfrz():
     """The loss of a skipped step is NaN to the policy; the records are those of a run without that step."""
 

@@ -110,6 +110,7 @@ def test_migrate_refuses_the_state_of_other_parameters():
         migrate_opt_state(tx.init(fewer), tx, PARAMS, Frozen(LAYERS))
 
 
+@pytest.mark.slow
 def test_gradients_of_frozen_layers_are_exact_zeros_and_the_others_right():
     frozen = Frozen(LAYERS, frozenset("ac"))
     value, grads = freezing.value_and_grad(loss, frozen)(PARAMS, X)
@@ -180,6 +181,7 @@ def test_extra_arguments_reach_the_optimizer():
 
 
 @pytest.mark.parametrize("name", ["line search", "sharpness"])
+@pytest.mark.slow
 def test_functions_of_the_parameters_reach_the_optimizer(name):
     """The step is that of an optimizer which knows the active layers alone."""
     frozen, rest = Frozen(LAYERS, frozenset("abc")), {name: PARAMS[name] for name in "abc"}
@@ -271,6 +273,7 @@ class Net(nnx.Module):
 
 
 @pytest.mark.parametrize("kind", ["nnx state", "pure nnx state", "FrozenDict"])
+@pytest.mark.slow
 def test_other_parameter_trees_keep_their_structure(kind):
     if kind == "FrozenDict":
         params, forward = frozen_dict(PARAMS), mlp

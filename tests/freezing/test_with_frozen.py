@@ -57,6 +57,7 @@ def of_jax(loss_fn, params):
 
 
 @pytest.mark.parametrize("differentiate", [scaled, pulled_back, of_jax])
+@pytest.mark.slow
 def test_in_linen_any_function_that_differentiates_leaves_frozen_layers_out(differentiate):
     loss_fn, state, statistics = linen()
     (loss, _), grads = state.value_and_grad(loss_fn, has_aux=True)(state.params)

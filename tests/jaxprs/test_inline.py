@@ -125,6 +125,7 @@ def test_layers_and_consumption_are_those_of_the_unrolled_network(blocks):
 
 
 @pytest.mark.parametrize("blocks", BLOCKS.values(), ids=BLOCKS)
+@pytest.mark.slow
 def test_taps_are_those_of_the_unrolled_network(blocks):
     expected = outputs.layer_outputs(PARAMS, GROUPS, around(one_after_another), X)(PARAMS, X)
     got = outputs.layer_outputs(PARAMS, GROUPS, around(blocks), X)(PARAMS, X)

@@ -78,6 +78,7 @@ def of_bare(axis):
 
 
 @pytest.mark.parametrize("make", [of_nnx, of_linen, of_bare])
+@pytest.mark.slow
 def test_layers_and_account_are_those_of_one_device(make):
     (layers, account), (expected, alone) = make("batch"), make(None)
     assert layers == expected
@@ -125,6 +126,7 @@ def stopped(params, names):
 
 @pytest.mark.parametrize("kind", ["vmap", "pmap", "shard_map"])
 @pytest.mark.parametrize("names", [(), ("first",), ("second",)], ids=str)
+@pytest.mark.slow
 def test_gradients_are_the_stock_ones(kind, names):
     frozen = sfj.Frozen(sfj.find_layers(BARE, bare, ROWS), frozenset(names))
 

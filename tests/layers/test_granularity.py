@@ -10,6 +10,7 @@ from smartfrz_jax.pytrees import paths
 from tests.layers.networks import LINEAR, ROW, linear, transformer_layers
 
 
+@pytest.mark.slow
 def test_granularity_block():
     layers = transformer_layers("block")
     assert list(layers.names) == ["z_embed", "position", *[f"encoderblock_{i}" for i in range(12)], "a_head"]

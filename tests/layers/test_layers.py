@@ -131,6 +131,7 @@ class NNXNet(nnx.Module):
 
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("pure", [False, True], ids=["state", "pure"])
+@pytest.mark.slow
 def test_nnx_split_and_merge(train, pure):
     model = NNXNet(nnx.Rngs(0))
     model.train() if train else model.eval()

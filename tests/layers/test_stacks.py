@@ -108,6 +108,7 @@ def test_linen():
     assert sfj.Frozen(layers, frozenset(layers.names[:1])).params == {"stem/kernel", "stem/bias"}
 
 
+@pytest.mark.slow
 def test_nnx():
     model = NNXNet(nnx.Rngs(0))
     layers = sfj.nnx.find_layers(model, X)

@@ -41,6 +41,7 @@ def examples() -> tuple[Examples, Examples]:
 
 
 @pytest.mark.parametrize("name", CONTROLS)
+@pytest.mark.slow
 def test_gives_probabilities_and_the_same_again(examples, name):
     train, test = examples
     got = CONTROLS[name](train, test)

@@ -58,6 +58,7 @@ class TestSwap:
         np.testing.assert_array_equal(got, swap_harm(LAYERS, STEPS, SNAPSHOTS, FINAL, distance))
         jax.tree.map(np.testing.assert_array_equal, FINAL, before)
 
+    @pytest.mark.slow
     def test_statistics_go_with_their_layer(self):
         class Network(nnx.Module):
             def __init__(self, rngs):

@@ -69,6 +69,7 @@ def test_records_what_there_is():
     assert (got.swap_harm, got.branch_harm) == (None, None)
 
 
+@pytest.mark.slow
 def test_only_what_is_asked_for():
     rec, own = beside_reference(), recorder(track_own=True)
     for step, params in RUN.items():

@@ -73,6 +73,7 @@ def state_after(net, *frozen, steps=2):
     ],
     ids=["nothing", "first", "second", "both"],
 )
+@pytest.mark.slow
 def test_what_is_named_by_a_parameter_is_held_with_its_layer(frozen, held):
     before, after = state_after(Spectral(), *frozen)
     assert len(before) == 4

@@ -24,6 +24,7 @@ def random_norm(features=3, **kwargs):
     return norm
 
 
+@pytest.mark.slow
 def test_batch_norm_normalizes_with_the_biased_and_keeps_the_unbiased_variance():
     x = np.random.default_rng(0).normal(1.5, 2, size=(2, 4, 3))
     norm = random_norm(momentum=0.7)

@@ -49,6 +49,7 @@ def test_linear_layers_of_vgg_see_the_channels_first():
 
 
 @every_tiny
+@pytest.mark.slow
 def test_images_of_any_size_and_number_of_channels(make):
     model = abstract(make, num_classes=5, channels=1)
     smallest = 4 if isinstance(model, VGG) else 1
@@ -115,6 +116,7 @@ def test_dropout_is_where_the_original_has_it():
         assert not variables(abstract(TINY[name], **without), nnx.RngState)
 
 
+@pytest.mark.slow
 def test_stochastic_depth_drops_the_branch_of_whole_examples():
     block = random_model(lambda rngs: MBConv(4, 4, 3, 1, 2, 0.25, rngs=rngs))
     block.eval()

@@ -103,6 +103,7 @@ def test_bfloat16_is_summed_in_float32(strides):
 
 
 @pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
+@pytest.mark.slow
 def test_gradients_that_are_not_used_are_not_computed(strides):
     x, kernel = jnp.ones((4, 16, 16, 8)), jnp.ones((3, 3, 1, 8))
     dy = jnp.ones((4, 16 // strides[0], 16 // strides[1], 8))

@@ -274,6 +274,7 @@ def test_an_abstract_model_becomes_one_with_values():
     assert nnx.jit(lambda model, x: model(x))(model, jnp.ones((2, 8, 8, 3))).shape == (2, 3)
 
 
+@pytest.mark.slow
 def test_gradients_have_names_too():
     model = resnet()
     model.train()

@@ -55,6 +55,7 @@ def test_what_follows_a_shared_dropout_belongs_to_the_layer_before_it():
     assert not layers[2].state
 
 
+@pytest.mark.slow
 def test_a_shared_dropout_is_off_when_all_layers_before_it_are_frozen():
     model = Shared(nnx.Rngs(0))
     optimizer = sfj.nnx.Optimizer(model, optax.sgd(0.1), layers=sfj.nnx.find_layers(model, X))

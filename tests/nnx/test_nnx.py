@@ -18,6 +18,7 @@ def belongs(layers, frozen):
     return {name for layer in layers if layer.name in frozen for name in (*layer.params, *layer.state)}
 
 
+@pytest.mark.slow
 def test_layers_are_in_forward_order_and_hold_their_statistics_and_streams():
     model, optimizer = make()
     layers = optimizer.frozen.layers
@@ -135,6 +136,7 @@ def test_a_norm_over_all_gradients_is_over_the_active_ones():
     assert norm == pytest.approx(float(optax.tree.norm(head(held))), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_model_is_left_in_its_own_mode():
     model, optimizer = make()
     optimizer.freeze(model, list(NAMES[:3]))

@@ -64,6 +64,7 @@ def test_the_average_is_over_the_steps_since_the_return(returns_at):
     np.testing.assert_allclose(means, 0.1 * np.mean(grads[returns_at:]), rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_two_layers_that_return_at_different_steps_of_a_window():
     state = steps(make(MULTI_STEPS).freeze(["a", "b"]), [5.0])
     state = steps(state.freeze(frozen("b")), [5.0])
@@ -73,6 +74,7 @@ def test_two_layers_that_return_at_different_steps_of_a_window():
     assert float(-end.params["c"]["bias"][0]) == pytest.approx((5 + 5 + 1 + 2) / 4)
 
 
+@pytest.mark.slow
 def test_skipped_steps_do_not_count():
     tx = optax.MultiSteps(optax.sgd(1.0), 4, should_skip_update_fn=optax.skip_not_finite)
     state = steps(make(tx).freeze(["b"]), [1.0, jnp.nan, 1.0]).freeze(frozen())
@@ -95,6 +97,7 @@ def test_where_gradients_are_summed_each_counts_once_and_none_of_before(tx, retu
     assert moved(state, steps(state, [1.0, 0.5])) == pytest.approx(1.5)
 
 
+@pytest.mark.slow
 def test_without_a_return_amid_a_window_every_bit_is_that_of_optax():
     """Also in bfloat16, and compiled."""
     tx = optax.MultiSteps(optax.adamw(0.1), 2, accumulator_dtype=jnp.bfloat16)

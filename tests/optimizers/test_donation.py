@@ -34,6 +34,7 @@ def test_no_buffer_stands_twice(name):
 
 @pytest.mark.parametrize("returning", ["fresh", "kept"])
 @pytest.mark.parametrize("tx", [optax.contrib.prodigy(), optax.contrib.mechanize(optax.sgd(1.0)), optax.contrib.dog()])
+@pytest.mark.slow
 def test_a_donated_state_goes_on(tx, returning):
     params = jax.tree.map(jnp.copy, PARAMS)
     create = sfj.linen.TrainState.create

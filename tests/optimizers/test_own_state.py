@@ -81,6 +81,7 @@ def test_a_hyperparameter_set_by_hand_is_kept_when_the_frozen_set_changes(then):
     assert moved.unfrozen_opt_state.hyperparams["learning_rate"] == 0
 
 
+@pytest.mark.slow
 def test_the_own_state_goes_back_where_it_came_from():
     """Nothing is lost on the way but what frozen layers do not have anyway."""
     for tx in (INJECTED, optax.MultiSteps(optax.adam(0.1), 4), optax.contrib.prodigy()):

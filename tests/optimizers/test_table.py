@@ -94,6 +94,7 @@ def stock_run(name: str) -> list[Step]:
 
 
 @parametrize
+@pytest.mark.slow
 def test_every_number_is_that_of_the_optimizer_of_the_active_layers_alone(name):
     case = CASES[name]
     for got, expected, now in zip(frozen_run(name), stock_run(name), FROZEN, strict=True):
@@ -126,6 +127,7 @@ OF_ALL = {
 
 
 @parametrize
+@pytest.mark.slow
 def test_active_layers_go_on_as_if_nothing_had_frozen(name):
     """The optimizer that never freezes, fed the same gradients, moves layers a and c by the same bits."""
     case, update = CASES[name], update_of(CASES[name])

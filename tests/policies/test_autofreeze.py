@@ -73,6 +73,7 @@ def test_is_the_published_algorithm(percentile):
     assert len(depths) >= 3  # the streams do tell the layers apart
 
 
+@pytest.mark.slow
 def test_gradients_of_frozen_layers_do_not_matter():
     gradients = stream(1, 30)
     policy = policies.autofreeze(5, percentile=80)

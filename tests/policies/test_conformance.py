@@ -172,6 +172,7 @@ def bits(tree):
 
 
 @every_policy
+@pytest.mark.slow
 def test_is_a_policy_with_known_needs(case):
     policy = case.make()
     assert isinstance(policy, Policy)
@@ -179,6 +180,7 @@ def test_is_a_policy_with_known_needs(case):
 
 
 @every_policy
+@pytest.mark.slow
 def test_state_is_a_pytree_of_arrays(case):
     for moment in run(case.make(), last=6):
         assert all(isinstance(leaf, jax.Array | np.ndarray) for leaf in jax.tree.leaves(moment.state))
@@ -193,6 +195,7 @@ def test_deterministic(case):
 
 
 @every_policy
+@pytest.mark.slow
 def test_pure(case):
     policy = case.make()
     moment = Moment(PARAMS, Frozen(LAYERS), policy.init(LAYERS, PARAMS))
@@ -297,6 +300,7 @@ def test_resumes_on_another_set_of_devices(case, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["autofreeze", "similarity_guided", "smartfrz", "progress"])
+@pytest.mark.slow
 def test_layers_frozen_before_the_run_stay_so_and_others_follow(name):
     before = frozenset({"dense0", "dense3"})
     freezer = Freezer(CASES[name].make(), LAYERS, PARAMS, frozen=Frozen(LAYERS, before))

@@ -52,6 +52,7 @@ def test_gain_is_minus_the_update_times_the_gradient():
     assert state.measurements == 9  # after steps 5, 9, ... 37
 
 
+@pytest.mark.slow
 def test_the_gain_of_a_real_step_is_the_first_order_fall_of_its_loss():
     model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)), jnp.float32)

@@ -41,6 +41,7 @@ def related(shape_x, shape_y, seed=0, mean=0.0, scale=1.0, share=0.7):
 
 
 @pytest.mark.parametrize(("shape_x", "shape_y"), SHAPES)
+@pytest.mark.slow
 def test_matches_float64_reference(shape_x, shape_y):
     x, y = related(shape_x, shape_y)
     got = linear_cka(jnp.asarray(x), jnp.asarray(y))
@@ -121,6 +122,7 @@ def test_without_variance_it_is_zero(constant):
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.slow
 def test_non_finite_features_are_not_hidden(bad):
     x, y = related((8, 3), (8, 3))
     x[2, 1] = bad
@@ -228,6 +230,7 @@ class TestLayerGram:
     def test_without_variance_it_is_zero(self):
         assert not layer_gram({"x": jnp.full((5, 3), 0.1)}).any()
 
+    @pytest.mark.slow
     def test_non_finite_features_are_not_hidden(self):
         x = jnp.asarray(related((5, 3), (5, 3))[0]).at[1, 1].set(jnp.inf)
         assert jnp.isnan(layer_gram({"x": x})).any()

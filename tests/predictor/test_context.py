@@ -77,6 +77,7 @@ def by_hand(observation):
 
 @pytest.mark.parametrize("seed", [0, 1])
 @pytest.mark.parametrize(("records", "elapsed"), [(9, 9), (5, 5), (9, 60), (6, 25), (3, 8)])
+@pytest.mark.slow
 def test_agrees_with_the_definitions(seed, records, elapsed):
     observation = walk(seed).replace(mask=jnp.arange(9) >= 9 - records, elapsed=jnp.float32(elapsed))
     values, known = context(observation)

@@ -88,6 +88,7 @@ def test_order_of_the_positions_does_not_matter():
     assert not np.allclose(encoded(shuffled, "raw")[0], encoded(observation, "raw")[0])
 
 
+@pytest.mark.slow
 def test_which_positions_are_drawn_hardly_matters():
     """Two draws of 1024 of the weights of one layer, against another layer that moves straight."""
     layer = walk(3, size=20_000, drift=0.0)
@@ -151,11 +152,13 @@ def test_finite_and_sorted_whatever_comes(records, mask, elapsed):
 
 @settings(deadline=None)
 @given(hnp.arrays(np.float32, 7, elements=st.floats(-(2.0**120), 2.0**120, width=32, allow_subnormal=False)))
+@pytest.mark.slow
 def test_rms_of_large_and_small(x):
     expected = np.sqrt(np.mean(x.astype(np.float64) ** 2))
     np.testing.assert_allclose(_rms(x), expected, rtol=1e-6, atol=1e-37)
 
 
+@pytest.mark.slow
 def test_layers_at_once():
     observation = walk(7, batch=(3,))
     together, exists = jax.jit(jax.vmap(lambda o: encode_records(Encoding(), o)))(observation)
@@ -185,6 +188,7 @@ def test_the_same_regime_in_other_words_is_the_same_encoding():
 
 
 @pytest.mark.parametrize("name", REGIME)
+@pytest.mark.slow
 def test_it_is_known_what_depends_on_the_weights(name):
     encoding, seen, other = Encoding("none", regime=(name,)), walk(0), walk(1)
     seen = seen.replace(elapsed=jnp.float32(20))  # records before the window are lost

@@ -283,6 +283,7 @@ def test_finite_whatever_is_unknown(encoding):
     assert np.isfinite(freeze_probability(predictor, still)).all()
 
 
+@pytest.mark.slow
 def test_a_context_far_from_the_training_examples_is_bounded():
     predictor = predictor_with_biases(dataclasses.replace(SMALL, encoding=Encoding("none", regime=False)))
     at = jax.jit(predictor)
@@ -291,6 +292,7 @@ def test_a_context_far_from_the_training_examples_is_bounded():
     np.testing.assert_array_equal(near, far)
 
 
+@pytest.mark.slow
 def test_the_papers_predictor_reads_raw_weights_and_nothing_else():
     predictor = predictor_with_biases(SMALL)
     observation = walk(4)

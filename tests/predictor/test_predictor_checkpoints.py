@@ -22,6 +22,7 @@ def test_a_checkpoint_of_the_default_is_at_most_five_megabytes():
 
 
 @pytest.mark.parametrize("encoding", ["raw, no context", "scale-free, records", "scale-free, classifier", "context"])
+@pytest.mark.slow
 def test_save_and_restore_are_bit_identical(tmp_path, encoding):
     config = dataclasses.replace(SMALL, encoding=ENCODINGS[encoding])
     predictor = predictor_with_biases(config)
@@ -93,6 +94,7 @@ def test_misfit_names_both_shapes(tmp_path, change, shapes):
     assert all(shape in str(error.value) for shape in shapes)
 
 
+@pytest.mark.slow
 def test_existing_path_is_not_overwritten(tmp_path):
     first, second = predictor_with_biases(SMALL), predictor_with_biases(SMALL, seed=1)
     first.save(tmp_path / "p")

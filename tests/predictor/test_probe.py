@@ -136,6 +136,7 @@ class TestProbeOfAModel:
         got = float(loss(nnx.as_pure(nnx.state(other, nnx.Param))))
         assert got == pytest.approx(float(loss_fn(other, self.X, self.LABELS)), rel=1e-6)
 
+    @pytest.mark.slow
     def test_is_compiled_once_whatever_freezes(self):
         model, traces = Net(), []
 

@@ -32,6 +32,7 @@ def positions(sample: Tailoring, params) -> np.ndarray:
     return np.asarray(sample(params)).astype(int)
 
 
+@pytest.mark.slow
 def test_shape_and_dtype():
     layers, params = made_of(a=((40, 50),), b=((3, 3, 8, 16),))
     weights = Tailoring.create(layers, params)(params)
@@ -56,6 +57,7 @@ def test_layers_hardly_larger_than_the_sample(n):
     assert got.max() < n
 
 
+@pytest.mark.slow
 def test_nearly_all_weights_of_a_large_layer():
     n = (1 << 16) + 10  # the draw has to be repeated
     layers, params = made_of(a=((n,),))
@@ -127,6 +129,7 @@ def test_every_sample_is_the_weight_at_its_position(shapes, size):
     assert len(set(got.tolist())) == size or size > len(flat)
 
 
+@pytest.mark.slow
 def test_new_values_at_the_same_positions():
     layers, params = made_of(a=((40, 50),), b=((9,), (40, 4)))
     sample = Tailoring.create(layers, params, size=32)
@@ -146,6 +149,7 @@ def test_bfloat16_weights_give_float32_of_the_same_values():
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=str)
 @pytest.mark.parametrize("spec", [P("x"), P(None, "x"), P("y", "x"), P()], ids=str)
+@pytest.mark.slow
 def test_sharded_weights_give_the_same_values(kind, spec):
     layers, params = made_of(a=((64, 32),), b=((16, 8), (8, 16)))
     sample = Tailoring.create(layers, params, size=48)

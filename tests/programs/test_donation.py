@@ -99,6 +99,7 @@ def test_a_model_under_a_policy_that_freezes_and_lets_return(lead):
     jax.tree.map(np.testing.assert_array_equal, nnx.as_pure(params), nnx.as_pure(expected_params))
 
 
+@pytest.mark.slow
 def test_other_arguments_only_by_name():
     def train_step(state, x, averages):
         state, loss = linen_step(state, x)

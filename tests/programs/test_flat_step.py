@@ -214,6 +214,7 @@ class TestBounds:
         assert not bound.holds(Arguments((other, jnp.ones(2))))
         assert not bound.holds(Arguments((model, other, jnp.ones(2))))
 
+    @pytest.mark.slow
     def test_is_gone_when_a_module_is(self):
         model, other = Net(), Net()
         bounds, call = self.bound(model, {"a": [other]})

@@ -54,6 +54,7 @@ def test_batch_shapes_in_turn(recwarn):
     )
 
 
+@pytest.mark.slow
 def test_frozen_sets_in_turn(recwarn):
     state, step = setting(max_programs=2)
     for _ in range(3):

@@ -102,6 +102,7 @@ def test_an_equal_configuration_is_the_same_program():
 
 
 @pytest.mark.parametrize("config", [one for one, _ in KINDS.values()], ids=KINDS)
+@pytest.mark.slow
 def test_programs_are_compiled_ahead(config):
     model, optimizer = setting(config)
     step = sfj.TrainStep(plain_step)

@@ -120,6 +120,7 @@ def assert_same(case, transform=lambda step: step):
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.slow
 def test_the_loss_may_change_its_arguments(case):
     assert_same(case)
 

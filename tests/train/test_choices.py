@@ -83,6 +83,7 @@ def test_the_optimizer_is_that_of_optax(layers, changed, reference):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), trajectory(ours), trajectory(reference))
 
 
+@pytest.mark.slow
 def test_weight_decay_shrinks_kernels_only(layers):
     tx = optimizer_of(layers, "--weight-decay", "0.5", "--learning-rate", "0.1")
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, PARAMS), tx.init(PARAMS), PARAMS)

@@ -15,6 +15,7 @@ def loss_fn(model, x):
 
 
 @pytest.mark.parametrize("predicted", [None, 7.0])
+@pytest.mark.slow
 def test_flops_are_those_of_the_program_or_as_predicted(tmp_path, jax_defaults, predicted):
     def train_step(model, optimizer, x):
         loss, grads = optimizer.value_and_grad(loss_fn)(model, x)

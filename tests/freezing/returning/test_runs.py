@@ -152,6 +152,7 @@ def test_a_checkpoint_that_does_not_fit_leaves_what_was_kept_as_it_is(tmp_path):
     assert not other_optimizer.kept.arrays
 
 
+@pytest.mark.slow
 def test_what_is_kept_belongs_to_one_run():
     assert Kept() != Kept()
     assert make_nnx()[1].kept is not make_nnx()[1].kept

@@ -49,6 +49,7 @@ def shared_leaves(state) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("returning", ["fresh", "kept"])
 @parametrize_optimizers
+@pytest.mark.slow
 def test_state_of_returning_layers_is_fresh_or_what_it_was_and_all_other_state_goes_on(tx, returning):
     before = advance(make(tx, returning), GRADS[:3])
     held = advance(before.freeze("b"), GRADS[3:6])
@@ -70,6 +71,7 @@ def test_state_of_returning_layers_is_fresh_or_what_it_was_and_all_other_state_g
 @pytest.mark.parametrize("tx", [OPTIMIZERS["momentum"], optax.adamw(0.1, weight_decay=0.1)], ids=["momentum", "adamw"])
 @settings(max_examples=10, deadline=None)
 @given(sets=st.lists(st.sets(st.sampled_from(NAMES)), max_size=6))
+@pytest.mark.slow
 def test_any_sequence_of_frozen_sets(tx, sets):
     """A layer's kept moments are those of a run in which its gradients simply did not come while it was frozen."""
     state, expected = make(tx), {name: leaves_of(make(tx), name) for name in NAMES}
@@ -131,6 +133,7 @@ def test_how_much_too_long_fresh_steps_of_adam_are():
 
 
 @pytest.mark.parametrize(("clipping", "length"), [(1.0, 1.0), (None, 10_000**0.4)])
+@pytest.mark.slow
 def test_only_its_clipping_bounds_fresh_steps_of_adafactor(clipping, length):
     tx = optax.adafactor(
         1.0, min_dim_size_to_factor=2, multiply_by_parameter_scale=False, clipping_threshold=clipping

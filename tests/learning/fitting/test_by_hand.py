@@ -111,6 +111,7 @@ class TestStandardizing:
         assert not known.all()
         np.testing.assert_array_equal(predictor.context_std[...], 1)
 
+    @pytest.mark.slow
     def test_a_number_that_is_always_the_same_is_centred(self):
         examples = random_examples(layers=("a",))
         got = standardized(small_predictor(3, encoding=Encoding(weights="none", regime=False)), examples)

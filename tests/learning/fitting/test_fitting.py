@@ -202,6 +202,7 @@ def test_held_out_examples_are_evaluated_on_and_nothing_else():
     assert fit(predictor, examples, **OPTIONS).evaluations == ()
 
 
+@pytest.mark.slow
 def test_held_out_runs_of_one_class_only():
     examples = random_examples()
     flat = dataclasses.replace(examples, target=examples.target & (examples.run != 1))

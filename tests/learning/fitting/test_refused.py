@@ -31,6 +31,7 @@ class TestPredict:
             np.testing.assert_allclose(got, expected, rtol=1e-5)
         assert np.ptp(expected) > 0.01
 
+    @pytest.mark.slow
     def test_how_many_weights_there_are_is_all_one_to_a_predictor_that_reads_none(self):
         examples = random_examples()
         config = {"hidden": 4, "encoding": Encoding(weights="none", regime=("loss_level",))}

@@ -3,11 +3,13 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from smartfrz_jax import policies
 from tests.policies.smartfrz.predictors import LAYERS, START, StillnessPredictor, run
 
 
+@pytest.mark.slow
 def test_compiles_the_predictor_once(predictor):
     """However many layers are frozen and records there are; after the first round nothing at all is compiled."""
     compiled = []

@@ -53,6 +53,7 @@ def test_flip_mirrors_half_of_the_images():
     assert flipped.dtype == np.uint8
 
 
+@pytest.mark.slow
 def test_crops_are_windows_of_the_padded_image():
     images, padding = pictures(600, 6, 7), 2
     cropped = np.asarray(jax.jit(augment.random_crop, static_argnums=2)(KEY, images, padding))

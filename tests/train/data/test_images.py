@@ -58,6 +58,7 @@ def assert_same(batches, others):
 
 
 @pytest.mark.parametrize("kind", ["device", "host"])
+@pytest.mark.slow
 def test_stopping_anywhere_and_carrying_on(written, kind):
     data = make(kind, written)
     steps = 2 * data.steps_per_epoch + 2  # over two ends of an epoch

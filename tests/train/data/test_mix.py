@@ -26,6 +26,7 @@ def test_smoothed_labels():
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 0.8, 1.0])
+@pytest.mark.slow
 def test_mixup_weights_images_and_labels_alike(share):
     images, labels = batch()
     mixed, targets = mixup(images, smooth(labels, CLASSES, 0.0), jnp.float32(share))

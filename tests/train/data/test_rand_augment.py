@@ -70,6 +70,7 @@ def narrow(image):
 
 
 @pytest.mark.parametrize("name", REFERENCES)
+@pytest.mark.slow
 def test_operations_are_those_of_pil(name):
     exact = 0
     for seed, (level, sign) in enumerate([(0.0, 1), (0.35, -1), (0.5, 1), (0.9, -1), (0.9, 1), (1.0, 1)]):

@@ -161,6 +161,7 @@ def test_what_is_not_a_text_set(shared, vocab):
         Sentences(open_split("cifar10", "test", shared / "data/tfds"), 4, WordPiece(vocab))
 
 
+@pytest.mark.slow
 def test_glue(shared, minilm_vocab):
     data = Sentences(open_split("glue/cola", "validation", shared / "data/tfds"), 32, WordPiece(minilm_vocab))
     assert data.lengths[0] % 8 == 0
