@@ -40,8 +40,10 @@ class Key:
         return self._hash
 
     def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Key):
+            return False
         try:
-            alike = isinstance(other, Key) and self.batch == other.batch and self.rest == other.rest
+            alike = self.batch == other.batch and self.rest == other.rest
         except (TypeError, ValueError):  # what is static is another object and cannot be compared
             return False
         return alike and _are_same(self.modules, other.modules)
