@@ -22,6 +22,10 @@ def shape(*dims: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(dims, dtype)
 
 
+def frozen(layers: sfj.Layers, *names: str) -> sfj.Frozen:
+    return sfj.Frozen(layers, frozenset(names))
+
+
 def loss_of(model, inputs, classes):
     return optax.softmax_cross_entropy_with_integer_labels(model(inputs), classes).mean()
 
