@@ -153,8 +153,8 @@ CASES = [
         "cached-disk",
         "place",
         ValueError,
-        ("'/tmp/x'", "PrefixCache"),
-        lambda: cached(storage=sfj.caching.Storage("/tmp/x")),
+        ("'kept/activations'", "PrefixCache"),
+        lambda: cached(storage=sfj.caching.Storage("kept/activations")),
     ),
     Case("cached-beyond", "indices", ValueError, ("5", "0 to 3"), lambda: called(INDICES + 2)),
     Case(
