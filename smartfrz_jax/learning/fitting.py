@@ -8,8 +8,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -84,6 +84,16 @@ class SGD:
         if not 0 <= checks.number(self.weight_decay, "weight_decay", expected) < math.inf:
             raise ValueError(f"weight_decay: got {self.weight_decay}, expected {expected}")
 
+    def rates(self, examples: int) -> Float[np.ndarray, " steps"]:
+        """The learning rate of every step.
+
+        Args:
+            examples: Number of training examples.
+        """
+        steps = self.epochs * math.ceil(examples / self.batch_size)
+        schedule = optax.cosine_decay_schedule(self.learning_rate, steps)
+        return np.asarray(schedule(np.arange(steps, dtype=np.float32)))
+
 
 def fit(
     predictor: Predictor,
@@ -141,41 +151,20 @@ def fit(
     _check_fits(predictor, examples)
     checks.instance(sgd, SGD, "sgd", "a smartfrz_jax.learning.SGD, such as SGD(epochs=3, learning_rate=0.01)")
     checks.seed(seed)
-    if hiding is not None:
-        checks.instance(hiding, Hiding, "hiding", "a smartfrz_jax.learning.Hiding, or None to hide nothing")
-    if progress is not None:
-        checks.function(progress, "progress", "a function of an iterable to an iterable, such as tqdm.tqdm")
-    if hiding is not None and isinstance(examples, EncodedExamples):
-        raise ValueError("hiding: the examples are encoded; hide as they are, encode_examples(..., hiding=hiding)")
+    _check_options(hiding, progress, examples)
     training, testing = _split(examples, held_out)
     weights = class_factors(training.target, class_weights)
-    n, steps_per_epoch = len(training), math.ceil(len(training) / sgd.batch_size)
-    schedule = optax.cosine_decay_schedule(sgd.learning_rate, sgd.epochs * steps_per_epoch)
-    rates = np.asarray(schedule(np.arange(sgd.epochs * steps_per_epoch, dtype=np.float32)))
+    rates = iter(sgd.rates(len(training)))
     rng, hiding_rng = np.random.default_rng(seed), np.random.default_rng([seed, 1])
     graphdef, params, statistics = nnx.split(standardized(predictor, training), nnx.Param, ...)
     opt_state = optax.sgd(sgd.learning_rate, sgd.momentum).init(params)
-    losses, evaluations = [], []
+    losses, evaluations, decay = [], [], np.float32(sgd.weight_decay)
     for epoch in (progress or iter)(range(sgd.epochs)):
-        order, batch_losses = rng.permutation(n), []
-        for step in range(steps_per_epoch):
-            chosen = order[step * sgd.batch_size : (step + 1) * sgd.batch_size]
-            padded = np.pad(chosen, (0, sgd.batch_size - len(chosen)), mode="edge")
-            observation, target = training.batch(padded)
-            if hiding is not None and not isinstance(observation, Encoded):
-                observation = hiding(observation, hiding_rng)
-            factor = np.where(np.arange(sgd.batch_size) < len(chosen), weights[target.astype(int)], 0) / len(chosen)
-            params, opt_state, loss = _step(
-                graphdef,
-                params,
-                statistics,
-                opt_state,
-                (observation, target, factor.astype(np.float32)),
-                rates[epoch * steps_per_epoch + step],
-                np.float32(sgd.weight_decay),
-                momentum=sgd.momentum,
-            )
-            batch_losses.append(loss * (len(chosen) / n))
+        batch_losses, order = [], rng.permutation(len(training))
+        for batch, share in _batches(training, order, sgd.batch_size, weights, hiding, hiding_rng):
+            state = params, statistics, opt_state
+            params, opt_state, loss = _step(graphdef, *state, batch, next(rates), decay, momentum=sgd.momentum)
+            batch_losses.append(loss * share)
         losses.append(float(np.sum(jax.device_get(batch_losses))))
         if not np.isfinite(losses[-1]):
             raise ValueError(
@@ -186,6 +175,34 @@ def fit(
             probability = predict(nnx.merge(graphdef, params, statistics), testing)
             evaluations.append(evaluate(probability, testing.target, groups=moments(testing)))
     return Fit(nnx.merge(graphdef, params, statistics), np.array(losses), tuple(evaluations))
+
+
+def _check_options(hiding: Any, progress: Any, examples: Examples) -> None:
+    if hiding is not None:
+        checks.instance(hiding, Hiding, "hiding", "a smartfrz_jax.learning.Hiding, or None to hide nothing")
+    if progress is not None:
+        checks.function(progress, "progress", "a function of an iterable to an iterable, such as tqdm.tqdm")
+    if hiding is not None and isinstance(examples, EncodedExamples):
+        raise ValueError("hiding: the examples are encoded; hide as they are, encode_examples(..., hiding=hiding)")
+
+
+def _batches(
+    training: Examples,
+    order: np.ndarray,
+    batch_size: int,
+    weights: np.ndarray,
+    hiding: Hiding | None,
+    rng: np.random.Generator,
+) -> Iterator[tuple[tuple[Observation | Encoded, np.ndarray, np.ndarray], float]]:
+    """Batches of an epoch, the last one filled up, each with its share of the examples."""
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        padded = np.pad(chosen, (0, batch_size - len(chosen)), mode="edge")
+        observation, target = training.batch(padded)
+        if hiding is not None and not isinstance(observation, Encoded):
+            observation = hiding(observation, rng)
+        factor = np.where(np.arange(batch_size) < len(chosen), weights[target.astype(int)], 0) / len(chosen)
+        yield (observation, target, factor.astype(np.float32)), len(chosen) / len(order)
 
 
 def predict(predictor: Predictor, examples: Examples, *, batch_size: int = 256) -> Float[np.ndarray, " n"]:
@@ -219,7 +236,7 @@ def _step(
     params: PyTree,
     statistics: PyTree,
     opt_state: PyTree,
-    batch: tuple[Observation | Encoded, jax.Array, jax.Array],
+    batch: tuple[Observation | Encoded, np.ndarray, np.ndarray],
     learning_rate: jax.Array,
     weight_decay: jax.Array,
     *,
