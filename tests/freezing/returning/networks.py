@@ -1,33 +1,12 @@
 """Networks whose layers freeze and return."""
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 
 import smartfrz_jax as sfj
+from tests.freezing.mlp import LAYERS, PARAMS, X, mlp, mlp_params
 
-RNG = np.random.default_rng(0)
-NAMES = ("a", "b", "c", "d")
-
-
-def normal(*shape: int) -> jax.Array:
-    return jnp.asarray(RNG.standard_normal(shape), jnp.float32)
-
-
-def mlp_params():
-    return {name: {"kernel": normal(4, 4), "bias": normal(4)} for name in NAMES}
-
-
-def mlp(params, x):
-    for name in NAMES:
-        x = jnp.tanh(x @ params[name]["kernel"] + params[name]["bias"][None])
-    return x
-
-
-PARAMS, X = mlp_params(), normal(5, 4)
-LAYERS = sfj.find_layers(PARAMS, mlp, X)
 GRADS = [mlp_params() for _ in range(12)]
 OPTIMIZERS = {
     "momentum": optax.sgd(0.1, momentum=0.9),

@@ -12,7 +12,8 @@ import smartfrz_jax as sfj
 from smartfrz_jax import Frozen
 from smartfrz_jax.freezing.returning import Kept
 from smartfrz_jax.pytrees import paths
-from tests.freezing.returning.networks import GRADS, OPTIMIZERS, X, make, make_nnx, normal
+from tests.freezing.mlp import X, normal
+from tests.freezing.returning.networks import GRADS, OPTIMIZERS, make, make_nnx
 
 pytestmark = pytest.mark.usefixtures("jax_defaults")
 Y = normal(5, 2)

@@ -13,7 +13,8 @@ from jax.tree_util import keystr, tree_leaves_with_path
 from smartfrz_jax import Frozen, migrate_opt_state
 from smartfrz_jax.freezing import migrate as migration
 from smartfrz_jax.freezing import transform
-from tests.freezing.returning.networks import GRADS, LAYERS, NAMES, OPTIMIZERS, PARAMS, make, make_nnx
+from tests.freezing.mlp import LAYERS, NAMES, PARAMS
+from tests.freezing.returning.networks import GRADS, OPTIMIZERS, make, make_nnx
 
 pytestmark = pytest.mark.usefixtures("jax_defaults")
 SLOW = {"MultiSteps"}
