@@ -250,6 +250,14 @@ class Freezer:
             TypeError: If ``run`` or the policy's state holds what is neither an array nor a number.
             ValueError: If ``run`` holds nothing.
         """
+        checkpoint.write(path, *self._of_run(run), overwrite=overwrite)
+
+    def run_contents(self, run: PyTree) -> checkpoint.Contents:
+        """What :meth:`save_run` writes, and raises, for ``orbax.checkpoint.v1.training.Checkpointer.save_async``."""
+        return checkpoint.contents(*self._of_run(run))
+
+    def _of_run(self, run: PyTree) -> tuple[PyTree, str, dict[str, Any]]:
+        """The tree, the kind and the metadata of a checkpoint."""
         saved_run.check_run(run)
         metadata = {
             "layers": list(self.layers.names),
@@ -260,7 +268,7 @@ class Freezer:
             "pending": self.pending and [self.pending.due, sorted(self.pending.frozen.names)],
             "events": [[event.step, list(event.names), list(event.returned)] for event in self.events],
         }
-        checkpoint.write(path, {"run": run, "policy": self.policy_state}, saved_run.KIND, metadata, overwrite=overwrite)
+        return {"run": run, "policy": self.policy_state}, saved_run.KIND, metadata
 
     def saved_frozen(self, path: PathLike) -> Frozen:
         """The frozen set of a checkpoint, which the arrays given to :meth:`restore_run` must have the structure of.

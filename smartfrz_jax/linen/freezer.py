@@ -16,6 +16,7 @@ from smartfrz_jax.policies.base import Policy
 from smartfrz_jax.programs import arguments
 from smartfrz_jax.programs.train_step import TrainStep
 from smartfrz_jax.pytrees import checks
+from smartfrz_jax.pytrees.checkpoint import Contents
 from smartfrz_jax.pytrees.file_paths import PathLike
 
 
@@ -117,6 +118,24 @@ class Freezer(freezer.Freezer):
         checks.instance(state, TrainState, "state", "the smartfrz_jax.linen.TrainState to save")
         self.adopt(state.frozen)
         self.save_run(path, _run(state), overwrite=overwrite)
+
+    def contents(self, state: TrainState) -> Contents:
+        """What :meth:`save` writes, for a manager of Orbax's checkpoints that saves beside the training loop.
+
+        Args:
+            state: The state to save.
+
+        Returns:
+            ``state``, arrays by name, and ``custom_metadata``: arguments of
+            ``orbax.checkpoint.v1.training.Checkpointer.save_async``; :meth:`restore` reads what it writes.
+
+        Raises:
+            TypeError: As in :meth:`save`.
+            ValueError: As in :meth:`save`.
+        """
+        checks.instance(state, TrainState, "state", "the smartfrz_jax.linen.TrainState to save")
+        self.adopt(state.frozen)
+        return self.run_contents(_run(state))
 
     def restore(self, path: PathLike, state: TrainState) -> TrainState:
         """Reads a checkpoint; the run goes on as if it had never stopped.

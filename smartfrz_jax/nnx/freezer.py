@@ -22,6 +22,7 @@ from smartfrz_jax.nnx.optimizer import Optimizer
 from smartfrz_jax.policies.base import Policy
 from smartfrz_jax.programs import arguments
 from smartfrz_jax.programs.train_step import TrainStep
+from smartfrz_jax.pytrees.checkpoint import Contents
 from smartfrz_jax.pytrees.file_paths import PathLike
 from smartfrz_jax.pytrees.types import PyTree
 
@@ -143,6 +144,25 @@ class Freezer(freezer.Freezer):
         """
         self.adopt(self.optimizer.frozen)
         self.save_run(path, self._arrays(), overwrite=overwrite)
+
+    def contents(self) -> Contents:
+        """What :meth:`save` writes, for a manager of Orbax's checkpoints that saves beside the training loop.
+
+        Returns:
+            ``state``, arrays by name, and ``custom_metadata``: arguments of
+            ``orbax.checkpoint.v1.training.Checkpointer.save_async``; :meth:`restore` reads what it writes.
+
+        Raises:
+            TypeError: As in :meth:`save`.
+            ValueError: As in :meth:`save`.
+
+        Example:
+            >>> from orbax.checkpoint import v1  # doctest: +SKIP
+            >>> with v1.training.Checkpointer(folder) as checkpointer:  # doctest: +SKIP
+            ...     checkpointer.save_async(freezer.steps, **freezer.contents()._asdict())
+        """
+        self.adopt(self.optimizer.frozen)
+        return self.run_contents(self._arrays())
 
     def restore(self, path: PathLike) -> None:
         """Reads a checkpoint into the model and the optimizer; the run goes on as if it had never stopped.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import zlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -19,12 +19,49 @@ from smartfrz_jax.pytrees.types import PyTree
 _SPECIAL, _ARRAYS, _ALL = "special_leaves", "checksums", "checksum"
 
 
+class Contents(NamedTuple):
+    """What an Orbax checkpoint is made of, under the names that Orbax's functions and managers have for it.
+
+    Attributes:
+        state: The arrays by name.
+        custom_metadata: What JSON can hold, with checksums.
+    """
+
+    state: dict[str, jax.Array | np.ndarray]
+    custom_metadata: dict[str, Any]
+
+
+def contents(tree: PyTree, kind: str, metadata: dict[str, Any]) -> Contents:
+    """A pytree and JSON metadata as :func:`write` writes them, for who writes them in another way.
+
+    Args:
+        tree: Pytree of arrays of JAX or NumPy; numbers and strings of Python may be among them.
+        kind: What it is a checkpoint of.
+        metadata: What JSON can hold.
+
+    Raises:
+        TypeError: If a leaf is neither an array nor a number nor a string.
+        ValueError: If there is no array with elements, without which Orbax writes nothing.
+    """
+    leaves = leaves_by_name(tree, "tree")
+    arrays = {
+        name: checkpoint_leaves.stored(leaf) for name, leaf in leaves.items() if checkpoint_leaves.is_stored(leaf)
+    }
+    if not arrays:
+        raise ValueError(f"tree: the {kind} has no array with elements, expected at least one; add what it is for")
+    special = {name: note for name, leaf in leaves.items() if (note := checkpoint_leaves.note(leaf)) is not None}
+    metadata = {"kind": kind} | metadata | ({_SPECIAL: special} if special else {})
+    metadata[_ARRAYS] = {name: checkpoint_leaves.checksum(array) for name, array in arrays.items()}
+    metadata[_ALL] = _checksum(metadata)
+    return Contents(arrays, metadata)
+
+
 def write(path: PathLike, tree: PyTree, kind: str, metadata: dict[str, Any], *, overwrite: bool = False) -> None:
     """Writes a pytree and JSON metadata as an Orbax checkpoint, atomically, with checksums.
 
     Args:
         path: Directory to make.
-        tree: Pytree of arrays of JAX or NumPy; numbers and strings of Python may be among them.
+        tree: As of :func:`contents`.
         kind: What it is a checkpoint of.
         metadata: What JSON can hold.
         overwrite: Whether to replace a checkpoint that is there.
@@ -38,17 +75,8 @@ def write(path: PathLike, tree: PyTree, kind: str, metadata: dict[str, Any], *, 
     target = _location(path)
     if target.exists() and not overwrite:
         raise FileExistsError(f"path: {target} exists; choose another directory or pass overwrite=True")
-    leaves = leaves_by_name(tree, "tree")
-    arrays = {
-        name: checkpoint_leaves.stored(leaf) for name, leaf in leaves.items() if checkpoint_leaves.is_stored(leaf)
-    }
-    if not arrays:
-        raise ValueError(f"tree: the {kind} has no array with elements, expected at least one; add what it is for")
-    special = {name: note for name, leaf in leaves.items() if (note := checkpoint_leaves.note(leaf)) is not None}
-    metadata = {"kind": kind} | metadata | ({_SPECIAL: special} if special else {})
-    metadata[_ARRAYS] = {name: checkpoint_leaves.checksum(array) for name, array in arrays.items()}
-    metadata[_ALL] = _checksum(metadata)
-    _orbax().save(str(target), arrays, overwrite=overwrite, custom_metadata=metadata)
+    state, custom_metadata = contents(tree, kind, metadata)
+    _orbax().save(str(target), state, overwrite=overwrite, custom_metadata=custom_metadata)
 
 
 def read_metadata(path: PathLike, kind: str) -> dict[str, Any]:

@@ -68,6 +68,7 @@ DOORS = [
     Door("nnx.Optimizer.record_grads", lambda: {"model": scenes.module()}, on=optimizer),
     Door("nnx.Freezer", lambda: {"model": scenes.module(), "optimizer": optimizer(), "policy": sfj.policies.never()}),
     Door("nnx.Freezer.save", lambda: {"path": new_folder()}, on=scenes.nnx_freezer),
+    Door("nnx.Freezer.contents", dict, on=scenes.nnx_freezer),
     Door("nnx.Freezer.restore", lambda: {"path": saved()}, on=scenes.nnx_freezer),
     Door("nnx.Freezer.step", dict, on=scenes.nnx_freezer),
     Door("nnx.scan_blocks", lambda: {"blocks": [scenes.block()], "x": X}, unchecked={"x": "any pytree"}),
