@@ -2,33 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import jax
 import optax
 
 from smartfrz_jax.callbacks.base import Callback, FreezeEvent
-from smartfrz_jax.freezing import saved_run
+from smartfrz_jax.freezing import by_hand, saved_run
+from smartfrz_jax.freezing.by_hand import ByHand
 from smartfrz_jax.freezing.frozen import Frozen, check_frozen
+from smartfrz_jax.freezing.saved_run import Pending
 from smartfrz_jax.freezing.summary import Summary, summarise
 from smartfrz_jax.layers.layers import Layers, check_layers, check_of_layers, check_params
+from smartfrz_jax.layers.select import Selectors
 from smartfrz_jax.policies.base import Policy, check_policy, decision
 from smartfrz_jax.pytrees import checkpoint, checks
 from smartfrz_jax.pytrees.file_paths import PathLike
 from smartfrz_jax.pytrees.types import PyTree
-
-
-class Pending(NamedTuple):
-    """A decision that has not taken effect yet.
-
-    Attributes:
-        due: Number of train steps after which it does.
-        frozen: The frozen set from then on.
-    """
-
-    due: int
-    frozen: Frozen
 
 
 class Freezer:
@@ -43,7 +34,7 @@ class Freezer:
         params: Its parameter pytree at the start of the run.
         step: Number of train steps already done.
         frozen: Layers that are frozen already; they stay so, whatever the policy decides. So do those that are frozen
-            by hand later, see :meth:`adopt`.
+            by hand later, see :meth:`adopt`; :meth:`unfreeze_layers` lets them train again.
         lead: Steps from a decision to its effect: time in which the program for it can be compiled. What is decided
             meanwhile waits for the next. So a run does not depend on how fast programs are compiled.
         min_saving: Share of a step's FLOPs that a change must save; what saves less is gathered until it does. Layers
@@ -100,7 +91,7 @@ class Freezer:
         self._is_prepared = False
         self.steps = step
         self.frozen = Frozen(layers) if frozen is None else frozen
-        self._from_start = self.frozen.names
+        self._by_hand = ByHand(self.frozen.names)
         self.events: list[FreezeEvent] = []
         self.callbacks: tuple[Callback, ...] = ()
         self.policy_state = policy.init(layers, params)
@@ -150,10 +141,10 @@ class Freezer:
                 callback.on_step(self.steps, known)
         names, self.policy_state = decision(
             self.policy.update(
-                self.policy_state, self.layers, step=self.steps, params=params, frozen=self._from_start, **signals
+                self.policy_state, self.layers, step=self.steps, params=params, frozen=self._by_hand.frozen, **signals
             )
         )
-        names = names | self._from_start
+        names, self._by_hand = self._by_hand.decide(names)
         if self.pending is None and names != self.frozen.names:
             wanted = Frozen(self.layers, frozenset(self.layers.check(names, "policy's decision")))
             if self._is_worth(wanted):
@@ -175,26 +166,60 @@ class Freezer:
         Raises:
             ValueError: If it is of another network, or layers train that the freezer has frozen.
         """
-        check_frozen(frozen)
+        by_hand.check_adopted(frozen, self.frozen)
         if frozen == self.frozen:
             return
-        if frozen.layers != self.layers:
-            raise ValueError(
-                f"frozen: is of a network with the layers {_text(frozen.layers.names)}, expected those of the freezer, "
-                f"{_text(self.layers.names)}; freeze by names, or make another Freezer"
-            )
-        if not self.frozen.names <= frozen.names:
-            raise ValueError(
-                f"frozen: got {_text(frozen.names)}, but the freezer has frozen {_text(self.frozen.names)}, and they "
-                "stay until the policy decides otherwise; go on from what its step returned, freeze its `frozen` "
-                "again, or make another Freezer"
-            )
-        by_hand = frozen.names - self.frozen.names
-        self._from_start |= by_hand
-        pending = self.pending
-        self._take_effect(frozen)
-        if pending is not None and (wanted := pending.frozen.add(by_hand)) != frozen:
-            self.pending, self._is_prepared = Pending(pending.due, wanted), False
+        names = frozen.names - self.frozen.names
+        self._by_hand = self._by_hand.freeze(names)
+        self._change_now(frozen, None if self.pending is None else self.pending.frozen.names | names)
+
+    def unfreeze_layers(self, names: Selectors | None = None) -> Frozen:
+        """Lets layers train again, at once: the opposite of :meth:`adopt`.
+
+        They train for as long as the policy goes on naming them, for with most policies what froze stays so. They
+        freeze again if it lets go of them after some step and names them anew, or by hand. About other layers it
+        decides as before.
+
+        Args:
+            names: The layers: names, globs, regular expressions, predicates or NNX filters, see
+                :func:`smartfrz_jax.layers.select.select`. Those that train are among them if their freezing is pending,
+                which is taken back. ``None`` takes back the last freeze of which something is frozen still.
+
+        Returns:
+            The frozen set from now on.
+
+        Raises:
+            TypeError: If ``names`` selects no layers.
+            ValueError: If one of ``names`` is not a layer of the network, or ``None`` finds no freeze in this run.
+
+        Example:
+            >>> import jax.numpy as jnp
+            >>> import smartfrz_jax as sfj
+            >>> params = {"a": {"kernel": jnp.ones((2, 2))}, "b": {"kernel": jnp.ones((2, 2))}}
+            >>> forward = lambda p, x: x @ p["a"]["kernel"] @ p["b"]["kernel"]
+            >>> layers = sfj.find_layers(params, forward, jnp.ones((1, 2)))
+            >>> freezer = sfj.Freezer(sfj.static_prefix([(0.0, 0.5)], total_steps=10), layers, params)
+            >>> freezer.observe(lambda: params)
+            <Frozen: 1 of 2 layers: 'a'>
+            >>> freezer.unfreeze_layers()
+            <Frozen: 0 of 2 layers>
+            >>> freezer.observe(lambda: params)
+            <Frozen: 0 of 2 layers>
+        """
+        back = by_hand.to_unfreeze(names, self.frozen, self.events)
+        self._by_hand = self._by_hand.unfreeze(back)
+        pending = None if self.pending is None else self.pending.frozen.names - back
+        self._change_now(Frozen(self.layers, self.frozen.names - back), pending)
+        return self.frozen
+
+    def _change_now(self, frozen: Frozen, pending: frozenset[str] | None) -> None:
+        """Changes the frozen set by hand; ``pending`` is what of a pending decision remains."""
+        due = self.pending
+        self.pending = None
+        if frozen != self.frozen:
+            self._take_effect(frozen)
+        if due is not None and pending is not None and pending != self.frozen.names:
+            self.pending, self._is_prepared = Pending(due.due, Frozen(self.layers, pending)), False
 
     def summary(self, *, tx: optax.GradientTransformation | None = None, account: Any = None) -> Summary:
         """What is frozen, since when, and what that saves: a table for ``print``, or ``rich.print``.
@@ -259,16 +284,8 @@ class Freezer:
     def _of_run(self, run: PyTree) -> tuple[PyTree, str, dict[str, Any]]:
         """The tree, the kind and the metadata of a checkpoint."""
         saved_run.check_run(run)
-        metadata = {
-            "layers": list(self.layers.names),
-            "frozen": sorted(self.frozen.names),
-            "from_start": sorted(self._from_start),
-            "policy": dict(self.policy.options),
-            "steps": self.steps,
-            "pending": self.pending and [self.pending.due, sorted(self.pending.frozen.names)],
-            "events": [[event.step, list(event.names), list(event.returned)] for event in self.events],
-        }
-        return {"run": run, "policy": self.policy_state}, saved_run.KIND, metadata
+        progress = saved_run.Progress(self.steps, self.frozen, self._by_hand, self.pending, tuple(self.events))
+        return {"run": run, "policy": self.policy_state}, saved_run.KIND, progress.metadata(self.policy)
 
     def saved_frozen(self, path: PathLike) -> Frozen:
         """The frozen set of a checkpoint, which the arrays given to :meth:`restore_run` must have the structure of.
@@ -295,45 +312,11 @@ class Freezer:
             ValueError: If the checkpoint is damaged or does not fit; nothing has changed then.
         """
         saved_run.check_run(run)
-        frozen = self.saved_frozen(path)
+        self.saved_frozen(path)  # raises, if it does not fit
         policy = checkpoint.with_dropped(path, self._initial_state, saved_run.KIND, prefix="['policy']")
         saved = checkpoint.read(path, {"run": run, "policy": policy}, saved_run.KIND)
-        metadata = checkpoint.read_metadata(path, saved_run.KIND)
-        self.frozen, self.policy_state, self.steps = frozen, saved["policy"], metadata["steps"]
-        self._from_start = frozenset(metadata["from_start"])
-        self.pending, self._is_prepared = None, False
-        if metadata["pending"] is not None:
-            due, names = metadata["pending"]
-            self.pending = Pending(due, Frozen(self.layers, frozenset(names)))
-        self.events = [FreezeEvent(step, tuple(names), tuple(back)) for step, names, back in metadata["events"]]
+        progress = saved_run.Progress.of(checkpoint.read_metadata(path, saved_run.KIND), self.layers)
+        self.policy_state, self.steps, self.frozen = saved["policy"], progress.steps, progress.frozen
+        self._by_hand, self.pending, self._is_prepared = progress.by_hand, progress.pending, False
+        self.events = list(progress.events)
         return saved["run"]
-
-
-def check_options(policy: Any, features: Any, train_step: Any, steps: tuple[type, ...]) -> None:
-    """Checks what both front doors are given.
-
-    Args:
-        policy: The policy.
-        features: A function to the layers' outputs, or ``None``.
-        train_step: The compiled step, or ``None``.
-        steps: The types that it may have.
-
-    Raises:
-        TypeError: If one is of another type.
-        ValueError: If the policy needs features, and there are none.
-    """
-    check_policy(policy)
-    expected = "a function to the layers' outputs on a probe batch, by layer name"
-    if features is not None:
-        checks.function(features, "features", expected)
-    elif "features" in policy.needs:
-        raise ValueError(f"features: got none, but the policy looks at them, expected {expected}")
-    if train_step is not None and not isinstance(train_step, steps):
-        raise TypeError(
-            f"train_step: got {checks.got(train_step)}, expected a {' or '.join(step.__name__ for step in steps)}"
-        )
-
-
-def _text(names: Iterable[str]) -> str:
-    names = sorted(names)
-    return (", ".join(names[:5]) or "nothing") + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,11 +1,14 @@
-"""Whether the checkpoint of a run is of the same network and policy as the run that reads it."""
+"""How far a run is, as its checkpoint notes it, and whether that is of the network and policy that read it."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
+from smartfrz_jax.callbacks.base import FreezeEvent
+from smartfrz_jax.freezing.by_hand import ByHand
+from smartfrz_jax.freezing.frozen import Frozen
 from smartfrz_jax.layers.layers import Layers
 from smartfrz_jax.policies.base import Policy
 from smartfrz_jax.pytrees import checkpoint, checks
@@ -13,6 +16,64 @@ from smartfrz_jax.pytrees.file_paths import PathLike
 from smartfrz_jax.pytrees.types import PyTree
 
 KIND = "training run"
+
+
+class Pending(NamedTuple):
+    """A decision that has not taken effect yet.
+
+    Attributes:
+        due: Number of train steps after which it does.
+        frozen: The frozen set from then on.
+    """
+
+    due: int
+    frozen: Frozen
+
+
+class Progress(NamedTuple):
+    """How far a run is, without its arrays.
+
+    Attributes:
+        steps: Train steps done.
+        frozen: The frozen set.
+        by_hand: About which layers the policy does not decide.
+        pending: The decision that has not taken effect yet.
+        events: What froze when.
+    """
+
+    steps: int
+    frozen: Frozen
+    by_hand: ByHand
+    pending: Pending | None
+    events: tuple[FreezeEvent, ...]
+
+    def metadata(self, policy: Policy) -> dict[str, Any]:
+        """What :meth:`of` and :func:`read_metadata` read: what JSON can hold."""
+        return {
+            "layers": list(self.frozen.layers.names),
+            "frozen": sorted(self.frozen.names),
+            "from_start": sorted(self.by_hand.frozen),
+            "unfrozen": sorted(self.by_hand.active),
+            "policy": dict(policy.options),
+            "steps": self.steps,
+            "pending": self.pending and [self.pending.due, sorted(self.pending.frozen.names)],
+            "events": [[event.step, list(event.names), list(event.returned)] for event in self.events],
+        }
+
+    @classmethod
+    def of(cls, metadata: Mapping[str, Any], layers: Layers) -> Progress:
+        """From the metadata of a checkpoint of a network with these layers."""
+        pending = metadata["pending"] and Pending(
+            metadata["pending"][0], Frozen(layers, frozenset(metadata["pending"][1]))
+        )
+        return cls(
+            metadata["steps"],
+            Frozen(layers, frozenset(metadata["frozen"])),
+            # Earlier versions could not unfreeze.
+            ByHand(frozenset(metadata["from_start"]), frozenset(metadata.get("unfrozen", ()))),
+            pending,
+            tuple(FreezeEvent(step, tuple(names), tuple(back)) for step, names, back in metadata["events"]),
+        )
 
 
 def read_metadata(path: PathLike, layers: Layers, policy: Policy) -> dict[str, Any]:

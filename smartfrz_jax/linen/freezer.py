@@ -9,10 +9,10 @@ import jax
 
 from smartfrz_jax.callbacks.base import Callback, check_callbacks
 from smartfrz_jax.freezing import freezer
-from smartfrz_jax.freezing.freezer import check_options
 from smartfrz_jax.freezing.frozen import Frozen
+from smartfrz_jax.layers.select import Selectors
 from smartfrz_jax.linen.train_state import TrainState
-from smartfrz_jax.policies.base import Policy
+from smartfrz_jax.policies.base import Policy, check_features, check_policy
 from smartfrz_jax.programs import arguments
 from smartfrz_jax.programs.train_step import TrainStep
 from smartfrz_jax.pytrees import checks
@@ -54,7 +54,9 @@ class Freezer(freezer.Freezer):
                 f"state: got {type(state).__module__}.{type(state).__name__}, expected a smartfrz_jax.linen.TrainState"
                 "; make it in place of Flax's, with layers=find_layers(...)"
             )
-        check_options(policy, features, train_step, (TrainStep,))
+        check_policy(policy)
+        check_features(policy, features)
+        checks.instance(train_step, TrainStep | None, "train_step", "a TrainStep")
         account = None if train_step is None else train_step.account
         super().__init__(
             policy,
@@ -106,6 +108,25 @@ class Freezer(freezer.Freezer):
                 features=None if make_features is None else lambda: make_features(state),
             )
         )
+
+    def unfreeze(self, state: TrainState, names: Selectors | None = None) -> TrainState:
+        """Lets layers train again, at once; see :meth:`smartfrz_jax.Freezer.unfreeze_layers`.
+
+        Args:
+            state: The state as it is.
+            names: The layers; ``None`` takes back the last freeze.
+
+        Returns:
+            The state to go on with.
+
+        Raises:
+            TypeError: If ``names`` selects no layers.
+            ValueError: If one of ``names`` is not a layer of the network, ``None`` finds no freeze in this run, or as
+                in :meth:`step`.
+        """
+        checks.instance(state, TrainState, "state", "the smartfrz_jax.linen.TrainState as it is")
+        self.adopt(state.frozen)
+        return state.freeze(self.unfreeze_layers(names))
 
     def save(self, path: PathLike, state: TrainState, *, overwrite: bool = False) -> None:
         """Writes the state, the policy's state and the frozen set as one Orbax checkpoint.

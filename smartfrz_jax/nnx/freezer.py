@@ -13,15 +13,16 @@ from flax import nnx
 
 from smartfrz_jax.callbacks.base import Callback, check_callbacks
 from smartfrz_jax.freezing import freezer
-from smartfrz_jax.freezing.freezer import check_options
 from smartfrz_jax.freezing.frozen import Frozen
 from smartfrz_jax.freezing.summary import Summary
+from smartfrz_jax.layers.select import Selectors
 from smartfrz_jax.nnx.cached_step import CachedStep
 from smartfrz_jax.nnx.layers import check_model
 from smartfrz_jax.nnx.optimizer import Optimizer
-from smartfrz_jax.policies.base import Policy
+from smartfrz_jax.policies.base import Policy, check_features, check_policy
 from smartfrz_jax.programs import arguments
 from smartfrz_jax.programs.train_step import TrainStep
+from smartfrz_jax.pytrees import checks
 from smartfrz_jax.pytrees.checkpoint import Contents
 from smartfrz_jax.pytrees.file_paths import PathLike
 from smartfrz_jax.pytrees.types import PyTree
@@ -63,7 +64,9 @@ class Freezer(freezer.Freezer):
                 "Optimizer; make it in place of nnx.Optimizer, with the same arguments"
             )
         check_model(model)
-        check_options(policy, features, train_step, (TrainStep, CachedStep))
+        check_policy(policy)
+        check_features(policy, features)
+        checks.instance(train_step, TrainStep | CachedStep | None, "train_step", "a TrainStep or CachedStep")
         frozen, params = optimizer.frozen, _params(model, optimizer.wrt)
         account = None if train_step is None else train_step.account
         super().__init__(
@@ -116,6 +119,25 @@ class Freezer(freezer.Freezer):
         self._freeze(frozen)
         return frozen
 
+    def unfreeze(self, names: Selectors | None = None) -> Frozen:
+        """Lets layers train again, at once; see :meth:`smartfrz_jax.Freezer.unfreeze_layers`.
+
+        Args:
+            names: The layers; ``None`` takes back the last freeze.
+
+        Returns:
+            The frozen set from now on.
+
+        Raises:
+            TypeError: If ``names`` selects no layers.
+            ValueError: If one of ``names`` is not a layer of the network, ``None`` finds no freeze in this run, or as
+                in :meth:`step`.
+        """
+        self.adopt(self.optimizer.frozen)
+        frozen = self.unfreeze_layers(names)
+        self._change(frozen)
+        return frozen
+
     def summary(self, *, tx: optax.GradientTransformation | None = None, account: Any = None) -> Summary:
         """As :meth:`smartfrz_jax.Freezer.summary`, with what was frozen by hand since the last step."""
         self.adopt(self.optimizer.frozen)
@@ -131,8 +153,11 @@ class Freezer(freezer.Freezer):
                 "the optimizer themselves, or before every call put the loop's state into them, by "
                 "nnx.update((model, optimizer), state), and split them again where the frozen set has changed"
             )
-        optimizer.freeze(self.model, frozen)
-        self._last_step = weakref.ref(optimizer.step.get_raw_value())
+        self._change(frozen)
+
+    def _change(self, frozen: Frozen) -> None:
+        self.optimizer.freeze(self.model, frozen)
+        self._last_step = weakref.ref(self.optimizer.step.get_raw_value())
 
     def save(self, path: PathLike, *, overwrite: bool = False) -> None:
         """Writes model, optimizer, policy state and frozen set as one Orbax checkpoint.

@@ -101,6 +101,20 @@ def check_policy(policy: Any) -> None:
     checks.function(policy.update, "policy", "a function as its update")
 
 
+def check_features(policy: Policy, features: Any) -> None:
+    """Checks what a loop computes of its layers' outputs, or ``None``, beside the policy.
+
+    Raises:
+        TypeError: If it is no function.
+        ValueError: If the policy needs one, and there is none.
+    """
+    expected = "a function to the layers' outputs on a probe batch, by layer name"
+    if features is not None:
+        checks.function(features, "features", expected)
+    elif "features" in policy.needs:
+        raise ValueError(f"features: got none, but the policy looks at them, expected {expected}")
+
+
 def decision(returned: Any) -> tuple[frozenset[str], PyTree]:
     """What a policy's ``update`` returned: names of layers, and its state.
 

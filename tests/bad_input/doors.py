@@ -94,6 +94,7 @@ DOORS = [
     Door("Freezer.restore_run", lambda: {"path": saved_run(), "run": params()}, on=scenes.freezer),
     Door("Freezer.saved_frozen", lambda: {"path": saved_run()}, on=scenes.freezer),
     Door("linen.Freezer.step", lambda: {"state": scenes.train_state()}, on=scenes.linen_freezer),
+    Door("linen.Freezer.unfreeze", lambda: {"state": scenes.train_state(), "names": "a"}, on=scenes.linen_freezer),
 ]
 
 

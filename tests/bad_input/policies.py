@@ -43,6 +43,7 @@ DOORS = [
     ),
     Door("Freezer.observe", lambda: {"params": params}, on=scenes.freezer),
     Door("Freezer.adopt", lambda: {"frozen": frozen()}, on=scenes.freezer),
+    Door("Freezer.unfreeze_layers", lambda: {"names": "a"}, on=scenes.freezer),
 ]
 
 CASES = [

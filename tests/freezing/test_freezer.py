@@ -59,6 +59,9 @@ class Linen:
     def freeze(self, names):
         self.state = self.state.freeze(names)
 
+    def unfreeze(self, names=None):
+        self.state = self.freezer.unfreeze(self.state, names)
+
     def step(self):
         self.state = self.freezer.step(self.state)
 
@@ -85,6 +88,9 @@ class OfNnx:
 
     def freeze(self, names):
         self.optimizer.freeze(self.model, names if isinstance(names, Frozen) else list(names))
+
+    def unfreeze(self, names=None):
+        self.freezer.unfreeze(names)
 
     def step(self):
         self.optimizer.step[...] += 1

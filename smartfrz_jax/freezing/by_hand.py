@@ -1,0 +1,97 @@
+"""What was frozen, or returned to training, by hand in a run whose policy decides about the rest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from smartfrz_jax.callbacks.base import FreezeEvent
+from smartfrz_jax.freezing.frozen import Frozen, check_frozen
+from smartfrz_jax.layers.select import Selectors, select
+
+
+class ByHand(NamedTuple):
+    """Layers about which the policy does not decide.
+
+    Attributes:
+        frozen: Those that are frozen by hand: they stay so.
+        active: Those that train again by hand: they do so until they are frozen by hand, or the policy decides anew.
+            It has done so once it does not name them after a step.
+
+    Example:
+        >>> by_hand = ByHand(frozenset("a")).unfreeze({"b"})
+        >>> names, by_hand = by_hand.decide(frozenset("bc"))
+        >>> sorted(names), by_hand.decide(frozenset("c"))[1].active
+        (['a', 'c'], frozenset())
+    """
+
+    frozen: frozenset[str]
+    active: frozenset[str] = frozenset()
+
+    def freeze(self, names: Iterable[str]) -> ByHand:
+        """With more that is frozen by hand."""
+        return ByHand(self.frozen.union(names), self.active.difference(names))
+
+    def unfreeze(self, names: Iterable[str]) -> ByHand:
+        """With more that trains again by hand."""
+        return ByHand(self.frozen.difference(names), self.active.union(names))
+
+    def decide(self, names: frozenset[str]) -> tuple[frozenset[str], ByHand]:
+        """The frozen layers of the network, where the policy names some, and what stands from then on."""
+        active = self.active & names
+        return names - active | self.frozen, ByHand(self.frozen, active)
+
+
+def to_unfreeze(names: Selectors | None, frozen: Frozen, events: Iterable[FreezeEvent]) -> frozenset[str]:
+    """The layers that are to train again.
+
+    Args:
+        names: What selects them; ``None`` for those that froze last.
+        frozen: The frozen set.
+        events: What froze when, in order.
+
+    Raises:
+        TypeError: If ``names`` selects no layers.
+        ValueError: If one of ``names`` is not a layer of the network, or nothing froze in the run.
+    """
+    if names is not None:
+        return frozenset(select(frozen.layers, names))
+    undone = [frozen.names.intersection(event.names) for event in events]
+    undone = [some for some in undone if some]
+    if not undone:
+        raise ValueError(
+            f"names: got none, and nothing that froze in the run is frozen now ({text(frozen.names)} from its start), "
+            "expected names of layers"
+        )
+    return undone[-1]
+
+
+def check_adopted(frozen: Frozen, own: Frozen) -> None:
+    """Checks a frozen set that was changed by hand.
+
+    Args:
+        frozen: The frozen set with which the loop works.
+        own: That of the freezer.
+
+    Raises:
+        TypeError: If it is no frozen set.
+        ValueError: If it is of another network, or layers train that the freezer has frozen.
+    """
+    check_frozen(frozen)
+    if frozen.layers != own.layers:
+        raise ValueError(
+            f"frozen: is of a network with the layers {text(frozen.layers.names)}, expected those of the freezer, "
+            f"{text(own.layers.names)}; freeze by names, or make another Freezer"
+        )
+    if not own.names <= frozen.names:
+        raise ValueError(
+            f"frozen: got {text(frozen.names)}, but the freezer has frozen {text(own.names)}, and they stay until the "
+            "policy decides otherwise; go on from what its step returned, freeze its `frozen` again, or let layers "
+            "train by its unfreeze"
+        )
+
+
+def text(names: Iterable[str]) -> str:
+    """Names for a message."""
+    names = sorted(names)
+    return (", ".join(names[:5]) or "nothing") + (f" and {len(names) - 5} more" if len(names) > 5 else "")
