@@ -31,11 +31,11 @@ from models.deit import DeiT
 from models.layers.positions import resample_pos_embed
 from smartfrz_jax.pytrees.file_paths import Path, PathLike, as_path, is_remote
 
-# Buffers that hold no weights: a counter, and indices 0, 1, 2, ...
-_IGNORED = re.compile(r"(^|\.)(num_batches_tracked|position_ids|token_type_ids)$")
+# Buffers that hold no weights: a counter, indices 0, 1, 2, ..., and frequencies of rotary positions.
+_IGNORED = re.compile(r"(^|\.)(num_batches_tracked|position_ids|token_type_ids|rotary_emb\.inv_freq)$")
 # The layer, or layers, whose width is the number of classes: torchvision's ResNet; the EfficientNet port; timm; VGG,
 # MobileNetV2 and Hugging Face; and Hugging Face's heads of pretraining and of other tasks.
-_HEAD = re.compile(r"^(_?fc|head(_dist)?|classifier(\.[16])?|qa_outputs)\.(weight|bias)$|^cls\.")
+_HEAD = re.compile(r"^(_?fc|head(_dist)?|classifier(\.[16])?|qa_outputs|lm_head)\.(weight|bias)$|^cls\.")
 # Belongs to the head in so far as only one side may have it: files of masked language models and networks with
 # pool="mean" are without it.
 _POOLER = re.compile(r"^(bert\.)?pooler\.")
@@ -54,7 +54,7 @@ def load(
         model: A network of this package; set in place, or left as it was if anything does not fit. Values are cast to
             the dtypes it has, and go where its arrays are.
         path: The file. An encoder without a head and without the prefix ``bert.`` is read too, and so are Hugging
-            Face's old names (``gamma``, ``beta``).
+            Face's old names (``gamma``, ``beta``). From a decoder without a head one with a head gets the embedding.
         prefix: What is taken off the names in the file, such as ``module.`` of DataParallel, ``_orig_mod.`` of
             ``torch.compile`` or ``model.`` of Lightning.
         new_head: Whether to keep the model's own, fresh head, whatever head the file has or lacks.
@@ -155,7 +155,7 @@ def set_tensors(
     leaves, treedef = _flatten(nnx.state(model, _WEIGHTS))
     names = {name: _tensor_name(model, name) for name in leaves}
     _check_prefix(tensors, prefix, set(names.values()), source)
-    found = _renamed(tensors, set(names.values()), prefix)
+    found = _tied(model, _renamed(tensors, set(names.values()), prefix), set(names.values()))
     expected = {
         tensor: _to_torch(name, np.broadcast_to(np.float32(0), leaves[name].shape)).shape
         for name, tensor in names.items()
@@ -232,6 +232,16 @@ def _renamed(tensors: Mapping[str, np.ndarray], known: set[str], prefix: str = "
             continue
         today = re.sub(r"LayerNorm\.(gamma|beta)$", lambda old: f"LayerNorm.{_TODAY[old[1]]}", name)
         found[f"bert.{today}" if f"bert.{today}" in known else today] = value
+    return found
+
+
+def _tied(model: nnx.Module, found: dict[str, np.ndarray], known: set[str]) -> dict[str, np.ndarray]:
+    """With the head that the file of a tied network lacks, or without one that is stored though it is tied."""
+    for tensor, other in getattr(type(model), "same_tensors", {}).items():
+        if tensor in known and other in found:
+            found.setdefault(tensor, found[other])
+        elif tensor in found and other in found and np.array_equal(found[tensor], found[other]):
+            del found[tensor]
     return found
 
 

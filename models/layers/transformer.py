@@ -1,4 +1,4 @@
-"""What DeiT and BERT share: attention, LayerNorm and dropout."""
+"""What the transformers share: attention, LayerNorm and dropout."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 
 if TYPE_CHECKING:
-    from jaxtyping import Array, Float, Int
+    from jaxtyping import Array, Bool, Float, Int
 
 
 def at_least_float32(dtype: DTypeLike) -> DTypeLike:
@@ -39,8 +39,8 @@ def attend(
     q: Float[Array, "n tokens heads d"],
     k: Float[Array, "n tokens heads d"],
     v: Float[Array, "n tokens heads d"],
-    drop: nnx.Dropout,
-    mask: Int[Array, "n tokens"] | None = None,
+    drop: nnx.Dropout | None,
+    mask: Int[Array, "n tokens"] | Bool[Array, "n queries tokens"] | None = None,
 ) -> Float[Array, "n tokens dim"]:
     """Scaled dot-product attention, the softmax in at least float32.
 
@@ -48,8 +48,8 @@ def attend(
         q: Queries.
         k: Keys.
         v: Values.
-        drop: Dropout on the attention weights, which ``jax.nn.dot_product_attention`` does not have.
-        mask: 0 for the tokens that are not attended to; none by default.
+        drop: Dropout on the attention weights, which ``jax.nn.dot_product_attention`` does not have; or None.
+        mask: 0 for the tokens that are not attended to, by any token or by each; none by default.
 
     Returns:
         The heads' results side by side.
@@ -57,6 +57,8 @@ def attend(
     statistics = at_least_float32(q.dtype)
     logits = jnp.einsum("nqhd,nkhd->nhqk", q, k, preferred_element_type=statistics) / math.sqrt(q.shape[-1])
     if mask is not None:  # the least number, not -inf: a row of padding alone must not become NaN
-        logits = jnp.where(mask[:, None, None, :] != 0, logits, jnp.finfo(statistics).min)
-    weights = drop(jax.nn.softmax(logits).astype(v.dtype))
+        wanted = mask[:, None, None, :] != 0 if mask.ndim == 2 else mask[:, None]
+        logits = jnp.where(wanted, logits, jnp.finfo(statistics).min)
+    weights = jax.nn.softmax(logits).astype(v.dtype)
+    weights = weights if drop is None else drop(weights)
     return jnp.einsum("nhqk,nkhd->nqhd", weights, v).reshape(*q.shape[:2], -1)

@@ -13,7 +13,20 @@ from models.bert import Bert, bert_base, minilm
 from models.deit import DeiT, DropPath, deit_tiny
 from models.layers.positions import resample_pos_embed
 from smartfrz_jax.pytrees import paths
-from tests.models.transformers import IDS, IMAGES, MASK, QUICKLY, RNG, call, evaluated, lively, tiny_bert, tiny_deit
+from tests.models.transformers import (
+    IDS,
+    IMAGES,
+    MASK,
+    QUICKLY,
+    RNG,
+    call,
+    equations,
+    evaluated,
+    forward_jaxpr,
+    lively,
+    tiny_bert,
+    tiny_deit,
+)
 from tests.support.rounding import assert_close
 
 IMAGE = jax.ShapeDtypeStruct((2, 224, 224, 3), jnp.float32)
@@ -139,19 +152,6 @@ def test_stochastic_depth_drops_whole_examples_at_a_rate_that_rises_with_depth()
     assert depths == [0.0, 0.5, 1.0]
     without = nnx.eval_shape(tiny_deit)
     assert not jax.tree.leaves(nnx.state(without, nnx.Not(nnx.Param))), "streams that are never drawn from"
-
-
-def equations(jaxpr):
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for param in eqn.params.values():
-            if hasattr(inner := getattr(param, "jaxpr", param), "eqns"):
-                yield from equations(inner)
-
-
-def forward_jaxpr(make, inputs):
-    graphdef, state = nnx.split(nnx.eval_shape(make))
-    return jax.make_jaxpr(lambda state: nnx.merge(graphdef, state, copy=True)(*inputs))(state).jaxpr
 
 
 @pytest.mark.slow

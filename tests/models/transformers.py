@@ -9,6 +9,7 @@ from flax import nnx
 
 from models.bert import Bert
 from models.deit import DeiT
+from models.llama import Llama
 from smartfrz_jax.pytrees import paths
 
 RNG = np.random.default_rng(0)
@@ -27,6 +28,11 @@ def tiny_deit(**kwargs):
 def tiny_bert(**kwargs):
     settings = {"vocab_size": 20, "max_positions": 8, "dim": 8, "depth": 2, "heads": 2, "hidden": 12, "num_classes": 3}
     return Bert(**{**settings, "rngs": nnx.Rngs(0), **kwargs})
+
+
+def tiny_llama(**kwargs):
+    settings = {"vocab_size": 20, "dim": 16, "depth": 2, "heads": 4, "kv_heads": 2, "hidden": 12, "rope_theta": 50.0}
+    return Llama(**{**settings, "tied": True, "rngs": nnx.Rngs(0), **kwargs})
 
 
 def evaluated(model):
@@ -55,3 +61,16 @@ def run(graphdef, state, *inputs):
 
 def call(model, *inputs):
     return run(*nnx.split(model), *inputs)
+
+
+def equations(jaxpr):
+    for eqn in jaxpr.eqns:
+        yield eqn
+        for param in eqn.params.values():
+            if hasattr(inner := getattr(param, "jaxpr", param), "eqns"):
+                yield from equations(inner)
+
+
+def forward_jaxpr(make, inputs):
+    graphdef, state = nnx.split(nnx.eval_shape(make))
+    return jax.make_jaxpr(lambda state: nnx.merge(graphdef, state, copy=True)(*inputs))(state).jaxpr
