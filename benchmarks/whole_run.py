@@ -29,7 +29,7 @@ import smartfrz_jax as sfj
 from benchmarks.networks import CLASSES, NETWORKS, loss_fn, train_step
 from benchmarks.networks import batch as random_batch
 from train.log import Log, Run
-from train.loop import training
+from train.loop import Loop
 
 CIFAR10_STEPS = 10 * (50_000 // 32)
 
@@ -59,7 +59,7 @@ class Case:
             Log(Path(folder) / "log.jsonl", Run(name, self.layers.names)) as log,
         ):
             start = time.perf_counter()
-            for _ in training(log, model, optimizer, freezer, step, (self.batch for _ in range(steps))):
+            for _ in Loop(log, freezer, step).run(self.batch for _ in range(steps)):
                 pass
             return log.run, time.perf_counter() - start
 

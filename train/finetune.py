@@ -23,7 +23,7 @@ from train.command_line import Interrupt, exit_code
 from train.data import Data, metrics
 from train.data.open import open_data
 from train.log import Evaluation, Log, Run
-from train.loop import make_step, training
+from train.loop import Loop, make_step
 from train.networks import NetworkConfig, make_network
 from train.optimizers import make_optimizer
 from train.options import KeepActivations, Options, RunConfig, parse
@@ -227,7 +227,7 @@ def finetune(options: Options, say: Callable[[str], None], interrupt: Interrupt)
     total_steps = config.epochs * data.steps_per_epoch
     figures = metrics.metrics_of(options.data.data)
     baseline = [] if config.baseline is None else [read_baseline(config.baseline, settings, total_steps, figures)]
-    model, optimizer, freezer, step, account = make_training(options, data)
+    model, _, freezer, step, account = make_training(options, data)
     history = Run(options.policy.policy, freezer.layers.names, settings)
     if started is not None:
         checkpoint, history = started
@@ -251,16 +251,24 @@ def finetune(options: Options, say: Callable[[str], None], interrupt: Interrupt)
         bar = tqdm(total=total_steps, initial=freezer.steps, unit="step", disable=config.quiet, ncols=100)
         stack.enter_context(bar)
         log = stack.enter_context(Log(out / "log.jsonl", history, callbacks))
-        checked = interrupt.checked(batches(), on_interrupt=lambda: save_checkpoint(freezer, out))
         flops = (lambda frozen: account.flops(frozen).total) if options.network.scan else None
-        for done in training(log, model, optimizer, freezer, step, checked, flops=flops):
+        loop = Loop(log, freezer, step, flops=flops, log_every=config.log_every)
+
+        def save() -> None:
+            loop.drain()  # no state is saved that is later than a loss which nobody has seen
+            save_checkpoint(freezer, out)
+
+        for done in loop.run(interrupt.checked(batches(), on_interrupt=save)):
             bar.update()
-            bar.set_postfix(loss=f"{log.run.steps[-1].loss:.3f}", frozen=f"{len(freezer.frozen.names)}/{layers}")
+            if history.steps:
+                of_layers = f"{len(freezer.frozen.names)}/{layers}"
+                bar.set_postfix(loss=f"{history.steps[-1].loss:.3f}", frozen=of_layers, refresh=False)
             if done % data.steps_per_epoch == 0:
+                loop.drain()
                 log.add(Evaluation(done, evaluate(model)))
                 found = ", ".join(f"{name} {value:.4f}" for name, value in log.run.metrics.items())
                 bar.write(f"epoch {done // data.steps_per_epoch}: {found}", file=sys.stdout)
-                save_checkpoint(freezer, out)
+                save()
 
     weights.save(model, out / "model.safetensors", overwrite=True)
     table = write_report([*baseline, log.run], out, f"{options.network.model} on {options.data.data}", versions)

@@ -22,8 +22,10 @@ class Step(NamedTuple):
     Attributes:
         step: Its number, from 1.
         loss: Loss of its batch; None if it is not finite.
-        seconds: Seconds it took, compilation apart.
-        policy_seconds: Seconds of the policy after it: records, predictor, moving the optimizer state.
+        seconds: Seconds it took, compilation apart, and the policy after it included: the mean over the steps that the
+            loop looked at together, as it does not wait for each.
+        policy_seconds: Of these, seconds that the loop spent on the policy: dispatching what it computes, waiting for
+            verdicts, moving the optimizer state. What the device computes for it meanwhile is not told apart.
         frozen: Number of layers frozen in it.
         flops: FLOPs of its compiled program, and of activations that it computed to be kept; predicted where blocks are
             scanned, of which XLA counts one.
@@ -67,7 +69,7 @@ class Phase(NamedTuple):
         step: The first of them.
         steps: Their number.
         frozen: Number of layers frozen.
-        seconds: Median of the seconds of a step.
+        seconds: Median over the steps of their seconds, which are means of a few steps.
         flops: Median of the FLOPs of a step.
         peak_bytes: Bytes that the program needs.
         held_bytes: Bytes of the arrays that the run holds between the steps, from the first time of its program.
@@ -128,13 +130,13 @@ class Run:
 
     @property
     def policy_seconds(self) -> float:
-        """Seconds of the policy."""
+        """Seconds of the loop for the policy, which are part of :attr:`seconds`."""
         return sum(step.policy_seconds for step in self.steps)
 
     @property
     def seconds(self) -> float:
-        """Seconds of all steps and of the policy, without compilation and evaluation."""
-        return sum(step.seconds for step in self.steps) + self.policy_seconds
+        """Seconds of all steps, the policy's included, without compilation and evaluation."""
+        return sum(step.seconds for step in self.steps)
 
     @property
     def compile_seconds(self) -> float:
@@ -210,20 +212,23 @@ class Log:
         self._path, self._lines = path, lines
         self._file: TextIO | None = None if is_remote(path) else path.open("a")  # pyright: ignore[reportAttributeAccessIssue]
 
-    def add(self, item: Step | Compiled | sfj.FreezeEvent | Evaluation) -> None:
-        """Adds something that happened to the run and to the file."""
-        event, field = next((event, field) for event, (field, kind) in _KINDS.items() if isinstance(item, kind))
-        getattr(self.run, field).append(item)
-        for callback in self._callbacks:
-            _tell(callback, item)
-        line = _line(event, item._asdict())
+    def add(self, *items: Step | Compiled | sfj.FreezeEvent | Evaluation) -> None:
+        """Adds what happened to the run and to the file."""
+        lines = []
+        for item in items:
+            event, field = next((event, field) for event, (field, kind) in _KINDS.items() if isinstance(item, kind))
+            getattr(self.run, field).append(item)
+            lines.append(_line(event, item._asdict()))
         if self._file is not None:
-            self._file.write(line)
+            self._file.write("".join(lines))
             self._file.flush()
-            return
-        self._lines.append(line)
-        if isinstance(item, Evaluation):
-            write_whole(self._path, "".join(self._lines))
+        else:
+            self._lines += lines
+            if any(isinstance(item, Evaluation) for item in items):
+                write_whole(self._path, "".join(self._lines))
+        for callback in self._callbacks:
+            for item in items:
+                _tell(callback, item)
 
     def __enter__(self) -> Log:
         return self

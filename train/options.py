@@ -12,6 +12,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from smartfrz_jax.pytrees.file_paths import Path, as_path
 from train.command_line import check_least
 from train.data.open import DataConfig
+from train.loop import LOG_EVERY
 from train.networks import NetworkConfig
 from train.optimizers import OptimizerConfig
 from train.policies import PolicyConfig, Stages
@@ -49,13 +50,15 @@ class RunConfig:
     """--out of an earlier run, to compare with in the report"""
     keep_programs: Path | None = None
     """folder in which compiled programs are kept for later runs"""
+    log_every: int = LOG_EVERY
+    """steps whose losses are fetched and written together; a loss that is not finite ends the run only then"""
     log: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """where metrics go, too: to --out/tensorboard, or to Weights & Biases (offline with WANDB_MODE=offline)"""
     quiet: bool = False
     """no progress bar"""
 
     def __post_init__(self) -> None:
-        check_least(self, epochs=1, batch_size=1)
+        check_least(self, epochs=1, batch_size=1, log_every=1)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -97,7 +97,12 @@ def picture(runs: Sequence[Run], path: Path, title: str) -> None:
         f"GFLOP per step ({_flops_of(runs)})",
         lambda run: np.array([step.flops for step in run.steps]) / 1e9,
     )
-    _draw_cost(figure.add_subplot(cost[1]), runs, "ms per step (median of 9)", _smoothed_milliseconds)
+    _draw_cost(
+        figure.add_subplot(cost[1]),
+        runs,
+        "ms per step (mean of a few)",
+        lambda run: 1e3 * np.array([step.seconds for step in run.steps]),
+    )
     last = figure.add_subplot(cost[2])
     _draw_cost(
         last, runs, "MB of the compiled program", lambda run: np.array([step.peak_bytes for step in run.steps]) / 1e6
@@ -139,8 +144,3 @@ def _draw_cost(axes: Axes, runs: Sequence[Run], label: str, values: Callable[[Ru
     axes.set_xlabel("train step")
     axes.set_ylabel(label)
     axes.grid(alpha=0.3)
-
-
-def _smoothed_milliseconds(run: Run) -> np.ndarray:
-    seconds = np.pad([step.seconds for step in run.steps], 4, mode="reflect")
-    return 1e3 * np.median(np.lib.stride_tricks.sliding_window_view(seconds, 9), axis=1)

@@ -57,7 +57,7 @@ def check_same(before: dict[str, Any], now: dict[str, Any]) -> None:
     Raises:
         ValueError: If an option that changes what is computed differs.
     """
-    free = {"resume", "baseline", "quiet", "workers", "out", "data_dir", "keep_programs", "log"}
+    free = {"resume", "baseline", "quiet", "workers", "out", "data_dir", "keep_programs", "log", "log_every"}
     changed = [f"{name} (was {before.get(name)}, is {now[name]})" for name in now if before.get(name) != now[name]]
     changed = [text for text in changed if text.split(" ")[0] not in free]
     if changed:

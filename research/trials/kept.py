@@ -17,7 +17,7 @@ from research.trials.result import mean_and_error
 from research.trials.strategies import Situation, Strategy
 from research.trials.trial import MIN_SAVING, Bench
 from train.log import Log, Run
-from train.loop import make_step, training
+from train.loop import Loop, make_step
 
 
 class KeptRun(NamedTuple):
@@ -83,7 +83,7 @@ def measure(bench: Bench, name: str, strategy: Strategy, seed: int, *, kept: boo
             yield *((batches.indices(number),) if kept else ()), batch.inputs, batch.labels
 
     with tempfile.TemporaryDirectory() as folder, Log(Path(folder) / "log.jsonl", Run(name, bench.layers.names)) as log:
-        for _ in training(log, model, optimizer, freezer, step, data()):
+        for _ in Loop(log, freezer, step).run(data()):
             pass
     losses, right = losses_on(model, bench.data.held_out)
     frozen = [(event.step, list(event.names)) for event in log.run.freezes]

@@ -27,7 +27,7 @@ from research.trials.result import Result
 from research.trials.strategies import Situation, Strategy
 from smartfrz_jax.pytrees import paths
 from train.log import Log, Run
-from train.loop import make_step, training
+from train.loop import Loop, make_step
 from train.optimizers import directions
 
 # Examples on which layers' outputs are compared, and contributions measured; as in recordings.
@@ -247,7 +247,7 @@ class Bench:
         )
         log_run = Run(name, self.layers.names, dataclasses.asdict(self.setup) | {"seed": seed})
         with tempfile.TemporaryDirectory() as folder, Log(Path(folder) / "log.jsonl", log_run) as log:
-            for _ in training(log, model, optimizer, freezer, step, self.batches(examples, seed, strategy)):
+            for _ in Loop(log, freezer, step).run(self.batches(examples, seed, strategy)):
                 pass
         return log.run, features.calls
 

@@ -60,6 +60,7 @@ class CachedStep:
     Attributes:
         cache: What is kept for the present frozen set; ``None`` if nothing is.
         programs: What was compiled so far, in the order of first use; without the passes that compute activations.
+        last: The program of the last call; ``None`` before the first.
         flops: FLOPs of the last call, the computation of activations that were not there included.
 
     Raises:
@@ -113,6 +114,7 @@ class CachedStep:
         self.account = account
         self.cache: PrefixCache | None = None
         self.programs: list[Program] = []
+        self.last: Program | None = None
         self.flops = 0.0
         self._make_step, self._loss_fn, self._donate = make_step, loss_fn, donate
         self._examples, self._total_steps, self._views = examples, total_steps, views
@@ -198,14 +200,16 @@ class CachedStep:
                 fetching = self.cache.fetch_flops(indices, view)
                 activations = self.cache.fetch(model, indices, *inputs, view=view)
                 out = self._cached(model, optimizer, activations, *_needed(self.cache, inputs))
-                self.flops = self._listed(self._cached.last).cost.flops + fetching
+                self.last = self._listed(self._cached.last)
+                self.flops = self.last.cost.flops + fetching
                 return out
             except BatchSizeError as error:  # raised while tracing: nothing has been changed
                 self._warn(error)
                 self._waited += self._cached.wait_seconds
                 self._cached, self.cache = None, None
         out = self._plain(model, optimizer, *inputs)
-        self.flops = self._listed(self._plain.last).cost.flops
+        self.last = self._listed(self._plain.last)
+        self.flops = self.last.cost.flops
         return out
 
     def _follow(self, model: nnx.Module, optimizer: Optimizer, inputs: tuple[Any, ...]) -> None:

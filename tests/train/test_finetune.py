@@ -155,7 +155,7 @@ class Killed(BaseException):
 class KilledAt(InterruptedAt):
     """Killed before a certain step."""
 
-    at = 3  # in the first epoch, which ends with a checkpoint
+    at = 4  # in the first epoch, which ends with a checkpoint
 
     def check(self, on_interrupt=None):
         try:
@@ -169,13 +169,13 @@ def test_a_run_killed_before_its_first_checkpoint_and_interrupted_goes_on_bit_fo
     few_blocks, tmp_path, monkeypatch, capsys
 ):
     arguments = [*few_blocks[:-2], "--train-split", "train[:40]", "--batch-size", "10", "--epochs", "2", "--policy",
-                 "freezeout", "--t0", "0.3", "--lead", "1", "--min-saving", "0.2",
+                 "freezeout", "--t0", "0.3", "--lead", "1", "--min-saving", "0.2", "--log-every", "1",
                  "--keep-programs", str(tmp_path / "programs"), "--out"]  # fmt: skip
     assert finetune.main([*arguments, str(tmp_path / "straight")]) == 0
     monkeypatch.setattr(command_line, "Interrupt", KilledAt)
     with pytest.raises(Killed):
         finetune.main([*arguments, str(tmp_path / "stopped")])
-    assert len(log.read(tmp_path / "stopped/log.jsonl").steps) == 2
+    assert len(log.read(tmp_path / "stopped/log.jsonl").steps) == 1  # two were in flight
     monkeypatch.setattr(command_line, "Interrupt", InterruptedAt)
     monkeypatch.setattr(InterruptedAt, "checks", 0)
     assert finetune.main([*arguments, str(tmp_path / "stopped"), "--resume"]) == 130

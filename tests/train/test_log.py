@@ -31,7 +31,7 @@ def test_a_log_reads_back_as_written(path):
     assert run.freezes == [sfj.FreezeEvent(2, ("a",))]
     assert run.metrics == {"accuracy": 0.75}
     assert run.tflops == pytest.approx(600e-12)
-    assert run.seconds == pytest.approx(3 * 0.75)
+    assert run.seconds == pytest.approx(3 * 0.5)
     assert run.compile_seconds == 3.0
     assert run.wait_seconds == 1.75
     assert run.frozen_share == pytest.approx(1 / 6)
