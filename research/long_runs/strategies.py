@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import smartfrz_jax as sfj
-from smartfrz_jax.policies.gain import Gradients
+from smartfrz_jax.policies.gradients.gain import Gradients
 from smartfrz_jax.predictor.predictor import Pretrained
 
 _BETWEEN_MEASUREMENTS = 33  # steps: a measurement costs about one

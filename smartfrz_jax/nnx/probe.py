@@ -10,7 +10,7 @@ import jax
 from flax import nnx
 
 from smartfrz_jax.nnx.layers import check_model
-from smartfrz_jax.policies.gain import Gradients
+from smartfrz_jax.policies.gradients.gain import Gradients
 from smartfrz_jax.predictor.probe import Probe
 from smartfrz_jax.pytrees import checks
 from smartfrz_jax.pytrees.types import PyTree

@@ -1,11 +1,11 @@
 """Freezing policies: when to stop updating which layer."""
 
-from smartfrz_jax.policies.autofreeze import autofreeze as autofreeze
 from smartfrz_jax.policies.base import Policy as Policy
 from smartfrz_jax.policies.freezeout import freezeout as freezeout
 from smartfrz_jax.policies.freezeout import freezeout_schedules as freezeout_schedules
 from smartfrz_jax.policies.freezeout import scale_by_layer_schedule as scale_by_layer_schedule
-from smartfrz_jax.policies.gain import gain as gain
+from smartfrz_jax.policies.gradients.autofreeze import autofreeze as autofreeze
+from smartfrz_jax.policies.gradients.gain import gain as gain
 from smartfrz_jax.policies.never import never as never
 from smartfrz_jax.policies.progress import progress as progress
 from smartfrz_jax.policies.random_order import random as random
