@@ -15,8 +15,9 @@ from smartfrz_jax.pytrees.file_paths import Path
 from train.command_line import check_least
 
 PolicyName = Literal[
-    "never", "smartfrz", "progress", "freezeout", "autofreeze", "similarity_guided", "static_prefix", "random"
-]
+    "never", "smartfrz", "progress", "freezeout", "autofreeze", "similarity_guided", "static_prefix", "random",
+    "lisa", "badam", "hift", "slimfit", "grades",
+]  # fmt: skip
 
 
 Stages: TypeAlias = tuple[tuple[float, float], ...]
@@ -54,6 +55,22 @@ class PolicyConfig:
     """static_prefix: from which share of training on which share of the forward FLOPs is frozen, such as 0:0.5,0.5:1"""
     budget: float = 0.5
     """random: share of the forward FLOPs to freeze"""
+    switch_every: int | None = None
+    """lisa, badam, hift, slimfit: steps of a set; without it 20, 100, 1 and 50"""
+    active_blocks: int | None = None
+    """lisa, hift: blocks that train at a time; without it 2 and 1"""
+    max_sets: int | None = None
+    """lisa: different sets that are drawn; without it all that there are"""
+    block_order: Literal["ascending", "descending", "random"] | None = None
+    """badam, hift: order of the blocks; without it random and ascending"""
+    rest: Literal["train", "freeze", "turn"] | None = None
+    """lisa, badam, hift: what is in no block trains always, never, or in turn; without it train, freeze and turn"""
+    freezing_rate: float = 0.5
+    """slimfit: share of the layers to freeze"""
+    threshold: float = 0.01
+    """grades: change of a layer's gradients below which it freezes; to be tuned for each network"""
+    grace: float = 0.5
+    """grades: share of training in which nothing freezes"""
     lead: int = 20
     """steps from a decision to its effect, in which its program is compiled"""
     min_saving: float = 0.01
@@ -119,6 +136,24 @@ def make_policy(
             return sfj.static_prefix(config.stages, total_steps=total_steps, costs=costs)
         case "random":
             return sfj.policies.random(config.budget, total_steps=total_steps, seed=seed, costs=costs)
+        case "lisa":
+            chosen = _chosen(config, active="active_blocks", max_sets="max_sets", rest="rest")
+            return sfj.policies.lisa(**chosen, seed=seed)
+        case "badam":
+            return sfj.policies.badam(**_chosen(config, order="block_order", rest="rest"), seed=seed)
+        case "hift":
+            chosen = _chosen(config, group="active_blocks", order="block_order", rest="rest")
+            return sfj.policies.hift(**chosen, seed=seed)
+        case "slimfit":
+            return sfj.policies.slimfit(config.freezing_rate, **_chosen(config), seed=seed)
+        case "grades":
+            return sfj.policies.grades(config.threshold, total_steps=total_steps, grace=config.grace)
+
+
+def _chosen(config: PolicyConfig, **names: str) -> dict[str, Any]:
+    """Arguments of a policy with turns that were given, by the names that they have in the configuration."""
+    values = {argument: getattr(config, name) for argument, name in {"switch_every": "switch_every", **names}.items()}
+    return {argument: value for argument, value in values.items() if value is not None}
 
 
 def layer_rates(

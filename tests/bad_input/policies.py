@@ -23,6 +23,11 @@ DOORS = [
     Door("static_prefix", lambda: {"total_steps": 10, "stages": [(0.0, 0.5)]}),
     Door("autofreeze", lambda: {"evaluate_every": 1}),
     Door("policies.gain", lambda: {"gradients": lambda params, number: params, "total_steps": 100}),
+    Door("policies.grades", lambda: {"threshold": 0.1, "total_steps": 10}),
+    Door("policies.lisa", lambda: {"active": 1}),
+    Door("policies.badam", lambda: {}),
+    Door("policies.hift", lambda: {}),
+    Door("policies.slimfit", lambda: {"rate": 0.5}),
     Door("policies.similarity_guided", lambda: {"reference": outputs(), "evaluate_every": 1}),
     Door("smartfrz", lambda: {"predictor": predictor(), "total_steps": 1000}),
     Door(

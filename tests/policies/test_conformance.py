@@ -76,6 +76,7 @@ def every(n):
 class Case(NamedTuple):
     make: callable  # keep -> Policy
     decides_at: set  # steps at which the frozen set may change
+    returns: bool = False  # whether frozen layers may train again
 
 
 CASES = {
@@ -125,6 +126,16 @@ CASES = {
         ),
         {step + 1 for step in every(4)},
     ),
+    "grades": Case(
+        lambda keep=None: policies.grades(0.4, total_steps=STEPS, grace=0.25, evaluate_every=3, keep=keep), every(3)
+    ),
+    "lisa": Case(lambda keep=None: policies.lisa(2, switch_every=4, keep=keep), {1} | every(4), returns=True),
+    "lisa_few_sets": Case(
+        lambda keep=None: policies.lisa(2, switch_every=4, max_sets=3, keep=keep), {1} | every(4), returns=True
+    ),
+    "badam": Case(lambda keep=None: policies.badam(5, keep=keep), {1} | every(5), returns=True),
+    "hift": Case(lambda keep=None: policies.hift(2, switch_every=3, keep=keep), {1} | every(3), returns=True),
+    "slimfit": Case(lambda keep=None: policies.slimfit(0.5, switch_every=4, keep=keep), {1} | every(4), returns=True),
     "random": Case(lambda keep=None: policies.random(0.4, total_steps=STEPS, keep=keep), set(range(STEPS + 1))),
 }
 every_policy = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -209,11 +220,14 @@ def test_pure(case):
 
 
 @every_policy
-def test_monotone_and_only_known_names(case):
+def test_only_known_names_and_what_is_frozen_stays_so_unless_sets_return(case):
     moments = run(case.make(keep=()))
+    returned = False
     for before, after in itertools.pairwise(moments):
-        assert before.frozen.names <= after.frozen.names <= set(LAYERS.names)
+        returned |= not before.frozen.names <= after.frozen.names
+        assert after.frozen.names <= set(LAYERS.names)
         assert type(after.frozen.names) is frozenset
+    assert returned == case.returns
 
 
 @freezing_policy
@@ -235,7 +249,8 @@ def test_keeps_what_it_is_told_to_keep(case):
 
 
 @pytest.mark.parametrize(
-    "name", ["freezeout", "freezeout_cubic", "smartfrz", "smartfrz_paper", "progress", "similarity_guided", "random"]
+    "name",
+    ["freezeout", "freezeout_cubic", "smartfrz", "smartfrz_paper", "progress", "similarity_guided", "random", "badam"],
 )
 def test_keep_nothing_lets_the_head_freeze(name):
     policy = policies.random(1.0, total_steps=STEPS, keep=()) if name == "random" else CASES[name].make(keep=())
@@ -321,7 +336,7 @@ def test_layers_frozen_before_the_run_stay_so_and_others_follow(name):
 def test_says_which_signal_is_missing():
     made = {name: case.make() for name, case in CASES.items()}
     needy = {name: policy for name, policy in made.items() if policy.needs}
-    assert set(needy) == {"autofreeze", "similarity_guided"}
+    assert set(needy) == {"autofreeze", "similarity_guided", "grades"}
     for name, policy in needy.items():
         (signal,) = policy.needs
         state = policy.init(LAYERS, PARAMS)

@@ -1,6 +1,7 @@
 """The optimizers and policies of the training scripts do what their options say."""
 
 import json
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +14,7 @@ import smartfrz_jax as sfj
 from tests.support.boxes import unboxed
 from train.optimizers import directions, make_optimizer
 from train.options import parse
-from train.policies import layer_rates, make_policy
+from train.policies import PolicyName, layer_rates, make_policy
 
 PARAMS = {
     "a": {"kernel": jnp.ones((3, 3)), "bias": jnp.ones(3)},
@@ -120,11 +121,9 @@ def test_a_warm_up_that_does_not_fit_is_refused(layers, changed):
         optimizer_of(layers, *changed)
 
 
-@pytest.mark.parametrize(
-    "name", ["never", "freezeout", "autofreeze", "similarity_guided", "static_prefix", "random", "smartfrz", "progress"]
-)
+@pytest.mark.parametrize("name", get_args(PolicyName))
 def test_every_policy_can_be_chosen(layers, name):
-    changed = ["--policy", name, "--budget", "0.75", "--stages", "0.2:0.75"]
+    changed = ["--policy", name, "--budget", "0.75", "--stages", "0.2:0.75", "--active-blocks", "1"]
     reference = None
     if name == "similarity_guided":
         changed += ["--reference", "model.safetensors"]
@@ -136,6 +135,24 @@ def test_every_policy_can_be_chosen(layers, name):
         for step in range(1, STEPS + 1):
             frozen, state = policy.update(state, layers, step=step, params=lambda: PARAMS)
         assert frozen == (set() if name == "never" else {"a"})
+    assert policy.options["name"] == name
+
+
+@pytest.mark.parametrize(
+    ("changed", "expected"),
+    [
+        (["lisa"], {"active": 2, "switch_every": 20, "max_sets": None, "rest": "train"}),
+        (["lisa", "--active-blocks", "3", "--max-sets", "4", "--switch-every", "7", "--rest", "freeze"],
+         {"active": 3, "switch_every": 7, "max_sets": 4, "rest": "freeze"}),
+        (["badam"], {"switch_every": 100, "order": "random", "rest": "freeze"}),
+        (["hift", "--active-blocks", "2", "--block-order", "descending"], {"group": 2, "order": "descending"}),
+        (["slimfit", "--freezing-rate", "0.9"], {"rate": 0.9, "switch_every": 50}),
+        (["grades", "--threshold", "0.3", "--grace", "0.2"], {"threshold": 0.3, "grace": 0.2, "total_steps": STEPS}),
+    ],
+)  # fmt: skip
+def test_options_of_policies_with_turns(changed, expected):
+    options = policy_of("--policy", *changed).options
+    assert {name: options[name] for name in expected} == expected
 
 
 @pytest.mark.parametrize(

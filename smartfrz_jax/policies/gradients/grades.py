@@ -1,0 +1,154 @@
+"""GradES (Wen et al., 2025, arXiv 2509.01842): a matrix whose gradients have stopped changing is frozen."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from smartfrz_jax.layers.layers import Layers, check_params
+from smartfrz_jax.layers.select import Selectors, described
+from smartfrz_jax.policies import snapshot
+from smartfrz_jax.policies.base import Policy, check_update, freezable, kept, names_of, require
+from smartfrz_jax.pytrees import checks, hosts
+from smartfrz_jax.pytrees.types import PyTree
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool
+
+_NAME = "grades"
+
+
+class GradESState(NamedTuple):
+    """State of :func:`grades`.
+
+    Attributes:
+        before: Gradients of the active kernels one step before the next decision.
+        frozen: Which layers are frozen, bool of shape ``(layers,)``.
+    """
+
+    before: snapshot.Snapshot
+    frozen: Bool[np.ndarray, " layers"]
+
+
+def grades(
+    threshold: float,
+    *,
+    total_steps: int,
+    grace: float = 0.5,
+    evaluate_every: int = 10,
+    keep: Selectors | None = None,
+) -> Policy:
+    r"""A policy that freezes each layer, in any order, once its gradient hardly changes from one step to the next.
+
+    After the first share ``grace`` of the run, a layer freezes for good when
+
+    .. math:: \|g_t - g_{t-1}\|_1 < \tau
+
+    where g is the gradient of its kernels and the norm the sum of absolute values, of all entries. It grows with the
+    size of a layer and with the noise of a batch, so the threshold is one of a network, its data and its batch size:
+    the authors tune it for each. (Their code compares weights, not gradients.) In networks whose layers are single
+    matrices, as those of a transformer, each matrix is judged alone.
+
+    It needs the gradients, and memory for a copy of the active ones at the step before each decision. A change that is
+    not finite freezes nothing.
+
+    Args:
+        threshold: The paper's tau, positive.
+        total_steps: Train steps of the run.
+        grace: Share of the run in which nothing freezes: the paper's alpha.
+        evaluate_every: Train steps between decisions; 1 in the paper. Each is compared with the step before it.
+        keep: Layers never to freeze: names, globs, regular expressions, predicates or NNX filters (see
+            :func:`smartfrz_jax.layers.select.select`); ``None`` keeps the head, ``()`` nothing.
+
+    Returns:
+        The policy.
+
+    Raises:
+        ValueError: If an option is out of range; at ``init``, if ``keep`` names no layer of the network; in ``update``,
+            if no gradient is of a kernel of the network.
+
+    Example:
+        >>> from smartfrz_jax import find_layers
+        >>> params = {"a": {"kernel": jnp.ones((2, 2))}, "b": {"kernel": jnp.ones((2, 2))}}
+        >>> layers = find_layers(params, lambda p, x: x @ p["a"]["kernel"] @ p["b"]["kernel"], jnp.ones((1, 2)))
+        >>> policy = grades(0.1, total_steps=4, evaluate_every=1, keep=())
+        >>> state = policy.init(layers, params)
+        >>> for step in (1, 2):
+        ...     grads = {"a/kernel": jnp.ones((2, 2)), "b/kernel": jnp.full((2, 2), float(step))}
+        ...     frozen, state = policy.update(state, layers, step=step, params=params, grads=grads)
+        >>> frozen
+        frozenset({'a'})
+    """
+    checks.positive(threshold, "threshold")
+    checks.count(total_steps, "total_steps")
+    checks.fraction(grace, "grace")
+    checks.count(evaluate_every, "evaluate_every")
+    keep = kept(keep)
+    first = math.ceil(grace * total_steps - 1e-9)
+
+    def init(layers: Layers, params: PyTree) -> GradESState:
+        freezable(layers, keep)
+        return GradESState(snapshot.blank(layers, check_params(params)), np.zeros(len(layers), bool))
+
+    def update(
+        state: GradESState, layers: Layers, *, step: int, params: Callable[[], PyTree], **signals: Any
+    ) -> tuple[frozenset[str], GradESState]:
+        check_update(state, GradESState, layers, step)
+        names_of(layers, state.frozen)  # raises, if it is of another network
+        grads = require(signals, "grads", _NAME, "pass the gradients of the active layers by parameter name")
+        checks.by_name(grads, "grads", "a dict from parameter names to gradients, such as Frozen.active_leaves(grads)")
+        if step % evaluate_every == 0 and step >= first:
+            state = _judge(state, layers, grads, freezable(layers, keep), threshold)
+        if (step + 1) % evaluate_every == 0 and step + 1 >= first:
+            state = state._replace(before=snapshot.take(layers, _active(layers, state.frozen, grads)))
+        elif state.before.is_blank:
+            state = state._replace(before=snapshot.none(layers))
+        return names_of(layers, state.frozen), state
+
+    options = {
+        "name": _NAME,
+        "threshold": float(threshold),
+        "total_steps": int(total_steps),
+        "grace": float(grace),
+        "evaluate_every": int(evaluate_every),
+        "keep": described(keep),
+    }
+    return Policy(init, update, frozenset({"grads"}), options)
+
+
+def _judge(
+    state: GradESState,
+    layers: Layers,
+    grads: Mapping[str, Any],
+    may_freeze: Bool[np.ndarray, " layers"],
+    threshold: float,
+) -> GradESState:
+    before = {name: grad for name, grad in state.before.held.items() if name in grads}
+    changes = hosts.fetch(_changes(before, {name: grads[name] for name in before}))
+    known = np.array([all(kernel in changes for kernel in layer.kernels) for layer in layers], bool)
+    change = np.array([sum(float(changes.get(kernel, 0.0)) for kernel in layer.kernels) for layer in layers])
+    return GradESState(snapshot.none(layers), state.frozen | (may_freeze & known & (change < threshold)))
+
+
+def _active(layers: Layers, frozen: Bool[np.ndarray, " layers"], grads: Mapping[str, Any]) -> dict[str, Any]:
+    """Gradients of the kernels of active layers; those of layers that something else has frozen are not there."""
+    active = snapshot.active_kernels(layers, frozen)
+    if grads and not any(kernel in grads for layer in layers for kernel in layer.kernels):
+        raise ValueError(
+            f"grads: none of the {len(grads)} gradients is of a layer's kernel; pass a dict from parameter names to "
+            "gradients, such as Frozen.active_leaves(grads)"
+        )
+    return {name: grads[name] for name in active if name in grads}
+
+
+@jax.jit
+def _changes(before: dict[str, jax.Array], after: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    return {
+        name: jnp.sum(jnp.abs(after[name].astype(jnp.float32) - grad.astype(jnp.float32)))
+        for name, grad in before.items()
+    }

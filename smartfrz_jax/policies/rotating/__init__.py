@@ -1,0 +1,1 @@
+"""Policies whose frozen sets return: a few blocks train at a time, and take turns."""
