@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from smartfrz_jax import Freezer
-from tests.policies.test_conformance import LAYERS, PARAMS, STEPS, X, Y, bits, freezing_policy, outputs, train_step
+from tests.policies.every_policy import LAYERS, PARAMS, STEPS, X, Y, freezing_policy, outputs, train_step
+from tests.policies.test_conformance import bits
 
 
 class Run:

@@ -36,12 +36,7 @@ class GradESState(NamedTuple):
 
 
 def grades(
-    threshold: float,
-    *,
-    total_steps: int,
-    grace: float = 0.5,
-    evaluate_every: int = 10,
-    keep: Selectors | None = None,
+    threshold: float, *, total_steps: int, grace: float = 0.5, evaluate_every: int = 10, keep: Selectors | None = None
 ) -> Policy:
     r"""A policy that freezes each layer, in any order, once its gradient hardly changes from one step to the next.
 
@@ -49,13 +44,10 @@ def grades(
 
     .. math:: \|g_t - g_{t-1}\|_1 < \tau
 
-    where g is the gradient of its kernels and the norm the sum of absolute values, of all entries. It grows with the
-    size of a layer and with the noise of a batch, so the threshold is one of a network, its data and its batch size:
-    the authors tune it for each. (Their code compares weights, not gradients.) In networks whose layers are single
-    matrices, as those of a transformer, each matrix is judged alone.
-
-    It needs the gradients, and memory for a copy of the active ones at the step before each decision. A change that is
-    not finite freezes nothing.
+    where g is the gradient of its kernels and the norm the sum of absolute values. It grows with the size of a layer
+    and the noise of a batch: the authors tune the threshold for each network. (Their code compares weights.) The copy
+    of the active gradients takes memory from the step before a decision to it. A change that is not finite freezes
+    nothing.
 
     Args:
         threshold: The paper's tau, positive.
