@@ -28,6 +28,7 @@ from train.networks import NetworkConfig, make_network
 from train.optimizers import make_optimizer
 from train.options import KeepActivations, Options, RunConfig, parse
 from train.policies import layer_rates, make_policy
+from train.prefetch import Prefetch
 from train.resume import check_agree, read_baseline, read_started, save_checkpoint
 
 
@@ -258,7 +259,8 @@ def finetune(options: Options, say: Callable[[str], None], interrupt: Interrupt)
             loop.drain()  # no state is saved that is later than a loss which nobody has seen
             save_checkpoint(freezer, out)
 
-        for done in loop.run(interrupt.checked(batches(), on_interrupt=save)):
+        read_ahead = stack.enter_context(Prefetch(batches()))
+        for done in loop.run(interrupt.checked(read_ahead, on_interrupt=save)):
             bar.update()
             if history.steps:
                 of_layers = f"{len(freezer.frozen.names)}/{layers}"

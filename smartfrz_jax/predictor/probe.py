@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+import jax
 import numpy as np
 
 from smartfrz_jax.layers.layers import Layers
@@ -164,7 +165,7 @@ def _even(candidates: int, n: int) -> list[int]:
 
 
 def _choose(before: dict[str, Any], reverted: set[str]) -> Callable[[str, Any], Any]:
-    return lambda name, leaf: before[name] if name in reverted else leaf
+    return lambda name, leaf: jax.device_put(before[name]) if name in reverted else leaf
 
 
 def _loss(probe: Probe, params: PyTree) -> float:

@@ -45,6 +45,7 @@ class Data(abc.ABC):
 
     def __init__(self, order: Order, num_classes: int):
         self._order = order
+        self._key = jax.random.key(order.seed)
         self.num_classes = num_classes
 
     @property
@@ -93,7 +94,7 @@ class Data(abc.ABC):
 
     def key(self, step: int) -> Key[Array, ""]:
         """The key for all that is random in a step: augmentation, dropout."""
-        return jax.random.fold_in(jax.random.key(self._order.seed), step)
+        return jax.random.fold_in(self._key, jax.device_put(np.uint32(step)))
 
     def augment(
         self, key: Key[Array, ""], inputs: tuple[Array, ...], labels: Int[Array, " batch"]
