@@ -11,8 +11,8 @@ import optax
 from smartfrz_jax.callbacks.base import Callback, FreezeEvent
 from smartfrz_jax.freezing import by_hand, saved_run
 from smartfrz_jax.freezing.by_hand import ByHand
+from smartfrz_jax.freezing.coming import Coming, NotCompiledError, Pending, Prepare, warn_refused
 from smartfrz_jax.freezing.frozen import Frozen, check_frozen
-from smartfrz_jax.freezing.saved_run import Pending
 from smartfrz_jax.freezing.summary import Summary, summarise
 from smartfrz_jax.layers.layers import Layers, check_layers, check_of_layers, check_params
 from smartfrz_jax.layers.select import Selectors
@@ -43,8 +43,9 @@ class Freezer:
 
     Attributes:
         frozen: The frozen set from now on.
-        pending: What will take effect next, if anything.
         events: What froze when, in order.
+        refused: Frozen sets on which the policy decided, but whose programs could not be compiled; they are not tried
+            again. Of several processes, one that cannot compile a program raises the error.
         policy_state: The policy's state.
         callbacks: What is told of every step and of what freezes; see :mod:`smartfrz_jax.callbacks`.
 
@@ -87,12 +88,12 @@ class Freezer:
         self.policy = policy
         self.layers = layers
         self._lead, self._min_saving, self._saving = int(lead), min_saving, saving
-        self.pending: Pending | None = None
-        self._is_prepared = False
+        self._coming: Coming | None = None
         self.steps = step
         self.frozen = Frozen(layers) if frozen is None else frozen
         self._by_hand = ByHand(self.frozen.names)
         self.events: list[FreezeEvent] = []
+        self.refused: tuple[Frozen, ...] = ()
         self.callbacks: tuple[Callback, ...] = ()
         self.policy_state = policy.init(layers, params)
         self._tx: optax.GradientTransformation | None = None
@@ -105,7 +106,7 @@ class Freezer:
         self,
         params: Callable[[], PyTree],
         *,
-        prepare: Callable[[Frozen], None] | None = None,
+        prepare: Prepare | None = None,
         metrics: Mapping[str, Any] | None = None,
         **signals: Any,
     ) -> Frozen:
@@ -113,7 +114,10 @@ class Freezer:
 
         Args:
             params: A function without arguments that gives the parameter pytree after the step.
-            prepare: Called with a frozen set that will take effect later, so that its program can be compiled.
+            prepare: Called with a frozen set that will take effect later, so that its program can be compiled. It may
+                return a function without arguments that waits for it, as :meth:`smartfrz_jax.TrainStep.prepare` does.
+                If that raises, or ``prepare`` itself for want of memory, the frozen set stays as it is, with a
+                ``RuntimeWarning``, and the decision is among those ``refused``.
             metrics: Scalars by name, for the callbacks; they get the loss, and the number of layers that the step had
                 frozen, without it.
             **signals: Further signals, see ``smartfrz_jax.policies.base.UpdateFn``.
@@ -147,15 +151,23 @@ class Freezer:
         names, self._by_hand = self._by_hand.decide(names)
         if self.pending is None and names != self.frozen.names:
             wanted = Frozen(self.layers, frozenset(self.layers.check(names, "policy's decision")))
-            if self._is_worth(wanted):
-                self.pending, self._is_prepared = Pending(self.steps + self._lead, wanted), self._lead == 0
-        if self.pending is not None:
-            if not self._is_prepared and prepare is not None:
-                prepare(self.pending.frozen)
-            self._is_prepared = True
-            if self.steps >= self.pending.due:
-                self._take_effect(self.pending.frozen)
+            if wanted not in self.refused and self._is_worth(wanted):
+                self._coming = Coming(Pending(self.steps + self._lead, wanted), is_prepared=self._lead == 0)
+        if self._coming is not None:
+            coming = self._coming.pending.frozen
+            try:
+                if self._coming.is_due(self.steps, prepare):
+                    self._take_effect(coming)
+            except NotCompiledError as error:
+                self._coming = None  # layers must not be frozen in name, and trained by the program that there is
+                self.refused += (coming,)
+                warn_refused(coming, self.frozen, self.steps, error.__cause__)
         return self.frozen
+
+    @property
+    def pending(self) -> Pending | None:
+        """What will take effect next, if anything."""
+        return None if self._coming is None else self._coming.pending
 
     def adopt(self, frozen: Frozen) -> None:
         """Takes over what was frozen by hand since the last step: it stays so, as what was frozen at the start.
@@ -214,12 +226,11 @@ class Freezer:
 
     def _change_now(self, frozen: Frozen, pending: frozenset[str] | None) -> None:
         """Changes the frozen set by hand; ``pending`` is what of a pending decision remains."""
-        due = self.pending
-        self.pending = None
+        due, self._coming = self.pending, None
         if frozen != self.frozen:
             self._take_effect(frozen)
         if due is not None and pending is not None and pending != self.frozen.names:
-            self.pending, self._is_prepared = Pending(due.due, Frozen(self.layers, pending)), False
+            self._coming = Coming(Pending(due.due, Frozen(self.layers, pending)))
 
     def summary(self, *, tx: optax.GradientTransformation | None = None, account: Any = None) -> Summary:
         """What is frozen, since when, and what that saves: a table for ``print``, or ``rich.print``.
@@ -258,7 +269,7 @@ class Freezer:
             tuple(n for n in self.layers.names if n in some) for some in (after - before, before - after)
         )
         self.events.append(FreezeEvent(self.steps, names, returned))
-        self.frozen, self.pending = frozen, None
+        self.frozen, self._coming = frozen, None
         for callback in self.callbacks:
             callback.on_freeze(self.events[-1])
 
@@ -284,7 +295,9 @@ class Freezer:
     def _of_run(self, run: PyTree) -> tuple[PyTree, str, dict[str, Any]]:
         """The tree, the kind and the metadata of a checkpoint."""
         saved_run.check_run(run)
-        progress = saved_run.Progress(self.steps, self.frozen, self._by_hand, self.pending, tuple(self.events))
+        progress = saved_run.Progress(
+            self.steps, self.frozen, self._by_hand, self.pending, tuple(self.events), self.refused
+        )
         return {"run": run, "policy": self.policy_state}, saved_run.KIND, progress.metadata(self.policy)
 
     def saved_frozen(self, path: PathLike) -> Frozen:
@@ -317,6 +330,6 @@ class Freezer:
         saved = checkpoint.read(path, {"run": run, "policy": policy}, saved_run.KIND)
         progress = saved_run.Progress.of(checkpoint.read_metadata(path, saved_run.KIND), self.layers)
         self.policy_state, self.steps, self.frozen = saved["policy"], progress.steps, progress.frozen
-        self._by_hand, self.pending, self._is_prepared = progress.by_hand, progress.pending, False
-        self.events = list(progress.events)
+        self._by_hand, self.refused, self.events = progress.by_hand, progress.refused, list(progress.events)
+        self._coming = None if progress.pending is None else Coming(progress.pending)
         return saved["run"]

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from smartfrz_jax.callbacks.base import FreezeEvent
 from smartfrz_jax.freezing.by_hand import ByHand
+from smartfrz_jax.freezing.coming import Pending
 from smartfrz_jax.freezing.frozen import Frozen
 from smartfrz_jax.layers.layers import Layers
 from smartfrz_jax.policies.base import Policy
@@ -16,18 +17,6 @@ from smartfrz_jax.pytrees.file_paths import PathLike
 from smartfrz_jax.pytrees.types import PyTree
 
 KIND = "training run"
-
-
-class Pending(NamedTuple):
-    """A decision that has not taken effect yet.
-
-    Attributes:
-        due: Number of train steps after which it does.
-        frozen: The frozen set from then on.
-    """
-
-    due: int
-    frozen: Frozen
 
 
 class Progress(NamedTuple):
@@ -39,6 +28,7 @@ class Progress(NamedTuple):
         by_hand: About which layers the policy does not decide.
         pending: The decision that has not taken effect yet.
         events: What froze when.
+        refused: Frozen sets whose programs could not be compiled.
     """
 
     steps: int
@@ -46,6 +36,7 @@ class Progress(NamedTuple):
     by_hand: ByHand
     pending: Pending | None
     events: tuple[FreezeEvent, ...]
+    refused: tuple[Frozen, ...]
 
     def metadata(self, policy: Policy) -> dict[str, Any]:
         """What :meth:`of` and :func:`read_metadata` read: what JSON can hold."""
@@ -58,6 +49,7 @@ class Progress(NamedTuple):
             "steps": self.steps,
             "pending": self.pending and [self.pending.due, sorted(self.pending.frozen.names)],
             "events": [[event.step, list(event.names), list(event.returned)] for event in self.events],
+            "refused": [sorted(frozen.names) for frozen in self.refused],
         }
 
     @classmethod
@@ -69,10 +61,11 @@ class Progress(NamedTuple):
         return cls(
             metadata["steps"],
             Frozen(layers, frozenset(metadata["frozen"])),
-            # Earlier versions could not unfreeze.
+            # Earlier versions could not unfreeze, nor go on without a program.
             ByHand(frozenset(metadata["from_start"]), frozenset(metadata.get("unfrozen", ()))),
             pending,
             tuple(FreezeEvent(step, tuple(names), tuple(back)) for step, names, back in metadata["events"]),
+            tuple(Frozen(layers, frozenset(names)) for names in metadata.get("refused", ())),
         )
 
 

@@ -149,12 +149,15 @@ class CachedStep:
         args = _from_activations(self.cache, inputs, self._storage.dtype)
         return self._listed(self._cached.program(model, optimizer, *args))
 
-    def prepare(self, owner: Optimizer, new: Optimizer) -> None:
+    def prepare(self, owner: Optimizer, new: Optimizer) -> Callable[[], None]:
         """Begins to compile the program for another frozen set; see :meth:`smartfrz_jax.TrainStep.prepare`.
 
         Args:
             owner: The optimizer.
             new: The same with that frozen set, and with shapes in place of arrays.
+
+        Returns:
+            A function without arguments that waits for the program.
 
         Raises:
             ValueError: If the step was not called before.
@@ -170,11 +173,11 @@ class CachedStep:
         cache = self._make(model, new.frozen, inputs)
         self._waited += time.perf_counter() - start
         if cache is None:
-            self._plain.compile_ahead(model, new, *inputs)
-            return
+            return self._plain.compile_ahead(model, new, *inputs)
         step = self._step_from(cache)
-        step.compile_ahead(model, new, *_from_activations(cache, inputs, self._storage.dtype))
+        wait = step.compile_ahead(model, new, *_from_activations(cache, inputs, self._storage.dtype))
         self._coming = _Coming(new.frozen, step)
+        return wait
 
     def __call__(
         self, model: nnx.Module, optimizer: Optimizer, indices: Int[np.ndarray, " n"], *inputs: Any, view: int = 0

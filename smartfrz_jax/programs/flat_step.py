@@ -7,6 +7,7 @@ reads the variables, and writes those that changed.
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,9 +17,46 @@ from flax import nnx
 from smartfrz_jax.programs import arguments
 from smartfrz_jax.programs.arguments import Arguments, has_frozen, is_node
 from smartfrz_jax.programs.nnx_call import Watch
+from smartfrz_jax.pytrees import checks
 
 # Whatever the step changes, or nothing; or the numbers of arguments.
 Donate = bool | frozenset[int]
+
+
+def check_plain(train_step: Any) -> None:
+    """Raises ``TypeError`` unless a step is a function, and not jitted."""
+    if hasattr(train_step, "lower"):
+        plain = getattr(train_step, "__wrapped__", train_step)
+        by = "nnx.jit" if hasattr(train_step, "jitted_fn") else "jax.jit"
+        raise TypeError(
+            f"train_step: got {getattr(plain, '__name__', 'a function')} jitted by {by}, expected the plain function, "
+            f"which TrainStep compiles itself; leave out {by}, and give what it donates as donate=True"
+        )
+    if not callable(train_step):
+        raise TypeError(f"train_step: got {type(train_step).__name__}, expected a function")
+
+
+def donated_numbers(train_step: Callable[..., Any], donate: Any) -> Donate:
+    """The arguments to donate, by number.
+
+    Args:
+        train_step: The step.
+        donate: A boolean, or names of arguments.
+
+    Raises:
+        TypeError: If it is neither.
+        ValueError: If one is not an argument.
+    """
+    if isinstance(donate, bool):
+        return donate
+    names = checks.names(donate, "donate", of="arguments")
+    parameters = list(inspect.signature(train_step).parameters)
+    for name in names:
+        if name not in parameters:
+            raise ValueError(
+                f"donate: got {name!r}, expected True or names of arguments of the step: {', '.join(parameters)}"
+            )
+    return frozenset(map(parameters.index, names))
 
 
 class _NotFlatError(Exception):

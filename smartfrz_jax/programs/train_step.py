@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
+import functools
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any, NamedTuple
 
 from smartfrz_jax.cost.account import Account
@@ -16,11 +16,17 @@ from smartfrz_jax.cost.measured import ProgramCost, measure
 from smartfrz_jax.freezing.frozen import Frozen
 from smartfrz_jax.programs import arguments, flat_step
 from smartfrz_jax.programs.arguments import Arguments, Key
-from smartfrz_jax.programs.flat_step import Call, Donate
+from smartfrz_jax.programs.background import Background
+from smartfrz_jax.programs.flat_step import Call
 from smartfrz_jax.programs.nnx_call import Bounds, Watch
 from smartfrz_jax.programs.owners import Owners
 from smartfrz_jax.programs.recompilation import Recompilations
 from smartfrz_jax.pytrees import checks
+
+_NOT_COMPILED = (
+    "train_step: the program for {frozen} could not be compiled; take a smaller batch, or keep layers active. With a "
+    "lead, a Freezer goes on with the program that it has"
+)
 
 # Calls that tell which batch is the usual one: the last of an epoch is often smaller.
 _RECENT = 16
@@ -108,7 +114,7 @@ class TrainStep:
         donate: bool | str | Sequence[str] = False,
         max_programs: int = 8,
     ):
-        _check_plain(train_step)
+        flat_step.check_plain(train_step)
         if account is not None:
             checks.instance(account, Account, "account", "the account of the step, from smartfrz_jax.account")
         checks.count(max_programs, "max_programs")
@@ -116,7 +122,7 @@ class TrainStep:
         self.programs: list[Program] = []
         self.wait_seconds = 0.0
         self.last: Program | None = None
-        self._step, self._donate = train_step, _numbers(train_step, donate)
+        self._step, self._donate = train_step, flat_step.donated_numbers(train_step, donate)
         self._check = None if account is None else SavingCheck(account)
         self._checked: Any = None
         self._max_programs = max_programs
@@ -127,7 +133,7 @@ class TrainStep:
         self._calls = 0
         self._recent: deque[_Shapes] = deque(maxlen=_RECENT)
         self._owners = Owners()
-        self._pool = ThreadPoolExecutor(1, "compile")
+        self._background = Background()
 
     @property
     def compile_seconds(self) -> float:
@@ -149,7 +155,7 @@ class TrainStep:
             return bound.program.program
         return self._find(parts).program
 
-    def prepare(self, owner: Any, new: Any) -> None:
+    def prepare(self, owner: Any, new: Any) -> Callable[[], None]:
         """Begins to compile the program for another frozen set, in the background.
 
         Tracing is done here, under the caller's settings; XLA then works beside the training loop.
@@ -159,6 +165,10 @@ class TrainStep:
             new: The same with that frozen set, and with shapes in place of arrays. The other arguments are as in the
                 last call with a batch of the shapes that were the most frequent of late; of other owners that were
                 announced here before, and have not changed yet, those with the new frozen sets.
+
+        Returns:
+            A function without arguments that waits for the program. It raises what kept it from being compiled, such
+            as ``MemoryError`` or ``jax.errors.JaxRuntimeError``: then leave the frozen set as it is.
 
         Raises:
             ValueError: If the step was not called before, or ``owner`` is none of its arguments.
@@ -175,13 +185,16 @@ class TrainStep:
             )
         usual = Counter(shapes.batch for shapes in reversed(self._recent)).most_common(1)[0][0]  # the latest of equals
         last = next(shapes.args for shapes in reversed(self._recent) if shapes.batch == usual)
-        self.compile_ahead(*last.replace_owners(self._owners.announce(last, owner, new)))
+        return self.compile_ahead(*last.replace_owners(self._owners.announce(last, owner, new)))
 
-    def compile_ahead(self, *args: Any) -> None:
+    def compile_ahead(self, *args: Any) -> Callable[[], None]:
         """Begins to compile the program for some arguments, as :meth:`prepare` does.
 
         Args:
             *args: As of :meth:`program`.
+
+        Returns:
+            As :meth:`prepare`.
 
         Raises:
             TypeError: If no argument has a frozen set.
@@ -191,6 +204,23 @@ class TrainStep:
         if key not in self._compiled and key not in self._coming:
             self._begin(parts)
             self.wait_seconds += self._coming[key].traced
+        return functools.partial(self._wait, key)
+
+    def _wait(self, key: Key) -> None:
+        """Waits for a program that is being compiled; one that cannot be is tried again when it is asked for."""
+        coming = self._coming.get(key)
+        if coming is None:
+            return
+        start = time.perf_counter()
+        try:
+            coming.result.result()
+        except Exception:
+            self._coming.pop(key, None)
+            raise
+        finally:
+            waited = time.perf_counter() - start
+            self.wait_seconds += waited
+            coming.waited += waited
 
     def __call__(self, *args: Any) -> Any:
         """Runs the step."""
@@ -230,10 +260,14 @@ class TrainStep:
             if not ahead:
                 self._begin(parts)
             coming = self._coming.pop(key)
-            cost, stage = coming.result.result()
+            try:
+                cost, stage = coming.result.result()
+            except Exception as error:
+                error.add_note(_NOT_COMPILED.format(frozen=", ".join(map(repr, frozen))))
+                raise
             waited = time.perf_counter() - start
             self.wait_seconds += waited
-            waited += coming.traced if ahead else 0.0
+            waited += coming.traced + coming.waited if ahead else 0.0
             program = Program(frozen, cost, ahead, waited)
             self.programs.append(program)
             shapes = _Shapes(key.batch, Arguments(arguments.of(parts.args)))
@@ -268,7 +302,7 @@ class TrainStep:
         traced, targets = flat_step.trace(self._step, parts, self._donate)
         lowered = traced.lower()
         seconds = time.perf_counter() - start
-        result = self._pool.submit(measure, lowered, seconds)
+        result = self._background.begin(measure, lowered, seconds)
         self._coming[parts.key] = _Coming(seconds, jaxpr_of(traced), parts.placement, targets, result)
 
     def _release(self) -> None:
@@ -276,32 +310,6 @@ class TrainStep:
             *others, _ = self._compiled  # not the one that is about to be used
             del self._compiled[min(others, key=lambda key: self._compiled[key].last_use)]
             self._bound.clear()  # one of them may be of that program
-
-
-def _check_plain(train_step: Any) -> None:
-    if hasattr(train_step, "lower"):
-        plain = getattr(train_step, "__wrapped__", train_step)
-        by = "nnx.jit" if hasattr(train_step, "jitted_fn") else "jax.jit"
-        raise TypeError(
-            f"train_step: got {getattr(plain, '__name__', 'a function')} jitted by {by}, expected the plain function, "
-            f"which TrainStep compiles itself; leave out {by}, and give what it donates as donate=True"
-        )
-    if not callable(train_step):
-        raise TypeError(f"train_step: got {type(train_step).__name__}, expected a function")
-
-
-def _numbers(train_step: Callable[..., Any], donate: Any) -> Donate:
-    """The arguments to donate, by number."""
-    if isinstance(donate, bool):
-        return donate
-    names = checks.names(donate, "donate", of="arguments")
-    parameters = list(inspect.signature(train_step).parameters)
-    for name in names:
-        if name not in parameters:
-            raise ValueError(
-                f"donate: got {name!r}, expected True or names of arguments of the step: {', '.join(parameters)}"
-            )
-    return frozenset(map(parameters.index, names))
 
 
 class _Shapes(NamedTuple):
@@ -336,3 +344,4 @@ class _Coming:
     placement: Any
     targets: list[int] | None
     result: Future[tuple[ProgramCost, Callable[..., Any]]]
+    waited: float = 0.0

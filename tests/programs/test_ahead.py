@@ -100,19 +100,6 @@ def test_waiting_is_known(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_program_that_does_not_compile_is_an_error_where_it_is_needed(monkeypatch):
-    loop = Loop(decided({2: NAMES[:1]}), lead=3).run(1)
-
-    def broken(*args):
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(step_module, "measure", broken)
-    loop.run(3)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        loop.run(2)
-
-
-@pytest.mark.slow
 def test_small_savings_are_gathered():
     one_by_one = {i: NAMES[:i] for i in range(1, DEPTH)}
     shares = Loop(decided({}), account=True)

@@ -1,0 +1,115 @@
+"""A decision between the moment at which it is made and that of its effect, for which a program is compiled."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+
+from smartfrz_jax.freezing.by_hand import text
+from smartfrz_jax.freezing.frozen import Frozen
+from smartfrz_jax.pytrees import checks
+
+# From a frozen set to a function that waits for its program, or to nothing.
+Prepare = Callable[[Frozen], Callable[[], None] | None]
+
+
+class Pending(NamedTuple):
+    """A decision that has not taken effect yet.
+
+    Attributes:
+        due: Number of train steps after which it does.
+        frozen: The frozen set from then on.
+    """
+
+    due: int
+    frozen: Frozen
+
+
+class NotCompiledError(Exception):
+    """The program for a decision could not be compiled; the cause is why."""
+
+
+class Coming:
+    """A pending decision, and its program.
+
+    Args:
+        pending: The decision.
+        is_prepared: Whether nothing is to be compiled for it.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from smartfrz_jax import find_layers
+        >>> params = {"a": {"kernel": jnp.ones((2, 2))}}
+        >>> frozen = Frozen(find_layers(params, lambda p, x: x @ p["a"]["kernel"], jnp.ones((1, 2))), "a")
+        >>> coming = Coming(Pending(3, frozen))
+        >>> [coming.is_due(step, lambda frozen: print("compiling", frozen)) for step in (2, 3)]
+        compiling <Frozen: 1 of 1 layers: 'a'>
+        [False, True]
+    """
+
+    def __init__(self, pending: Pending, *, is_prepared: bool = False):
+        self.pending = pending
+        self._is_prepared = is_prepared
+        self._wait: Callable[[], None] | None = None
+
+    def is_due(self, steps: int, prepare: Prepare | None) -> bool:
+        """Has the program compiled, the first time; waits for it once the decision is to take effect.
+
+        Args:
+            steps: Train steps done.
+            prepare: As of :meth:`smartfrz_jax.Freezer.observe`.
+
+        Raises:
+            NotCompiledError: If it cannot be compiled.
+            TypeError: If ``prepare`` returns something else.
+        """
+        if not self._is_prepared and prepare is not None:
+            try:
+                self._wait = prepare(self.pending.frozen)
+            except (MemoryError, jax.errors.JaxRuntimeError) as error:
+                raise NotCompiledError from error
+            if self._wait is not None:
+                expected = "it to return None, or a function without arguments that waits for the program"
+                checks.function(self._wait, "prepare", expected)
+        self._is_prepared = True
+        if steps < self.pending.due:
+            return False
+        if self._wait is not None:
+            try:
+                self._wait()
+            except Exception as error:
+                raise NotCompiledError from error
+        return True
+
+
+def warn_refused(refused: Frozen, frozen: Frozen, steps: int, error: BaseException | None) -> None:
+    """Warns that a decision is dropped, unless that would part the processes of a run.
+
+    Args:
+        refused: The frozen set whose program could not be compiled.
+        frozen: The one that stays.
+        steps: Train steps done.
+        error: Why it could not.
+
+    Raises:
+        BaseException: ``error``, if there are several processes.
+    """
+    if jax.process_count() > 1 and error is not None:
+        error.add_note(
+            "policy's decision: several processes change to the next program together, and this one has none; take a "
+            "smaller batch, or resume where there is more memory"
+        )
+        raise error
+    changes = {"freeze": refused.names - frozen.names, "unfreeze": frozen.names - refused.names}
+    what = " and ".join(f"{verb} {text(names)}" for verb, names in changes.items() if names)
+    warnings.warn(
+        f"policy's decision to {what}, due after step {steps}: its program could not be compiled "
+        f"({type(error).__name__}: {error!s:.300}), so the run goes on with the program that it has and its frozen "
+        f"set, {text(frozen.names)}. Other decisions are tried, this one is not again; free memory for them, or take "
+        "a smaller batch",
+        RuntimeWarning,
+        stacklevel=4,
+    )
