@@ -45,8 +45,8 @@ class Coming:
         >>> params = {"a": {"kernel": jnp.ones((2, 2))}}
         >>> frozen = Frozen(find_layers(params, lambda p, x: x @ p["a"]["kernel"], jnp.ones((1, 2))), "a")
         >>> coming = Coming(Pending(3, frozen))
-        >>> [coming.is_due(step, lambda frozen: print("compiling", frozen)) for step in (2, 3)]
-        compiling <Frozen: 1 of 1 layers: 'a'>
+        >>> [coming.is_due(step, lambda frozen: print("compiling for", *frozen.names)) for step in (2, 3)]
+        compiling for a
         [False, True]
     """
 
