@@ -5,7 +5,7 @@ from __future__ import annotations
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -29,7 +29,8 @@ from train.optimizers import make_optimizer
 from train.options import KeepActivations, Options, RunConfig, parse
 from train.policies import layer_rates, make_policy
 from train.prefetch import Prefetch
-from train.resume import check_agree, read_baseline, read_started, save_checkpoint
+from train.recovery.checkpoints import make_checkpoints
+from train.recovery.resume import read_baseline, read_started, restore_newest
 
 
 def loss_fn(model: nnx.Module, inputs: tuple[jax.Array, ...], labels: jax.Array) -> jax.Array:
@@ -173,17 +174,6 @@ def make_training(options: Options, data: Data) -> Training:
     return Training(model, optimizer, freezer, step, account)
 
 
-def restore(freezer: sfj.nnx.Freezer, checkpoint: Path, history: Run) -> None:
-    """Puts a checkpoint into all that a run trains with.
-
-    Raises:
-        ValueError: If its parts, or the log, are not of one moment.
-    """
-    freezer.restore(checkpoint)
-    done = {"optimizer": int(freezer.optimizer.step[...]), "policy": freezer.steps, "log.jsonl": len(history.steps)}
-    check_agree(checkpoint, done)
-
-
 def make_callbacks(config: RunConfig, settings: dict[str, Any]) -> list[sfj.callbacks.Writer]:
     """The callbacks of ``--log``.
 
@@ -216,10 +206,8 @@ def finetune(options: Options, say: Callable[[str], None], interrupt: Interrupt)
         FloatingPointError: If the loss is not finite.
     """
     begin = time.perf_counter()
-    config, settings, out = options.run, options.settings(), options.run.out
-    started = read_started(out, settings) if config.resume else None
-    if config.resume and started is None:
-        say(f"{out} holds no checkpoint yet: the run starts again from its first step")
+    config, recovery, settings, out = options.run, options.recovery, options.settings(), options.run.out
+    started = read_started(out, settings, say) if recovery.resume else []
     if config.keep_programs is not None:
         sfj.enable_compilation_cache(config.keep_programs)
     data, evaluation_data = open_data(
@@ -230,10 +218,8 @@ def finetune(options: Options, say: Callable[[str], None], interrupt: Interrupt)
     baseline = [] if config.baseline is None else [read_baseline(config.baseline, settings, total_steps, figures)]
     model, _, freezer, step, account = make_training(options, data)
     history = Run(options.policy.policy, freezer.layers.names, settings)
-    if started is not None:
-        checkpoint, history = started
-        restore(freezer, checkpoint, history)
-        say(f"resumed from {checkpoint}, {freezer.steps} of {total_steps} steps done")
+    if started:
+        history = restore_newest(freezer, out, started, say)
     versions = f"jax {jax.__version__}, Python {platform.python_version()}, {jax.devices()[0].device_kind}"
     layers, gflop = len(freezer.layers), account.flops().total / 1e9
     say(f"{options.network.model}: {layers} layers, {gflop:.2f} GFLOP a step of {config.batch_size}")
@@ -252,12 +238,13 @@ def finetune(options: Options, say: Callable[[str], None], interrupt: Interrupt)
         bar = tqdm(total=total_steps, initial=freezer.steps, unit="step", disable=config.quiet, ncols=100)
         stack.enter_context(bar)
         log = stack.enter_context(Log(out / "log.jsonl", history, callbacks))
+        checkpoints = stack.enter_context(make_checkpoints(recovery, out, next(iter(figures))))
         flops = (lambda frozen: account.flops(frozen).total) if options.network.scan else None
         loop = Loop(log, freezer, step, flops=flops, log_every=config.log_every)
 
-        def save() -> None:
+        def save(figures: Mapping[str, float] | None = None) -> None:
             loop.drain()  # no state is saved that is later than a loss which nobody has seen
-            save_checkpoint(freezer, out)
+            checkpoints.save(freezer, figures)
 
         read_ahead = stack.enter_context(Prefetch(batches()))
         for done in loop.run(interrupt.checked(read_ahead, on_interrupt=save)):
@@ -270,6 +257,8 @@ def finetune(options: Options, say: Callable[[str], None], interrupt: Interrupt)
                 log.add(Evaluation(done, evaluate(model)))
                 found = ", ".join(f"{name} {value:.4f}" for name, value in log.run.metrics.items())
                 bar.write(f"epoch {done // data.steps_per_epoch}: {found}", file=sys.stdout)
+                save(log.run.metrics)
+            elif checkpoints.is_due(done):
                 save()
 
     weights.save(model, out / "model.safetensors", overwrite=True)
@@ -291,7 +280,7 @@ def main(argv: list[str] | None = None) -> int:
     out = options.run.out
 
     def work(interrupt: Interrupt) -> None:
-        if (out / "log.jsonl").exists() and not options.run.resume:
+        if (out / "log.jsonl").exists() and not options.recovery.resume:
             raise FileExistsError(f"out: {out} holds a run; go on with it with --resume, or choose another folder")
         finetune(options, print, interrupt)
 

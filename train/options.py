@@ -16,6 +16,7 @@ from train.loop import LOG_EVERY
 from train.networks import NetworkConfig
 from train.optimizers import OptimizerConfig
 from train.policies import PolicyConfig, Stages
+from train.recovery.config import Every, RecoveryConfig, read_every
 
 KeepActivations = Literal["no", "device", "host"]
 
@@ -44,8 +45,6 @@ class RunConfig:
     """of initialisation, order, augmentation and dropout"""
     keep_activations: KeepActivations = "no"
     """where activations of frozen front layers are kept, so that these run once for every example, if that pays"""
-    resume: bool = False
-    """go on from the last checkpoint in --out, or, before the first, from the start"""
     baseline: Path | None = None
     """--out of an earlier run, to compare with in the report"""
     keep_programs: Path | None = None
@@ -70,6 +69,7 @@ class Options:
     optimizer: OptimizerConfig
     policy: PolicyConfig
     run: RunConfig
+    recovery: RecoveryConfig
 
     def __post_init__(self) -> None:
         keeps = f"--keep-activations: got {self.run.keep_activations}, expected"
@@ -82,7 +82,7 @@ class Options:
         """All options by name, as JSON can hold them."""
         return {
             name: str(value) if isinstance(value, os.PathLike | tuple) else value
-            for config in (self.network, self.data, self.optimizer, self.policy, self.run)
+            for config in (self.network, self.data, self.optimizer, self.policy, self.run, self.recovery)
             for name, value in dataclasses.asdict(config).items()
         }
 
@@ -131,6 +131,20 @@ def _stages(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Stages] | None:
         instance_from_str=lambda texts: _read_stages(texts[0]),
         is_instance=lambda value: isinstance(value, tuple),
         str_from_instance=lambda stages: [",".join(f"{at:g}:{share:g}" for at, share in stages)],
+    )
+
+
+@_REGISTRY.primitive_rule
+def _every(info: PrimitiveTypeInfo) -> PrimitiveConstructorSpec[Every] | None:
+    """Steps, or a time with its unit, as one word."""
+    if set(get_args(info.type)) - {type(None)} != {Every}:
+        return None
+    return PrimitiveConstructorSpec(
+        nargs=1,
+        metavar="STEPS|TIME",
+        instance_from_str=lambda texts: read_every(texts[0]),
+        is_instance=lambda value: value is None or isinstance(value, Every),
+        str_from_instance=lambda every: [str(every)],
     )
 
 

@@ -20,9 +20,11 @@ from tests.learning.test_recording import example
 from tests.models.test_weights import assert_same, resnet, values
 from tests.support.boxes import unboxed
 from tests.support.buckets import buckets
-from train import command_line, finetune, log, resume
+from train import command_line, finetune, log
 from train.data import directory
 from train.options import parse
+from train.recovery import resume
+from train.recovery.checkpoints import Checkpoints
 
 ARGUMENTS = ["--model", "resnet50", "--data", "x", "--data-dir", "y"]
 
@@ -164,17 +166,26 @@ def test_a_log_in_an_object_store_is_whole_at_every_evaluation_and_at_the_end(bu
     assert log.read(path) == written.run
 
 
-def test_checkpoints_of_a_run_in_an_object_store(bucket):
+def test_checkpoints_of_a_run_in_an_object_store(bucket, tmp_path, monkeypatch):
     class Freezer:
-        def save(self, path):
-            path.mkdir(parents=True)
+        def contents(self):
+            return checkpoint.contents({"run": np.ones(2)}, "training run", {})
 
+    def mapped(folder, **options):
+        assert folder == "gs://bucket/checkpoints"
+        return original(tmp_path / "store/bucket/checkpoints", **options)
+
+    original = ocp.training.Checkpointer
+    monkeypatch.setattr(ocp.training, "Checkpointer", mapped)
     out = file_paths.as_path(bucket)
-    assert resume.last_checkpoint(out) is None
-    for Freezer.steps in (2, 3):
-        resume.save_checkpoint(Freezer(), out)
-        assert os.fspath(resume.last_checkpoint(out)) == f"gs://bucket/checkpoints/{Freezer.steps:08d}"
-    assert [path.name for path in (out / "checkpoints").iterdir()] == ["00000003"]
+    with log.Log(out / "log.jsonl", log.Run("never", ("a",))):
+        pass
+    assert resume.read_started(out, {}, print) == []
+    with Checkpoints(out / "checkpoints", keep_last=2) as checkpoints:
+        for Freezer.steps in (2, 3, 4):
+            checkpoints.save(Freezer())
+    found = resume.read_started(out, {}, print)
+    assert [os.fspath(path) for path in found] == [f"gs://bucket/checkpoints/0000000{step}" for step in (4, 3)]
 
 
 def test_the_command_line_of_finetune(home, capsys):

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from train import finetune, log, resume
+from train import finetune, log
 from train.data.metrics import metrics_of
 from train.options import parse
+from train.recovery import resume
 
 
 def options(*changed):
@@ -21,33 +22,33 @@ def write_log(folder, settings, steps=4, metrics=("accuracy",)):
         written.add(log.Evaluation(steps, dict.fromkeys(metrics, 0.5)))
 
 
-def test_a_run_is_resumed_as_it_was_started_and_its_log_read_until_the_checkpoint(tmp_path, capsys):
-    arguments = ["--epochs", "2", "--out", str(tmp_path / "run")]
-    write_log(tmp_path / "run", options(*arguments).settings())
-    assert resume.read_started(tmp_path / "run", options(*arguments).settings()) is None  # it starts again
-    checkpoint = tmp_path / "run/checkpoints/00000003"
-    checkpoint.mkdir(parents=True)
-    found, run = resume.read_started(tmp_path / "run", options(*arguments).settings())
-    assert (found, len(run.steps)) == (checkpoint, 3)
+def test_a_run_is_resumed_as_it_was_started(tmp_path, capsys):
+    run, said = tmp_path / "run", []
+    arguments = ["--epochs", "2", "--out", str(run)]
+    write_log(run, options(*arguments).settings())
+    assert resume.read_started(run, options(*arguments).settings(), said.append) == []  # it starts again
+    for step in (3, 20):
+        (run / f"checkpoints/{step:08d}").mkdir(parents=True)
+    (run / "checkpoints/00000021.orbax-checkpoint-tmp").mkdir()
+    there = [run / "checkpoints/00000020", run / "checkpoints/00000003"]
+    assert resume.read_started(run, options(*arguments).settings(), said.append) == there
     assert finetune.main(["--model", "resnet50", "--data", "x", "--data-dir", "y", "--resume", *arguments,
-                          "--optimizer", "adamw"]) == 2  # fmt: skip
-    assert "optimizer (was sgd, is adamw)" in capsys.readouterr().err
-    (tmp_path / "run/log.jsonl").unlink()
+                          "--optimizer", "adamw", "--quiet"]) == 2  # fmt: skip
+    assert "other options: optimizer (was sgd, is adamw); repeat" in capsys.readouterr().err
+    (run / "log.jsonl").unlink()
     with pytest.raises(FileNotFoundError, match=r"resume: .*log.jsonl is not there"):
-        resume.read_started(tmp_path / "run", options(*arguments).settings())
+        resume.read_started(run, options(*arguments).settings(), said.append)
 
 
-def test_a_checkpoint_of_the_same_step_is_not_replaced(tmp_path):
-    class Freezer:
-        steps = 3
-
-        def save(self, path):
-            path.mkdir(parents=True)
-
-    for steps in (2, 3, 3):
-        Freezer.steps = steps
-        resume.save_checkpoint(Freezer(), tmp_path)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["00000003"]
+def test_options_that_do_not_change_the_run_may_differ_and_are_said(tmp_path):
+    said = []
+    write_log(tmp_path / "run", options().settings())
+    changed = options("--resume", "--checkpoint-every", "10m", "--keep-best", "3", "--workers", "4")
+    resume.read_started(tmp_path / "run", changed.settings(), said.append)
+    (text,) = [text for text in said if "other options" in text]
+    for part in ("workers (was 0, is 4)", "checkpoint_every (was None, is 600s)", "keep_best (was 0, is 3)"):
+        assert part in text
+    assert "resume" not in text
 
 
 @pytest.mark.parametrize(("optimizer_steps", "log_steps"), [(7, 6), (6, 5)])
