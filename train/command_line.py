@@ -1,19 +1,29 @@
-"""What the command lines of all scripts share: types of paths, Ctrl-C between train steps, exit codes."""
+"""What the command lines of all scripts share: types of paths, Ctrl-C and SIGTERM between train steps, exit codes."""
 
 from __future__ import annotations
 
 import argparse
+import os
 import pathlib
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from types import FrameType, TracebackType
-from typing import TypeVar
+from typing import NoReturn, TypeVar
+
+import jax
+from jax.experimental import multihost_utils
 
 from smartfrz_jax.pytrees import file_paths
 from smartfrz_jax.pytrees.file_paths import Path, try_to_write
 
 T = TypeVar("T")
+
+# EX_TEMPFAIL of sysexits.h: the run was ended from outside, and the same command with --resume goes on.
+RESUME_ME = 75
+# Preemptible machines are taken away 30 seconds after SIGTERM.
+GRACE = 25.0
 
 
 def file_path(text: str) -> file_paths.Path:
@@ -49,45 +59,85 @@ def check_least(config: object, **least: float) -> None:
             raise ValueError(f"--{name.replace('_', '-')}: got {got}, expected at least {smallest}")
 
 
-class Interrupt:
-    """While it is entered, the first Ctrl-C is remembered until :meth:`check`; a second one acts at once.
+class Preempted(KeyboardInterrupt):
+    """The machine is about to be taken away: SIGTERM, as preemptible machines, SLURM and Kubernetes send it."""
 
-    So it comes between train steps: an exception in the midst of tracing or compiling can crash the process.
+
+class Interrupt:
+    """While it is entered, Ctrl-C and SIGTERM are remembered until :meth:`check`; a second Ctrl-C acts at once.
+
+    So they come between train steps: an exception in the midst of tracing or compiling can crash the process. If no
+    check comes within :data:`GRACE` seconds of SIGTERM, the process ends without one. Where several processes train
+    one network, JAX lets all notice the SIGTERM of one before the same step.
     """
 
     def __init__(self) -> None:
-        self._requested = False
+        self._requested = self._preempted = False
+        self._last_moment = threading.Timer(GRACE, _leave_in_a_step)
+        self._last_moment.daemon = True
 
     def __enter__(self) -> Interrupt:
-        self._previous = signal.signal(signal.SIGINT, self._request)
+        self._previous = [
+            (number, signal.signal(number, request))
+            for number, request in ((signal.SIGINT, self._request), (signal.SIGTERM, self._preempt))
+        ]
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        signal.signal(signal.SIGINT, self._previous)
+        self._last_moment.cancel()
+        for number, previous in self._previous:
+            signal.signal(number, previous)
 
     def _request(self, number: int, frame: FrameType | None) -> None:
         if self._requested:
             raise KeyboardInterrupt
         self._requested = True
 
+    def _preempt(self, number: int, frame: FrameType | None) -> None:
+        if not self._preempted:
+            self._preempted = True
+            self._last_moment.start()
+
     def check(self, on_interrupt: Callable[[], object] | None = None) -> None:
-        """Raises ``KeyboardInterrupt`` if Ctrl-C was pressed.
+        """Raises ``KeyboardInterrupt`` if Ctrl-C was pressed, or :class:`Preempted`, which is one, after SIGTERM.
 
         Args:
             on_interrupt: Called before that; not by a second Ctrl-C, which may come at a moment when nothing fits.
         """
-        if self._requested:
+        if self._requested or self._preempted:
+            self._last_moment.cancel()
             if on_interrupt is not None:
                 on_interrupt()
-            raise KeyboardInterrupt
+            raise Preempted if self._preempted else KeyboardInterrupt
 
     def checked(self, items: Iterable[T], *, on_interrupt: Callable[[], object] | None = None) -> Iterator[T]:
         """The items, with a check before each; see :meth:`check`."""
-        for item in items:
+        for number, item in enumerate(items):
+            self._preempted |= multihost_utils.reached_preemption_sync_point(number)
             self.check(on_interrupt)
             yield item
+
+
+def _leave_in_a_step() -> None:
+    print(
+        f"SIGTERM: no step has ended for {GRACE:.0f} s; what was done since the last checkpoint is to be done again",
+        file=sys.stderr,
+        flush=True,
+    )
+    os._exit(RESUME_ME)
+
+
+def leave(code: int) -> NoReturn:
+    """Ends the process with an exit code; after SIGTERM at once, where Python would wait for what still compiles."""
+    if code == RESUME_ME:
+        if jax.distributed.is_initialized():
+            jax.distributed.shutdown()
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def exit_code(work: Callable[[Interrupt], object], out: Path, *, go_on: str) -> int:
@@ -99,7 +149,7 @@ def exit_code(work: Callable[[Interrupt], object], out: Path, *, go_on: str) -> 
         go_on: What to do after an interruption.
 
     Returns:
-        0, 2 if something that was asked for is wrong, 130 if it was interrupted.
+        0, 2 if something that was asked for is wrong, 130 if it was interrupted, :data:`RESUME_ME` after SIGTERM.
     """
     try:
         try_to_write(out)
@@ -110,6 +160,9 @@ def exit_code(work: Callable[[Interrupt], object], out: Path, *, go_on: str) -> 
     try:
         with Interrupt() as interrupt:
             work(interrupt)
+    except Preempted:
+        print(f"\nSIGTERM: the run is saved; {go_on}", file=sys.stderr)
+        return RESUME_ME
     except KeyboardInterrupt:
         print(f"\ninterrupted; {go_on}", file=sys.stderr)
         return 130

@@ -19,7 +19,7 @@ import smartfrz_jax as sfj
 from models import weights
 from smartfrz_jax.pytrees.file_paths import Path, is_remote
 from train import report
-from train.command_line import Interrupt, exit_code
+from train.command_line import Interrupt, exit_code, leave
 from train.data import Data, metrics
 from train.data.open import open_data
 from train.log import Evaluation, Log, Run
@@ -30,6 +30,7 @@ from train.options import KeepActivations, Options, RunConfig, parse
 from train.policies import layer_rates, make_policy
 from train.prefetch import Prefetch
 from train.recovery.checkpoints import make_checkpoints
+from train.recovery.lock import only_run_in
 from train.recovery.resume import read_baseline, read_started, restore_newest
 
 
@@ -275,17 +276,18 @@ def write_report(runs: list[Run], out: Path, title: str, versions: str) -> str:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Runs the script; returns the exit code: 0, 2 if something asked for is wrong, 130 if interrupted."""
+    """Runs the script; returns the exit code: 0, 2 if something is wrong, 130 after Ctrl-C, 75 after SIGTERM."""
     options = parse(argv)
     out = options.run.out
 
     def work(interrupt: Interrupt) -> None:
-        if (out / "log.jsonl").exists() and not options.recovery.resume:
-            raise FileExistsError(f"out: {out} holds a run; go on with it with --resume, or choose another folder")
-        finetune(options, print, interrupt)
+        with only_run_in(out):
+            if (out / "log.jsonl").exists() and not options.recovery.resume:
+                raise FileExistsError(f"out: {out} holds a run; go on with it with --resume, or choose another folder")
+            finetune(options, print, interrupt)
 
     return exit_code(work, out, go_on=f"go on with --resume --out {out}")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -2,9 +2,12 @@
 
 import argparse
 import signal
+import subprocess
+import sys
 
 import pytest
 
+from train import command_line
 from train.command_line import Interrupt, exit_code, resumable
 
 
@@ -21,6 +24,45 @@ def test_a_run_is_saved_only_between_steps(presses):
     with Interrupt() as interrupt, pytest.raises(KeyboardInterrupt):
         train(interrupt)
     assert (done, saved) == (([0, 1, 2], [3]) if presses == 1 else ([0, 1], []))
+
+
+def test_sigterm_in_a_step_is_taken_after_it_however_often_it_comes(tmp_path, capsys):
+    done, saved = [], []
+
+    def train(interrupt):
+        for step in interrupt.checked(range(5), on_interrupt=lambda: saved.append(len(done))):
+            for _ in range(2 if step == 2 else 0):
+                signal.raise_signal(signal.SIGTERM)
+            done.append(step)
+
+    before = signal.getsignal(signal.SIGTERM)
+    assert exit_code(train, tmp_path, go_on="call again") == command_line.RESUME_ME == 75
+    assert (done, saved) == ([0, 1, 2], [3])
+    assert capsys.readouterr().err == "\nSIGTERM: the run is saved; call again\n"
+    assert signal.getsignal(signal.SIGTERM) is before
+
+
+_ENDLESS = """
+import signal, sys, threading, time
+from train import command_line
+def work(interrupt):
+    signal.raise_signal(signal.SIGTERM)
+    if {in_a_step}:
+        threading.Event().wait()
+    threading.Thread(target=time.sleep, args=(1000,)).start()
+    interrupt.check()
+command_line.GRACE = 0.2
+command_line.leave(command_line.exit_code(work, command_line.file_path(sys.argv[1]), go_on="call again"))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("in_a_step", "says"), [(True, "no step has ended"), (False, "the run is saved; call again")])
+def test_after_sigterm_no_step_and_no_thread_is_waited_for(tmp_path, in_a_step, says):
+    command = [sys.executable, "-c", _ENDLESS.format(in_a_step=in_a_step), str(tmp_path)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
+    assert ended.returncode == 75, ended.stderr
+    assert says in ended.stderr
 
 
 @pytest.mark.parametrize(
