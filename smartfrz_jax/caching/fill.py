@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from smartfrz_jax.caching.split_loss import Grown
@@ -32,10 +33,20 @@ class Source(NamedTuple):
     def batches(self, size: int) -> Iterator[tuple[int, np.ndarray]]:
         """A view and which of its examples are stored, in batches; of the last one some may be in it twice."""
         for view in range(self.store.filled.shape[1]):
-            rows = np.flatnonzero(self.store.filled[:, view])
-            count = -(-len(rows) // size)
-            for batch in np.split(np.resize(rows, count * size), count) if count else []:
+            for batch in in_parts(np.flatnonzero(self.store.filled[:, view]), size):
                 yield view, batch
+
+
+class Base(NamedTuple):
+    """By way of which activations others are computed.
+
+    Attributes:
+        computed: A function of ``(params, inputs, dtype)`` to these.
+        grown: From these to the others.
+    """
+
+    computed: Callable[..., tuple[jax.Array, ...]]
+    grown: Grown
 
 
 class Part(NamedTuple):
@@ -50,27 +61,25 @@ class Part(NamedTuple):
     source: Source | None
 
 
-def missing(store: ActivationCache, source: Source | None, indices: np.ndarray, view: int) -> list[Part]:
-    """What of a batch is to be computed, in parts of two sizes, as every size is a program.
+def missing(store: ActivationCache, source: Source | None, indices: np.ndarray, view: int, size: int) -> list[Part]:
+    """What of a batch is to be computed, in parts of one size, as every size is a program with a rounding of its own.
 
     Args:
         store: What is there.
         source: What is there of the frozen set before.
         indices: Which examples of the data set the batch has.
         view: Which view of them.
+        size: Examples in a part.
     """
     absent = ~store.stored(indices, view)
     there = np.zeros_like(absent) if source is None else absent & source.store.stored(indices, view)
-    parts = [Part(rows, None) for rows in _in_parts(np.flatnonzero(absent & ~there), len(indices))]
+    parts = [Part(rows, None) for rows in in_parts(np.flatnonzero(absent & ~there), size)]
     if source is not None and source.needs_no_inputs:
         return parts
-    return parts + [Part(rows, source) for rows in _in_parts(np.flatnonzero(there), len(indices))]
+    return parts + [Part(rows, source) for rows in in_parts(np.flatnonzero(there), size)]
 
 
-def _in_parts(rows: np.ndarray, n: int) -> list[np.ndarray]:
-    """Rows, in quarters of a batch, or all at once if they take all four, filled up with rows that are there."""
-    quarter = max(2, -(-n // 4))
-    parts = -(-len(rows) // quarter)
-    if parts * quarter >= n:
-        return [rows if len(rows) == n else np.resize(rows, n)]
-    return np.split(np.resize(rows, parts * quarter), parts) if parts else []
+def in_parts(rows: np.ndarray, size: int) -> list[np.ndarray]:
+    """Rows in parts of that size, the last one filled up with rows that are there."""
+    parts = -(-len(rows) // size)
+    return np.split(np.resize(rows, parts * size), parts) if parts else []

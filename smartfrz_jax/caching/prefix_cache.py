@@ -10,10 +10,10 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
-from smartfrz_jax.caching.fill import Source, missing
+from smartfrz_jax.caching.fill import Base, Source, missing
 from smartfrz_jax.caching.loss_adapter import Hold, PytreeLoss
 from smartfrz_jax.caching.split_loss import Grown, SplitLoss
-from smartfrz_jax.caching.store import ActivationCache, Place, check_place
+from smartfrz_jax.caching.store import ActivationCache, Place, check_place, narrowed
 from smartfrz_jax.freezing.frozen import Frozen, check_frozen
 from smartfrz_jax.pytrees import checks
 from smartfrz_jax.pytrees.types import PyTree
@@ -111,6 +111,7 @@ class PrefixCache:
         self._loss, self.views = loss, views
         self.store: ActivationCache | None = None
         self._source: Source | None = None
+        self._base: Base | None = None
         self._kept: dict[str, Any] = {}
 
     @property
@@ -217,8 +218,9 @@ class PrefixCache:
     ) -> tuple[jax.Array, ...]:
         """The activations of a batch: looked up where they are there, else computed and kept.
 
-        What is missing of a batch is computed a quarter of a batch at a time, or all at once. Where the frozen set has
-        grown, what is stored of the set before comes first, all of it, if nothing else is needed for that.
+        What is missing is computed a quarter of a batch at a time, by one program whatever is missing: an example's
+        activations have the same bits whenever they are computed. Where the frozen set has grown, what is stored of the
+        set before comes first, all of it, if nothing else is needed for that; the rest is computed by way of that set.
 
         Args:
             params: Parameters.
@@ -234,14 +236,14 @@ class PrefixCache:
         """
         store, indices = self._checked_store(), np.asarray(indices)
         if self._source is not None and self._source.needs_no_inputs:
-            for of_view, rows in self._source.batches(self._loss.split.examples):
+            for of_view, rows in self._source.batches(self._loss.part):
                 taken = self._source.store.take(rows, of_view)
                 store.put(rows, self._source.grown(params, taken), of_view)
             self._source = None
-        for part in missing(store, self._source, indices, view):
+        for part in missing(store, self._source, indices, view, self._loss.part):
             some = self._loss.rows_of(inputs, part.rows, len(indices))
             if part.source is None:
-                activations = self.activations(params, *some)
+                activations = self._computed(params, some, self._kept["dtype"])
             else:
                 activations = part.source.grown(params, part.source.store.take(indices[part.rows], view), *some)
             store.put(indices[part.rows], activations, view)
@@ -262,8 +264,8 @@ class PrefixCache:
         source, flops = self._source, 0.0
         grown = 0.0 if source is None else self.build_flops - source.build_flops
         if source is not None and source.needs_no_inputs:
-            flops += grown * sum(len(rows) for _, rows in source.batches(self._loss.split.examples))
-        parts = missing(self._checked_store(), source, np.asarray(indices), view)
+            flops += grown * sum(len(rows) for _, rows in source.batches(self._loss.part))
+        parts = missing(self._checked_store(), source, np.asarray(indices), view, self._loss.part)
         return flops + sum(len(part.rows) * (self.build_flops if part.source is None else grown) for part in parts)
 
     def follow(self, params: PyTree, frozen: Frozen, *, place: Place | str | None = None) -> PrefixCache:
@@ -312,11 +314,31 @@ class PrefixCache:
             check_place(place)
         if old.store is None:
             return
-        grown = self.grown_from(old)
+        self.build_on(old)
         self.keep(**{**old._kept, **({} if place is None else {"place": place})})
-        if grown is not None:
-            self._source = Source(old.store, grown, old.build_flops)
+        if self._base is not None:
+            self._source = Source(old.store, self._base.grown, old.build_flops)
         old.store, old._source = None, None  # not before: if there is no room, that cache goes on
+
+    def build_on(self, old: PrefixCache) -> None:
+        """Computes activations by way of those of another cache, as after :meth:`take_over`, whose store is not needed.
+
+        A run that goes on from a checkpoint does so with a cache for each frozen set that it had, in order, and
+        computes what it had stored by the programs that it had used.
+
+        Args:
+            old: The cache for another frozen set, of the same loss. If the way from the inputs does not lead by its
+                activations, nothing changes.
+        """
+        grown = self.grown_from(old)
+        self._base = None if grown is None else Base(old._computed, grown)
+
+    def _computed(self, params: PyTree, inputs: tuple[Any, ...], dtype: DTypeLike | None) -> tuple[jax.Array, ...]:
+        """Activations of a part of a batch, by the programs by which others were computed before."""
+        if self._base is None:
+            return self.activations(params, *inputs)
+        before = self._base.computed(params, inputs, dtype)
+        return self._base.grown(params, narrowed(before, dtype), *inputs)
 
     def _checked_store(self) -> ActivationCache:
         if self.store is None:

@@ -62,7 +62,9 @@ class SplitLoss:
         self._inputs = jax.tree.map(_shape, inputs)
         self._examples = example_axis.count(inputs, self._state_inputs)
         self._run = jax.jit(self._activations, static_argnums=0)
-        self.split = self._split_for(*self._taken_apart(params), inputs)
+        static, variables = self._taken_apart(params)
+        self._traced_for = static, jax.tree.map(_shape, variables)
+        self.split = self._split_for(static, variables, inputs)
 
     def with_frozen(self, params: PyTree, frozen: Frozen) -> SplitLoss:
         """The same loss for another frozen set."""
@@ -87,6 +89,19 @@ class SplitLoss:
             check_of_layers(check_leaves(variables, "params"), self.frozen.layers)
             self._structure = structure
         return static, variables
+
+    @functools.cached_property
+    def part(self) -> int:
+        """Examples of which activations are computed together, whenever some of a batch are missing.
+
+        A quarter of a batch as ``inputs``; all of it if frozen layers compute with the number of examples.
+        """
+        quarter = max(2, -(-self._examples // 4))
+        try:
+            self._checked(self._split_for(*self._traced_for, self._completed((), quarter)[0]))
+        except ValueError:
+            return self._examples
+        return quarter
 
     def rows_of(self, inputs: tuple[Any, ...], rows: np.ndarray, n: int) -> tuple[Any, ...]:
         """Some examples of a batch of ``n``."""

@@ -234,10 +234,7 @@ class ActivationCache:
             raise ValueError(
                 f"activations: got shapes {got}, expected {expected}; pass what PrefixCache.activations returns"
             )
-        narrowed, overflows = _narrowed(list(activations), tuple(shape.dtype for shape in self._shapes))
-        if overflows is not None and bool(overflows):
-            raise ValueError("activations: some are beyond 65504, the largest float16; store them as bfloat16")
-        self._store.put(self._rows(indices, view), narrowed)
+        self._store.put(self._rows(indices, view), _cast(activations, [shape.dtype for shape in self._shapes]))
         self.filled[indices, view] = True
 
     def take(self, indices: Int[np.ndarray, " n"], view: int = 0) -> tuple[jax.Array, ...]:
@@ -273,8 +270,29 @@ class ActivationCache:
         return check_indices(indices, view, *self.filled.shape)
 
 
+def narrowed(activations: Sequence[jax.Array], dtype: DTypeLike | None) -> list[jax.Array]:
+    """Activations in the dtypes in which they are stored.
+
+    Args:
+        activations: Arrays of shape ``(n, ...)``.
+        dtype: As of :class:`ActivationCache`.
+
+    Raises:
+        ValueError: If a value is too large for float16.
+    """
+    values = [jax.ShapeDtypeStruct(value.shape[1:], value.dtype) for value in activations]
+    return _cast(activations, [shape.dtype for shape in stored_shapes(values, 1, dtype)])
+
+
+def _cast(activations: Sequence[jax.Array], dtypes: Sequence[Any]) -> list[jax.Array]:
+    cast, overflows = _cast_and_overflows(list(activations), tuple(dtypes))
+    if overflows is not None and bool(overflows):
+        raise ValueError("activations: some are beyond 65504, the largest float16; store them as bfloat16")
+    return cast
+
+
 @functools.partial(jax.jit, static_argnums=1)
-def _narrowed(values: list[jax.Array], dtypes: tuple[Any, ...]) -> tuple[list[jax.Array], jax.Array | None]:
+def _cast_and_overflows(values: list[jax.Array], dtypes: tuple[Any, ...]) -> tuple[list[jax.Array], jax.Array | None]:
     """The values in other types, and whether some became infinite by it, where that can happen."""
     narrow = [value.astype(dtype) for value, dtype in zip(values, dtypes, strict=True)]
     became = [

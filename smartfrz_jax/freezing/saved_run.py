@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import operator
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from smartfrz_jax.callbacks.base import FreezeEvent
@@ -100,6 +101,30 @@ def check_run(run: PyTree) -> None:
             f"run: got {checks.got(run)}, expected a pytree with arrays: parameters, optimizer state and whatever else "
             "the run goes on with"
         )
+
+
+def frozen_sets(frozen: Frozen, events: Sequence[FreezeEvent]) -> list[tuple[int, Frozen]]:
+    """The frozen sets of a run, in order, each with the number of steps done before.
+
+    Args:
+        frozen: The last one.
+        events: What froze, and what trained again, until then.
+
+    Example:
+        >>> from smartfrz_jax.layers.layers import Layer, Layers
+        >>> layers = Layers((Layer("a", ("a",), ("a",)), Layer("b", ("b",), ("b",))))
+        >>> events = [FreezeEvent(3, ("a", "b")), FreezeEvent(7, (), ("b",))]
+        >>> for steps, frozen in frozen_sets(Frozen(layers, frozenset("a")), events):
+        ...     print(steps, sorted(frozen.names))
+        0 []
+        3 ['a', 'b']
+        7 ['a']
+    """
+    names, sets = frozen.names, dict[int, Frozen]()
+    for event in reversed(events):  # of several after one step the last counts
+        sets.setdefault(event.step, Frozen(frozen.layers, names))
+        names = names - {*event.names} | {*event.returned}
+    return sorted(({0: Frozen(frozen.layers, names)} | sets).items(), key=operator.itemgetter(0))
 
 
 def _check_policy_of(path: PathLike, saved: Mapping[str, Any], own: Mapping[str, Any]) -> None:

@@ -16,7 +16,7 @@ from smartfrz_jax.caching.split_loss import BatchSizeError
 from smartfrz_jax.caching.store import Storage, check_indices, check_room, stored_shapes
 from smartfrz_jax.cost.account import Account
 from smartfrz_jax.cost.check import SavingWarning
-from smartfrz_jax.freezing.frozen import Frozen
+from smartfrz_jax.freezing.frozen import Frozen, check_frozen
 from smartfrz_jax.jaxprs import example_axis
 from smartfrz_jax.nnx.layers import check_model
 from smartfrz_jax.nnx.optimizer import Optimizer
@@ -40,8 +40,8 @@ class CachedStep:
     ``SavingWarning`` says why, once for each cause; where it would not pay, it goes on without a word.
 
     Results are those of the plain step, up to the rounding of programs that XLA compiles apart. Activations are not
-    part of checkpoints: after restoring one, make another ``CachedStep``, which computes them anew. Of several devices,
-    each holds all that is stored.
+    part of checkpoints: after :meth:`restored`, which a Freezer that knows the step calls, they are computed anew, bit
+    for bit. Of several devices, each holds all that is stored.
 
     Args:
         make_step: From a loss function to a plain step, of ``(model, optimizer, *inputs)``, that calls it
@@ -123,6 +123,7 @@ class CachedStep:
         self._cached: TrainStep | None = None
         self._frozen: Frozen | None = None
         self._coming: _Coming | None = None
+        self._history: Sequence[tuple[int, Frozen]] = ()
         self._usual: tuple[Any, ...] | None = None
         self._done = 0
         self._waited = 0.0
@@ -170,7 +171,7 @@ class CachedStep:
             )
         model, *inputs = self._usual
         start = time.perf_counter()
-        cache = self._make(model, new.frozen, inputs)
+        cache = self._make(model, new.frozen, inputs, self._done)
         self._waited += time.perf_counter() - start
         if cache is None:
             return self._plain.compile_ahead(model, new, *inputs)
@@ -215,26 +216,59 @@ class CachedStep:
         self.flops = self.last.cost.flops
         return out
 
+    def restored(self, history: Sequence[tuple[int, Frozen]]) -> None:
+        """Says that the run goes on from a checkpoint: what is kept belongs to other parameters.
+
+        Activations are computed anew, by the programs by which the run had computed them, so that a run that was
+        interrupted ends with the bits of one that was not. For that the first batch must be as large as the first of
+        the run was, and what is stored must fit, now as then.
+
+        Args:
+            history: The frozen sets of the run until then, in order, each with the number of steps done before.
+        """
+        checks.instance(history, Sequence, "history", "pairs of a number of steps and a smartfrz_jax.Frozen")
+        for done, frozen in history:
+            checks.count(done, "history", least=0)
+            check_frozen(frozen)
+        if self._cached is not None:
+            self._waited += self._cached.wait_seconds
+        self._history = tuple(history)
+        self._frozen, self._coming, self._cached, self.cache = None, None, None, None
+
     def _follow(self, model: nnx.Module, optimizer: Optimizer, inputs: tuple[Any, ...]) -> None:
         """Makes the cache and the step for the frozen set of the optimizer, if that has changed."""
         if self._usual is None:
-            self._usual, self._done = arguments.of((model, *inputs)), int(optimizer.step[...])
+            self._usual = arguments.of((model, *inputs))
         if optimizer.frozen == self._frozen:
             return
+        if self._frozen is None:
+            self._done = int(optimizer.step[...])
         start = time.perf_counter()
         if self._cached is not None:
             self._waited += self._cached.wait_seconds
-        coming, old = self._coming, self.cache
+        coming, old = self._coming, self._rebuilt(model, inputs) if self._history else self.cache
         self._frozen, self._coming, self._cached, self.cache = optimizer.frozen, None, None, None
-        cache = self._make(model, optimizer.frozen, inputs)
-        if cache is not None and self._has_room(cache, old):
+        same = old is not None and old.frozen == optimizer.frozen
+        cache = old if same else self._make(model, optimizer.frozen, inputs, self._done)
+        if cache is not None and self._has_room(cache, None if same else old):
             prepared = coming is not None and coming.frozen == optimizer.frozen
             self._cached = coming.step if coming and prepared else self._step_from(cache)
             self.cache = cache
         self._waited += time.perf_counter() - start
 
-    def _make(self, model: nnx.Module, frozen: Frozen, inputs: Sequence[Any]) -> PrefixCache | None:
-        """A cache without a store; ``None`` if there can be none, or it would not pay."""
+    def _rebuilt(self, model: nnx.Module, inputs: Sequence[Any]) -> PrefixCache | None:
+        """The cache that the run had before it was interrupted, without its store."""
+        cache: PrefixCache | None = None
+        for done, frozen in self._history:
+            new = self._make(model, frozen, inputs, done)
+            if new is not None and cache is not None:
+                new.build_on(cache)
+            cache = new
+        self._history = ()
+        return cache
+
+    def _make(self, model: nnx.Module, frozen: Frozen, inputs: Sequence[Any], done: int) -> PrefixCache | None:
+        """A cache without a store; ``None`` if there can be none, or it would not pay after so many steps."""
         if not frozen.names:
             return None
         try:
@@ -244,7 +278,7 @@ class CachedStep:
             return None
         if self.account is None or self._total_steps is None:
             return cache
-        left = max(0, self._total_steps - self._done)
+        left = max(0, self._total_steps - done)
         return cache if break_even(self.account, cache, examples=self._examples, steps=left).pays else None
 
     def _step_from(self, cache: PrefixCache) -> TrainStep:
@@ -253,11 +287,13 @@ class CachedStep:
     def _has_room(self, cache: PrefixCache, old: PrefixCache | None) -> bool:
         """Makes room for the activations, where they can from those of the cache before."""
         try:
-            if old is None:
+            if old is not None and old.store is not None:
+                cache.take_over(old)
+            else:
+                if old is not None:
+                    cache.build_on(old)
                 where = self._storage
                 cache.keep(self._examples, place=where.place, dtype=where.dtype, budget=where.budget)
-            else:
-                cache.take_over(old)
         except ValueError as error:
             self._warn(error)
             return False

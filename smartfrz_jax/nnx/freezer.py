@@ -14,6 +14,7 @@ from flax import nnx
 from smartfrz_jax.callbacks.base import Callback, check_callbacks
 from smartfrz_jax.freezing import freezer
 from smartfrz_jax.freezing.frozen import Frozen
+from smartfrz_jax.freezing.saved_run import frozen_sets
 from smartfrz_jax.freezing.summary import Summary
 from smartfrz_jax.layers.select import Selectors
 from smartfrz_jax.nnx.cached_step import CachedStep
@@ -210,6 +211,8 @@ class Freezer(freezer.Freezer):
         nnx.update(self.optimizer, arrays["optimizer"])
         if optimizer.kept is not None:
             optimizer.kept.load(arrays["optimizer"]["kept_version"], arrays["kept"])
+        if isinstance(self._train_step, CachedStep):
+            self._train_step.restored(frozen_sets(self.frozen, self.events))
 
     def _arrays(self) -> dict[str, Any]:
         arrays = {"model": nnx.as_pure(nnx.state(self.model)), "optimizer": nnx.as_pure(nnx.state(self.optimizer))}

@@ -87,6 +87,7 @@ DOORS = [
     Door("PrefixCache.fetch_flops", lambda: {"indices": INDICES}, on=kept),
     Door("PrefixCache.follow", lambda: {"params": params(), "frozen": frozen("a", "b")}, on=cache),
     Door("PrefixCache.take_over", lambda: {"old": kept()}, on=cache),
+    Door("PrefixCache.build_on", lambda: {"old": kept()}, on=lambda: prefix()),
     Door("PrefixCache.grown_from", lambda: {"old": kept()}, on=cache),
     Door(
         "nnx.PrefixCache",
@@ -104,6 +105,7 @@ DOORS = [
     ),
     Door("nnx.CachedStep.program", loop, on=step, unchecked={"indices": "not looked at"}),
     Door("nnx.CachedStep.prepare", lambda: {"owner": scenes.optimizer(), "new": scenes.optimizer()}, on=step),
+    Door("nnx.CachedStep.restored", lambda: {"history": [(0, nnx_frozen())]}, on=lambda: cached()),
     Door("nnx.CachedStep.__call__", loop, on=step),
     Door(
         "caching.break_even",
