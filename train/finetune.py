@@ -13,15 +13,19 @@ import jax
 import numpy as np
 import optax
 from flax import nnx
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 import smartfrz_jax as sfj
 from models import weights
+from smartfrz_jax.pytrees import hosts
 from smartfrz_jax.pytrees.file_paths import Path, is_remote
 from train import report
 from train.command_line import Interrupt, exit_code, leave
 from train.data import Data, metrics
 from train.data.open import open_data
+from train.devices import processes
+from train.devices.mesh import make_mesh, place_module
 from train.log import Evaluation, Log, Run
 from train.loop import Loop, make_step
 from train.networks import NetworkConfig, make_network
@@ -92,7 +96,7 @@ def make_evaluation(data: Data, figures: dict[str, metrics.Metric]) -> Callable[
         evaluated.eval()
         counts = np.zeros((data.num_classes, data.num_classes), np.int64)
         for batch in data.evaluation_batches():
-            counts += np.asarray(counts_of(evaluated, *batch))
+            counts += hosts.fetch(counts_of(evaluated, *batch))
         return {name: figure(counts) for name, figure in figures.items()}
 
     return evaluate
@@ -128,8 +132,8 @@ def make_model(config: NetworkConfig, *, image_size: int, num_classes: int, seed
     return model
 
 
-def make_training(options: Options, data: Data) -> Training:
-    """All that a run trains with, from its options and its training set.
+def make_training(options: Options, data: Data, mesh: Mesh | None = None) -> Training:
+    """All that a run trains with, from its options, its training set and the devices.
 
     Raises:
         FileNotFoundError: If weights or a predictor are not there.
@@ -139,6 +143,8 @@ def make_training(options: Options, data: Data) -> Training:
     total_steps = run.epochs * data.steps_per_epoch
     sizes = {"image_size": options.data.image_size, "num_classes": data.num_classes, "seed": run.seed}
     model = make_model(options.network, **sizes)
+    if mesh is not None:
+        place_module(model, mesh)
     first = data.batch(0)
     example = data.prepare(first.inputs)
     layers = sfj.nnx.find_layers(model, *example)
@@ -151,6 +157,8 @@ def make_training(options: Options, data: Data) -> Training:
         outputs_of = sfj.nnx.features(model, layers, *example)
         known = make_network(options.network, **sizes)
         weights.load(known, policy_config.reference)
+        if mesh is not None:
+            place_module(known, mesh)
         features, reference = (lambda model: outputs_of(model, *example)), outputs_of(known, *example)
     policy = make_policy(
         policy_config,
@@ -162,6 +170,8 @@ def make_training(options: Options, data: Data) -> Training:
         probe=sfj.nnx.probe(model, loss_fn, example, first.labels),
     )
     optimizer = sfj.nnx.Optimizer(model, tx, layers=layers)
+    if mesh is not None:
+        place_module(optimizer, mesh)
     step = make_train_step(data, account, total_steps, run.keep_activations)
     freezer = sfj.nnx.Freezer(
         model,
@@ -192,6 +202,19 @@ def make_callbacks(config: RunConfig, settings: dict[str, Any]) -> list[sfj.call
     return made
 
 
+def batches_of(data: Data, start: int, stop: int, keep_activations: KeepActivations) -> Iterator[tuple[Any, ...]]:
+    """The arguments of the steps from ``start`` to ``stop``, behind model and optimizer."""
+    for step, batch in zip(range(start, stop), data.batches(start, stop), strict=True):
+        indices = () if keep_activations == "no" else (data.indices(step),)
+        yield *indices, data.key(step), batch.inputs, batch.labels
+
+
+def versions_of(mesh: Mesh | None) -> str:
+    """What a run is made with, and runs on."""
+    devices = f" x {mesh.size}" if mesh is not None else ""
+    return f"jax {jax.__version__}, Python {platform.python_version()}, {jax.devices()[0].device_kind}{devices}"
+
+
 def finetune(options: Options, say: Callable[[str], None], interrupt: Interrupt) -> None:
     """The whole run; writes into ``--out`` as it goes.
 
@@ -211,34 +234,30 @@ def finetune(options: Options, say: Callable[[str], None], interrupt: Interrupt)
     started = read_started(out, settings, say) if recovery.resume else []
     if config.keep_programs is not None:
         sfj.enable_compilation_cache(config.keep_programs)
+    mesh = make_mesh(options.devices.mesh, batch_size=config.batch_size)
     data, evaluation_data = open_data(
-        options.data, options.network.reads, batch_size=config.batch_size, seed=config.seed
+        options.data, options.network.reads, batch_size=config.batch_size, seed=config.seed, mesh=mesh
     )
     total_steps = config.epochs * data.steps_per_epoch
     figures = metrics.metrics_of(options.data.data)
     baseline = [] if config.baseline is None else [read_baseline(config.baseline, settings, total_steps, figures)]
-    model, _, freezer, step, account = make_training(options, data)
+    model, _, freezer, step, account = make_training(options, data, mesh)
     history = Run(options.policy.policy, freezer.layers.names, settings)
     if started:
         history = restore_newest(freezer, out, started, say)
-    versions = f"jax {jax.__version__}, Python {platform.python_version()}, {jax.devices()[0].device_kind}"
+    first, versions = processes.is_first(), versions_of(mesh)
     layers, gflop = len(freezer.layers), account.flops().total / 1e9
     say(f"{options.network.model}: {layers} layers, {gflop:.2f} GFLOP a step of {config.batch_size}")
     say(f"{options.data.data}: {data.steps_per_epoch} steps an epoch, {total_steps} in all ({versions})")
 
     evaluate = make_evaluation(evaluation_data, figures)
 
-    def batches() -> Iterator[tuple[Any, ...]]:
-        steps = range(freezer.steps, total_steps)
-        for at, batch in zip(steps, data.batches(freezer.steps, total_steps), strict=True):
-            indices = () if config.keep_activations == "no" else (data.indices(at),)
-            yield *indices, data.key(at), batch.inputs, batch.labels
-
+    processes.wait_for_all("before the log is written")  # which all have read, or looked for
     with ExitStack() as stack:
-        callbacks = [stack.enter_context(callback) for callback in make_callbacks(config, settings)]
-        bar = tqdm(total=total_steps, initial=freezer.steps, unit="step", disable=config.quiet, ncols=100)
+        callbacks = [stack.enter_context(callback) for callback in (make_callbacks(config, settings) if first else ())]
+        bar = tqdm(total=total_steps, initial=freezer.steps, unit="step", disable=config.quiet or not first, ncols=100)
         stack.enter_context(bar)
-        log = stack.enter_context(Log(out / "log.jsonl", history, callbacks))
+        log = stack.enter_context(Log(out / "log.jsonl" if first else None, history, callbacks))
         checkpoints = stack.enter_context(make_checkpoints(recovery, out, next(iter(figures))))
         flops = (lambda frozen: account.flops(frozen).total) if options.network.scan else None
         loop = Loop(log, freezer, step, flops=flops, log_every=config.log_every)
@@ -247,7 +266,9 @@ def finetune(options: Options, say: Callable[[str], None], interrupt: Interrupt)
             loop.drain()  # no state is saved that is later than a loss which nobody has seen
             checkpoints.save(freezer, figures)
 
-        read_ahead = stack.enter_context(Prefetch(batches()))
+        read_ahead = stack.enter_context(
+            Prefetch(batches_of(data, freezer.steps, total_steps, config.keep_activations))
+        )
         for done in loop.run(interrupt.checked(read_ahead, on_interrupt=save)):
             bar.update()
             if history.steps:
@@ -257,14 +278,18 @@ def finetune(options: Options, say: Callable[[str], None], interrupt: Interrupt)
                 loop.drain()
                 log.add(Evaluation(done, evaluate(model)))
                 found = ", ".join(f"{name} {value:.4f}" for name, value in log.run.metrics.items())
-                bar.write(f"epoch {done // data.steps_per_epoch}: {found}", file=sys.stdout)
+                if first:
+                    bar.write(f"epoch {done // data.steps_per_epoch}: {found}", file=sys.stdout)
                 save(log.run.metrics)
             elif checkpoints.is_due(done):
                 save()
 
-    weights.save(model, out / "model.safetensors", overwrite=True)
-    table = write_report([*baseline, log.run], out, f"{options.network.model} on {options.data.data}", versions)
-    say(f"\n{table}\n\neverything is in {out} ({time.perf_counter() - begin:.0f} s in all)")
+    trained = processes.whole(model)
+    if first:
+        weights.save(trained, out / "model.safetensors", overwrite=True)
+        table = write_report([*baseline, log.run], out, f"{options.network.model} on {options.data.data}", versions)
+        say(f"\n{table}\n\neverything is in {out} ({time.perf_counter() - begin:.0f} s in all)")
+    processes.wait_for_all("at the end")  # where none waits long for the others
 
 
 def write_report(runs: list[Run], out: Path, title: str, versions: str) -> str:
@@ -281,12 +306,18 @@ def main(argv: list[str] | None = None) -> int:
     out = options.run.out
 
     def work(interrupt: Interrupt) -> None:
+        if options.devices.distributed:
+            processes.start()
         with only_run_in(out):
             if (out / "log.jsonl").exists() and not options.recovery.resume:
                 raise FileExistsError(f"out: {out} holds a run; go on with it with --resume, or choose another folder")
-            finetune(options, print, interrupt)
+            finetune(options, print if processes.is_first() else _no_one, interrupt)
 
     return exit_code(work, out, go_on=f"go on with --resume --out {out}")
+
+
+def _no_one(text: str) -> None:
+    """Prints nothing: the first process does."""
 
 
 if __name__ == "__main__":

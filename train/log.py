@@ -27,9 +27,9 @@ class Step(NamedTuple):
         policy_seconds: Of these, seconds that the loop spent on the policy: dispatching what it computes, waiting for
             verdicts, moving the optimizer state. What the device computes for it meanwhile is not told apart.
         frozen: Number of layers frozen in it.
-        flops: FLOPs of its compiled program, and of activations that it computed to be kept; predicted where blocks are
+        flops: FLOPs of its compiled program on all devices, and of activations to be kept; predicted where blocks are
             scanned, of which XLA counts one.
-        peak_bytes: Bytes that program needs: parameters, optimizer state, batch, temporary buffers.
+        peak_bytes: Bytes that program needs on a device: parameters, optimizer state, batch, temporary buffers.
     """
 
     step: int
@@ -192,8 +192,9 @@ class Log:
     attributes of :class:`Run`, :class:`Step`, :class:`Compiled`, ``FreezeEvent`` and :class:`Evaluation`.
 
     Args:
-        path: The file. It is written anew; one that is there stays whole until all the run has is written. In an object
-            store, where nothing can be added to a file, it is written again at every evaluation and at the end.
+        path: The file; None for a run that another process writes down. It is written anew; one that is there stays
+            whole until all the run has is written. In an object store, where nothing can be added to a file, it is
+            written again at every evaluation and at the end.
         run: The run; lines are written for what it has already.
         callbacks: What is told of every step, of the figures of every evaluation, and of what freezes.
 
@@ -203,14 +204,18 @@ class Log:
     A context manager, which closes the file.
     """
 
-    def __init__(self, path: Path, run: Run, callbacks: Sequence[sfj.callbacks.Callback] = ()):
+    def __init__(self, path: Path | None, run: Run, callbacks: Sequence[sfj.callbacks.Callback] = ()):
         self.run, self._callbacks = run, callbacks
         lines = [_line("run", {"name": run.name, "layers": run.layers, "settings": run.settings})]
         for event, (field, _) in _KINDS.items():
             lines += [_line(event, item._asdict()) for item in getattr(run, field)]
-        write_whole(path, "".join(lines))
         self._path, self._lines = path, lines
-        self._file: TextIO | None = None if is_remote(path) else path.open("a")  # pyright: ignore[reportAttributeAccessIssue]
+        self._file: TextIO | None = None
+        if path is None:
+            return
+        write_whole(path, "".join(lines))
+        if not is_remote(path):
+            self._file = path.open("a")  # pyright: ignore[reportAttributeAccessIssue]
 
     def add(self, *items: Step | Compiled | sfj.FreezeEvent | Evaluation) -> None:
         """Adds what happened to the run and to the file."""
@@ -222,7 +227,7 @@ class Log:
         if self._file is not None:
             self._file.write("".join(lines))
             self._file.flush()
-        else:
+        elif self._path is not None:
             self._lines += lines
             if any(isinstance(item, Evaluation) for item in items):
                 write_whole(self._path, "".join(self._lines))
@@ -236,7 +241,7 @@ class Log:
     def __exit__(self, *error: object) -> None:
         if self._file is not None:
             self._file.close()
-        else:
+        elif self._path is not None:
             write_whole(self._path, "".join(self._lines))
 
 

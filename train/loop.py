@@ -146,7 +146,7 @@ class Loop:
     def _flops_of(self, program: Program) -> float:
         if isinstance(self._train_step, sfj.nnx.CachedStep):
             return self._train_step.flops
-        return program.cost.flops if self._flops is None else self._flops(program.frozen)
+        return program.cost.flops * program.cost.devices if self._flops is None else self._flops(program.frozen)
 
     def _wait(self, most: int) -> None:
         """Until at most so many steps are in flight."""

@@ -12,6 +12,7 @@ from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, Pri
 from smartfrz_jax.pytrees.file_paths import Path, as_path
 from train.command_line import check_least
 from train.data.open import DataConfig
+from train.devices.config import DeviceConfig
 from train.loop import LOG_EVERY
 from train.networks import NetworkConfig
 from train.optimizers import OptimizerConfig
@@ -70,6 +71,7 @@ class Options:
     policy: PolicyConfig
     run: RunConfig
     recovery: RecoveryConfig
+    devices: DeviceConfig
 
     def __post_init__(self) -> None:
         keeps = f"--keep-activations: got {self.run.keep_activations}, expected"
@@ -82,7 +84,7 @@ class Options:
         """All options by name, as JSON can hold them."""
         return {
             name: str(value) if isinstance(value, os.PathLike | tuple) else value
-            for config in (self.network, self.data, self.optimizer, self.policy, self.run, self.recovery)
+            for config in (self.network, self.data, self.optimizer, self.policy, self.run, self.recovery, self.devices)
             for name, value in dataclasses.asdict(config).items()
         }
 

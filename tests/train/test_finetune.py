@@ -30,7 +30,7 @@ def images(shared, tmp_path):
     return [
         "--model", "efficientnet-lite0", "--weights", str(shared / "data/weights/efficientnet_lite0.safetensors"),
         "--data", "cifar10", "--data-dir", str(shared / "data/tfds"), "--image-size", "32", "--quiet",
-        "--evaluation-split", "test[:100]", "--out", str(tmp_path / "run"),
+        "--evaluation-split", "test[:100]", "--mesh", "data=1", "--out", str(tmp_path / "run"),
     ]  # fmt: skip
 
 
@@ -41,7 +41,7 @@ def sentences(shared, minilm, tmp_path):
         "--model", "minilm", "--weights", str(minilm / "model.safetensors"), "--vocab", str(minilm / "vocab.txt"),
         "--data", "glue/cola", "--data-dir", str(shared / "data/tfds"), "--max-tokens", "12", "--quiet",
         "--evaluation-split", "validation[:40]", "--optimizer", "adamw", "--learning-rate", "3e-4",
-        "--out", str(tmp_path / "run"),
+        "--mesh", "data=1", "--out", str(tmp_path / "run"),
     ]  # fmt: skip
 
 
@@ -51,7 +51,8 @@ def few_blocks(shared, tmp_path, monkeypatch):
     monkeypatch.setattr(networks, "deit_tiny", partial(deit_tiny, depth=2, drop_path=0.2, dropout=0.1))
     return [
         "--model", "deit-tiny", "--data", "cifar10", "--data-dir", str(shared / "data/tfds"), "--image-size", "32",
-        "--quiet", "--evaluation-split", "test[:10]", "--optimizer", "adamw", "--out", str(tmp_path / "run"),
+        "--quiet", "--evaluation-split", "test[:10]", "--optimizer", "adamw", "--mesh", "data=1",
+        "--out", str(tmp_path / "run"),
     ]  # fmt: skip
 
 

@@ -49,7 +49,7 @@ class Steps:
 
     last = SimpleNamespace(
         frozen="nothing", waited=0.0, ahead=False,
-        cost=SimpleNamespace(flops=5.0, peak_bytes=6, trace_seconds=0.0, compile_seconds=0.0),
+        cost=SimpleNamespace(flops=5.0, devices=1, peak_bytes=6, trace_seconds=0.0, compile_seconds=0.0),
     )  # fmt: skip
     model, optimizer, policy_state, programs = nnx.Linear(1, 1, rngs=nnx.Rngs(0)), nnx.Dict(), (), ()
 

@@ -45,6 +45,7 @@ def options(*changed):
             "--keep-activations: got host, expected no --scan",
         ),
         (["--batch-norm", "fixed"], "--batch-norm: got fixed, which keeps the statistics of --weights, expected these"),
+        (["--mesh", "model=2"], "--mesh: got 'model=2', expected numbers of devices for the axes data and fsdp"),
         (["--help"], "--evaluations-per-epoch"),
     ],
 )

@@ -8,8 +8,10 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import jax
 import numpy as np
+from jax.sharding import Mesh
 
-from train.data.order import Order, steps_in_order
+from train.data.order import Order, in_order, steps_in_order
+from train.data.share import Share
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, Key
@@ -41,11 +43,14 @@ class Data(abc.ABC):
     Args:
         order: Which examples are in the batch of a step.
         num_classes: Number of classes.
+        mesh: The devices that share the examples of a batch, perhaps of several processes, of which each reads its
+            own; the one that JAX takes by default without it.
     """
 
-    def __init__(self, order: Order, num_classes: int):
+    def __init__(self, order: Order, num_classes: int, mesh: Mesh | None = None):
         self._order = order
         self._key = jax.random.key(order.seed)
+        self._share = Share(mesh, order.batch_size)
         self.num_classes = num_classes
 
     @property
@@ -94,7 +99,8 @@ class Data(abc.ABC):
 
     def key(self, step: int) -> Key[Array, ""]:
         """The key for all that is random in a step: augmentation, dropout."""
-        return jax.random.fold_in(self._key, jax.device_put(np.uint32(step)))
+        key = jax.random.fold_in(self._key, jax.device_put(np.uint32(step)))
+        return key if self._share.mesh is None else self._share.replicate(key)
 
     def augment(
         self, key: Key[Array, ""], inputs: tuple[Array, ...], labels: Int[Array, " batch"]
@@ -115,6 +121,10 @@ class Data(abc.ABC):
     def prepare(self, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
         """Inputs to evaluate on; pure, to be called inside the jitted evaluation step."""
         return inputs
+
+    def _in_order(self, step: int) -> tuple[Int[np.ndarray, " batch"], Float[np.ndarray, " batch"]]:
+        """Indices and weights of a batch of an evaluation."""
+        return in_order(self._order.examples, self._order.batch_size, step)
 
     def _batches(self, start: int, stop: int | None) -> Iterator[Batch]:
         step = start

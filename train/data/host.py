@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, NamedTuple
 
 import grain
-import jax
 import numpy as np
 from absl import flags
+from jax.sharding import Mesh
 
 from train.data.augment import boxes
 from train.data.augment.transform import ImageTransform, check_images
@@ -28,8 +28,9 @@ class HostImages(Data):
     """Images of any size; grain's threads or worker processes cut them to the network's size, as uint8.
 
     The host does the random resized crop (in training) or the crop of the middle (in evaluation, and in training
-    without random resized crop), bilinear as on the device; the rest of the transform is the device's. The boxes of a
-    step depend on the seed and the step alone, so batches are the same for any number of workers.
+    without random resized crop), bilinear as on the device; the rest of the transform is the device's. The box of an
+    image depends on the seed, the step and its place in the batch alone, so batches are the same for any number of
+    workers, and of processes that each read their part.
 
     Attributes:
         num_classes: Number of classes.
@@ -42,6 +43,7 @@ class HostImages(Data):
         drop_last: Whether the last partial batch of a training epoch is left out; see ``Order``.
         workers: Worker processes; 0 for threads of this one. They import the main module, so a script that uses them
             needs ``if __name__ == "__main__":``.
+        mesh: The devices that share a batch; see ``Data``.
 
     Raises:
         ValueError: If the split does not hold images with one or three channels, or ``workers`` is negative.
@@ -56,22 +58,25 @@ class HostImages(Data):
         seed: int = 0,
         drop_last: bool = True,
         workers: int = 0,
+        mesh: Mesh | None = None,
     ):
         check_images(split)
         if workers < 0:
             raise ValueError(f"workers: got {workers}, expected 0 (threads) or a number of processes")
-        super().__init__(Order(len(split), batch_size, seed, drop_last), split.num_classes)
-        self._reader = _Reader(split, self._order, transform.size, transform.area, transform.crop_fraction)
+        super().__init__(Order(len(split), batch_size, seed, drop_last), split.num_classes, mesh)
+        self._reader = _Reader(
+            split, self._order, self._share.rows, transform.size, transform.area, transform.crop_fraction
+        )
         self._transform = dataclasses.replace(transform, area=None)
         self._workers = workers
 
     def batch(self, step: int) -> Batch:
         """The training batch of a step, counted from 0 over all epochs: grey levels, uint8."""
-        return _on_device(self._reader.train(step))
+        return self._on_device(self._reader.train(step))
 
     def evaluation_batch(self, step: int) -> Batch:
         """A batch of the images in the order of the split; the last one is filled up with weight 0."""
-        return _on_device(self._reader.evaluate(step))
+        return self._on_device(self._reader.evaluate(step))
 
     def evaluation_batches(self) -> Iterator[Batch]:
         """Every example once, in the order of the split, read ahead."""
@@ -104,7 +109,11 @@ class HostImages(Data):
             dataset = dataset.mp_prefetch(processes)
         with contextlib.closing(iter(dataset)) as batches:
             for arrays in batches:
-                yield _on_device(arrays)
+                yield self._on_device(arrays)
+
+    def _on_device(self, arrays: _Arrays) -> Batch:
+        images, labels, weights = self._share.put(tuple(arrays))
+        return Batch((images,), labels, weights)
 
 
 class _Arrays(NamedTuple):
@@ -119,29 +128,31 @@ class _Reader:
 
     split: Split
     order: Order
+    rows: np.ndarray
     size: int
     area: tuple[float, float] | None
     crop_fraction: float
 
     def train(self, step: int) -> _Arrays:
-        indices, weights = self.order(step)
-        if self.area is None:
-            return self._read(indices, weights, self._middle)
-        rng, area = np.random.default_rng((self.order.seed, step)), self.area
-        return self._read(indices, weights, lambda image: boxes.random_box(rng, image.shape[0], image.shape[1], area))
+        area = self.area
+        if area is None:
+            return self._read(*self.order(step), self._middle)
+
+        def box(image: np.ndarray, row: int) -> boxes.Box:
+            # Of its own: how many numbers a box takes depends on the image, and others may read those before it.
+            rng = np.random.default_rng((self.order.seed, step, row))
+            return boxes.random_box(rng, image.shape[0], image.shape[1], area)
+
+        return self._read(*self.order(step), box)
 
     def evaluate(self, step: int) -> _Arrays:
         return self._read(*in_order(self.order.examples, self.order.batch_size, step), self._middle)
 
-    def _middle(self, image: np.ndarray) -> boxes.Box:
+    def _middle(self, image: np.ndarray, row: int) -> boxes.Box:
         return boxes.middle(image.shape[0], image.shape[1], self.crop_fraction)
 
-    def _read(self, indices: np.ndarray, weights: np.ndarray, box: Callable[[np.ndarray], boxes.Box]) -> _Arrays:
-        records = self.split.fetch(indices)
-        images = np.stack([boxes.cut(image, box(image), self.size) for image in records.inputs[0]])
-        return _Arrays(images, records.labels, weights)
-
-
-def _on_device(arrays: _Arrays) -> Batch:
-    images, labels, weights = jax.device_put(tuple(arrays))
-    return Batch((images,), labels, weights)
+    def _read(self, indices: np.ndarray, weights: np.ndarray, box: Callable[[np.ndarray, int], boxes.Box]) -> _Arrays:
+        records = self.split.fetch(indices[self.rows])
+        of_rows = zip(records.inputs[0], self.rows, strict=True)
+        images = np.stack([boxes.cut(image, box(image, int(row)), self.size) for image, row in of_rows])
+        return _Arrays(images, records.labels, weights[self.rows])

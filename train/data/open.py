@@ -6,6 +6,8 @@ import dataclasses
 from functools import partial
 from typing import Literal, NamedTuple, TypeAlias
 
+from jax.sharding import Mesh
+
 from smartfrz_jax.pytrees.file_paths import Path
 from train.command_line import check_least
 from train.data import Data, ImageTransform, Sentences, WordPiece, evaluation_split, open_images, open_split
@@ -59,7 +61,9 @@ class Reads(NamedTuple):
     vocabulary: int
 
 
-def open_data(config: DataConfig, reads: Reads, *, batch_size: int, seed: int) -> tuple[Data, Data]:
+def open_data(
+    config: DataConfig, reads: Reads, *, batch_size: int, seed: int, mesh: Mesh | None = None
+) -> tuple[Data, Data]:
     """Opens both splits; training images are augmented, evaluation images only resized and normalised.
 
     Args:
@@ -67,6 +71,7 @@ def open_data(config: DataConfig, reads: Reads, *, batch_size: int, seed: int) -
         reads: What the network reads.
         batch_size: Examples of a step.
         seed: Of the order and of augmentation.
+        mesh: The devices that share a batch; see :class:`train.data.Data`.
 
     Returns:
         Training and evaluation data.
@@ -97,7 +102,7 @@ def open_data(config: DataConfig, reads: Reads, *, batch_size: int, seed: int) -
             f"{config.train_split!r}; take a smaller --batch-size or a larger --train-split"
         )
     if train.kind == "image":
-        of_both = partial(open_images, batch_size=batch_size, seed=seed, workers=config.workers)
+        of_both = partial(open_images, batch_size=batch_size, seed=seed, workers=config.workers, mesh=mesh)
         return (
             of_both(train, transform=_transform(config.augment, config.image_size, reads)),
             of_both(evaluation, transform=_transform("none", config.image_size, reads), drop_last=False),
@@ -111,8 +116,8 @@ def open_data(config: DataConfig, reads: Reads, *, batch_size: int, seed: int) -
             f"{reads.network} knows; pass the vocab.txt that its weights came with, with --vocab"
         )
     return (
-        Sentences(train, batch_size, tokenizer, seed=seed),
-        Sentences(evaluation, batch_size, tokenizer, seed=seed, drop_last=False),
+        Sentences(train, batch_size, tokenizer, seed=seed, mesh=mesh),
+        Sentences(evaluation, batch_size, tokenizer, seed=seed, drop_last=False, mesh=mesh),
     )
 
 

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from train.data.batch import Batch, Data
-from train.data.order import Order, in_order
+from train.data.order import Order
 from train.data.source import Split
 from train.data.wordpiece import WordPiece
 
@@ -31,6 +31,7 @@ class Sentences(Data):
         lengths: A batch is padded to the shortest of these that holds it. Each is one more shape to compile for, with
             every frozen set; by default there is only one, the longest example rounded up to a multiple of 8.
         drop_last: Whether the last partial batch of a training epoch is left out; see ``Order``.
+        mesh: The devices that share a batch; see ``Data``.
 
     Raises:
         ValueError: If the split does not hold texts, or an example is longer than ``lengths`` allow.
@@ -50,10 +51,11 @@ class Sentences(Data):
         seed: int = 0,
         lengths: Sequence[int] | None = None,
         drop_last: bool = True,
+        mesh: Mesh | None = None,
     ):
         if split.kind != "text":
             raise ValueError(f"split: {split.name} holds images, expected texts; take open_images")
-        super().__init__(Order(len(split), batch_size, seed, drop_last), split.num_classes)
+        super().__init__(Order(len(split), batch_size, seed, drop_last), split.num_classes, mesh)
         records = split.fetch(range(len(split)))
         tokens = tokenizer(*records.inputs)
         self.labels = records.labels
@@ -78,10 +80,11 @@ class Sentences(Data):
 
     def evaluation_batch(self, step: int) -> Batch:
         """A batch of the examples in the order of the split; the last one is filled up with weight 0."""
-        return self._gather(*in_order(self._order.examples, self._order.batch_size, step))
+        return self._gather(*self._in_order(step))
 
     def _gather(self, indices: np.ndarray, weights: np.ndarray) -> Batch:
         longest = self._tokens_of[indices].max()
         length = next(length for length in self.lengths if length >= longest)
-        inputs = tuple(array[indices, :length] for array in self._inputs)
-        return Batch(*jax.device_put((inputs, self.labels[indices], weights)))
+        rows = self._share.rows
+        inputs = tuple(array[indices[rows], :length] for array in self._inputs)
+        return Batch(*self._share.put((inputs, self.labels[indices[rows]], weights[rows])))

@@ -16,7 +16,7 @@ from train.log import Run, read
 # Options of which a run that goes on may have others than it was started with: what is computed is the same.
 FREE = frozenset(
     {"resume", "baseline", "quiet", "workers", "out", "data_dir", "keep_programs", "log", "log_every",
-     "checkpoint_every", "keep_last", "keep_best"}
+     "checkpoint_every", "keep_last", "keep_best", "mesh", "distributed"}
 )  # fmt: skip
 
 

@@ -1,0 +1,1 @@
+"""Training on a mesh of devices and in several processes."""
