@@ -40,7 +40,7 @@ parity: $(VENV)/.parity
 # Tunix's models, with qwix's LoRA, as clients. Installs both; they need Python 3.12.
 test-tunix:
 	$(MAKE) .venv-tunix/.tunix PYTHON="$$(.ci/find_python 3.12)" VENV=.venv-tunix
-	.venv-tunix/bin/python -m pytest --numprocesses 2 --dist worksteal tests/clients/test_tunix.py tests/clients/test_qwix.py
+	.venv-tunix/bin/python -m pytest --numprocesses 2 --dist worksteal tests/clients/test_tunix.py tests/clients/test_qwix.py tests/integrations
 
 lint: $(VENV)/.dev
 	$(BIN)/ruff check .

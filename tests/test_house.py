@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 # Each imports from those before it alone.
 FOLDERS = (
     "pytrees", "jaxprs", "layers", "predictor", "policies", "callbacks", "freezing", "cost", "programs", "caching",
-    "learning", "nnx", "linen",
+    "learning", "nnx", "linen", "integrations",
 )  # fmt: skip
 # Of the repository: the library knows nothing of the networks, these nothing of the scripts, and so on.
 PACKAGES = ("smartfrz_jax", "models", "train", "research", "benchmarks", "tests")
