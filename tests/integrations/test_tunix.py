@@ -8,6 +8,8 @@ from flax import nnx
 
 import smartfrz_jax as sfj
 from smartfrz_jax.pytrees import paths
+from tests.docs.test_snippets import ROOT
+from tests.docs.test_snippets import test_page as run_page
 
 REASON = "needs google-tunix: `make test-tunix` installs it"
 tunix_models = pytest.importorskip("tests.clients.tunix_models", reason=REASON)
@@ -177,6 +179,10 @@ def test_a_run_begun_without_a_policy_goes_on_with_one(tmp_path):
     assert tunix.freeze_layers(again, sfj.policies.never(), next(batches())).steps == 3
     again.train(batches())
     assert_equal(arrays(again.model), arrays(stock.model))
+
+
+def test_the_page(capsys, tmp_path, monkeypatch):
+    run_page(ROOT / "docs" / "guides" / "tunix.md", capsys, tmp_path, monkeypatch)
 
 
 class TestRefused:
