@@ -10,6 +10,7 @@ import numpy as np
 
 from smartfrz_jax.caching.split_loss import Grown
 from smartfrz_jax.caching.store import ActivationCache
+from smartfrz_jax.pytrees.types import PyTree
 
 
 class Source(NamedTuple):
@@ -35,6 +36,11 @@ class Source(NamedTuple):
         for view in range(self.store.filled.shape[1]):
             for batch in in_parts(np.flatnonzero(self.store.filled[:, view]), size):
                 yield view, batch
+
+    def grow_into(self, store: ActivationCache, params: PyTree, size: int) -> None:
+        """Computes all activations of which those of the set before are stored, ``size`` at a time."""
+        for view, rows in self.batches(size):
+            store.put(rows, self.grown(params, self.store.take(rows, view)), view)
 
 
 class Base(NamedTuple):

@@ -6,14 +6,16 @@ import functools
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 
+from smartfrz_jax.caching import exchange
 from smartfrz_jax.pytrees import hosts
 
 
@@ -36,34 +38,90 @@ class Store(Protocol):
 
 
 class OnDevice:
-    """Arrays of JAX."""
+    """Arrays of JAX; divided among the devices of a mesh, if there is a sharding, each a block of rows."""
 
-    def __init__(self, shapes: Sequence[jax.ShapeDtypeStruct]):
-        self.values: list[Any] = [jnp.zeros(shape.shape, shape.dtype) for shape in shapes]
+    def __init__(self, shapes: Sequence[jax.ShapeDtypeStruct], sharding: NamedSharding | None = None):
+        self._sharding = sharding
+        self.values: list[Any] = (
+            [jnp.zeros(shape.shape, shape.dtype) for shape in shapes]
+            if sharding is None
+            else exchange.zeros(shapes, sharding)
+        )
 
     def put(self, rows: np.ndarray, values: Sequence[jax.Array]) -> None:
         """As of :class:`Store`."""
-        self.values = _scattered(self.values, rows, list(values))
+        if self._sharding is None:
+            self.values = _scattered(self.values, rows, list(values))
+        else:
+            self.values = exchange.scattered(self.values, rows, list(values), self._sharding)
 
     def take(self, rows: np.ndarray) -> list[jax.Array]:
         """As of :class:`Store`."""
-        return _gathered(self.values, rows)
+        if self._sharding is None:
+            return _gathered(self.values, rows)
+        return exchange.gathered(self.values, rows, self._sharding)
 
 
 class OnHost:
-    """Arrays of NumPy."""
+    """Arrays of NumPy; where a sharding divides them among processes, each has the rows of its devices."""
 
-    def __init__(self, shapes: Sequence[jax.ShapeDtypeStruct]):
-        self.values: list[Any] = [np.zeros(shape.shape, shape.dtype) for shape in shapes]
+    def __init__(self, shapes: Sequence[jax.ShapeDtypeStruct], sharding: NamedSharding | None = None):
+        self._sharding = sharding
+        self._blocks = [0] if sharding is None else exchange.local_blocks(sharding)
+        share = len(self._blocks), exchange.blocks(sharding)
+        self.values: list[Any] = [
+            self._made(i, (shape.shape[0] * share[0] // share[1], *shape.shape[1:]), shape.dtype)
+            for i, shape in enumerate(shapes)
+        ]
+        self._rows = shapes[0].shape[0] // share[1] if shapes else 0  # of a block
+
+    def _made(self, number: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        return np.zeros(shape, dtype)
 
     def put(self, rows: np.ndarray, values: Sequence[jax.Array]) -> None:
         """As of :class:`Store`."""
+        here, own = self._own(rows)
         for stored, new in zip(self.values, values, strict=True):
-            stored[rows] = hosts.fetch(new)
+            stored[own] = hosts.fetch(new)[here]
 
     def take(self, rows: np.ndarray) -> list[jax.Array]:
         """As of :class:`Store`."""
-        return [jax.device_put(np.ascontiguousarray(stored[rows])) for stored in self.values]
+        if self._sharding is None or len(self._blocks) == exchange.blocks(self._sharding):
+            to = exchange.divided(self._sharding, len(rows))
+            return [jax.device_put(np.ascontiguousarray(stored[rows]), to) for stored in self.values]
+        return self._exchanged(rows, self._sharding)
+
+    def _own(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Which of these rows are in this process, and where."""
+        place = np.full(exchange.blocks(self._sharding), -1)
+        place[self._blocks] = np.arange(len(self._blocks))
+        block, within = np.divmod(rows, self._rows)
+        here = np.flatnonzero(place[block] >= 0)
+        return here, place[block[here]] * self._rows + within[here]
+
+    def _exchanged(self, rows: np.ndarray, sharding: NamedSharding) -> list[jax.Array]:
+        """Rows that lie in several processes: each device is given those of its block, and they are exchanged."""
+        total = len(rows)
+        homes = [np.flatnonzero(rows // self._rows == block) for block in range(exchange.blocks(sharding))]
+        most = 1 << (max(map(len, homes)) - 1).bit_length()  # few sizes, as each is a program
+
+        def blocks_of(make: Callable[[int], np.ndarray], shape: tuple[int, ...]) -> jax.Array:
+            def of(index: Any) -> np.ndarray:
+                return make((index[0].start or 0) // most)
+
+            return jax.make_array_from_callback((len(homes) * most, *shape), sharding, of)
+
+        def places(block: int) -> np.ndarray:
+            return np.pad(homes[block], (0, most - len(homes[block])), constant_values=total).astype(np.int32)
+
+        def given(stored: np.ndarray) -> jax.Array:
+            def of(block: int) -> np.ndarray:
+                own = stored[self._own(rows[homes[block]])[1]]
+                return np.concatenate([own, np.zeros((most - len(own), *own.shape[1:]), own.dtype)])
+
+            return blocks_of(of, stored.shape[1:])
+
+        return exchange.placed([given(stored) for stored in self.values], blocks_of(places, ()), total, sharding)
 
 
 class OnDisk(OnHost):
@@ -72,19 +130,22 @@ class OnDisk(OnHost):
     Args:
         shapes: Of the whole arrays.
         directory: An empty one; of several processes each needs its own.
+        sharding: As of :class:`OnHost`.
     """
 
-    def __init__(self, shapes: Sequence[jax.ShapeDtypeStruct], directory: Path):
-        self.values = []
-        for i, shape in enumerate(shapes):
-            file = directory / f"activations-{i}.bin"
-            with file.open("wb") as opened:
-                size = math.prod(shape.shape) * shape.dtype.itemsize
-                if hasattr(os, "posix_fallocate"):  # so that a full disk is an error here, not a signal later
-                    os.posix_fallocate(opened.fileno(), 0, size)
-                else:
-                    opened.truncate(size)
-            self.values.append(np.memmap(file, dtype=shape.dtype, mode="r+", shape=shape.shape))
+    def __init__(self, shapes: Sequence[jax.ShapeDtypeStruct], directory: Path, sharding: NamedSharding | None = None):
+        self._directory = directory
+        super().__init__(shapes, sharding)
+
+    def _made(self, number: int, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+        file = self._directory / f"activations-{number}.bin"
+        with file.open("wb") as opened:
+            size = math.prod(shape) * dtype.itemsize
+            if hasattr(os, "posix_fallocate"):  # so that a full disk is an error here, not a signal later
+                os.posix_fallocate(opened.fileno(), 0, size)
+            else:
+                opened.truncate(size)
+        return np.memmap(file, dtype=dtype, mode="r+", shape=shape)
 
 
 @functools.partial(jax.jit, donate_argnums=0)

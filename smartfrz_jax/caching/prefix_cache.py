@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from smartfrz_jax.caching.fill import Base, Source, missing
@@ -193,14 +194,16 @@ class PrefixCache:
         place: Place | str = "device",
         dtype: DTypeLike | None = None,
         budget: int | None = None,
+        sharding: NamedSharding | None = None,
     ) -> ActivationCache:
         """Makes room for the activations of a data set; see :class:`~smartfrz_jax.caching.store.ActivationCache`.
 
         Args:
             examples: Number of examples in the data set.
             place: ``"device"``, ``"host"``, or a directory; of several processes each needs its own.
-            dtype: Type to store them in, ``"bfloat16"`` for instance; their own by default.
+            dtype: Type to store them in, such as ``"bfloat16"``; their own by default.
             budget: Most bytes to use; what is free by default.
+            sharding: How a batch is divided among the devices of a mesh; so are the activations then.
 
         Returns:
             The store, which is also :attr:`store`.
@@ -208,9 +211,9 @@ class PrefixCache:
         Raises:
             ValueError: If they would not fit.
         """
-        kept: dict[str, Any] = {"examples": examples, "place": place, "dtype": dtype, "budget": budget}
-        self.store = ActivationCache(self.frontier, views=self.views, **kept)
-        self._kept = kept
+        kept: dict[str, Any] = {"place": place, "dtype": dtype, "budget": budget, "sharding": sharding}
+        self.store = ActivationCache(self.frontier, examples, views=self.views, **kept)
+        self._kept = {"examples": examples} | kept
         return self.store
 
     def fetch(
@@ -218,9 +221,9 @@ class PrefixCache:
     ) -> tuple[jax.Array, ...]:
         """The activations of a batch: looked up where they are there, else computed and kept.
 
-        What is missing is computed a quarter of a batch at a time, by one program whatever is missing: an example's
-        activations have the same bits whenever they are computed. Where the frozen set has grown, what is stored of the
-        set before comes first, all of it, if nothing else is needed for that; the rest is computed by way of that set.
+        What is missing is computed a quarter of a batch at a time, always by the same program: an example's activations
+        have the same bits whenever they are computed. Where the frozen set has grown, what is stored of the set before
+        comes first, all of it, if nothing else is needed for that; the rest is computed by way of that set.
 
         Args:
             params: Parameters.
@@ -236,9 +239,7 @@ class PrefixCache:
         """
         store, indices = self._checked_store(), np.asarray(indices)
         if self._source is not None and self._source.needs_no_inputs:
-            for of_view, rows in self._source.batches(self._loss.part):
-                taken = self._source.store.take(rows, of_view)
-                store.put(rows, self._source.grown(params, taken), of_view)
+            self._source.grow_into(store, params, self._loss.part)
             self._source = None
         for part in missing(store, self._source, indices, view, self._loss.part):
             some = self._loss.rows_of(inputs, part.rows, len(indices))
@@ -321,14 +322,12 @@ class PrefixCache:
         old.store, old._source = None, None  # not before: if there is no room, that cache goes on
 
     def build_on(self, old: PrefixCache) -> None:
-        """Computes activations by way of those of another cache, as after :meth:`take_over`, whose store is not needed.
+        """Computes activations by way of those of another cache, as after :meth:`take_over`; it needs no store.
 
-        A run that goes on from a checkpoint does so with a cache for each frozen set that it had, in order, and
-        computes what it had stored by the programs that it had used.
+        With one for each frozen set that it had, a restored run computes what it had stored by the same programs.
 
         Args:
-            old: The cache for another frozen set, of the same loss. If the way from the inputs does not lead by its
-                activations, nothing changes.
+            old: The cache for another frozen set, of the same loss.
         """
         grown = self.grown_from(old)
         self._base = None if grown is None else Base(old._computed, grown)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from smartfrz_jax.caching import loss_jaxpr
+from smartfrz_jax.caching import exchange, loss_jaxpr
 from smartfrz_jax.caching.loss_adapter import LossAdapter
 from smartfrz_jax.caching.partial_eval import Split, partial_eval
 from smartfrz_jax.freezing.frozen import Frozen, check_frozen
@@ -59,7 +59,7 @@ class SplitLoss:
         self.frozen = frozen
         self._structure: Any = None
         self._loss_fn, self._adapter, self._state_inputs = loss_fn, adapter, frozenset(state_inputs)
-        self._inputs = jax.tree.map(_shape, inputs)
+        self._inputs = jax.tree.map(_shape_and_sharding, inputs)
         self._examples = example_axis.count(inputs, self._state_inputs)
         self._run = jax.jit(self._activations, static_argnums=0)
         static, variables = self._taken_apart(params)
@@ -94,9 +94,12 @@ class SplitLoss:
     def part(self) -> int:
         """Examples of which activations are computed together, whenever some of a batch are missing.
 
-        A quarter of a batch as ``inputs``; all of it if frozen layers compute with the number of examples.
+        A quarter of a batch as ``inputs``, or a little more, to be divided among the same devices; all of it if frozen
+        layers compute with the number of examples.
         """
-        quarter = max(2, -(-self._examples // 4))
+        batch = [part for i, part in enumerate(self._inputs) if i not in self._state_inputs]
+        blocks = exchange.blocks(exchange.rows_sharding(batch))
+        quarter = max(2, -(-self._examples // (4 * blocks)) * blocks)
         try:
             self._checked(self._split_for(*self._traced_for, self._completed((), quarter)[0]))
         except ValueError:
@@ -112,7 +115,7 @@ class SplitLoss:
             is_state = int(name.split(paths.SEPARATOR)[0]) in self._state_inputs
             if leaf is None or is_state or shapes[name].shape[:1] != (self._examples,):
                 return leaf
-            return leaf[rows]
+            return exchange.some_rows(leaf, rows)
 
         shapes = paths.flatten(self._inputs)
         return paths.tree_map(some, inputs)
@@ -229,6 +232,11 @@ class Grown:
 def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
     leaf = leaf if hasattr(leaf, "dtype") else np.asarray(leaf)
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=getattr(leaf, "weak_type", False))
+
+
+def _shape_and_sharding(leaf: Any) -> jax.ShapeDtypeStruct:
+    sharding = getattr(leaf, "sharding", None)
+    return _shape(leaf) if sharding is None else _shape(leaf).update(sharding=sharding)
 
 
 def _module(name: str) -> str:

@@ -13,8 +13,10 @@ from typing import TYPE_CHECKING, Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
+from smartfrz_jax.caching import exchange
 from smartfrz_jax.caching.memory import OnDevice, OnDisk, OnHost, Store, empty_directory, free_bytes
 from smartfrz_jax.pytrees import checks
 from smartfrz_jax.pytrees.file_paths import local_path
@@ -69,6 +71,16 @@ def check_place(place: Any) -> None:
     """Raises ``TypeError`` or ``ValueError`` unless activations can be kept there, by its type."""
     if place not in ("device", "host"):
         local_path(place, "place")
+
+
+def check_sharding(sharding: Any) -> None:
+    """Raises ``TypeError`` or ``ValueError`` unless it divides the first axis of a batch among devices."""
+    expected = "the NamedSharding of a batch whose first axis is divided, such as NamedSharding(mesh, P('data'))"
+    if sharding is None:
+        return
+    checks.instance(sharding, NamedSharding, "sharding", expected)
+    if len(sharding.spec) != 1 or sharding.spec[0] is None:
+        raise ValueError(f"sharding: got {sharding.spec}, expected {expected}")
 
 
 def check_indices(indices: Any, view: Any, examples: int, views: int) -> Int[np.ndarray, " n"]:
@@ -133,10 +145,12 @@ class ActivationCache:
             their size, ``"float16"`` by at most 2^-11 of it (and 2^-25), and refuses those beyond 65504. By default
             they are kept bit for bit.
         views: Number of augmented views of each example, each with a slot.
-        budget: Most bytes to use; by default, what is free at the moment.
+        budget: Most bytes to use, on each device or in each process; by default, what is free at the moment.
+        sharding: How the first axis of a batch is divided among the devices of a mesh. So are the examples then, and
+            what is looked up. By default there is one device, or every process holds all.
 
     Attributes:
-        nbytes: Bytes that it takes.
+        nbytes: Bytes that it takes, of all devices together.
         filled: Boolean array of shape ``(examples, views)``, true where activations are stored.
 
     Raises:
@@ -165,32 +179,41 @@ class ActivationCache:
         dtype: DTypeLike | None = None,
         views: int = 1,
         budget: int | None = None,
+        sharding: NamedSharding | None = None,
     ):
         check_room(examples, views, budget)
+        check_sharding(sharding)
         expected = "a sequence of jax.ShapeDtypeStruct, of the values of one example"
         checks.instance(frontier, Sequence, "frontier", expected)
         if not all(hasattr(value, "shape") and hasattr(value, "dtype") for value in frontier):
             raise TypeError(f"frontier: got {checks.got(frontier)}, expected {expected}")
         self.frontier = tuple(frontier)
-        self._shapes = stored_shapes(frontier, examples * views, dtype)
+        parts = exchange.blocks(sharding)
+        self._shapes = stored_shapes(frontier, -(-examples * views // parts) * parts, dtype)
         self.nbytes = sum(math.prod(shape.shape) * shape.dtype.itemsize for shape in self._shapes)
         make = {"device": OnDevice, "host": OnHost}.get(str(place))
         directory = None if make else empty_directory(local_path(place, "place"))
         free = free_bytes(directory, on_device=make is OnDevice) if budget is None else budget
-        if free is not None and self.nbytes > free:
+        held = 1 if make is OnDevice or sharding is None else len(exchange.local_blocks(sharding))
+        if free is not None and self.nbytes * held // parts > free:
+            share = f", {held} / {parts} of them here" if held < parts else ""
             raise ValueError(
                 f"examples: {examples:,} of {views} view(s) with {self.nbytes // (examples * views):,} bytes each take "
-                f"{self.nbytes:,} bytes, but {'the budget is' if budget is not None else 'free are'} {free:,}; store "
-                "them as bfloat16 (dtype), at another place, or freeze more layers first, where the frontier is smaller"
+                f"{self.nbytes:,} bytes{share}, but {'the budget is' if budget is not None else 'free are'} {free:,}; "
+                "store them as bfloat16 (dtype), at another place, or freeze more layers first, where the frontier is "
+                "smaller"
             )
         self.filled = np.zeros((examples, views), bool)
-        self._store: Store = OnDisk(self._shapes, directory) if directory else (make or OnHost)(self._shapes)
+        self._store: Store = (
+            OnDisk(self._shapes, directory, sharding) if directory else (make or OnHost)(self._shapes, sharding)
+        )
 
     @property
     def values(self) -> tuple[Any, ...]:
         """The arrays that hold the activations, of shape ``(examples * views, ...)``, views of an example in a row.
 
-        Those on the device can be arguments of a jitted step that looks up its rows itself.
+        With a ``sharding`` there may be some more rows at the end, and in host memory only those of this process. Those
+        on the device can be arguments of a jitted step that looks up its rows itself.
         """
         return tuple(self._store.values)
 

@@ -8,9 +8,11 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flax import nnx
+from jax.sharding import NamedSharding
 from jax.typing import DTypeLike
 
 from smartfrz_jax.caching.break_even import break_even
+from smartfrz_jax.caching.exchange import divided, rows_sharding
 from smartfrz_jax.caching.loss_jaxpr import INPUTS
 from smartfrz_jax.caching.split_loss import BatchSizeError
 from smartfrz_jax.caching.store import Storage, check_indices, check_room, stored_shapes
@@ -41,7 +43,7 @@ class CachedStep:
 
     Results are those of the plain step, up to the rounding of programs that XLA compiles apart. Activations are not
     part of checkpoints: after :meth:`restored`, which a Freezer that knows the step calls, they are computed anew, bit
-    for bit. Of several devices, each holds all that is stored.
+    for bit. Where a batch is divided among the devices of a mesh, so are the activations: each holds some examples.
 
     Args:
         make_step: From a loss function to a plain step, of ``(model, optimizer, *inputs)``, that calls it
@@ -250,7 +252,7 @@ class CachedStep:
         self._frozen, self._coming, self._cached, self.cache = optimizer.frozen, None, None, None
         same = old is not None and old.frozen == optimizer.frozen
         cache = old if same else self._make(model, optimizer.frozen, inputs, self._done)
-        if cache is not None and self._has_room(cache, None if same else old):
+        if cache is not None and self._has_room(cache, None if same else old, rows_sharding(inputs)):
             prepared = coming is not None and coming.frozen == optimizer.frozen
             self._cached = coming.step if coming and prepared else self._step_from(cache)
             self.cache = cache
@@ -284,7 +286,7 @@ class CachedStep:
     def _step_from(self, cache: PrefixCache) -> TrainStep:
         return TrainStep(self._make_step(cache.loss), donate=self._donate)
 
-    def _has_room(self, cache: PrefixCache, old: PrefixCache | None) -> bool:
+    def _has_room(self, cache: PrefixCache, old: PrefixCache | None, sharding: NamedSharding | None) -> bool:
         """Makes room for the activations, where they can from those of the cache before."""
         try:
             if old is not None and old.store is not None:
@@ -293,7 +295,8 @@ class CachedStep:
                 if old is not None:
                     cache.build_on(old)
                 where = self._storage
-                cache.keep(self._examples, place=where.place, dtype=where.dtype, budget=where.budget)
+                kept = {"place": where.place, "dtype": where.dtype, "budget": where.budget}
+                cache.keep(self._examples, **kept, sharding=sharding)
         except ValueError as error:
             self._warn(error)
             return False
@@ -331,7 +334,9 @@ class _Coming(NamedTuple):
 
 def _from_activations(cache: PrefixCache, inputs: Sequence[Any], dtype: DTypeLike | None) -> tuple[Any, ...]:
     """Inputs of the loss of a cache, with shapes in place of activations."""
-    return stored_shapes(cache.frontier, example_axis.count(inputs), dtype), *_needed(cache, inputs)
+    examples = example_axis.count(inputs)
+    shapes, sharding = stored_shapes(cache.frontier, examples, dtype), divided(rows_sharding(inputs), examples)
+    return tuple(shape.update(sharding=sharding) for shape in shapes), *_needed(cache, inputs)
 
 
 def _needed(cache: PrefixCache, inputs: Sequence[Any]) -> tuple[Any, ...]:

@@ -263,7 +263,7 @@ def test_batches_over_several_devices_give_the_same():
         training = Training()
         for module in training.args:
             nnx.update(module, jax.device_put(nnx.state(module), everywhere))
-        freezer = sfj.nnx.Freezer(*training.args, stages(), train_step=step)
+        freezer = sfj.nnx.Freezer(*training.args, stages(), train_step=step, lead=1)
         losses.append([])
         for indices in batches():
             batch = jax.device_put((IMAGES[indices], LABELS[indices]), split)
@@ -271,7 +271,9 @@ def test_batches_over_several_devices_give_the_same():
             freezer.step()
     np.testing.assert_allclose(*losses, rtol=1e-5)
     assert step.cache.store.is_complete
-    assert len(step.programs) == 3
+    assert [program.ahead for program in step.programs] == [False, True, True]
+    (stored,) = step.cache.store.values
+    assert [len(shard.data) for shard in stored.addressable_shards] == [EXAMPLES // len(jax.devices())] * 8
 
 
 @pytest.mark.slow

@@ -136,7 +136,16 @@ def run(case, mesh, directory: Path):
     events = [[event.step, event.names, event.returned] for event in freezer.events]
     freezer.restore(checkpoint)
     params_again = go_on(SAVED, again)
-    return packed(events, losses, again, params, params_again)
+    return packed(events, losses, again, params, params_again) | {"held": held(step)}
+
+
+def held(step):
+    """How many examples' activations lie on each device of this process, or in its memory."""
+    if not isinstance(step, sfj.nnx.CachedStep):
+        return np.zeros(0)
+    (rows,) = step.cache.store.values
+    on_device = isinstance(rows, jax.Array)
+    return np.array([len(shard.data) for shard in rows.addressable_shards] if on_device else len(rows))
 
 
 def run_pytree(case, mesh, directory: Path):
