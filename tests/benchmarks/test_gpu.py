@@ -85,7 +85,12 @@ def test_pytorch_needs_to_know_which_layers():
 
 
 @pytest.mark.slow
-def test_every_task_is_a_process(tmp_path, capfd):
+def test_every_task_is_a_process_that_needs_little(tmp_path, monkeypatch, capfd):
+    absent = tmp_path / "absent"
+    absent.mkdir()
+    for package in ("tensorflow_datasets", "array_record", "grain", "tyro", "tqdm", "tokenizers", "cv2"):
+        (absent / f"{package}.py").write_text("raise ImportError")
+    monkeypatch.setenv("PYTHONPATH", str(absent))
     args = ["--tiny", "--only", "memory/bert_base", "--commit", "abc"]
     args += ["--out", str(tmp_path / "out"), "--programs", str(tmp_path / "programs")]
     assert command.main(args) == 0
@@ -108,7 +113,9 @@ def processes(monkeypatch):
             raise result
         out = command_line[command_line.index("--out") + 1]
         if result == 0:
-            json_lines.append(command.local_path(out), plan.row_of(TASKS[name], tiny=True, platform="cpu"))
+            json_lines.append(
+                command.local_path(out), plan.row_of(TASKS[name], tiny=True, platform="cpu", commit="abc")
+            )
         return subprocess.CompletedProcess(command_line, result, stderr="Traceback\nof\nthe\nerror")
 
     monkeypatch.setattr(subprocess, "run", run)
