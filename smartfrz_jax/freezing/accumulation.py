@@ -9,7 +9,7 @@ would get its ``k - m`` gradients divided by ``k``. Here its average is over its
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import optax
 from jax.tree_util import keystr, tree_leaves_with_path
 
+from smartfrz_jax.layers.rows import Stack
+from smartfrz_jax.pytrees import paths
 from smartfrz_jax.pytrees.types import PyTree
 
 
@@ -25,23 +27,28 @@ class WindowState(NamedTuple):
 
     Attributes:
         inner_state: Its own state.
-        missed: For each parameter the steps of the present window before it returned, int32 of shape ``()``.
+        missed: For each parameter the steps of the present window before it returned, int32 of shape ``()``; for the
+            rows of a stacked one those of each, of shape ``(rows, 1, ...)``.
     """
 
     inner_state: optax.MultiStepsState
     missed: PyTree
 
 
-def with_own_windows(tx: Any) -> optax.GradientTransformation:
+def with_own_windows(tx: Any, stacks: Mapping[str, Stack]) -> optax.GradientTransformation:
     """``tx``; if it is an averaging ``optax.MultiSteps``, with averages over the steps in which a layer trains.
 
     Its state is then a :class:`WindowState`; where no layer returns amid a window, every number is that of ``tx``.
+
+    Args:
+        tx: Any optax transformation.
+        stacks: Parameters whose rows are in layers of their own.
     """
     if not averages(tx):
         return tx
 
     def init(params: PyTree) -> WindowState:
-        return start_windows(tx.init(params), params)
+        return start_windows(tx.init(params), params, stacks)
 
     def update(updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any) -> Any:
         done, means = state.inner_state.mini_step, state.inner_state.acc_grads
@@ -59,9 +66,14 @@ def averages(tx: Any) -> bool:
     return isinstance(multi_steps, optax.MultiSteps) and multi_steps._use_grad_mean
 
 
-def start_windows(state: optax.MultiStepsState, params: PyTree) -> WindowState:
+def start_windows(state: optax.MultiStepsState, params: PyTree, stacks: Mapping[str, Stack]) -> WindowState:
     """The state with parameters that have missed nothing."""
-    return WindowState(state, jax.tree.map(lambda _: jnp.zeros((), jnp.int32), params))
+
+    def nothing(name: str, leaf: jax.Array) -> jax.Array:
+        shape = [size if at == stacks[name].axis else 1 for at, size in enumerate(leaf.shape)] if name in stacks else ()
+        return jnp.zeros(shape, jnp.int32)
+
+    return WindowState(state, paths.tree_map(nothing, params))
 
 
 def clock_of(path: str) -> str | None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -15,7 +16,7 @@ import numpy as np
 from smartfrz_jax.freezing.table import Table
 from smartfrz_jax.layers.layers import Layers, check_layers
 from smartfrz_jax.layers.select import Selectors, select
-from smartfrz_jax.pytrees import checks, paths
+from smartfrz_jax.pytrees import checks, paths, rows
 from smartfrz_jax.pytrees.types import PyTree
 
 ACTIVE = "train"
@@ -104,22 +105,46 @@ class Frozen:
 
     @functools.cached_property
     def params(self) -> frozenset[str]:
-        """Names of the frozen parameters."""
-        return frozenset(param for layer in self.layers if layer.name in self.names for param in layer.params)
+        """Names of the frozen parameters: of frozen rows, too, and of stacked arrays that are wholly frozen."""
+        params = {param for layer in self.layers if layer.name in self.names for param in layer.params}
+        return frozenset(params | {name for name in self.layers.stacks if self.is_frozen(name)})
+
+    @functools.cached_property
+    def rows(self) -> Mapping[str, tuple[int, ...]]:
+        """The rows that train of stacked parameters, and other stacked arrays, of which some do and others do not."""
+        found = {}
+        for name, stack in self.layers.stacks.items():
+            training = tuple(row for row, layer in enumerate(stack.layers) if layer not in self.names)
+            if 0 < len(training) < len(stack.layers):
+                found[name] = training
+        return found
 
     def labels(self, params: PyTree) -> PyTree:
-        """``'frozen'`` or ``'train'`` for every leaf of ``params``: labels for ``optax.multi_transform``."""
-        return paths.tree_map(lambda name, _: FROZEN if self._is_frozen(name) else ACTIVE, params)
+        """``'frozen'`` or ``'train'`` for every leaf of ``params``: labels for ``optax.multi_transform``.
+
+        A stacked leaf of which some rows train is ``'train'``.
+        """
+        return paths.tree_map(lambda name, _: FROZEN if self.is_frozen(name) else ACTIVE, params)
 
     def stop_gradient(self, params: PyTree) -> PyTree:
-        """``params`` with ``jax.lax.stop_gradient`` on the frozen leaves."""
-        return paths.tree_map(lambda name, leaf: jax.lax.stop_gradient(leaf) if self._is_frozen(name) else leaf, params)
+        """``params`` with ``jax.lax.stop_gradient`` on the frozen leaves, and on the frozen rows of stacked ones."""
+
+        def stopped(name: str, leaf: Any) -> Any:
+            if self.is_frozen(name):
+                return jax.lax.stop_gradient(leaf)
+            return _stopped_rows(leaf, self.rows[name], self.layers.stacks[name].axis) if name in self.rows else leaf
+
+        return paths.tree_map(stopped, params)
 
     def active_leaves(self, tree: PyTree) -> dict[str, Any]:
-        """Leaves of the layers that train, by name, of a tree shaped like the parameters."""
-        return {name: leaf for name, leaf in paths.flatten(tree).items() if not self._is_frozen(name)}
+        """Leaves, and rows of stacked ones, of the layers that train, by name, of a tree shaped like the parameters."""
+        leaves = paths.flatten(self.layers.unstacked(tree))
+        return {name: leaf for name, leaf in leaves.items() if not self.is_frozen(name)}
 
-    def _is_frozen(self, param: str) -> bool:
+    def is_frozen(self, param: str) -> bool:
+        """Whether a parameter, a row, or all rows of a stacked array are frozen."""
+        if param in self.layers.stacks:
+            return self.names.issuperset(self.layers.stacks[param].layers)
         return self.layers.holding(param) in self.names
 
     @property
@@ -156,6 +181,21 @@ class Frozen:
         return self is other or (
             isinstance(other, Frozen) and self.names == other.names and self.layers == other.layers
         )
+
+
+def _stopped_rows(array: Any, training: tuple[int, ...], axis: int) -> Any:
+    """An array through which derivatives pass in some rows only; no value is copied for that."""
+    length = array.shape[axis]
+
+    @jax.custom_jvp
+    def same(array: jax.Array) -> jax.Array:
+        return array
+
+    @same.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        return primals[0], rows.spread(rows.take(tangents[0], training, axis), training, length, axis)
+
+    return same(array)
 
 
 def check_frozen(frozen: Any, layers: Layers | None = None) -> None:

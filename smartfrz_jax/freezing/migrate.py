@@ -6,15 +6,17 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.tree_util import keystr, tree_leaves_with_path
 
+from smartfrz_jax.freezing import rows
 from smartfrz_jax.freezing.accumulation import WindowState, averages, clock_of, partial_sums, start_windows
 from smartfrz_jax.freezing.frozen import ACTIVE, FROZEN, Frozen, check_frozen
-from smartfrz_jax.freezing.transform import freeze, unshared
+from smartfrz_jax.freezing.transform import freeze, partition, unshared
 from smartfrz_jax.layers.layers import Layers, check_params
-from smartfrz_jax.pytrees import checks
+from smartfrz_jax.pytrees import checks, paths
 from smartfrz_jax.pytrees.types import PyTree
 
 
@@ -60,11 +62,13 @@ def migrate_opt_state(
     for leaf in jax.tree.leaves(opt_state):
         if not hasattr(leaf, "shape") and not isinstance(leaf, bool | int | float):
             raise TypeError(f"opt_state: got {checks.got(leaf)} in it, expected the state of tx, a pytree of arrays")
-    opt_state = _with_groups(opt_state, tx, params)
+    opt_state = _with_groups(opt_state, tx, params, frozen.layers)
+    moves = _moves(opt_state, tx, params, frozen)
     old = by_path(opt_state)
     abstract = _abstract(opt_state, tx, params, frozen)
     wanted = by_path(abstract)
-    unfit = _unfit(old, wanted, dropped=_masked(opt_state), absent=_masked(abstract))
+    as_moved = old | {path: moves[path].shape(leaf) for path, leaf in old.items() if path in moves}
+    unfit = _unfit(as_moved, wanted, dropped=_masked(opt_state), absent=_masked(abstract))
     if unfit is not None:
         got = f"{unfit} is {_text(old.get(unfit))}, but tx makes it {_text(wanted.get(unfit))}"
         if _is_of_all_layers(unfit, tx, params, frozen.layers):
@@ -75,14 +79,17 @@ def migrate_opt_state(
         raise ValueError(
             f"opt_state: {got} for these params; pass the tx that made opt_state, and the params it was made for"
         )
-    source = old
-    if wanted.keys() - old.keys():  # a layer returns
-        fresh = {path: leaf for path, leaf in by_path(freeze(tx, frozen).init(params)).items() if path not in old}
+    returning = {path for path in wanted if path not in old or (path in moves and moves[path].returning)}
+    fresh: dict[str, Any] = {}
+    if returning:  # a layer returns
+        fresh = {path: leaf for path, leaf in by_path(freeze(tx, frozen).init(params)).items() if path in returning}
         if kept is not None:
             worth = _worth_keeping(abstract)
-            fresh |= {path: _put_back(kept, path, leaf) for path, leaf in fresh.items() if path in worth}
-        fresh |= {path: old[clock] for path in fresh if (clock := clock_of(path)) in old}
-        source = old | fresh
+            fresh |= {path: _put_back(kept, path, leaf, moves) for path, leaf in fresh.items() if path in worth}
+        clocks = {path: old[clock] for path in fresh if (clock := clock_of(path)) in old}
+        fresh |= {path: jnp.broadcast_to(clock, fresh[path].shape) for path, clock in clocks.items()}
+    source = old | {path: leaf for path, leaf in fresh.items() if path not in old}
+    source |= {path: move(old[path], fresh.get(path)) for path, move in moves.items() if path in old and path in wanted}
     return unshared(jax.tree_util.tree_map_with_path(lambda path, _: source[keystr(path)], abstract), params)
 
 
@@ -108,7 +115,7 @@ def unfrozen_opt_state(opt_state: Any, tx: optax.GradientTransformation, params:
     Example:
         >>> import jax.numpy as jnp
         >>> from smartfrz_jax import find_layers
-        >>> from smartfrz_jax.pytrees import checks
+        >>> from smartfrz_jax.pytrees import checks, paths
         >>> params = {"a": {"kernel": jnp.ones((2, 2))}, "b": {"kernel": jnp.ones((2, 2))}}
         >>> layers = find_layers(params, lambda p, x: x @ p["a"]["kernel"] @ p["b"]["kernel"], jnp.ones((1, 2)))
         >>> tx = optax.inject_hyperparams(optax.adam)(learning_rate=0.1)
@@ -131,10 +138,32 @@ def dropped(opt_state: Any, tx: optax.GradientTransformation, params: PyTree, fr
         params: Parameter pytree.
         frozen: The new frozen set.
     """
-    opt_state = _with_groups(opt_state, tx, params)
-    wanted = by_path(_abstract(opt_state, tx, params, frozen))
-    kept = _worth_keeping(opt_state)
-    return {path: leaf for path, leaf in by_path(opt_state).items() if path in kept and path not in wanted}
+    opt_state = _with_groups(opt_state, tx, params, frozen.layers)
+    wanted, moves = by_path(_abstract(opt_state, tx, params, frozen)), _moves(opt_state, tx, params, frozen)
+    worth, found = _worth_keeping(opt_state), dict[str, Any]()
+    for path, leaf in by_path(opt_state).items():
+        if path in worth and path in moves:
+            found |= moves[path].leaving(path, leaf)
+        elif path in worth and path not in wanted:
+            found[path] = leaf
+    return found
+
+
+def held(opt_state: Any, tx: optax.GradientTransformation, params: PyTree, frozen: Frozen) -> set[str]:
+    """The paths under which :func:`dropped` would give what a state holds.
+
+    Args:
+        opt_state: State of ``freeze(tx, frozen)``.
+        tx: The optax transformation.
+        params: Parameter pytree.
+        frozen: The frozen set.
+    """
+    moves = _moves(opt_state, tx, params, frozen)
+    return {
+        each
+        for path in by_path(opt_state)
+        for each in ([f"{path}[{row}]" for row in moves[path].after] if path in moves else [path])
+    }
 
 
 def by_path(tree: Any) -> dict[str, Any]:
@@ -159,14 +188,61 @@ def _abstract(opt_state: Any, tx: optax.GradientTransformation, params: PyTree, 
     return jax.tree_util.tree_map_with_path(with_measurements, made, is_leaf=is_monitor)
 
 
-def _with_groups(opt_state: Any, tx: optax.GradientTransformation, params: PyTree) -> Any:
+def _moves(opt_state: Any, tx: optax.GradientTransformation, params: PyTree, frozen: Frozen) -> dict[str, rows.Move]:
+    """How state of stacked parameters comes to be of other rows, by path."""
+    stacks, of_state, there = frozen.layers.stacks, rows.of_state(opt_state), by_path(opt_state).keys()
+    if not stacks:
+        return {}
+    found = {}
+    for path, (axis, array) in _row_axes(tx, params, frozen.layers).items():
+        every = tuple(range(len(stacks[array].layers)))
+        before = of_state.get(array, every) if path in there else ()
+        found[path] = rows.Move(axis, before, () if frozen.is_frozen(array) else frozen.rows.get(array, every))
+    return found
+
+
+def _row_axes(tx: optax.GradientTransformation, params: PyTree, layers: Layers) -> dict[str, tuple[int, str]]:
+    """Along which axis an array of an optimizer's state has rows, and of which stacked parameter, by path.
+
+    Asked of the optimizer, by the shapes of what it makes for parameters with more rows.
+
+    Args:
+        tx: The optax transformation.
+        params: The parameters.
+        layers: Their layers.
+    """
+    more = {name: at for at, name in enumerate(sorted(layers.stacks), 1)}
+
+    def longer(name: str, leaf: Any) -> jax.ShapeDtypeStruct:
+        shape = list(np.shape(leaf))
+        if name in more:
+            shape[layers.stacks[name].axis] += more[name]
+        return jax.ShapeDtypeStruct(tuple(shape), jnp.result_type(leaf))
+
+    init = partition(tx, Frozen(layers)).init
+    own, other = (
+        {keystr(path): leaf.shape for path, leaf in tree_leaves_with_path(jax.eval_shape(init, of))}
+        for of in (params, paths.tree_map(longer, params))
+    )
+    names = {at: name for name, at in more.items()}
+    found = {}
+    for path, shape in own.items():
+        longer_by = [b - a for a, b in zip(shape, other.get(path, ()), strict=False)]
+        axes = [axis for axis, by in enumerate(longer_by) if by]
+        name = names.get(longer_by[axes[0]]) if len(axes) == 1 and len(other[path]) == len(shape) else None
+        if name is not None and shape[axes[0]] == len(layers.stacks[name].layers):
+            found[path] = axes[0], name
+    return found
+
+
+def _with_groups(opt_state: Any, tx: optax.GradientTransformation, params: PyTree, layers: Layers) -> Any:
     """A state of ``tx`` itself as one of ``freeze(tx, nothing)``; one of ``freeze(tx, other)`` as it is."""
     # Where tx itself is a multi_transform, the type alone does not tell its own state from that of freeze(tx, other).
     if not isinstance(opt_state, optax.MultiTransformState) or (
         by_path(opt_state).keys() == by_path(jax.eval_shape(tx.init, params)).keys()
     ):
         if averages(tx) and isinstance(opt_state, optax.MultiStepsState):
-            opt_state = start_windows(opt_state, params)
+            opt_state = start_windows(opt_state, params, layers.stacks)
         return optax.MultiTransformState(
             {ACTIVE: optax.MaskedState(opt_state), FROZEN: optax.MaskedState(optax.EmptyState())}
         )
@@ -175,19 +251,25 @@ def _with_groups(opt_state: Any, tx: optax.GradientTransformation, params: PyTre
 
 def _worth_keeping(opt_state: Any) -> set[str]:
     """Paths of a state without those of gradients that wait for an update, and of the clock that they go by."""
-    waiting, paths = tuple(partial_sums(opt_state)), by_path(opt_state).keys()
-    return {path for path in paths if not path.startswith(waiting) and clock_of(path) not in paths}
+    waiting, there = tuple(partial_sums(opt_state)), by_path(opt_state).keys()
+    return {path for path in there if not path.startswith(waiting) and clock_of(path) not in there}
 
 
-def _put_back(kept: Mapping[str, Any], path: str, fresh: Any) -> jax.Array:
-    """A value that was put aside, on the devices on which a fresh one would be."""
+def _put_back(kept: Mapping[str, Any], path: str, fresh: Any, moves: Mapping[str, rows.Move]) -> jax.Array:
+    """A value that was put aside, on the devices of a fresh one; of a stacked one, the rows that return."""
+    if path in moves:
+        move = moves[path]
+        for row in move.returning:
+            at = move.after.index(row)
+            fresh = move.with_row(fresh, at, _put_back(kept, f"{path}[{row}]", move.part(fresh, at), {}))
+        return fresh
     if _text(kept.get(path)) != _text(fresh):
         raise ValueError(
             f"kept: {path} is {_text(kept.get(path))}, but tx makes it {_text(fresh)}; pass all that was dropped when "
             "the layers that return froze, or None to let them start afresh"
         )
     # A copy: on a CPU the array could share its memory with NumPy's, which a step that donates it would write over.
-    value = jax.numpy.array(kept[path])
+    value = jnp.array(kept[path])
     return jax.device_put(value, fresh.sharding) if fresh.committed else value
 
 
@@ -220,4 +302,4 @@ def _masked(tree: Any) -> list[str]:
 
 
 def _text(leaf: Any) -> str:
-    return "missing" if leaf is None else f"{jax.numpy.result_type(leaf)}{list(np.shape(leaf))}"
+    return "missing" if leaf is None else f"{jnp.result_type(leaf)}{list(np.shape(leaf))}"

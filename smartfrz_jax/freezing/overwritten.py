@@ -36,7 +36,11 @@ def optimized_frozen(frozen: Frozen) -> Frozen:
     def inside(names: Collection[str]) -> tuple[str, ...]:
         return tuple(name.removeprefix(prefix) for name in names if name.startswith(prefix))
 
-    layers = (Layer(layer.name, inside(layer.params), inside(layer.kernels), layer.state) for layer in frozen.layers)
+    def of_layer(layer: Layer) -> Layer:
+        rows = (row._replace(array=name) for row in layer.rows for name in inside([row.array]))
+        return Layer(layer.name, inside(layer.params), inside(layer.kernels), layer.state, tuple(rows))
+
+    layers = map(of_layer, frozen.layers)
     return Frozen(Layers(tuple(layers)), frozen.names)
 
 

@@ -101,7 +101,7 @@ class Kept:
         migrated = migrate.migrate_opt_state(opt_state, tx, params, frozen, kept=self.arrays)
         # Copies: on a CPU, NumPy would otherwise hold on to the optimizer's own memory.
         now = self.arrays | {path: np.array(leaf) for path, leaf in hosts.fetch(dropped).items()}
-        back = migrate.by_path(migrated).keys()
+        back = migrate.held(migrated, tx, params, frozen)
         self.arrays = {path: array for path, array in now.items() if path not in back}
         self.version += 1
         return migrated, version + 1

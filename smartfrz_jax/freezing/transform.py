@@ -17,8 +17,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from smartfrz_jax.freezing import rows
 from smartfrz_jax.freezing.accumulation import with_own_windows
 from smartfrz_jax.freezing.frozen import ACTIVE, FROZEN, Frozen, check_frozen
+from smartfrz_jax.freezing.split_rows import split_rows
 from smartfrz_jax.pytrees import checks, paths
 from smartfrz_jax.pytrees.types import PyTree
 
@@ -43,8 +45,10 @@ def value_and_grad(loss_fn: Callable[..., Any], frozen: Frozen, *, has_aux: bool
     check_frozen(frozen)
     checks.flag(has_aux, "has_aux")
 
+    split = split_rows(loss_fn, frozen)
+
     def with_frozen(params: PyTree, *args: Any, **kwargs: Any) -> Any:
-        return loss_fn(frozen.stop_gradient(params), *args, **kwargs)
+        return split(frozen.stop_gradient(params), *args, **kwargs)
 
     return jax.value_and_grad(with_frozen, has_aux=has_aux)
 
@@ -81,10 +85,9 @@ def apply_updates(params: PyTree, updates: PyTree, frozen: Frozen) -> PyTree:
     """
     check_frozen(frozen)
     checks.same_leaves(updates, params, "updates", but=frozen.params)
-    updated = optax.apply_updates(params, updates)
-    return paths.tree_map(
-        lambda name, old, new: old if frozen.layers.holding(name) in frozen.names else new, params, updated
-    )
+    updated = optax.apply_updates(rows.active(params, frozen), rows.active(updates, frozen))
+    new = {name: leaf for name, leaf in paths.flatten(updated).items() if not frozen.is_frozen(name)}
+    return rows.put(params, new, frozen)
 
 
 def unshared(opt_state: Any, params: PyTree) -> Any:
@@ -100,6 +103,15 @@ def unshared(opt_state: Any, params: PyTree) -> Any:
     return jax.tree.map(own, opt_state)
 
 
+def partition(tx: optax.GradientTransformation, frozen: Frozen) -> optax.GradientTransformationExtraArgs:
+    """:func:`freeze` for parameters of which the stacked ones have only the rows that train."""
+    transforms: dict[Hashable, optax.GradientTransformation] = {
+        ACTIVE: with_own_windows(tx, frozen.layers.stacks),
+        FROZEN: rows.hold_still(frozen),
+    }
+    return optax.multi_transform(transforms, frozen.labels, mask_compatible_extra_args=True)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Partition:
     """``optax.multi_transform`` for a frozen set, equal for equal sets, so that ``jax.jit`` does not recompile."""
@@ -109,17 +121,13 @@ class _Partition:
 
     @property
     def _partition(self) -> optax.GradientTransformationExtraArgs:
-        transforms: dict[Hashable, optax.GradientTransformation] = {
-            ACTIVE: with_own_windows(self.tx),
-            FROZEN: optax.set_to_zero(),
-        }
-        return optax.multi_transform(transforms, self.frozen.labels, mask_compatible_extra_args=True)
+        return partition(self.tx, self.frozen)
 
 
 class _Init(_Partition):
     def __call__(self, params: PyTree) -> Any:
         try:
-            return unshared(self._partition.init(params), params)
+            return unshared(self._partition.init(rows.active(params, self.frozen)), params)
         except (IndexError, TypeError, ValueError) as error:
             if self.frozen.active:
                 raise
@@ -132,21 +140,32 @@ class _Init(_Partition):
 class _Update(_Partition):
     def __call__(self, updates: PyTree, state: Any, params: PyTree | None = None, **extra_args: Any) -> Any:
         if params is not None:
-            extra_args = {k: self._of_active(v, params) if callable(v) else v for k, v in extra_args.items()}
-        return self._partition.update(updates, state, params, **extra_args)
+            extra_args = {k: self._shown(v, params) for k, v in extra_args.items()}
+            updates, params = rows.active(updates, self.frozen, params), rows.active(params, self.frozen)
+        else:
+            updates = rows.active(updates, self.frozen)
+        updates, state = self._partition.update(updates, state, params, **extra_args)
+        return rows.spread(updates, self.frozen), state
+
+    def _shown(self, value: Any, params: PyTree) -> Any:
+        """A further argument as ``tx`` is to see it."""
+        if callable(value):
+            return self._of_active(value, params)
+        is_like = jax.tree.structure(value) == jax.tree.structure(params)
+        return rows.active(value, self.frozen, params) if is_like else value
 
     def _of_active(self, function: Callable[..., Any], params: PyTree) -> Callable[..., Any]:
         """A function of parameters, such as a line search calls, for ``tx``, which sees only those that train."""
         labels = self.frozen.labels(params)
 
         def shown(tree: PyTree) -> PyTree:
+            tree = rows.active(tree, self.frozen, params)
             return jax.tree.map(lambda label, leaf: leaf if label == ACTIVE else optax.MaskedNode(), labels, tree)
 
         def whole(tree: PyTree) -> PyTree:
             if jax.tree.structure(tree) != jax.tree.structure(shown(params)):
                 return tree
-            active = paths.flatten(tree)
-            return paths.tree_map(lambda name, leaf: active.get(name, leaf), params)
+            return rows.put(params, paths.flatten(tree), self.frozen)
 
         @functools.wraps(function)  # optax reads its signature
         def of_active(*args: Any, **kwargs: Any) -> Any:

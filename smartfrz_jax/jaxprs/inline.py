@@ -123,10 +123,10 @@ class _Inliner:
 
     def run(self, jaxpr: Jaxpr, env: dict[Any, Any], call: Eqn | None = None) -> None:
         """Appends the equations of ``jaxpr``, whose inputs are found in ``env``; adds its other values to ``env``."""
-        context = None if call is None else _context(call)
+        outside = None if call is None else context(call)
         for eqn in jaxpr.eqns:
-            if context is not None:
-                stack = context + eqn.source_info.name_stack
+            if outside is not None:
+                stack = outside + eqn.source_info.name_stack
                 eqn = eqn.replace(source_info=eqn.source_info.replace(name_stack=stack))
             invars = [lookup(env, var, var) for var in eqn.invars]
             name, body = eqn.primitive.name, body_of(eqn)
@@ -213,7 +213,7 @@ class _Inliner:
         return self._call(jax.make_jaxpr(function)(*shapes).jaxpr, invars, call)
 
 
-def _context(call: Eqn) -> Any:
+def context(call: Eqn) -> Any:
     """Name stack for the equations of a call."""
     stack = type(call.source_info.name_stack)()
     for name in reversed(list(functions(call))):

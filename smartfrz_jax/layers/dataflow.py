@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 from jax.extend import core as jex
 
-from smartfrz_jax.jaxprs import inline, named_axes
+from smartfrz_jax.jaxprs import inline, named_axes, row_axes
 from smartfrz_jax.jaxprs.parts import ClosedJaxpr, Eqn, Jaxpr, lookup, variables
 from smartfrz_jax.layers import stacks
 from smartfrz_jax.pytrees import paths
@@ -52,6 +52,7 @@ class Consumption:
         between: Parameters that are used on the way from the first use of another to its last, and neither before nor
             after, by name of the other: for an embedding that is the classifier too, all the rest.
         stacks: Groups of parameters that one loop reads row by row: the weights of a block that is run many times.
+        scans: For each scan its length, whether it runs backwards, and which arrays it reads row by row, with the axis.
     """
 
     uses: dict[str, list[tuple[int, ...]]]
@@ -59,6 +60,7 @@ class Consumption:
     merged: dict[str, frozenset[str]]
     between: dict[str, frozenset[str]]
     stacks: Sequence[frozenset[str]] = ()
+    scans: Sequence[row_axes.Scan] = ()
 
     @functools.cached_property
     def first(self) -> dict[str, tuple[int, ...]]:
@@ -100,7 +102,7 @@ def consumption(forward: Callable[..., Any], params: PyTree, *inputs: Any, write
     closed, names = _traced(forward, params, inputs)
     flat = _inlined(closed, len(names), inputs)
     used = consumed(flat, names, data_is_closed_over=not inputs, writes=writes)
-    return dataclasses.replace(used, stacks=stacks.stacks(closed, names))
+    return dataclasses.replace(used, stacks=stacks.stacks(closed, names), scans=row_axes.scans(closed, names))
 
 
 def trace(forward: Callable[..., Any], params: PyTree, inputs: Sequence[Any]) -> tuple[Any, list[str]]:

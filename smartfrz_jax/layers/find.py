@@ -13,6 +13,7 @@ from smartfrz_jax.layers import dataflow, stacks
 from smartfrz_jax.layers.blocks import blocks
 from smartfrz_jax.layers.layers import Layer, Layers, check_params
 from smartfrz_jax.layers.overwritten import homes
+from smartfrz_jax.layers.row_layers import by_row
 from smartfrz_jax.pytrees import checks, paths
 from smartfrz_jax.pytrees.types import PyTree
 
@@ -26,7 +27,11 @@ _UNUSED = (-1,)
 
 
 def find_layers(
-    params: PyTree, forward: Callable[..., Any], *inputs: Any, granularity: Granularity = "layer"
+    params: PyTree,
+    forward: Callable[..., Any],
+    *inputs: Any,
+    granularity: Granularity = "layer",
+    rows: bool = False,
 ) -> Layers:
     """Layers of a parameter pytree, in the order in which a forward pass uses them.
 
@@ -35,7 +40,7 @@ def find_layers(
     whichever is closer by name, the one before if both are. Layers of which ``forward`` uses no parameter come first:
     they never train. One that is used again behind others, as an embedding that is the classifier too, comes where it
     is used last. The stacked weights of a block that a scan runs many times, each time with the next row, are one
-    layer, named by the module that holds them.
+    layer, named by the module that holds them; with ``rows``, each row of them is one, ``blocks/0``, ``blocks/1``, ...
 
     Args:
         params: Parameter pytree; arrays or ``jax.ShapeDtypeStruct``.
@@ -45,6 +50,9 @@ def find_layers(
         granularity: ``"layer"``, or ``"block"`` for one layer per residual or transformer block (the modules of a list,
             ``blocks/3``, or numbered by name beside others, ``encoderblock_3``), or a function from a parameter's name
             to the name of its layer.
+        rows: Whether the blocks that a ``jax.lax.scan``, ``nn.scan`` or ``nnx.scan`` runs with one row of their stacked
+            weights after the other are layers of their own, in that order. What reads rows in another way, such as a
+            loop that indexes its weights, and tables of vectors, stay whole.
 
     Returns:
         The layers, front to back.
@@ -62,7 +70,7 @@ def find_layers(
         ('z', 'a')
     """
     checks.function(forward, "forward", "a function of (params, *inputs)")
-    return group(check_params(params), dataflow.consumption(forward, params, *inputs), granularity)
+    return group(check_params(params), dataflow.consumption(forward, params, *inputs), granularity, rows=rows)
 
 
 def group(
@@ -70,6 +78,8 @@ def group(
     used: dataflow.Consumption,
     granularity: Granularity,
     state: Collection[str] = (),
+    *,
+    rows: bool = False,
 ) -> Layers:
     """Layers from the order in which parameters are used.
 
@@ -78,6 +88,7 @@ def group(
         used: Where they, and the variables of ``state``, are consumed.
         granularity: As in :func:`find_layers`.
         state: Names of variables that do not train but belong to layers.
+        rows: As in :func:`find_layers`.
 
     Returns:
         The layers, front to back.
@@ -85,6 +96,7 @@ def group(
     Raises:
         ValueError: If ``granularity`` is unknown.
     """
+    checks.flag(rows, "rows")
     if not callable(granularity) and (not isinstance(granularity, str) or granularity not in ("layer", "block")):
         raise ValueError(
             f"granularity: got {granularity!r}, expected 'layer', 'block' or a function of a parameter's name"
@@ -116,7 +128,8 @@ def group(
         again = used.used_again((*layer.params, *layer.state)).keys() & set(layer.params)
         return max((used.uses[name][-1] for name in again), default=_first_use(layer.params, rank))
 
-    return Layers(tuple(sorted(entries, key=position)))
+    layers = Layers(tuple(sorted(entries, key=position)))
+    return by_row(layers, leaves, used.scans, _is_kernel, rank) if rows else layers
 
 
 def _first_use(names: Iterable[str], rank: Mapping[str, tuple[int, ...]]) -> tuple[int, ...]:

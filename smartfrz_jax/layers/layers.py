@@ -14,6 +14,7 @@ from typing import Any, overload
 import jax
 import jax.numpy as jnp
 
+from smartfrz_jax.layers.rows import Row, Stack, unstacked
 from smartfrz_jax.pytrees import checks, paths
 from smartfrz_jax.pytrees.types import PyTree
 
@@ -28,12 +29,15 @@ class Layer:
         kernels: Those of them whose weights stand for the layer where it is sampled; never empty.
         state: Names of the variables beside the parameters that belong to it (NNX only): the statistics of its
             BatchNorm, the random streams of the dropout behind it (of one behind several layers, in each of them).
+        rows: Those of its parameters, and of its state, that are rows of stacked arrays. In ``params``, ``kernels`` and
+            ``state`` they have names such as ``blocks/up/kernel[3]``.
     """
 
     name: str
     params: tuple[str, ...]
     kernels: tuple[str, ...]
     state: tuple[str, ...] = ()
+    rows: tuple[Row, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -81,6 +85,35 @@ class Layers(Sequence[Layer]):
     def owner(self) -> Mapping[str, str]:
         """Name of the layer that holds a parameter, by parameter name."""
         return {param: layer.name for layer in self.entries for param in layer.params}
+
+    @functools.cached_property
+    def stacks(self) -> Mapping[str, Stack]:
+        """Arrays whose rows are in layers of their own, by name: parameters, and state."""
+        owners: dict[tuple[str, int], dict[int, str]] = {}
+        for layer in self.entries:
+            for row in layer.rows:
+                owners.setdefault((row.array, row.axis), {})[row.position] = layer.name
+        return {
+            name: Stack(axis, tuple(of_row[position] for position in sorted(of_row)))
+            for (name, axis), of_row in owners.items()
+        }
+
+    @functools.cached_property
+    def arrays(self) -> Mapping[str, tuple[str, ...]]:
+        """Names of the layers that hold a parameter or a row of it, by the name that it has among the parameters."""
+        stacked = {row.name: row.array for layer in self.entries for row in layer.rows}
+        found: dict[str, tuple[str, ...]] = {}
+        for param, layer in self.owner.items():
+            array = stacked.get(param, param)
+            found[array] = self.stacks[array].layers if array in self.stacks else (layer,)
+        return found
+
+    def unstacked(self, tree: PyTree) -> PyTree:
+        """A tree named as the parameters are, with a leaf for each row that is in a layer of its own.
+
+        Where there is none, it is the tree itself; else a dictionary by name.
+        """
+        return unstacked(tree, self.stacks)
 
     @property
     def head(self) -> str:
@@ -185,10 +218,10 @@ def check_leaves(tree: PyTree, argument: str) -> dict[str, Any]:
 
 def check_of_layers(found: Mapping[str, Any], layers: Layers) -> None:
     """Raises ``ValueError`` unless what is found of a network, by name, has the parameters of all layers."""
-    for name in layers.owner:
+    for name, of_layers in layers.arrays.items():
         if name not in found:
             raise ValueError(
-                f"params: got {len(found)} without {name!r} of layer {layers.owner[name]!r}, expected those that the "
+                f"params: got {len(found)} without {name!r} of layer {of_layers[0]!r}, expected those that the "
                 "layers were found for"
             )
 

@@ -21,6 +21,7 @@ def find_layers(
     variables: Mapping[str, Any],
     *inputs: Any,
     granularity: Granularity = "layer",
+    rows: bool = False,
     rngs: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> Layers:
@@ -31,6 +32,7 @@ def find_layers(
         variables: Its variables, as ``module.init`` gives them; ``{"params": params}`` if it has no other.
         *inputs: An example batch; arrays or ``jax.ShapeDtypeStruct``.
         granularity: ``"layer"``, ``"block"`` or a function from a parameter's name to its layer's name.
+        rows: Whether the blocks of an ``nn.scan`` are layers of their own; see :func:`smartfrz_jax.find_layers`.
         rngs: Random keys for the streams that the module draws from, as for ``apply``. There is one for ``"dropout"``.
         **kwargs: Further arguments of the module's ``__call__``, such as ``train=False``. The module is only traced.
 
@@ -68,4 +70,4 @@ def find_layers(
         return module.apply({**given, **others}, *inputs, rngs=streams, mutable=list(others), **kwargs)
 
     params = trained if are_both else variables["params"]
-    return find_layers_of_params(params, forward, *inputs, granularity=granularity)
+    return find_layers_of_params(params, forward, *inputs, granularity=granularity, rows=rows)

@@ -30,6 +30,7 @@ def find_layers(
     *inputs: Any,
     forward: Callable[..., Any] | None = None,
     granularity: Granularity = "layer",
+    rows: bool = False,
     wrt: nnx.filterlib.Filter = nnx.Param,
 ) -> Layers:
     """Layers of an NNX model, in forward order; see :func:`smartfrz_jax.find_layers`.
@@ -46,6 +47,7 @@ def find_layers(
         *inputs: An example batch; arrays or ``jax.ShapeDtypeStruct``.
         forward: A function of ``(model, *inputs)``; ``model(*inputs)`` by default.
         granularity: ``"layer"``, ``"block"`` or a function from a parameter's name to its layer's name.
+        rows: Whether the blocks of an ``nnx.scan`` are layers of their own; see :func:`smartfrz_jax.find_layers`.
         wrt: Filter of the variables that train.
 
     Returns:
@@ -78,13 +80,14 @@ def find_layers(
     state = [name for name in paths.flatten(variables) if name not in leaves]
     again = list(_drawn_again(model, used))
     if not again:
-        return group(leaves, used, granularity, state)
+        return group(leaves, used, granularity, state, rows=rows)
     before = _before(run, leaves, nnx.as_pure(variables), *inputs)
     shared = [names for names in again if len({params for name in names for params in before[name]}) > 1]
     # What works on the output of a shared dropout would seem to follow all layers that the dropout follows.
     follows = {name: frozenset[str]().union(*before[name]) for names in shared for name in names}
     sources = {name: of if of.isdisjoint(follows) else before[name][0] for name, of in used.sources.items()}
-    return _with_shared(group(leaves, dataclasses.replace(used, sources=sources), granularity, state), follows)
+    found = group(leaves, dataclasses.replace(used, sources=sources), granularity, state, rows=rows)
+    return _with_shared(found, follows)
 
 
 def features(

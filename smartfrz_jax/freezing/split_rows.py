@@ -1,0 +1,62 @@
+"""A loss whose scans over stacked weights are split into runs of frozen and of active rows."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import numpy as np
+from jax.extend import core as jex
+
+from smartfrz_jax.freezing.frozen import Frozen
+from smartfrz_jax.jaxprs import split_scan
+from smartfrz_jax.pytrees import paths
+from smartfrz_jax.pytrees.types import PyTree
+
+_ARRAY = object()
+
+
+def split_rows(function: Callable[..., Any], frozen: Frozen) -> Callable[..., Any]:
+    """A function with its scans split, so that derivatives through it do no work for frozen rows.
+
+    It is traced once more than without; see :mod:`smartfrz_jax.jaxprs.split_scan`.
+
+    Args:
+        function: A JAX-traceable function of ``(params, *args, **kwargs)``.
+        frozen: The frozen set. Where no layer is frozen, or no scan reads rows that train, the function is as it was.
+
+    Returns:
+        A function of the same arguments, of which ``params`` has gone through ``frozen.stop_gradient``.
+    """
+    stacks = {name: stack for name, stack in frozen.layers.stacks.items() if not frozen.is_frozen(name)}
+    if not frozen.names or not stacks:
+        return function
+
+    def split(params: PyTree, *args: Any, **kwargs: Any) -> Any:
+        named, structure = paths.flatten(params), jax.tree.structure(params)
+        out: list[Any] = []
+
+        def flat(*leaves: Any) -> list[Any]:
+            out[:] = jax.tree.flatten(function(jax.tree.unflatten(structure, leaves), *args, **kwargs))
+            arrays = [leaf for leaf in out[0] if _is_array(leaf)]
+            out[0] = [_ARRAY if _is_array(leaf) else leaf for leaf in out[0]]
+            return arrays
+
+        closed = jax.make_jaxpr(flat)(*named.values())
+        of_rows, live = {}, []
+        for name, var in zip(named, closed.jaxpr.invars, strict=True):
+            if name in stacks:
+                flags = tuple(layer in frozen.names for layer in stacks[name].layers)
+                of_rows[var] = split_scan.Stacked(stacks[name].axis, flags)
+            elif not frozen.is_frozen(name):
+                live.append(var)
+        arrays = iter(jex.jaxpr_as_fun(split_scan.split(closed, of_rows, live))(*named.values()))
+        leaves, structure_out = out
+        return jax.tree.unflatten(structure_out, [next(arrays) if leaf is _ARRAY else leaf for leaf in leaves])
+
+    return split
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | float | complex)

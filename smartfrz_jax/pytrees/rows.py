@@ -1,0 +1,55 @@
+"""Some rows of an array, taken and put back by static slices alone, which XLA sees through."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+import jax
+import jax.numpy as jnp
+
+
+def runs(indices: Collection[int]) -> list[range]:
+    """Consecutive numbers among some, in order.
+
+    Example:
+        >>> runs([0, 1, 4, 5, 6])
+        [range(0, 2), range(4, 7)]
+    """
+    found: list[range] = []
+    for index in sorted(indices):
+        if found and found[-1].stop == index:
+            found[-1] = range(found[-1].start, index + 1)
+        else:
+            found.append(range(index, index + 1))
+    return found
+
+
+def take(array: jax.Array, indices: Sequence[int], axis: int) -> jax.Array:
+    """Some rows of an array."""
+    parts = [jax.lax.slice_in_dim(array, run.start, run.stop, axis=axis) for run in runs(indices)]
+    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis)
+
+
+def put(array: jax.Array, part: jax.Array, indices: Sequence[int], axis: int) -> jax.Array:
+    """An array with some of its rows replaced; XLA does so in place where the array is donated."""
+    start = 0
+    for run in runs(indices):
+        piece = jax.lax.slice_in_dim(part, start, start + len(run), axis=axis)
+        array = jax.lax.dynamic_update_slice_in_dim(array, piece.astype(array.dtype), run.start, axis=axis)
+        start += len(run)
+    return array
+
+
+def spread(part: jax.Array, indices: Sequence[int], length: int, axis: int) -> jax.Array:
+    """Rows at their places among ``length``, zeros elsewhere."""
+    pieces, start, at = [], 0, 0
+    for run in runs(indices):
+        pieces += [_zeros(part, run.start - at, axis)] * (run.start > at)
+        pieces.append(jax.lax.slice_in_dim(part, start, start + len(run), axis=axis))
+        start, at = start + len(run), run.stop
+    pieces += [_zeros(part, length - at, axis)] * (length > at)
+    return pieces[0] if len(pieces) == 1 else jnp.concatenate(pieces, axis)
+
+
+def _zeros(like: jax.Array, rows: int, axis: int) -> jax.Array:
+    return jnp.zeros((*like.shape[:axis], rows, *like.shape[axis + 1 :]), like.dtype)
