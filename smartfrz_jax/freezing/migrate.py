@@ -11,9 +11,9 @@ import numpy as np
 import optax
 from jax.tree_util import keystr, tree_leaves_with_path
 
-from smartfrz_jax.freezing import rows
 from smartfrz_jax.freezing.accumulation import WindowState, averages, clock_of, partial_sums, start_windows
 from smartfrz_jax.freezing.frozen import ACTIVE, FROZEN, Frozen, check_frozen
+from smartfrz_jax.freezing.stacked import rows
 from smartfrz_jax.freezing.transform import freeze, partition, unshared
 from smartfrz_jax.layers.layers import Layers, check_params
 from smartfrz_jax.pytrees import checks, paths

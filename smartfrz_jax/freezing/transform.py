@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from smartfrz_jax.freezing import rows
 from smartfrz_jax.freezing.accumulation import with_own_windows
 from smartfrz_jax.freezing.frozen import ACTIVE, FROZEN, Frozen, check_frozen
-from smartfrz_jax.freezing.split_rows import split_rows
+from smartfrz_jax.freezing.stacked import rows
+from smartfrz_jax.freezing.stacked.split_rows import split_rows
 from smartfrz_jax.pytrees import checks, paths
 from smartfrz_jax.pytrees.types import PyTree
 
