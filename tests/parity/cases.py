@@ -12,23 +12,30 @@ from models import weights
 from models.bert import bert_base, minilm
 from models.deit import deit_tiny
 from models.efficientnet_lite import efficientnet_lite0
+from models.llama import smollm2_135m
 from models.mobilenetv2 import mobilenetv2
 from models.resnet import resnet50
 from models.vgg import vgg11
 from tests.parity import drawing
 
 CLASSES = 10
+VOCABULARY = 512  # of the decoder
 
 
 class Case(NamedTuple):
-    """A network without dropout and stochastic depth, and its inputs in the order of its arguments."""
+    """A network without dropout and stochastic depth, and its inputs in the order of its arguments.
+
+    Each example has a label, or, where ``vocabulary`` is given, each token the one that comes next.
+    """
 
     network: Callable[..., nnx.Module]
     inputs: tuple[np.ndarray, ...]
+    vocabulary: int = 0
 
     @property
     def labels(self):
-        return drawing.integers("labels", (len(self.inputs[0]),), CLASSES)
+        shape = self.inputs[0].shape if self.vocabulary else (len(self.inputs[0]),)
+        return drawing.integers("labels", shape, self.vocabulary or CLASSES)
 
 
 def _images(examples, size, seed=0):
@@ -58,6 +65,12 @@ CASES = {
     ),
     "bert_base": Case(lambda **k: bert_base(dropout=0.0, attention_dropout=0.0, scan=True, **k), _tokens(4, 16)),
     "minilm": Case(lambda **k: minilm(dropout=0.0, attention_dropout=0.0, **k), _tokens(4, 16)),
+    # With SmolLM2's widths and heads.
+    "llama": Case(
+        lambda num_classes, **k: smollm2_135m(depth=3, vocab_size=VOCABULARY, scan=True, **k),
+        (drawing.integers("input_ids", (4, 16), VOCABULARY),),
+        VOCABULARY,
+    ),
     "efficientnet_lite0": Case(lambda **k: efficientnet_lite0(dropout=0.0, drop_connect=0.0, **k), _images(8, 64)),
 }
 
@@ -81,8 +94,12 @@ def outputs(name):
         ``eval``: logits in evaluation mode. ``train``: logits and mean cross-entropy in training mode.
         ``statistics``: BatchNorm's new running statistics after it. ``gradients``: of that loss, for every parameter.
     """
-    network = model(name)
     case = CASES[name]
+    return outputs_of(model(name), case.inputs, case.labels)
+
+
+def outputs_of(network, inputs, labels):
+    """As :func:`outputs`, of any network."""
     graphdef, params, rest = nnx.split(network, nnx.Param, ...)
 
     def run(params, rest, labels, inputs):
@@ -90,7 +107,7 @@ def outputs(name):
             module = nnx.merge(graphdef, params, rest, copy=True)
             module.train()
             logits = module(*inputs)
-            picked = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[:, None], axis=1)
+            picked = jnp.take_along_axis(jax.nn.log_softmax(logits), labels[..., None], axis=-1)
             return -jnp.mean(picked), (logits, nnx.state(module, nnx.BatchStat))
 
         evaluated = nnx.merge(graphdef, params, rest, copy=True)
@@ -99,7 +116,7 @@ def outputs(name):
         return evaluated(*inputs), logits, value, nnx.as_pure(statistics), nnx.as_pure(grads)
 
     with jax.default_matmul_precision("highest"):
-        evaluated, logits, loss, statistics, grads = jax.jit(run)(params, rest, case.labels, case.inputs)
+        evaluated, logits, loss, statistics, grads = jax.jit(run)(params, rest, labels, inputs)
     return {
         "eval": {"logits": np.asarray(evaluated)},
         "train": {"logits": np.asarray(logits), "loss": np.asarray(loss)},

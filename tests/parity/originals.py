@@ -20,10 +20,10 @@ except RuntimeError:
     import torchvision
 
 import timm
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForCausalLM
 
 from tests.parity import drawing
-from tests.parity.cases import CASES, CLASSES
+from tests.parity.cases import CASES, CLASSES, VOCABULARY
 
 _NO_DROPOUT = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0, "num_labels": CLASSES}
 _MINILM = {"hidden_size": 384, "num_hidden_layers": 6, "num_attention_heads": 12, "intermediate_size": 1536}
@@ -34,6 +34,21 @@ _DEPTHS = (1, 2, 2, 3, 3, 4, 1)
 def _bert(**sizes):
     # Not "eager" attention, whose softmax is in float32 even where everything else is in float64.
     return BertForSequenceClassification._from_config(BertConfig(**sizes, **_NO_DROPOUT), attn_implementation="sdpa")
+
+
+def _llama(**sizes):
+    """With SmolLM2's widths. Norms and rotations are in float32 even where everything else is in float64."""
+    config = LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        rope_parameters={"rope_type": "default", "rope_theta": 100000.0},
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        **sizes,
+    )
+    return LlamaForCausalLM._from_config(config, attn_implementation="sdpa")
 
 
 NETWORKS = {
@@ -47,6 +62,7 @@ NETWORKS = {
     ),
     "bert_base": lambda size: _bert(),
     "minilm": lambda size: _bert(**_MINILM),
+    "llama": lambda size: _llama(vocab_size=VOCABULARY, num_hidden_layers=3),
     # The original's momentum of 0.99 is 0.01 in torch; timm leaves it at torch's default.
     "efficientnet_lite0": lambda size: timm.create_model(
         "tf_efficientnet_lite0", num_classes=CLASSES, bn_momentum=0.01
@@ -73,8 +89,22 @@ def model(name, dtype):
 
 def outputs(name, dtype=torch.float64):
     """What is compared; see :func:`tests.parity.cases.outputs`."""
-    drawn, case = model(name, dtype), CASES[name]
-    inputs = [torch.from_numpy(array) for array in case.inputs]
+    return outputs_of(name, model(name, dtype), CASES[name].inputs, CASES[name].labels)
+
+
+def smollm2_outputs(tensors, inputs, labels, dtype=torch.float64):
+    """What is compared of SmolLM2 with real weights, by Hugging Face's names."""
+    network = _llama(vocab_size=49152, num_hidden_layers=30).to(dtype)
+    network.load_state_dict(
+        {key: torch.tensor(tensors[_here("llama", key)], dtype=dtype) for key in network.state_dict()}
+    )
+    return outputs_of("llama", network, inputs, labels)
+
+
+def outputs_of(name, drawn, inputs, labels):
+    """As :func:`outputs`, of a network with weights."""
+    dtype = next(drawn.parameters()).dtype
+    inputs = [torch.from_numpy(array) for array in inputs]
     inputs = [x.permute(0, 3, 1, 2).to(dtype) if x.is_floating_point() else x.long() for x in inputs]
 
     def logits():
@@ -86,7 +116,7 @@ def outputs(name, dtype=torch.float64):
         evaluated = logits()
     drawn.train()
     trained = logits()
-    loss = torch.nn.functional.cross_entropy(trained, torch.from_numpy(case.labels).long())
+    loss = torch.nn.functional.cross_entropy(trained.flatten(0, -2), torch.from_numpy(labels).long().flatten())
     loss.backward()
     statistics = {key: value for key, value in drawn.named_buffers() if "running" in key}
     return {
@@ -112,10 +142,13 @@ def reads_file(name, path):
     state = taken.state_dict()
     drawn = (drawing.tensor(_here(name, key), tuple(state[key].shape)) for key in keys)
     same = all(np.array_equal(state[key].numpy(), values) for key, values in zip(keys, drawn, strict=True))
-    return same and len(tensors) == len(keys)
+    return same and len(tensors) == len({_here(name, key) for key in keys})
 
 
 def _here(name, key):
+    """Name in the files that are read here; that of a tied head is the embedding's."""
+    if name == "llama" and key == "lm_head.weight":
+        return "model.embed_tokens.weight"
     return _port_name(key) if name == "efficientnet_lite0" else key
 
 

