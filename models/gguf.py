@@ -109,6 +109,14 @@ def metadata(path: PathLike) -> dict[str, Any]:
     return _metadata(_open(path))
 
 
+def vocab_size(path: PathLike) -> int:
+    """Number of tokens that a file's network knows; raises as :func:`llama` does."""
+    for tensor in _open(path).tensors:
+        if tensor.name == "token_embd.weight":
+            return int(tensor.shape[1])
+    raise ValueError(f"path: {path} has no tensor token_embd.weight, expected a decoder; choose another file")
+
+
 def sizes(checkpoint: Checkpoint) -> dict[str, Any]:
     """Arguments of :class:`models.llama.Llama` for a file's network.
 

@@ -10,7 +10,6 @@ from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import jax
-import numpy as np
 import optax
 from flax import nnx
 from jax.sharding import Mesh
@@ -23,6 +22,7 @@ from smartfrz_jax.pytrees.file_paths import Path, is_remote
 from train import report
 from train.command_line import Interrupt, exit_code, leave
 from train.data import Data, metrics
+from train.data.language.perplexity import next_token_loss
 from train.data.open import open_data
 from train.devices import processes
 from train.devices.mesh import make_mesh, place_module
@@ -39,8 +39,10 @@ from train.recovery.resume import read_baseline, read_started, restore_newest
 
 
 def loss_fn(model: nnx.Module, inputs: tuple[jax.Array, ...], labels: jax.Array) -> jax.Array:
-    """Mean cross entropy; labels are classes, or probabilities where examples are mixed."""
+    """Mean cross entropy; labels are classes, or probabilities where examples are mixed, or the tokens that follow."""
     logits = model(*inputs)  # pyright: ignore[reportCallIssue]
+    if logits.ndim == 3:
+        return next_token_loss(logits, labels)
     if labels.ndim == 2:
         return optax.softmax_cross_entropy(logits, labels).mean()
     return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
@@ -89,14 +91,12 @@ def make_evaluation(data: Data, figures: dict[str, metrics.Metric]) -> Callable[
     @nnx.jit
     def counts_of(model: nnx.Module, inputs: tuple[Any, ...], labels: jax.Array, weights: jax.Array) -> jax.Array:
         logits = model(*data.prepare(inputs))  # pyright: ignore[reportCallIssue]
-        return metrics.confusion(logits, labels, weights)
+        return metrics.counts(logits, labels, weights)
 
     def evaluate(model: nnx.Module) -> dict[str, float]:
         evaluated = nnx.merge(*nnx.split(model))  # shares the arrays, not the mode
         evaluated.eval()
-        counts = np.zeros((data.num_classes, data.num_classes), np.int64)
-        for batch in data.evaluation_batches():
-            counts += hosts.fetch(counts_of(evaluated, *batch))
+        counts = metrics.total(hosts.fetch(counts_of(evaluated, *batch)) for batch in data.evaluation_batches())
         return {name: figure(counts) for name, figure in figures.items()}
 
     return evaluate
@@ -123,9 +123,9 @@ class Training(NamedTuple):
 def make_model(config: NetworkConfig, *, image_size: int, num_classes: int, seed: int) -> nnx.Module:
     """The network with the weights that it starts from, in training mode; see :func:`train.networks.make_network`."""
     model = make_network(config, image_size=image_size, num_classes=num_classes, seed=seed)
-    if config.weights is not None:
-        prefix = config.weights_prefix or ""
-        weights.load(model, config.weights, prefix=prefix, new_head=config.head == "new", resample=True)
+    if config.weights is not None and not config.is_gguf:
+        prefix, new_head = config.weights_prefix or "", config.head == "new" and not config.is_decoder
+        weights.load(model, config.weights, prefix=prefix, new_head=new_head, resample=True)
     model.train()
     if config.batch_norm == "fixed":
         fix_statistics(model)
@@ -239,7 +239,7 @@ def finetune(options: Options, say: Callable[[str], None], interrupt: Interrupt)
         options.data, options.network.reads, batch_size=config.batch_size, seed=config.seed, mesh=mesh
     )
     total_steps = config.epochs * data.steps_per_epoch
-    figures = metrics.metrics_of(options.data.data)
+    figures = metrics.metrics_of(options.data.data, options.data.task)
     baseline = [] if config.baseline is None else [read_baseline(config.baseline, settings, total_steps, figures)]
     model, _, freezer, step, account = make_training(options, data, mesh)
     history = Run(options.policy.policy, freezer.layers.names, settings)

@@ -9,9 +9,11 @@ from typing import Any, Literal
 import jax.numpy as jnp
 from flax import nnx
 
+from models import gguf
 from models.bert import bert_base, minilm
 from models.deit import deit_tiny
 from models.efficientnet_lite import efficientnet_lite0
+from models.llama import smollm2_135m
 from models.mobilenetv2 import mobilenetv2
 from models.resnet import resnet50
 from models.vgg import vgg11
@@ -29,9 +31,12 @@ Name = Literal[
     "deit-tiny-distilled",
     "bert-base",
     "minilm",
+    "smollm2-135m",
+    "llama",
 ]
 
 VOCABULARY = 30522  # tokens that the networks for text know: those of uncased BERT
+SMOLLM2_VOCABULARY = 49152
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,9 +44,9 @@ class NetworkConfig:
     """The network, and the weights that it starts from."""
 
     model: Name
-    """the network"""
+    """the network; llama takes its sizes from --weights"""
     weights: Path | None = None
-    """safetensors file to start from; from scratch without one"""
+    """safetensors file to start from, or GGUF file of a decoder; from scratch without one"""
     weights_prefix: str | None = None
     """what is taken off the names in --weights, such as module. of DataParallel"""
     head: Literal["new", "keep"] = "new"
@@ -52,6 +57,8 @@ class NetworkConfig:
     """of the computation; weights are float32"""
     scan: bool = False
     """scan over a transformer's blocks: compiles faster"""
+    untied: bool = False
+    """decoders: a head of its own, which starts as the embedding, so that the lookup of tokens can freeze"""
     batch_norm: Literal["train", "fixed"] = "train"
     """fixed: BatchNorms use the statistics of --weights throughout; better for short runs on little data"""
 
@@ -60,6 +67,12 @@ class NetworkConfig:
             raise ValueError(
                 "--batch-norm: got fixed, which keeps the statistics of --weights, expected these, too; or leave it out"
             )
+        if self.model == "llama" and not self.is_gguf:
+            raise ValueError(f"--weights: got {self.weights} for llama, expected a GGUF file, which tells its sizes")
+        if self.is_gguf and not self.is_decoder:
+            raise ValueError(f"--weights: got a GGUF file for {self.model}, expected a safetensors file")
+        if self.untied and not self.is_decoder:
+            raise ValueError(f"--untied: {self.model} has no embedding for a head; leave --untied out")
 
     @property
     def is_text(self) -> bool:
@@ -67,8 +80,22 @@ class NetworkConfig:
         return self.model in ("bert-base", "minilm")
 
     @property
+    def is_decoder(self) -> bool:
+        """Whether the network models text."""
+        return self.model in ("smollm2-135m", "llama")
+
+    @property
+    def is_gguf(self) -> bool:
+        """Whether sizes, weights and tokenizer come from one file."""
+        return self.weights is not None and self.weights.suffix == ".gguf"
+
+    @property
     def reads(self) -> Reads:
         """What the network reads, as its published weights expect it."""
+        if self.is_decoder:
+            tokenizer = self.weights if self.is_gguf else None
+            vocabulary = SMOLLM2_VOCABULARY if tokenizer is None else gguf.vocab_size(tokenizer)
+            return Reads(self.model, "language", (), (), vocabulary, tokenizer)
         lite = self.model == "efficientnet-lite0"
         mean, std = (images.LITE_MEAN, images.LITE_STD) if lite else (images.IMAGENET_MEAN, images.IMAGENET_STD)
         return Reads(self.model, "text" if self.is_text else "image", mean, std, VOCABULARY)
@@ -94,6 +121,8 @@ def make_network(config: NetworkConfig, *, image_size: int, num_classes: int, se
         "dtype": jnp.bfloat16 if config.precision == "bfloat16" else jnp.float32,
         "rngs": nnx.Rngs(params=seed, dropout=seed + 1),
     }
+    if config.is_decoder:
+        return _make_decoder(config, dtype=common["dtype"], rngs=common["rngs"])
     transformer = config.is_text or config.model.startswith("deit")
     if config.scan and not transformer:
         raise ValueError(f"scan: {config.model} has no stack of equal blocks; leave --scan out")
@@ -116,3 +145,16 @@ def make_network(config: NetworkConfig, *, image_size: int, num_classes: int, se
             return bert_base(**text, **common)
         case "minilm":
             return minilm(**text, **common)
+        case _:
+            raise AssertionError(config.model)
+
+
+def _make_decoder(config: NetworkConfig, *, dtype: Any, rngs: nnx.Rngs) -> nnx.Module:
+    """A decoder; of a GGUF file, with its weights."""
+    if config.stem == "cifar" or config.batch_norm == "fixed":
+        raise ValueError(f"stem, batch_norm: {config.model} has neither; leave --stem and --batch-norm out")
+    kwargs = {"scan": config.scan, "dtype": dtype} | ({"tied": False} if config.untied else {})
+    if config.is_gguf:
+        assert config.weights is not None
+        return gguf.llama(config.weights, **kwargs)
+    return smollm2_135m(rngs=rngs, **kwargs)

@@ -33,10 +33,7 @@ def table(runs: Sequence[Run]) -> str:
 
     rows = [
         ("", [run.name for run in runs]),
-        *(
-            (f"{metric}, evaluation split", [f"{run.metrics[metric]:.1%}" if run.metrics else "-" for run in runs])
-            for metric in full.metrics
-        ),
+        *((f"{metric}, evaluation split", [_figure(run, metric) for run in runs]) for metric in full.metrics),
         ("training, seconds", [saved(run.seconds, full.seconds, f"{run.seconds:.1f}") for run in runs]),
         (f"{_flops_of(runs)}, TFLOPs", [saved(run.tflops, full.tflops, f"{run.tflops:.3f}") for run in runs]),
         (
@@ -54,6 +51,13 @@ def table(runs: Sequence[Run]) -> str:
     lines = [f"| {name:<{label}} | {' | '.join(f'{cell:>{width}}' for cell in cells)} |" for name, cells in rows]
     lines.insert(1, f"|{'-' * (label + 2)}|{'|'.join('-' * (width + 1) + ':' for _ in runs)}|")
     return "\n".join(lines)
+
+
+def _figure(run: Run, metric: str) -> str:
+    if not run.metrics:
+        return "-"
+    value = run.metrics[metric]
+    return f"{value:.3f}" if metric in ("log-likelihood", "perplexity") else f"{value:.1%}"
 
 
 def phases(run: Run) -> str:

@@ -1,14 +1,19 @@
-"""Accuracy, F1 and Matthews correlation, exact over any batching: all come from the counts of a confusion matrix."""
+"""Accuracy, F1 and Matthews correlation, exact over any batching: all come from the counts of a confusion matrix.
+
+Of decoders, perplexity, which comes from the sums of the losses and of the tokens.
+"""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+from train.data.language.perplexity import log_likelihood, perplexity, token_sums
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int
@@ -65,12 +70,29 @@ def matthews(counts: np.ndarray | Array) -> float:
     return covariance / math.sqrt(variances) if variances else 0.0
 
 
-def metrics_of(name: str) -> dict[str, Metric]:
-    """What is reported on a set: accuracy; with F1 on the paraphrase sets, Matthews correlation on CoLA.
+def counts(logits: Array, labels: Array, weights: Array) -> Array:
+    """What a batch adds to all figures: the confusion matrix, or, of the logits of every token, the sums of losses."""
+    return (token_sums if logits.ndim == 3 else confusion)(logits, labels, weights)
+
+
+def total(parts: Iterable[np.ndarray]) -> np.ndarray:
+    """The sum of what :func:`counts` gives for each batch, in 64 bits."""
+    arrays = list(parts)
+    return np.asarray(np.sum(arrays, axis=0, dtype=np.int64 if arrays[0].dtype.kind == "i" else np.float64))
+
+
+def metrics_of(name: str, task: Literal["classify", "lm"] = "classify") -> dict[str, Metric]:
+    """What is reported on a set, the figure first that tells which state of a network is best, the higher the better.
+
+    That is accuracy; with F1 on the paraphrase sets, Matthews correlation on CoLA. Of decoders, the mean log-likelihood
+    of a token, and perplexity.
 
     Args:
         name: Name of the set, with or without version.
+        task: What is learned of it.
     """
+    if task == "lm":
+        return {"log-likelihood": log_likelihood, "perplexity": perplexity}
     if name.startswith(("glue/mrpc", "glue/qqp")):
         return {"accuracy": accuracy, "f1": f1}
     if name.startswith("glue/cola"):

@@ -39,7 +39,7 @@ class Split:
         folder: Directory of the set.
         kind: ``image`` or ``text``.
         inputs: Names of the input features: one image, or one or two texts.
-        label: Name of the label feature.
+        label: Name of the label feature; empty where labels are not read.
         label_names: Names of the classes.
         image_shape: Height, width and channels; None where the images differ. Of text sets: empty.
         parts: Where the examples are: files, each with the first example and the one behind the last.
@@ -95,6 +95,8 @@ class Split:
             inputs = tuple([self._decoded(field, row[field]) for row in rows] for field in self.inputs)
         except Exception as error:
             raise self._unreadable(indices, error) from error
+        if not self.label:
+            return Records(inputs, np.zeros(len(rows), np.int32))
         labels = np.array([row[self.label] for row in rows], np.int64)
         wrong = np.flatnonzero((labels < 0) | (labels >= self.num_classes))
         if wrong.size:
@@ -138,6 +140,7 @@ def open_split(
     *,
     sentences: Sequence[str] | None = None,
     label: str | None = None,
+    labelled: bool = True,
 ) -> Split:
     """Opens a split of a set that TFDS prepared as array_record files.
 
@@ -148,6 +151,7 @@ def open_split(
         sentences: The text features to read, in this order; if None the one or two that the set has, by name, or as
             is usual (premise before hypothesis).
         label: The label feature; ``label`` or else the only class label of the set if None.
+        labelled: Whether labels are read. Otherwise any set of images or texts opens, and all labels are 0.
 
     Raises:
         FileNotFoundError: If the directory, the set or one of its files is not there.
@@ -188,10 +192,11 @@ def open_split(
                 "from, or prepare the set again"
             )
     kind, inputs, image_shape = _inputs(info, sentences)
-    label = _label(info, label)
+    label = _label(info, label) if labelled else ""
+    label_names = tuple(info.features[label].names) if labelled else ()
     encoded = {field: tfds.decode.SkipDecoding() for field in inputs} if kind == "image" else None
     return Split(
-        info.full_name, split, str(folder), kind, inputs, label, tuple(info.features[label].names), image_shape,
+        info.full_name, split, str(folder), kind, inputs, label, label_names, image_shape,
         parts, builder.as_data_source(split=split, decoders=encoded),
     )  # fmt: skip
 

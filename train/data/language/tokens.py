@@ -9,6 +9,8 @@ import numpy as np
 
 from models import gguf
 from smartfrz_jax.pytrees.file_paths import PathLike, as_path
+from train.data.language.packing import Packed, pack
+from train.data.language.texts import Texts
 
 if TYPE_CHECKING:
     import tokenizers
@@ -46,6 +48,12 @@ class TextTokenizer:
         """Tokens of each text, int32, without a separator."""
         encoded = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [np.asarray(one.ids, np.int32) for one in encoded]
+
+    def packed(self, texts: Texts, length: int) -> Packed:
+        """Texts packed into sequences of ``length`` tokens, their prompts ignored; see :func:`pack`."""
+        prompts, rows = self(texts.prompts), self(texts.texts)
+        whole = [np.concatenate([prompt, row]) for prompt, row in zip(prompts, rows, strict=True)]
+        return pack(whole, length, self.separator, prompts=[len(prompt) for prompt in prompts])
 
     def decode(self, ids: Sequence[int] | np.ndarray) -> str:
         """The text of tokens, with those of control tokens."""

@@ -8,6 +8,7 @@ from models import gguf as reader
 from models import weights
 from tests.models.decoders.gguf_writer import write_gguf
 from tests.models.transformers import tiny_llama
+from tests.parity.real_weights import SMOLLM2_TOKENS
 from train.data.language.tokens import open_tokenizer
 
 TEXTS = ["the 19th.", "héé\n  x", ""]
@@ -53,6 +54,8 @@ def test_real_tokens_are_those_that_the_network_was_trained_with():
     (row,) = tokenizer(["It was 1984, wasn't it?"])
     pieces = [tokenizer.decode([i]) for i in row]
     assert pieces == ["It", " was", " ", "1", "9", "8", "4", ",", " wasn", "'t", " it", "?"]
+    text = "The cat sat on the mat, and the dog lay down beside the fire until"
+    assert (tokenizer.separator, *tokenizer([text])[0]) == SMOLLM2_TOKENS[0]
 
 
 def test_what_is_no_tokenizer_is_refused(tmp_path):
