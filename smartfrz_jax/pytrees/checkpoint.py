@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import zlib
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.tree_util import keystr
 
-from smartfrz_jax.pytrees import checkpoint_leaves, checks
+from smartfrz_jax.pytrees import checkpoint_leaves, checks, checksums
 from smartfrz_jax.pytrees.file_paths import Path, PathLike, as_path, is_remote
 from smartfrz_jax.pytrees.types import PyTree
 
@@ -51,7 +52,7 @@ def contents(tree: PyTree, kind: str, metadata: dict[str, Any]) -> Contents:
         raise ValueError(f"tree: the {kind} has no array with elements, expected at least one; add what it is for")
     special = {name: note for name, leaf in leaves.items() if (note := checkpoint_leaves.note(leaf)) is not None}
     metadata = {"kind": kind} | metadata | ({_SPECIAL: special} if special else {})
-    metadata[_ARRAYS] = {name: checkpoint_leaves.checksum(array) for name, array in arrays.items()}
+    metadata[_ARRAYS] = checksums.of(arrays)
     metadata[_ALL] = _checksum(metadata)
     return Contents(arrays, metadata)
 
@@ -112,27 +113,71 @@ def read(path: PathLike, like: PyTree, kind: str) -> PyTree:
         TypeError: If a leaf is neither an array nor a number nor a string.
         ValueError: If the checkpoint is damaged, or a leaf is missing, is left over, or has another shape or dtype.
     """
-    source = _location(path)
-    metadata, wanted = _metadata(source, kind), leaves_by_name(like, "like")
-    arrays = metadata.metadata
-    saved = {name: {"shape": leaf.shape, "dtype": str(leaf.dtype)} for name, leaf in arrays.items()}
-    saved |= metadata.custom_metadata.get(_SPECIAL, {})
-    _check_fit(saved, wanted, f"the {kind} in {source}")
+    wanted = leaves_by_name(like, "like")
+    leaves = _load(_location(path), kind, wanted, lambda saved: saved)
+    return jax.tree_util.tree_map_with_path(lambda path, _: leaves[keystr(path)], like)
+
+
+def read_leaves(path: PathLike, wanted: dict[str, Any], kind: str) -> dict[str, Any]:
+    """Reads some of the leaves that :func:`write` wrote, and only these.
+
+    Args:
+        path: Directory of the checkpoint.
+        wanted: By name in the checkpoint, as in :func:`notes`, what each is to come in place of, as in :func:`read`.
+        kind: What it should be a checkpoint of, for the error.
+
+    Raises:
+        FileNotFoundError: If there is no such directory.
+        ValueError: If the checkpoint is damaged, or a leaf is missing or has another shape or dtype.
+    """
+    return _load(
+        _location(path), kind, wanted, lambda saved: {name: note for name, note in saved.items() if name in wanted}
+    )
+
+
+def notes(path: PathLike, kind: str) -> dict[str, checkpoint_leaves.Note]:
+    """Shape, dtype and the like of all leaves of a checkpoint, by name as ``jax.tree_util.keystr`` writes it.
+
+    Args:
+        path: Directory of the checkpoint.
+        kind: What it should be a checkpoint of, for the error.
+
+    Raises:
+        FileNotFoundError: If there is no such directory.
+        ValueError: If it is not a complete checkpoint of that kind.
+    """
+    return _notes(_metadata(_location(path), kind))
+
+
+def _notes(metadata: Any) -> dict[str, checkpoint_leaves.Note]:
+    saved = {name: {"shape": leaf.shape, "dtype": str(leaf.dtype)} for name, leaf in metadata.metadata.items()}
+    return saved | metadata.custom_metadata.get(_SPECIAL, {})
+
+
+def _load(
+    source: Path,
+    kind: str,
+    wanted: dict[str, Any],
+    compared: Callable[[dict[str, checkpoint_leaves.Note]], dict[str, checkpoint_leaves.Note]],
+) -> dict[str, Any]:
+    """The leaves that are wanted; ``compared`` are those of the checkpoint that must be the same."""
+    metadata = _metadata(source, kind)
+    saved = _notes(metadata)
+    _check_fit(compared(saved), wanted, f"the {kind} in {source}")
+    # Orbax leaves out what is an ellipsis.
+    abstract = {
+        name: checkpoint_leaves.abstract(saved[name], wanted[name]) if name in wanted else ...
+        for name in metadata.metadata
+    }
     try:
-        loaded = _orbax().load(
-            str(source), {name: checkpoint_leaves.abstract(saved[name], wanted[name]) for name in arrays}
-        )
+        loaded = _orbax().load(str(source), abstract)
     except Exception as error:  # Orbax and TensorStore raise many kinds for damaged files
         raise ValueError(_damaged(source, kind, error)) from error
-    for name, checksum in metadata.custom_metadata.get(_ARRAYS, {}).items():
-        if checksum is not None and checkpoint_leaves.checksum(loaded[name]) not in (checksum, None):
-            raise ValueError(_damaged(source, kind, ValueError(f"the values of {name} are not those that were saved")))
-
-    def restored(path: Any, leaf: Any) -> Any:
-        name = keystr(path)
-        return checkpoint_leaves.restored(saved[name], loaded.get(name), leaf)
-
-    return jax.tree_util.tree_map_with_path(restored, like)
+    loaded = {name: array for name, array in loaded.items() if name in wanted}
+    wrong = checksums.differing(metadata.custom_metadata.get(_ARRAYS, {}), loaded)
+    if wrong is not None:
+        raise ValueError(_damaged(source, kind, ValueError(f"the values of {wrong} are not those that were saved")))
+    return {name: checkpoint_leaves.restored(saved[name], loaded.get(name), leaf) for name, leaf in wanted.items()}
 
 
 def outline(tree: PyTree) -> PyTree:

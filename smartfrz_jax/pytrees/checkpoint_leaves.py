@@ -9,7 +9,6 @@ place of may differ by that: ``0`` and a weak ``int32[]``, ``np.float64(0)`` and
 
 from __future__ import annotations
 
-import zlib
 from typing import Any
 
 import jax
@@ -120,16 +119,6 @@ def needs_x64(saved: Note, like: Any) -> bool:
     comes_as_numpy = "numpy" in saved or (_is_numpy(like) and _is_same(saved, like))
     is_array = "value" not in saved and not comes_as_numpy
     return is_array and saved["dtype"] in _JITTED and not jax.config.jax_enable_x64  # pyright: ignore[reportAttributeAccessIssue]
-
-
-def checksum(array: Any) -> int | None:
-    """CRC-32 of what Orbax got or gave of an array; ``None`` where other processes hold parts of it."""
-    if isinstance(array, jax.Array) and not array.is_fully_addressable:
-        return None
-    array = np.asarray(array)
-    if array.dtype.itemsize == 1 and array.dtype.kind == "V":  # of types with less than 8 bits the others may differ
-        array = array.astype(np.float32)
-    return zlib.crc32(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
 
 
 def restored(saved: Note, loaded: Any, like: Any) -> Any:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +13,8 @@ from jax.tree_util import GetAttrKey, KeyPath, keystr
 from smartfrz_jax.pytrees.types import PyTree
 
 SEPARATOR = "/"
+
+_KEY = re.compile(r"""\[('(?:[^'\\]|\\.)*'|"(?:[^"\\]|\\.)*")\]|\[(?:<flat index )?([^\]>]*)>?\]|\.(\w+)""")
 
 
 def name(path: KeyPath) -> str:
@@ -22,6 +26,17 @@ def name(path: KeyPath) -> str:
     if path and isinstance(path[-1], GetAttrKey) and path[-1].name == "value":
         path = path[:-1]
     return keystr(path, simple=True, separator=SEPARATOR)
+
+
+def of_keystr(text: str) -> str:
+    """Name of a leaf, from its key path as ``jax.tree_util.keystr`` writes it.
+
+    Example:
+        >>> of_keystr(".params['blocks'][0]['kernel']")
+        'params/blocks/0/kernel'
+    """
+    parts = [quoted or number or attribute for quoted, number, attribute in _KEY.findall(text)]
+    return SEPARATOR.join(str(ast.literal_eval(part)) if part[:1] in "'\"" else part for part in parts)
 
 
 def flatten(tree: PyTree) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 import smartfrz_jax as sfj
+from smartfrz_jax.pytrees import checksums
 from tests.support.train_steps import loss_fn, make_step
 
 PROCESSES, DEVICES = 2, 4
@@ -192,7 +193,15 @@ def run_pytree(case, mesh, directory: Path):
     ends = go_on(state, 0, losses)
     events = [[event.step, event.names, event.returned] for event in freezer.events]
     ends_again = go_on(freezer.restore(directory / case, start()), SAVED, again)
-    return packed(events, losses, again, ends, ends_again)
+    compared = np.array(json.dumps(checksums_of(put(params["layer0"], split), mesh)))
+    return packed(events, losses, again, ends, ends_again) | {"checksums": compared}
+
+
+def checksums_of(array, mesh):
+    """What is found to differ from an array: itself, as it lies and split otherwise, and with one number changed."""
+    saved = checksums.of({"w": array})
+    columns = jax.jit(lambda array: array, out_shardings=NamedSharding(mesh, PartitionSpec(None, "data")))(array)
+    return [checksums.differing(saved, {"w": other}) for other in (array, columns, columns + 1)]
 
 
 def packed(events, losses, again, params, params_again):

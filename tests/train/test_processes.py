@@ -74,6 +74,11 @@ def test_activations_are_divided_among_devices_and_processes(two_processes):
         assert part(found, "host")["held"] == EXAMPLES // PROCESSES
 
 
+def test_checksums_of_arrays_that_no_process_holds_as_a_whole(two_processes):
+    for found in two_processes:
+        assert json.loads(str(found["pytree checksums"])) == [None, None, "w"]
+
+
 @pytest.mark.parametrize("case", ALONE)
 def test_two_processes_do_what_one_does(two_processes, one_process, case):
     first, alone = part(two_processes[0], case), part(one_process, case)
