@@ -33,11 +33,13 @@ RESULTS = Path(__file__).parent / "results.jsonl"
 Row = Mapping[str, Any]
 
 
-def jobs(rows: Sequence[Row], cases: Sequence[str], seeds: int) -> Iterator[Job]:
+def jobs(
+    rows: Sequence[Row], cases: Sequence[str], seeds: int, strategies: Sequence[str] = tuple(STRATEGIES)
+) -> Iterator[Job]:
     """What is missing, most valuable first: the first strategies seed by seed and case by case, then the others."""
     done = _done(rows)
     tried = {(row["case"], row["rate"]) for row in rows if row["strategy"] == "tune"}
-    every = list(STRATEGIES)
+    every = list(strategies)
     for names, seed, case in product((every[:FIRST], every[FIRST:]), range(seeds), cases):
         missing = [rate for rate in CASES[case].rates if (case, rate) not in tried]
         if missing:
@@ -68,7 +70,7 @@ def work(args: argparse.Namespace) -> None:
     benches: dict[str, Bench] = {}
     while time.monotonic() < deadline:
         rows = json_lines.read(args.results, dict)
-        job = next(jobs(rows, args.cases, args.seeds), None)
+        job = next(jobs(rows, args.cases, args.seeds, args.strategies), None)
         if job is None:
             return
         if job.case not in benches:
@@ -77,7 +79,13 @@ def work(args: argparse.Namespace) -> None:
         begin = time.perf_counter()
         runner = Runner(bench, job, strategy_of(bench, job), state=args.state, deadline=deadline, say=_say)
         if job.name == "never":
-            runner.watch({n: s for n, s in STRATEGIES.items() if (job.case, n, job.seed) not in _done(rows)})
+            runner.watch(
+                {
+                    n: s
+                    for n, s in STRATEGIES.items()
+                    if n in args.strategies and (job.case, n, job.seed) not in _done(rows)
+                }
+            )
         _say(f"{job.key}: {runner.total_steps} steps")
         if not runner.run():
             return
@@ -118,6 +126,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--results", type=local_path, default=RESULTS, help="finished runs (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=60.0, help="after which it stops (default: %(default)s)")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES), help="default: all")
+    names = list(STRATEGIES)
+    parser.add_argument("--strategies", nargs="+", default=names, choices=names, help="default: all")
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
     work(parser.parse_args(argv))
     return 0

@@ -142,8 +142,10 @@ class Bench:
 
     def _optimizer(self, strategy: Strategy, steps: int, rate: float) -> optax.GradientTransformation:
         case = self.case
-        if strategy.freezeout:
-            schedules = sfj.policies.freezeout_schedules(self.layers, learning_rate=rate, total_steps=steps)
+        if strategy.freezeout is not None:
+            schedules = sfj.policies.freezeout_schedules(
+                self.layers, learning_rate=rate, total_steps=steps, t0=strategy.freezeout
+            )
             scaled = sfj.policies.scale_by_layer_schedule(self.layers, schedules)
         else:
             values = jnp.asarray(learning_rates("cosine", rate, steps))

@@ -39,14 +39,14 @@ class Strategy(NamedTuple):
 
     Attributes:
         policy: Makes the policy.
-        freezeout: Whether every layer has the learning rates of FreezeOut.
+        freezeout: The t0 of FreezeOut, where every layer has its learning rates; None where all have one.
         length: Steps, as a share of the full run.
         rate: Factor of the learning rate.
         reference: Whether it needs a network trained to the end.
     """
 
     policy: Callable[[Situation], sfj.Policy]
-    freezeout: bool = False
+    freezeout: float | None = None
     length: float = 1.0
     rate: float = 1.0
     reference: bool = False
@@ -54,7 +54,7 @@ class Strategy(NamedTuple):
     @property
     def follows_never(self) -> bool:
         """Whether it takes the very steps of ``never`` until something freezes."""
-        return not self.freezeout and self.length == self.rate == 1.0
+        return self.freezeout is None and self.length == self.rate == 1.0
 
 
 def _static(*stages: tuple[float, float]) -> Strategy:
@@ -80,6 +80,14 @@ def _gain(factor: float) -> Strategy:
     return Strategy(policy)
 
 
+def _freezeout(t0: float) -> Strategy:
+    return Strategy(lambda s: sfj.freezeout(total_steps=s.total_steps, t0=t0), freezeout=t0)
+
+
+def _autofreeze(evaluations: int) -> Strategy:
+    return Strategy(lambda s: sfj.autofreeze(max(1, s.steps_per_epoch // evaluations)))
+
+
 def _never(length: float = 1.0, rate: float = 1.0) -> Strategy:
     return Strategy(lambda s: sfj.policies.never(), length=length, rate=rate)
 
@@ -94,10 +102,10 @@ STRATEGIES: dict[str, Strategy] = {
     "shorter:0.5": _never(0.5),
     "gain:0.5": _gain(0.5),
     "progress": Strategy(lambda s: sfj.progress(total_steps=s.total_steps)),
-    "freezeout": Strategy(lambda s: sfj.freezeout(total_steps=s.total_steps, t0=0.5), freezeout=True),
+    "freezeout": _freezeout(0.5),
     "smartfrz:0.5": _smartfrz("default", caution=0.5),
     "progress:0.5": Strategy(lambda s: sfj.progress(total_steps=s.total_steps, caution=0.5)),
-    "autofreeze": Strategy(lambda s: sfj.autofreeze(max(1, s.steps_per_epoch // 4))),
+    "autofreeze": _autofreeze(4),
     "gain:0.25": _gain(0.25),
     "gain:1": _gain(1.0),
     "shorter:0.5,2": _never(0.5, 2.0),
@@ -109,6 +117,9 @@ STRATEGIES: dict[str, Strategy] = {
     "static:half,all:0.4": _static((0.0, 0.5), (0.4, 1.0)),
     "shorter:0.7": _never(0.7),
     "shorter:0.3": _never(0.3),
+    # Of the paper's Tables 8 and 9.
+    **{f"freezeout:{t0}": _freezeout(t0) for t0 in (0.3, 0.4, 0.6)},
+    **{f"autofreeze:{m}": _autofreeze(m) for m in (2, 3, 5)},
 }
 FIRST = 8
 

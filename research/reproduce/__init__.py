@@ -1,0 +1,1 @@
+"""The paper's tables and figures again, each by one command."""

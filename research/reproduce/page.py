@@ -1,0 +1,100 @@
+"""Pages with the paper's figures beside ours, from committed results alone."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from research.long_runs.report import Line, lines
+from research.reproduce.paper import TABLES
+from research.reproduce.plans import NOT_PLANNED, PLANS, Plan
+
+Row = Mapping[str, Any]
+
+_HEAD = """\
+# The paper's tables again
+
+What arXiv 2401.16720 says, and what came out here. *Here* are the [long runs](../long_runs/results.md): smaller
+networks and images, whole data sets, each strategy paired with full training of the same seed. *Change* is in points of
+accuracy, F1 or Matthews correlation, with its standard error over seeds; *compute* and *time* are shares of those of
+full training. `python -m research.reproduce` writes this page; with the name of a table it runs what is missing.
+"""
+
+
+def page(long_runs: Sequence[Row], paper_runs: Sequence[Row]) -> str:
+    """The whole page.
+
+    Args:
+        long_runs: Results of :mod:`research.long_runs`.
+        paper_runs: Results on the paper's scale.
+    """
+    parts = [_HEAD.rstrip()]
+    for name, plan in PLANS.items():
+        number = int(name.removeprefix("table"))
+        parts += [f"## Table {number}: {plan.title}", _paper(number), _here(plan, long_runs)]
+        own = _own(plan, paper_runs)
+        if own:
+            parts.append(own)
+        if plan.missing:
+            parts.append(f"Not run: {plan.missing}")
+    parts.append("## Not made again")
+    parts.append("\n".join(f"- Table {number}: {why}" for number, why in NOT_PLANNED.items()))
+    return "\n\n".join(parts) + "\n"
+
+
+def _paper(number: int) -> str:
+    rows = []
+    full = {(said.network, said.data): said for said in TABLES[number] if said.method == "Full"}
+    for said in TABLES[number]:
+        base = full.get((said.network, said.data))
+        change = f"{said.accuracy - base.accuracy:+.2f}" if base and said is not base else "-"
+        compute = f"{said.tflops / base.tflops:.2f}" if base and base.tflops and said.tflops else "-"
+        time = f"{said.time / base.time:.2f}" if base and base.time and said.time else "-"
+        rows.append((said.network, said.data, said.method, f"{said.accuracy:.2f}", change, compute, time))
+    return "The paper:\n\n" + _table(("network", "data", "method", "figure", "change", "compute", "time"), rows)
+
+
+def _here(plan: Plan, results: Sequence[Row]) -> str:
+    rows = []
+    for case in plan.cases:
+        found = {line.strategy: line for line in lines(results, case)}
+        rows += [_row(case, method, found[name]) for name, method in plan.strategies.items() if name in found]
+    if not rows:
+        return f"Here ({', '.join(plan.cases)}): not run yet."
+    return "Here:\n\n" + _table(("case", "method", "seeds", "figure", "change", "compute", "time"), rows)
+
+
+def _row(case: str, method: str, line: Line) -> tuple[str, ...]:
+    error = "" if np.isnan(line.error) else f" ± {line.error:.2f}"
+    change = "-" if line.strategy == "never" else f"{line.difference:+.2f}{error}"
+    return case, method, str(line.seeds), f"{line.figure:.2f}", change, f"{line.flops:.2f}", f"{line.time:.2f}"
+
+
+def _own(plan: Plan, results: Sequence[Row]) -> str:
+    rows = []
+    for setup in plan.setups:
+        mine = [row for row in results if (row["network"], row["data"]) == (setup.network, setup.data)]
+        full = {row["seed"]: row for row in mine if row["method"] == "Full"}
+        for method in plan.policies:
+            runs = [row for row in mine if row["method"] == method]
+            if not runs:
+                continue
+            figures = [row["percent"] for row in runs]
+            pairs = [(row, full[row["seed"]]) for row in runs if row["seed"] in full]
+            compute, time = (
+                f"{np.mean([row[of] / base[of] for row, base in pairs]):.2f}" if pairs else "-"
+                for of in ("tflops", "seconds")
+            )
+            spread = f" ± {np.std(figures, ddof=1):.2f}" if len(figures) > 1 else ""
+            text = f"{np.mean(figures):.2f}{spread}"
+            rows.append((setup.network, setup.data, method, str(len(runs)), text, compute, time))
+    head = ("network", "data", "method", "seeds", "figure", "compute", "time")
+    return "On the paper's scale:\n\n" + _table(head, rows) if rows else ""
+
+
+def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    numbers = [name in ("seeds", "figure", "change", "compute", "time") for name in head]
+    line = "|".join("--:" if number else "---" for number in numbers)
+    return "\n".join([f"| {' | '.join(head)} |", f"|{line}|", *(f"| {' | '.join(row)} |" for row in rows)])

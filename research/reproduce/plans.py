@@ -1,0 +1,119 @@
+"""Which runs a table of the paper is made of: on this scale here, and on the paper's."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from research.reproduce.paper import AUTOFREEZE, FULL, LINEAR, SIMILARITY, SMARTFRZ
+
+
+class Setup(NamedTuple):
+    """A fine-tuning on the paper's scale, by ``train.finetune``.
+
+    Attributes:
+        network: The network, as the paper calls it.
+        data: The data, as the paper calls it.
+        options: Options of ``train.finetune`` that say so, but for files, data directory, policy and seed.
+        files: Options that name files of the folder of published weights.
+    """
+
+    network: str
+    data: str
+    options: tuple[str, ...]
+    files: Mapping[str, str]
+
+
+class Plan(NamedTuple):
+    """How a table is made again.
+
+    Attributes:
+        title: What it compares.
+        cases: Cases of :mod:`research.long_runs` in place of the paper's networks.
+        strategies: Methods of the paper, by the name of the strategy in :mod:`research.long_runs`.
+        setups: The paper's own.
+        policies: Options of ``train.finetune`` that choose each method.
+        missing: What is not run here, and why.
+    """
+
+    title: str
+    cases: tuple[str, ...]
+    strategies: Mapping[str, str]
+    setups: tuple[Setup, ...]
+    policies: Mapping[str, tuple[str, ...]]
+    missing: str = ""
+
+
+_FOUR = {"never": FULL, "freezeout": LINEAR, "autofreeze": AUTOFREEZE, "paper": SMARTFRZ}
+# As published: the predictor of raw weights, trained on labels from CKA, judges every layer alone.
+_SMARTFRZ = ("--policy", "smartfrz", "--predictor", "paper", "--order", "any", "--patience", "1", "--caution", "0.5")
+_POLICIES = {
+    FULL: ("--policy", "never"),
+    LINEAR: ("--policy", "freezeout"),
+    AUTOFREEZE: ("--policy", "autofreeze"),
+    SMARTFRZ: _SMARTFRZ,
+}
+_SGD = ("--optimizer", "sgd", "--learning-rate", "0.01", "--batch-size", "32")
+_TEXT = ("--epochs", "5", "--optimizer", "adamw", "--learning-rate", "2e-5", "--batch-size", "32")
+_IMAGES = ("--image-size", "224", "--augment", "flip-crop")
+
+
+def _tuned(network: str, model: str, data: str, epochs: int) -> Setup:
+    options = ("--model", model, "--data", data.lower().replace("-", ""), "--epochs", str(epochs), *_SGD, *_IMAGES)
+    return Setup(network, data, options, {"--weights": f"{model}.safetensors"})
+
+
+_NETWORKS = (("ResNet50", "resnet50"), ("VGG11", "vgg11"), ("MobileNetV2", "mobilenetv2"), ("DeiT-T", "deit-tiny"))
+_FINE_TUNED = tuple(
+    _tuned(network, model, data, 100 if network == "DeiT-T" else 10)
+    for data in ("CIFAR-10", "CIFAR-100")
+    for network, model in _NETWORKS
+)
+_SCRATCH = Setup(
+    "ResNet50", "CIFAR-10", ("--model", "resnet50", "--data", "cifar10", "--epochs", "160", *_SGD, *_IMAGES), {}
+)
+_BERT = {"--weights": "bert-base.safetensors", "--vocab": "vocab.txt"}
+_RESNET = _FINE_TUNED[0]
+_NO_IMAGENET = "ImageNet is not in the box; `train.finetune --data imagenet2012` runs it."
+
+PLANS: dict[str, Plan] = {
+    "table1": Plan(
+        "layers frozen by a network trained before, against full training",
+        ("lite0-cifar100",),
+        {"never": FULL, "similarity_guided": SIMILARITY},
+        (),
+        {},
+        "On the paper's scale: `train.finetune --policy similarity_guided --reference` from a finished run of table2.",
+    ),
+    "table2": Plan("fine-tuning", ("lite0-cifar10", "lite0-cifar100"), _FOUR, _FINE_TUNED, _POLICIES),
+    "table3": Plan("training from scratch", ("resnet20-cifar10-scratch",), _FOUR, (_SCRATCH,), _POLICIES, _NO_IMAGENET),
+    "table6": Plan(
+        "text",
+        ("minilm-mrpc", "minilm-cola"),
+        _FOUR,
+        tuple(
+            Setup("BERT-base", data, ("--model", "bert-base", "--data", f"glue/{data.lower()}", *_TEXT), _BERT)
+            for data in ("MRPC", "CoLA")
+        ),
+        _POLICIES,
+    ),
+    "table8": Plan(
+        "when FreezeOut freezes its first layer",
+        ("resnet20-cifar10",),
+        {f"freezeout:{t0}": f"t0 {t0}" for t0 in (0.3, 0.4, 0.6)} | {"freezeout": "t0 0.5"},
+        (_RESNET,),
+        {f"t0 {t0}": ("--policy", "freezeout", "--t0", str(t0)) for t0 in (0.3, 0.4, 0.5, 0.6)},
+    ),
+    "table9": Plan(
+        "how often AutoFreeze decides",
+        ("resnet20-cifar10",),
+        {f"autofreeze:{m}": f"M {m}" for m in (2, 3, 5)} | {"autofreeze": "M 4"},
+        (_RESNET,),
+        {f"M {m}": ("--policy", "autofreeze", "--evaluations-per-epoch", str(m)) for m in (2, 3, 4, 5)},
+    ),
+}
+NOT_PLANNED = {
+    4: "windows of 20 to 50 records: each needs a predictor trained for it",
+    5: "samples of 512 to 4096 weights: each needs a predictor trained for it",
+    7: f"DeiT-T on ImageNet. {_NO_IMAGENET}",
+}
