@@ -27,7 +27,7 @@ from train.data.open import open_data
 from train.devices import processes
 from train.devices.mesh import make_mesh, place_module
 from train.log import Evaluation, Log, Run
-from train.loop import Loop, make_step
+from train.loop import AHEAD, Loop, make_step
 from train.networks import NetworkConfig, make_network
 from train.optimizers import make_optimizer
 from train.options import KeepActivations, Options, RunConfig, parse
@@ -182,6 +182,7 @@ def make_training(options: Options, data: Data, mesh: Mesh | None = None) -> Tra
         lead=policy_config.lead,
         min_saving=policy_config.min_saving,
     )
+    freezer.delay = AHEAD
     return Training(model, optimizer, freezer, step, account)
 
 

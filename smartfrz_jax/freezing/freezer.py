@@ -16,7 +16,8 @@ from smartfrz_jax.freezing.frozen import Frozen, check_frozen
 from smartfrz_jax.freezing.summary import Summary, summarise
 from smartfrz_jax.layers.layers import Layers, check_layers, check_of_layers, check_params
 from smartfrz_jax.layers.select import Selectors
-from smartfrz_jax.policies.base import Policy, check_policy, decision
+from smartfrz_jax.policies.base import Policy, check_policy
+from smartfrz_jax.policies.two_phase import Decisions, outline, restored
 from smartfrz_jax.pytrees import checkpoint, checks
 from smartfrz_jax.pytrees.file_paths import PathLike
 from smartfrz_jax.pytrees.types import PyTree
@@ -48,13 +49,16 @@ class Freezer:
             again. Of several processes, one that cannot compile a program raises the error.
         policy_state: The policy's state.
         callbacks: What is told of every step and of what freezes; see :mod:`smartfrz_jax.callbacks`.
+        delay: Steps, 0 unless set, after which the policy reads what it had the device compute for a decision; ``lead``
+            counts from then. With 0 it waits for the step just dispatched; with 2 the device has the next one at hand
+            meanwhile. Policies without ``phases`` (``gain``, ``slimfit``, perhaps your own) wait all the same.
 
     Raises:
         TypeError: If ``policy`` is not a :class:`~smartfrz_jax.Policy`, ``layers`` no
             :class:`~smartfrz_jax.Layers`, ``frozen`` no :class:`~smartfrz_jax.Frozen` or ``saving`` no function.
         ValueError: If the policy names a layer that the network does not have, ``params`` or ``frozen`` is of another
-            network, ``step`` or ``lead`` is no number of steps, or
-            ``min_saving`` is no share or there is nothing to predict it with.
+            network, ``step`` or ``lead`` is no number of steps, or ``min_saving`` is no share or there is
+            nothing to predict it with.
     """
 
     def __init__(
@@ -96,6 +100,7 @@ class Freezer:
         self.refused: tuple[Frozen, ...] = ()
         self.callbacks: tuple[Callback, ...] = ()
         self.policy_state = policy.init(layers, params)
+        self.delay, self._decisions = 0, Decisions(policy)
         self._tx: optax.GradientTransformation | None = None
         self._account: Any = None
         self._params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
@@ -143,11 +148,8 @@ class Freezer:
             known = loss | {"frozen_layers": len(self.frozen.names)} | dict(metrics or {})
             for callback in self.callbacks:
                 callback.on_step(self.steps, known)
-        names, self.policy_state = decision(
-            self.policy.update(
-                self.policy_state, self.layers, step=self.steps, params=params, frozen=self._by_hand.frozen, **signals
-            )
-        )
+        shown = {"step": self.steps, "params": params, "frozen": self._by_hand.frozen} | signals
+        names, self.policy_state = self._decisions(self.policy_state, self.layers, self.delay, **shown)
         names, self._by_hand = self._by_hand.decide(names)
         if self.pending is None and names != self.frozen.names:
             wanted = Frozen(self.layers, frozenset(self.layers.check(names, "policy's decision")))
@@ -298,7 +300,10 @@ class Freezer:
         progress = saved_run.Progress(
             self.steps, self.frozen, self._by_hand, self.pending, tuple(self.events), self.refused
         )
-        return {"run": run, "policy": self.policy_state}, saved_run.KIND, progress.metadata(self.policy)
+        tree, metadata = {"run": run, "policy": self.policy_state}, progress.metadata(self.policy)
+        if asked := self._decisions.metadata():
+            tree, metadata = tree | {"readings": self._decisions.arrays()}, metadata | {"readings": asked}
+        return tree, saved_run.KIND, metadata
 
     def saved_frozen(self, path: PathLike) -> Frozen:
         """The frozen set of a checkpoint, which the arrays given to :meth:`restore_run` must have the structure of.
@@ -327,8 +332,12 @@ class Freezer:
         saved_run.check_run(run)
         self.saved_frozen(path)  # raises, if it does not fit
         policy = checkpoint.with_dropped(path, self._initial_state, saved_run.KIND, prefix="['policy']")
-        saved = checkpoint.read(path, {"run": run, "policy": policy}, saved_run.KIND)
-        progress = saved_run.Progress.of(checkpoint.read_metadata(path, saved_run.KIND), self.layers)
+        metadata = checkpoint.read_metadata(path, saved_run.KIND)
+        asked = metadata.get("readings", [])
+        like = {"run": run, "policy": policy} | ({"readings": outline(asked)} if asked else {})
+        saved = checkpoint.read(path, like, saved_run.KIND)
+        progress = saved_run.Progress.of(metadata, self.layers)
+        self._decisions.readings = restored(asked, saved.get("readings", []))
         self.policy_state, self.steps, self.frozen = saved["policy"], progress.steps, progress.frozen
         self._by_hand, self.refused, self.events = progress.by_hand, progress.refused, list(progress.events)
         self._coming = None if progress.pending is None else Coming(progress.pending)

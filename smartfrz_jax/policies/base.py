@@ -16,6 +16,8 @@ from smartfrz_jax.pytrees.types import PyTree
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
+    from smartfrz_jax.policies.two_phase import TwoPhase
+
 
 # A step that no run reaches.
 NEVER = checks.LARGEST
@@ -75,12 +77,15 @@ class Policy(NamedTuple):
         needs: Signals, besides ``step`` and ``params``, that the loop must provide: ``"grads"``, ``"features"``.
         options: What it was made with, as far as JSON can hold it, and its ``"name"``. A checkpoint notes them, and is
             refused by a run with others. Empty if that is not to be checked.
+        phases: ``update`` in two parts, for a ``Freezer`` that has a ``delay``; ``None`` if it reads nothing of the
+            device, or is to be waited for all the same.
     """
 
     init: InitFn
     update: UpdateFn
     needs: frozenset[str] = frozenset()
     options: Mapping[str, Any] = types.MappingProxyType({})
+    phases: TwoPhase | None = None
 
 
 class ScheduleState(NamedTuple):

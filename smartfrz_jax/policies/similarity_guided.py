@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import jax
 import numpy as np
 
 from smartfrz_jax.layers.layers import Layers
 from smartfrz_jax.layers.select import Selectors, described
 from smartfrz_jax.policies.base import Policy, check_finite, check_update, freezable, kept, names_of, require
+from smartfrz_jax.policies.two_phase import Readings, TwoPhase
 from smartfrz_jax.predictor.cka import layer_similarity, stabilised
 from smartfrz_jax.pytrees import checks, hosts
 from smartfrz_jax.pytrees.types import PyTree
@@ -91,21 +94,16 @@ def similarity_guided(
         cka = np.zeros((window, len(layers)), np.float32)
         return SimilarityGuidedState(cka, np.zeros((), np.int32), np.zeros(len(layers), bool))
 
-    def update(
+    def dispatch(
         state: SimilarityGuidedState, layers: Layers, *, step: int, params: Callable[[], PyTree], **signals: Any
-    ) -> tuple[frozenset[str], SimilarityGuidedState]:
+    ) -> tuple[frozenset[str], SimilarityGuidedState, Readings | None]:
         check_update(state, SimilarityGuidedState, layers, step)
         features = _features(signals)
         may_freeze = freezable(layers, keep)
         judged = may_freeze & ~state.frozen
-        if step % evaluate_every == 0 and judged.any():
-            cka = _cka(layers, features(), reference, may_freeze)
-            check_finite(layers, judged & ~np.isfinite(cka), what="features", policy=_NAME, step=step)
-            state = _with_cka(state, np.where(judged, cka, 0.0))
-            if state.evaluations >= window:
-                flat = stabilised(state.cka, window=window, tolerance=tolerance)[-1]
-                state = state._replace(frozen=state.frozen | (judged & flat))
-        return names_of(layers, state.frozen), state
+        is_due = step % evaluate_every == 0 and judged.any()
+        readings = {"cka": _cka(layers, features(), reference, may_freeze)} if is_due else None
+        return names_of(layers, state.frozen), state, readings
 
     options = {
         "name": _NAME,
@@ -114,7 +112,30 @@ def similarity_guided(
         "tolerance": float(tolerance),
         "keep": described(keep),
     }
-    return Policy(init, update, frozenset({"features"}), options)
+    phases = TwoPhase(dispatch, functools.partial(_conclude, tolerance=tolerance, keep=keep))
+    return Policy(init, phases.update, frozenset({"features"}), options, phases)
+
+
+def _conclude(
+    state: SimilarityGuidedState,
+    layers: Layers,
+    readings: Mapping[str, np.ndarray],
+    *,
+    step: int,
+    tolerance: float,
+    keep: Selectors | None,
+) -> tuple[frozenset[str], SimilarityGuidedState]:
+    may_freeze = freezable(layers, keep)
+    judged = may_freeze & ~state.frozen
+    cka = np.zeros(len(layers), np.float32)
+    cka[may_freeze] = readings["cka"]
+    check_finite(layers, judged & ~np.isfinite(cka), what="features", policy=_NAME, step=step)
+    state = _with_cka(state, np.where(judged, cka, 0.0))
+    window = len(state.cka)
+    if state.evaluations >= window:
+        flat = stabilised(state.cka, window=window, tolerance=tolerance)[-1]
+        state = state._replace(frozen=state.frozen | (judged & flat))
+    return names_of(layers, state.frozen), state
 
 
 def _features(signals: dict[str, Any]) -> Callable[[], Mapping[str, Array]]:
@@ -126,13 +147,11 @@ def _features(signals: dict[str, Any]) -> Callable[[], Mapping[str, Array]]:
 
 def _cka(
     layers: Layers, features: Mapping[str, Array], reference: Mapping[str, Array], may_freeze: np.ndarray
-) -> np.ndarray:
+) -> jax.Array:
     """Of every layer that may freeze, frozen or not: for each set of layers there would be a program to compile."""
     names = [name for name, chosen in zip(layers.names, may_freeze, strict=True) if chosen]
     both = _of_layers(features, names, "features"), _of_layers(reference, names, "reference")
-    cka = np.zeros(len(layers), np.float32)
-    cka[may_freeze] = hosts.fetch(layer_similarity(*both))
-    return cka
+    return layer_similarity(*both)
 
 
 def _with_cka(state: SimilarityGuidedState, cka: np.ndarray) -> SimilarityGuidedState:

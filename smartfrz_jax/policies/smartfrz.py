@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -21,6 +21,7 @@ from smartfrz_jax.policies.base import (
     names_of,
 )
 from smartfrz_jax.policies.smartfrz_state import SmartFrzState
+from smartfrz_jax.policies.two_phase import Readings, TwoPhase
 from smartfrz_jax.predictor.predictor import Predictor, check_trained, freeze_probability
 from smartfrz_jax.predictor.probe import PROBE_DEPTHS, Probe
 from smartfrz_jax.pytrees import checks
@@ -173,7 +174,8 @@ def smartfrz(
     rule = _SmartFrz(
         predictor, total_steps, caution, order, times, _measured(predictor, times, probing), seed, kept(keep)
     )
-    return Policy(rule.init, rule.update, options=rule.options)
+    phases = TwoPhase(rule.dispatch, rule.conclude)
+    return Policy(rule.init, phases.update, options=rule.options, phases=phases)
 
 
 class _Times(NamedTuple):
@@ -233,30 +235,41 @@ class _SmartFrz:
             layers, params, window=self.times.window, size=size, seed=self.seed, keep_start=measures
         )
 
-    def update(
+    def dispatch(
         self, state: SmartFrzState, layers: Layers, *, step: int, params: Callable[[], PyTree], **signals: Any
-    ) -> tuple[frozenset[str], SmartFrzState]:
+    ) -> tuple[frozenset[str], SmartFrzState, Readings | None]:
         check_update(state, SmartFrzState, layers, step)
         by_hand = signals.get("frozen", ())
         if by_hand:  # else they would hold back the layers behind them
             state = state.replace(frozen=state.frozen | np.array([name in by_hand for name in layers.names]))
-        state = state.with_loss(signals.get("loss"))
+        state, readings = state.with_loss(signals.get("loss")), {}
         if step % self.times.record_every == 0:
-            most = self.times.max_consecutive_errors
-            state = state.with_record(layers, params(), step=step, policy=_NAME, max_consecutive_errors=most)
-        if step % self.times.evaluate_every == 0:
-            state = self._judged(state, layers, step, params)
+            state, readings = state.with_record(layers, params())
+        may_judge = step % self.times.evaluate_every == 0 and state.records >= self.times.min_records
+        if may_judge and (freezable(layers, self.keep) & ~state.frozen).any():
+            if self.probing is not None and _is_doubled(step, self.probing.first_probe):
+                self._check_record(state, layers, jax.device_get(readings), step)  # whose cause is told better
+                state = state.with_contribution(layers, params(), self.probing.probe, self.probing.depths)
+            recorded = step - step % self.times.record_every
+            progress = np.nan if self.total_steps is None else min(1.0, recorded / self.total_steps)
+            readings["confidence"] = freeze_probability(self.predictor, state.observation(progress))
+        return names_of(layers, state.frozen), state, readings or None
+
+    def conclude(
+        self, state: SmartFrzState, layers: Layers, readings: Mapping[str, np.ndarray], *, step: int
+    ) -> tuple[frozenset[str], SmartFrzState]:
+        self._check_record(state, layers, readings, step)
+        if "confidence" in readings:
+            state = self._judged(state, layers, readings["confidence"], step)
         return names_of(layers, state.frozen), state
 
-    def _judged(self, state: SmartFrzState, layers: Layers, step: int, params: Callable[[], PyTree]) -> SmartFrzState:
+    def _check_record(self, state: SmartFrzState, layers: Layers, readings: Mapping[str, Any], step: int) -> None:
+        if "finite" in readings:
+            most = self.times.max_consecutive_errors
+            state.check_record(layers, readings, step=step, policy=_NAME, max_consecutive_errors=most)
+
+    def _judged(self, state: SmartFrzState, layers: Layers, confidence: np.ndarray, step: int) -> SmartFrzState:
         judged = freezable(layers, self.keep) & ~state.frozen
-        if state.records < self.times.min_records or not judged.any():
-            return state
-        if self.probing is not None and _is_doubled(step, self.probing.first_probe):
-            state = state.with_contribution(layers, params(), self.probing.probe, self.probing.depths)
-        recorded = step - step % self.times.record_every
-        progress = np.nan if self.total_steps is None else min(1.0, recorded / self.total_steps)
-        confidence = np.asarray(jax.device_get(freeze_probability(self.predictor, state.observation(progress))))
         check_finite(layers, judged & ~np.isfinite(confidence), what="confidence", policy=_NAME, step=step)
         streak = np.where(judged & (confidence > self.caution), state.streak + 1, 0).astype(np.int32)
         ready = judged & (streak >= self.times.patience)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -33,8 +35,8 @@ class SmartFrzState(struct.PyTreeNode):
         start: The sampled weights before the first step, float32 of shape ``(layers, size)``.
         records: Records so far, int32.
         losses: Mean training loss over the interval that ended with each of the last records, oldest first, float32 of
-            shape ``(window,)``; NaN where it is unknown.
-        first_loss: Mean training loss over the first interval, float32; NaN if unknown.
+            shape ``(window,)``, on the device; NaN where it is unknown.
+        first_loss: Mean training loss over the first interval, float32, on the device; NaN if unknown.
         loss_sum: Sum of the losses since the last record, float32, on the device.
         loss_count: How many of them are finite and in the sum, int32, on the device.
         loss_errors: Losses in a row, up to now, that were not finite, int32, on the device.
@@ -49,8 +51,8 @@ class SmartFrzState(struct.PyTreeNode):
     history: History
     start: Float[Array, "layers size"]
     records: Int[np.ndarray, ""]
-    losses: Float[np.ndarray, " window"]
-    first_loss: Float[np.ndarray, ""]
+    losses: Float[Array, " window"]
+    first_loss: Float[Array, ""]
     loss_sum: Float[Array, ""]
     loss_count: Int[Array, ""]
     loss_errors: Int[Array, ""]
@@ -80,8 +82,8 @@ class SmartFrzState(struct.PyTreeNode):
             # By way of the host: a state must not insist on the devices on which the parameters lie now.
             start=jax.device_put(hosts.fetch(_sampled(tailoring, layers, params))),
             records=np.zeros((), np.int32),
-            losses=np.full(window, np.nan, np.float32),
-            first_loss=np.full((), np.nan, np.float32),
+            losses=jax.device_put(np.full(window, np.nan, np.float32)),
+            first_loss=jax.device_put(np.full((), np.nan, np.float32)),
             loss_sum=_zero(np.float32),
             loss_count=_zero(np.int32),
             loss_errors=_zero(np.int32),
@@ -104,40 +106,49 @@ class SmartFrzState(struct.PyTreeNode):
         if loss is None:
             return self
         checks.scalar(loss, "loss", "a scalar; pass the mean over the batch")
-        loss = loss if isinstance(loss, jax.Array) else jax.device_put(np.float32(loss))
+        loss = hosts.own(loss) if isinstance(loss, jax.Array) else jax.device_put(np.float32(loss))
         loss_sum, loss_count, loss_errors = _add(self.loss_sum, self.loss_count, self.loss_errors, loss)
         return self.replace(loss_sum=loss_sum, loss_count=loss_count, loss_errors=loss_errors)
 
-    def with_record(
-        self, layers: Layers, params: PyTree, *, step: int, policy: str, max_consecutive_errors: int
-    ) -> SmartFrzState:
-        """Adds a record of every active layer, and drops those of frozen ones.
+    def with_record(self, layers: Layers, params: PyTree) -> tuple[SmartFrzState, dict[str, jax.Array]]:
+        """Adds a record of every active layer, and drops those of frozen ones, without waiting for the device.
 
         Args:
             layers: The network's layers.
             params: Its parameter pytree.
-            step: Number of train steps done, for the error.
-            policy: Name of the policy, for the error.
+
+        Returns:
+            The state, and what :meth:`check_record` is to look at.
+        """
+        weights = _sampled(self.tailoring, layers, params)
+        losses, first_loss = _with_mean(self.losses, self.first_loss, self.loss_sum, self.loss_count)
+        recorded = self.replace(
+            history=self.history.record(weights, jax.device_put(~self.frozen)),
+            records=np.asarray(self.records + 1, np.int32),
+            losses=losses,
+            first_loss=self.first_loss if self.records else first_loss,
+            loss_sum=_zero(np.float32),
+            loss_count=_zero(np.int32),
+        )
+        return recorded, {"finite": _rows_finite(weights), "errors": self.loss_errors}
+
+    def check_record(
+        self, layers: Layers, readings: Mapping[str, Any], *, step: int, policy: str, max_consecutive_errors: int
+    ) -> None:
+        """Checks a record that has arrived on the host.
+
+        Args:
+            layers: The network's layers.
+            readings: From :meth:`with_record`.
+            step: Number of train steps done then.
+            policy: Name of the policy.
             max_consecutive_errors: Losses in a row that may be other than finite.
 
         Raises:
             FloatingPointError: If a sampled weight of an active layer is not finite, or more losses in a row were not.
         """
-        weights = _sampled(self.tailoring, layers, params)
-        finite, loss_sum, loss_count, loss_errors = jax.device_get(
-            (_rows_finite(weights), self.loss_sum, self.loss_count, self.loss_errors)
-        )
-        check_finite(layers, ~self.frozen & ~np.asarray(finite), what="params", policy=policy, step=step)
-        check_errors(loss_errors, max_consecutive_errors, what="loss", policy=policy, step=step)
-        loss = np.float32(loss_sum / loss_count if loss_count else np.nan)
-        return self.replace(
-            history=self.history.record(weights, jax.device_put(~self.frozen)),
-            records=np.asarray(self.records + 1, np.int32),
-            losses=np.append(self.losses[1:], loss),
-            first_loss=self.first_loss if self.records else np.asarray(loss),
-            loss_sum=_zero(np.float32),
-            loss_count=_zero(np.int32),
-        )
+        check_finite(layers, ~self.frozen & ~np.asarray(readings["finite"]), what="params", policy=policy, step=step)
+        check_errors(readings["errors"], max_consecutive_errors, what="loss", policy=policy, step=step)
 
     def with_contribution(self, layers: Layers, params: PyTree, probe: Probe, depths: int) -> SmartFrzState:
         """Measures what the layers up to some that are active have contributed.
@@ -162,15 +173,15 @@ class SmartFrzState(struct.PyTreeNode):
         """
         layers = len(self.frozen)
         records, mask = self.history.chronological()
+        losses, first_loss = _of_each_layer(self.losses, self.first_loss, layers)
         rest = {
             "elapsed": np.full(layers, self.records, np.float32),
-            "losses": np.tile(self.losses, (layers, 1)),
-            "first_loss": np.full(layers, self.first_loss, np.float32),
             "progress": np.full(layers, progress, np.float32),
             "depth": np.linspace(0, 1, layers, dtype=np.float32),
             "contribution": self.contribution,
         }
-        return Observation(records=records, mask=mask, start=self.start, **jax.device_put(rest))
+        known = {"records": records, "mask": mask, "start": self.start, "losses": losses, "first_loss": first_loss}
+        return Observation(**known, **jax.device_put(rest))
 
 
 def _sampled(tailoring: Tailoring | None, layers: Layers, params: PyTree) -> jax.Array:
@@ -192,6 +203,20 @@ def _add(
     finite = jnp.isfinite(loss)
     added = jnp.where(finite, total + loss.astype(jnp.float32), total)
     return added, count + finite.astype(jnp.int32), jnp.where(finite, 0, errors + 1)
+
+
+@jax.jit
+def _with_mean(
+    losses: jax.Array, first_loss: jax.Array, total: jax.Array, count: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """The losses with the mean of those since the last record in place of the oldest, and the mean; NaN of none."""
+    mean = jnp.where(count > 0, total / count.astype(jnp.float32), jnp.full_like(first_loss, jnp.nan))
+    return jnp.append(losses[1:], mean), mean
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _of_each_layer(losses: jax.Array, first_loss: jax.Array, layers: int) -> tuple[jax.Array, jax.Array]:
+    return jnp.broadcast_to(losses, (layers, *losses.shape)), jnp.broadcast_to(first_loss, layers)
 
 
 @jax.jit

@@ -50,7 +50,7 @@ def blank(layers: Layers, leaves: Mapping[str, Any]) -> Snapshot:
 
 def none(layers: Layers) -> Snapshot:
     """No copies, and no memory for them."""
-    zero = jnp.zeros((), jnp.float32)
+    zero = jax.device_put(np.zeros((), np.float32))
     return Snapshot(np.asarray(0, np.int32), {kernel: zero for layer in layers for kernel in layer.kernels})
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -22,7 +23,8 @@ from smartfrz_jax.policies.base import (
     names_of,
     require,
 )
-from smartfrz_jax.pytrees import checks, hosts
+from smartfrz_jax.policies.two_phase import Readings, TwoPhase
+from smartfrz_jax.pytrees import checks
 from smartfrz_jax.pytrees.types import PyTree
 
 if TYPE_CHECKING:
@@ -30,6 +32,8 @@ if TYPE_CHECKING:
 
 
 _NAME = "autofreeze"
+# Beside the norms, by name of parameter, which these are not.
+_COUNTED, _ERRORS = "gradients//counted", "gradients//errors"
 
 
 class AutoFreezeState(NamedTuple):
@@ -113,26 +117,22 @@ def autofreeze(
         freezable(layers, keep)
         return _start(layers, check_params(params))
 
-    def update(
+    def dispatch(
         state: AutoFreezeState, layers: Layers, *, step: int, params: Callable[[], PyTree], **signals: Any
-    ) -> tuple[frozenset[str], AutoFreezeState]:
+    ) -> tuple[frozenset[str], AutoFreezeState, Readings | None]:
         check_update(state, AutoFreezeState, layers, step)
         grads = require(signals, "grads", _NAME, "pass the gradients of the active layers by parameter name")
-        state = _accumulate(state, layers, grads)
+        state, readings = _accumulate(state, layers, grads), None
         if step % evaluate_every == 0:
-            counted, errors = hosts.fetch((state.counted, state.errors))
-            check_errors(errors, max_consecutive_errors, what="grads", policy=_NAME, step=step)
-            if counted:
-                state = _evaluate(state, layers, freezable(layers, keep), percentile, step, counted / evaluate_every)
-        return names_of(layers, state.frozen), state
+            sums = _l1_norms({p: state.accumulated[p] for p in _active_params(layers, state.frozen)})
+            readings = sums | {_COUNTED: state.counted, _ERRORS: state.errors}
+            state = state._replace(accumulated=_zeros(state, layers), counted=_zero())
+        return names_of(layers, state.frozen), state, readings
 
-    options = {
-        "name": _NAME,
-        "evaluate_every": int(evaluate_every),
-        "percentile": float(percentile),
-        "keep": described(keep),
-    }
-    return Policy(init, update, frozenset({"grads"}), options)
+    named = {"name": _NAME, "evaluate_every": int(evaluate_every), "percentile": float(percentile)}
+    rule = {"evaluate_every": evaluate_every, "percentile": percentile, "most": max_consecutive_errors, "keep": keep}
+    phases = TwoPhase(dispatch, functools.partial(_conclude, **rule))
+    return Policy(init, phases.update, frozenset({"grads"}), named | {"keep": described(keep)}, phases)
 
 
 def _start(layers: Layers, leaves: Mapping[str, Any]) -> AutoFreezeState:
@@ -146,6 +146,25 @@ def _start(layers: Layers, leaves: Mapping[str, Any]) -> AutoFreezeState:
     )
 
 
+def _conclude(
+    state: AutoFreezeState,
+    layers: Layers,
+    readings: Mapping[str, np.ndarray],
+    *,
+    step: int,
+    evaluate_every: int,
+    percentile: float,
+    most: int,
+    keep: Selectors | None,
+) -> tuple[frozenset[str], AutoFreezeState]:
+    check_errors(readings[_ERRORS], most, what="grads", policy=_NAME, step=step)
+    if readings[_COUNTED]:
+        norms = _norms(layers, readings, float(readings[_COUNTED] / evaluate_every))
+        check_finite(layers, ~np.isfinite(norms), what="grads", policy=_NAME, step=step)
+        state = _evaluate(state, layers, freezable(layers, keep), percentile, norms)
+    return names_of(layers, state.frozen), state
+
+
 def _accumulate(state: AutoFreezeState, layers: Layers, grads: Mapping[str, Any]) -> AutoFreezeState:
     checks.by_name(grads, "grads", "a dict from parameter names to gradients, such as Frozen.active_leaves(grads)")
     state = state._replace(frozen=state.frozen | _frozen_by_others(layers, grads, state.frozen))
@@ -155,14 +174,17 @@ def _accumulate(state: AutoFreezeState, layers: Layers, grads: Mapping[str, Any]
     return state._replace(accumulated=state.accumulated | added, counted=counted, errors=errors)
 
 
-def _evaluate(
-    state: AutoFreezeState, layers: Layers, may_freeze: np.ndarray, percentile: float, step: int, share: float
-) -> AutoFreezeState:
-    """Compares the sums with the last ones; ``share`` is the part of the interval's steps that they are made of."""
-    sums = hosts.fetch(_l1_norms({p: state.accumulated[p] for p in _active_params(layers, state.frozen)}))
+def _norms(layers: Layers, sums: Mapping[str, np.ndarray], share: float) -> Float[np.ndarray, " layers"]:
+    """L1 norm of each layer's sum; ``share`` is the part of the interval's steps that it is made of."""
     norms = np.array([sum(float(sums.get(param, 0.0)) for param in layer.params) for layer in layers], np.float32)
     norms /= np.float32(share)
-    check_finite(layers, ~np.isfinite(norms), what="grads", policy=_NAME, step=step)
+    return norms
+
+
+def _evaluate(
+    state: AutoFreezeState, layers: Layers, may_freeze: np.ndarray, percentile: float, norms: np.ndarray
+) -> AutoFreezeState:
+    """Compares the norms with the last ones."""
     frozen = state.frozen
     if state.evaluations > 0:
         change = _rate_of_change(state.norms.astype(np.float64), norms.astype(np.float64))
@@ -170,14 +192,19 @@ def _evaluate(
         ends_prefix = ~frozen & may_freeze & (change >= threshold)
         frozen = frozen | (may_freeze & ~np.logical_or.accumulate(ends_prefix))
     active = set(_active_params(layers, frozen))
-    return AutoFreezeState(
-        {p: jnp.zeros_like(x) if p in active else jnp.zeros((), jnp.float32) for p, x in state.accumulated.items()},
-        _zero(),
-        state.errors,
-        norms,
-        np.asarray(state.evaluations + 1, np.int32),
-        frozen,
+    return state._replace(
+        accumulated={p: x if p in active else _zero(np.float32) for p, x in state.accumulated.items()},
+        norms=norms,
+        evaluations=np.asarray(state.evaluations + 1, np.int32),
+        frozen=frozen,
     )
+
+
+def _zeros(state: AutoFreezeState, layers: Layers) -> dict[str, Any]:
+    """Sums to begin with, where the last ones lie."""
+    active = set(_active_params(layers, state.frozen))
+    with jax.transfer_guard_host_to_device("allow"):  # of the number zero
+        return {p: jnp.zeros_like(x) if p in active else _zero(np.float32) for p, x in state.accumulated.items()}
 
 
 def _rate_of_change(previous: np.ndarray, current: np.ndarray) -> np.ndarray:
@@ -226,8 +253,8 @@ def _add(
     return added, counted + finite.astype(jnp.int32), jnp.where(finite, 0, errors + 1)
 
 
-def _zero() -> jax.Array:
-    return jax.device_put(np.zeros((), np.int32))
+def _zero(dtype: Any = np.int32) -> jax.Array:
+    return jax.device_put(np.zeros((), dtype))
 
 
 @jax.jit

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -14,7 +15,8 @@ from smartfrz_jax.layers.layers import Layers, check_params
 from smartfrz_jax.layers.select import Selectors, described
 from smartfrz_jax.policies import snapshot
 from smartfrz_jax.policies.base import Policy, check_update, freezable, kept, names_of, require
-from smartfrz_jax.pytrees import checks, hosts
+from smartfrz_jax.policies.two_phase import Readings, TwoPhase
+from smartfrz_jax.pytrees import checks
 from smartfrz_jax.pytrees.types import PyTree
 
 if TYPE_CHECKING:
@@ -87,20 +89,23 @@ def grades(
         freezable(layers, keep)
         return GradESState(snapshot.blank(layers, check_params(params)), np.zeros(len(layers), bool))
 
-    def update(
+    def dispatch(
         state: GradESState, layers: Layers, *, step: int, params: Callable[[], PyTree], **signals: Any
-    ) -> tuple[frozenset[str], GradESState]:
+    ) -> tuple[frozenset[str], GradESState, Readings | None]:
         check_update(state, GradESState, layers, step)
         names_of(layers, state.frozen)  # raises, if it is of another network
         grads = require(signals, "grads", _NAME, "pass the gradients of the active layers by parameter name")
         checks.by_name(grads, "grads", "a dict from parameter names to gradients, such as Frozen.active_leaves(grads)")
+        changes = None
         if step % evaluate_every == 0 and step >= first:
-            state = _judge(state, layers, grads, freezable(layers, keep), threshold)
+            before = {name: grad for name, grad in state.before.held.items() if name in grads}
+            changes = _changes(before, {name: grads[name] for name in before})
+            state = state._replace(before=snapshot.none(layers))
         if (step + 1) % evaluate_every == 0 and step + 1 >= first:
             state = state._replace(before=snapshot.take(layers, _active(layers, state.frozen, grads)))
         elif state.before.is_blank:
             state = state._replace(before=snapshot.none(layers))
-        return names_of(layers, state.frozen), state
+        return names_of(layers, state.frozen), state, changes
 
     options = {
         "name": _NAME,
@@ -110,21 +115,23 @@ def grades(
         "evaluate_every": int(evaluate_every),
         "keep": described(keep),
     }
-    return Policy(init, update, frozenset({"grads"}), options)
+    phases = TwoPhase(dispatch, functools.partial(_conclude, threshold=threshold, keep=keep))
+    return Policy(init, phases.update, frozenset({"grads"}), options, phases)
 
 
-def _judge(
+def _conclude(
     state: GradESState,
     layers: Layers,
-    grads: Mapping[str, Any],
-    may_freeze: Bool[np.ndarray, " layers"],
+    readings: Mapping[str, np.ndarray],
+    *,
+    step: int,
     threshold: float,
-) -> GradESState:
-    before = {name: grad for name, grad in state.before.held.items() if name in grads}
-    changes = hosts.fetch(_changes(before, {name: grads[name] for name in before}))
-    known = np.array([all(kernel in changes for kernel in layer.kernels) for layer in layers], bool)
-    change = np.array([sum(float(changes.get(kernel, 0.0)) for kernel in layer.kernels) for layer in layers])
-    return GradESState(snapshot.none(layers), state.frozen | (may_freeze & known & (change < threshold)))
+    keep: Selectors | None,
+) -> tuple[frozenset[str], GradESState]:
+    known = np.array([all(kernel in readings for kernel in layer.kernels) for layer in layers], bool)
+    change = np.array([sum(float(readings.get(kernel, 0.0)) for kernel in layer.kernels) for layer in layers])
+    state = state._replace(frozen=state.frozen | (freezable(layers, keep) & known & (change < threshold)))
+    return names_of(layers, state.frozen), state
 
 
 def _active(layers: Layers, frozen: Bool[np.ndarray, " layers"], grads: Mapping[str, Any]) -> dict[str, Any]:

@@ -177,9 +177,9 @@ def test_a_restored_predictor_judges_weights_on_a_mesh(predictor, tmp_path):
 def test_frozen_layers_lose_their_history_but_not_their_start():
     state = SmartFrzState.create(LAYERS, START, window=3, size=SIZE, seed=0, keep_start=False)
     for step in (1, 2):
-        state = state.with_record(LAYERS, weights_at(step), step=step, policy="smartfrz", max_consecutive_errors=0)
+        state, _ = state.with_record(LAYERS, weights_at(step))
     state = state.replace(frozen=np.array([False, True, False, False]))
-    state = state.with_record(LAYERS, weights_at(3), step=3, policy="smartfrz", max_consecutive_errors=0)
+    state, _ = state.with_record(LAYERS, weights_at(3))
     assert state.history.count.tolist() == [3, 0, 3, 3]
     assert not np.asarray(state.history.values[1]).any()
     np.testing.assert_array_equal(state.start[:, 0], [0, 1, 2, 3])
