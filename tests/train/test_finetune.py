@@ -4,6 +4,7 @@ import importlib.util
 from functools import partial
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 import safetensors.numpy
@@ -135,6 +136,25 @@ def test_scanned_blocks_are_logged_one_by_one(few_blocks, tmp_path, capsys):
     assert told["loss"] == (1, pytest.approx(step.loss))
     assert told["flops"] == (1, pytest.approx(step.flops))
     assert told["evaluation"] == (1, pytest.approx(scanned.metrics["accuracy"]))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", ["smartfrz", "autofreeze"])
+def test_the_loop_moves_nothing_between_host_and_device_unasked(few_blocks, monkeypatch, capsys, policy):
+    """In the thread that reads ahead, in decisions, evaluations and checkpoints neither."""
+    monkeypatch.setattr(networks, "deit_tiny", partial(deit_tiny, dim=16, heads=2, depth=1))
+    run = finetune.Loop.run
+
+    def guarded(loop, data):
+        jax.config.update("jax_transfer_guard", "disallow")
+        try:
+            yield from run(loop, data)
+        finally:
+            jax.config.update("jax_transfer_guard", "allow")
+
+    monkeypatch.setattr(finetune.Loop, "run", guarded)
+    arguments = ["--train-split", "train[:20]", "--batch-size", "4", "--epochs", "2", "--policy", policy]
+    assert finetune.main(few_blocks + arguments) == 0, capsys.readouterr().err
 
 
 class InterruptedAt(command_line.Interrupt):
