@@ -169,7 +169,7 @@ def make_training(options: Options, data: Data, mesh: Mesh | None = None) -> Tra
         reference=reference,
         probe=sfj.nnx.probe(model, loss_fn, example, first.labels),
     )
-    optimizer = sfj.nnx.Optimizer(model, tx, layers=layers)
+    optimizer = sfj.nnx.Optimizer(model, tx, layers=layers, returning=options.optimizer.returning)
     if mesh is not None:
         place_module(optimizer, mesh)
     step = make_train_step(data, account, total_steps, run.keep_activations)

@@ -8,6 +8,7 @@ from typing import Any, Literal
 import jax
 import optax
 
+from smartfrz_jax.freezing.returning import Returning
 from smartfrz_jax.pytrees.types import PyTree
 from train.command_line import check_least
 
@@ -30,6 +31,8 @@ class OptimizerConfig:
     """in which the learning rate rises from 0"""
     clip: float | None = None
     """largest norm of the gradients of active layers; any without it"""
+    returning: Returning = "fresh"
+    """what the optimizer holds of a layer that trains again: nothing, or what it held when the layer froze"""
 
     def __post_init__(self) -> None:
         check_least(self, learning_rate=0, momentum=0, weight_decay=0, warmup_epochs=0)

@@ -1,0 +1,59 @@
+"""``python -m benchmarks.kills --out FOLDER``: kills runs of every policy, and says what was lost; see campaign.py.
+
+Goes on where it stopped, and writes an entry for every kill to ``benchmarks/kills/results.jsonl``. It is one process
+that forks: start it before anything else uses a device.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import pathlib
+import sys
+import time
+
+RESULTS = pathlib.Path(__file__).with_name("results.jsonl")
+
+
+def main() -> int:
+    """Runs the campaign; 1 if anything was lost."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.kills", description=__doc__)
+    parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for the runs")
+    parser.add_argument("--results", type=pathlib.Path, default=RESULTS, help="JSON lines, which it goes on from")
+    parser.add_argument("--kills", type=int, default=5, help="of each run")
+    parser.add_argument("--cases", type=int, default=1000, help="how many cases are tried at most")
+    parser.add_argument("--seed", type=int, default=0, help="of the moments")
+    args = parser.parse_args()
+    os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+    import matplotlib.pyplot  # noqa: F401  # once, for all that are forked
+    import tensorflow_datasets  # noqa: F401
+    from orbax.checkpoint import v1  # noqa: F401
+
+    from benchmarks.kills import campaign, victim
+
+    args.out.mkdir(parents=True, exist_ok=True)
+    if not (args.out / "fashion").exists():
+        victim.write_data(args.out)
+    reference = args.out / "reference"
+    if not (reference / "model.safetensors").exists():
+        argv = victim.arguments(args.out, reference)
+        campaign.in_process(lambda: victim.run(argv, None), args.out / "reference.txt")
+    lines = args.results.read_text().splitlines() if args.results.exists() else []
+    done = [entry for entry in map(json.loads, lines) if entry["event"] == "end"]
+    tried = {campaign.Case(one["policy"], one["returning"], one["keep_activations"]) for one in done}
+    lost = [one for one in done if one["code"] or one["differs"]]
+    for case in [case for case in campaign.cases() if case not in tried][: args.cases]:
+        begun, kills = time.monotonic(), campaign.moments(case, args.seed, args.kills)
+        entries = list(campaign.try_case(case, kills, args.out))
+        lost += [one for one in entries if one["event"] == "end" and (one["code"] or one["differs"])]
+        with args.results.open("a") as file:
+            file.writelines(json.dumps(one) + "\n" for one in entries)
+        print(f"{case}: {time.monotonic() - begun:.0f} s, {entries[-1]}", flush=True)
+    print(f"lost: {lost or 'nothing'}")
+    return 1 if lost else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

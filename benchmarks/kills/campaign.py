@@ -1,0 +1,179 @@
+"""Kills runs at chosen moments, goes on with them, and compares them with runs that were left alone."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, get_args
+
+import numpy as np
+
+from benchmarks.kills.victim import BATCH, EXAMPLES, STEPS, Kind, Moment, arguments, run
+from train.policies import PolicyName
+
+SECONDS = 600.0  # after which a process hangs
+
+# So that each policy freezes within the few steps of a run.
+CHANGED: dict[str, tuple[str, ...]] = {
+    "smartfrz": ("--caution", "0.3", "--patience", "1"),
+    "progress": ("--caution", "0.1"),
+    "freezeout": ("--t0", "0.3"),
+    "similarity_guided": ("--tolerance", "0.5"),
+    "static_prefix": ("--stages", "0.2:0.4,0.6:0.8"),
+    "lisa": ("--switch-every", "6", "--active-blocks", "1"),
+    "badam": ("--switch-every", "6"),
+    "hift": ("--switch-every", "6"),
+    "slimfit": ("--switch-every", "6"),
+    "grades": ("--threshold", "10", "--grace", "0.3"),
+}
+
+
+class Case(NamedTuple):
+    """What is killed.
+
+    Attributes:
+        policy: What decides when layers freeze.
+        returning: What the optimizer holds of layers that train again.
+        keep_activations: Where those of frozen layers are kept.
+    """
+
+    policy: str
+    returning: str = "fresh"
+    keep_activations: str = "no"
+
+
+def cases() -> list[Case]:
+    """Every policy with one of the keep modes, kept activations, and every policy with the other mode."""
+    modes, policies = ("fresh", "kept"), get_args(PolicyName)
+    first = [Case(policy, modes[n % 2]) for n, policy in enumerate(policies)]
+    second = [Case(policy, modes[1 - n % 2]) for n, policy in enumerate(policies)]
+    stored = [Case("static_prefix", keep_activations="host"), Case("freezeout", keep_activations="device")]
+    return [*first, *stored, *second]
+
+
+def moments(case: Case, seed: int, number: int) -> list[Moment]:
+    """As many kills of one run as asked for, each of the process that goes on after the one before.
+
+    The first comes in the first epoch, before or after the first checkpoint. The later ones fall into writing
+    checkpoints, compiling, freezing, steps, setting up and evaluating in turn, and begin with another for every case.
+    """
+    rng = np.random.default_rng([seed, *f"{case}".encode()])
+    kinds: list[Kind] = ["save", "compile", "freeze", "step", "start", "evaluation"]
+    if case.policy == "never":
+        kinds = ["save", "step", "start", "evaluation"]
+    first = Moment("step", int(rng.integers(1, EXAMPLES // BATCH)), float(rng.uniform(0, 0.05)))
+    turn = int(rng.integers(len(kinds)))
+    most = {"start": 2.0, "save": 0.3, "compile": 0.3}
+    later = [kinds[(turn + n) % len(kinds)] for n in range(number - 2)]
+    drawn = [Moment(kind, int(rng.integers(1, 3)), float(rng.uniform(0, most.get(kind, 0.05)))) for kind in later]
+    return [first, *drawn, Moment("end", 1, float(rng.uniform(0, 0.3)))][:number]
+
+
+def in_process(work: Callable[[], int], output: pathlib.Path) -> int:
+    """Runs something in a fork of this process, which must not have used a device; its exit code, or minus its signal.
+
+    Raises:
+        TimeoutError: If it does not end.
+    """
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+            os.dup2(file, 1)
+            os.dup2(file, 2)
+            code = work()
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    until = time.monotonic() + SECONDS
+    while time.monotonic() < until:
+        ended, status = os.waitpid(child, os.WNOHANG)
+        if ended:
+            return os.waitstatus_to_exitcode(status)
+        time.sleep(0.05)
+    os.kill(child, 9)
+    os.waitpid(child, 0)
+    raise TimeoutError(f"a run does not end; what it said is in {output}")
+
+
+def try_case(case: Case, kills: list[Moment], folder: pathlib.Path) -> Iterator[dict[str, Any]]:
+    """One run left alone, one killed again and again and gone on with: an entry for each kill, and one for the end.
+
+    Args:
+        case: Of both.
+        kills: Of the second.
+        folder: With the data; what the runs write is put there.
+    """
+    changed = [*CHANGED.get(case.policy, ()), "--policy", case.policy, "--returning", case.returning]
+    if case.policy == "similarity_guided":
+        changed += ["--reference", str(folder / "reference/model.safetensors")]
+    if case.keep_activations != "no":
+        changed += ["--keep-activations", case.keep_activations, "--augment", "none"]
+    names = "-".join(case)
+    alone, killed = folder / f"{names}-alone", folder / f"{names}-killed"
+    code = in_process(lambda: run(arguments(folder, alone, *changed), None), folder / f"{names}-alone.txt")
+    if code:
+        raise RuntimeError(f"the run that was left alone ended with {code}; what it said is in {folder}")
+    resume: tuple[str, ...] = ()
+    output = folder / f"{names}-killed.txt"
+    for moment in kills:
+        at = lambda: run(arguments(folder, killed, *changed, *resume), moment)  # noqa: E731, B023
+        code = in_process(at, output)
+        done = max((int(path.name) for path in killed.glob("checkpoints/*") if path.name.isdigit()), default=0)
+        yield {"event": "kill", **case._asdict(), **moment._asdict(), "code": code, "checkpoint": done}
+        if code == 0:  # it was over before that moment
+            break
+        if (killed / "log.jsonl").exists():
+            resume = ("--resume",)
+    code = in_process(lambda: run(arguments(folder, killed, *changed, *resume), None), output)
+    compared = folder / f"{names}-compared.txt"
+    in_process(lambda: _print(compared_with(alone, killed)), compared)
+    lost = compared.read_text().strip()
+    yield {"event": "end", **case._asdict(), "code": code, "differs": lost}
+
+
+def _print(text: str) -> int:
+    print(text, flush=True)
+    return 0
+
+
+def compared_with(alone: pathlib.Path, killed: pathlib.Path) -> str:
+    """What of a run's end differs from that of another, by name, but for times; empty if nothing does."""
+    from train import log
+
+    logs = [log.read(folder / "log.jsonl") for folder in (alone, killed)]
+    whole = [
+        {
+            "losses": [step.loss for step in one.steps],
+            "frozen": [(step.step, step.frozen, step.flops) for step in one.steps],
+            "freezes": one.freezes,
+            "evaluations": one.evaluations,
+            **saved(folder / f"checkpoints/{STEPS:08d}"),
+            "weights": (folder / "model.safetensors").read_bytes(),
+        }
+        for one, folder in zip(logs, (alone, killed), strict=True)
+    ]
+    first, second = whole
+    names = [name for name in first.keys() | second.keys() if not _same(first.get(name), second.get(name))]
+    return ", ".join(sorted(names))
+
+
+def saved(checkpoint: pathlib.Path) -> dict[str, Any]:
+    """The arrays and the frozen sets of a checkpoint."""
+    from orbax.checkpoint import v1
+
+    metadata = v1.metadata(str(checkpoint))
+    arrays = v1.load(str(checkpoint), {name: np.empty(a.shape, a.dtype) for name, a in metadata.metadata.items()})
+    notes = {name: metadata.custom_metadata[name] for name in ("frozen", "pending", "events", "checksums")}
+    return {**arrays, **notes}
+
+
+def _same(first: Any, second: Any) -> bool:
+    if isinstance(first, np.ndarray):
+        return isinstance(second, np.ndarray) and first.tobytes() == second.tobytes() and first.dtype == second.dtype
+    return first == second
