@@ -35,6 +35,7 @@ from train.policies import layer_rates, make_policy
 from train.prefetch import Prefetch
 from train.recovery.checkpoints import make_checkpoints
 from train.recovery.lock import only_run_in
+from train.recovery.not_finite import skip_not_finite
 from train.recovery.resume import read_baseline, read_started, restore_newest
 
 
@@ -56,7 +57,7 @@ def fix_statistics(model: nnx.Module) -> None:
 
 
 def make_train_step(
-    data: Data, account: sfj.Account, total_steps: int, keep_activations: KeepActivations
+    data: Data, account: sfj.Account, total_steps: int, keep_activations: KeepActivations, *, skips: bool = False
 ) -> sfj.TrainStep | sfj.nnx.CachedStep:
     """The step; augmentation is part of it.
 
@@ -65,6 +66,7 @@ def make_train_step(
         account: The account of the step.
         total_steps: Length of the run.
         keep_activations: Where those of frozen layers are kept; ``no`` to compute them in every step.
+        skips: Whether it leaves out what is not finite.
 
     Returns:
         A step of ``(model, optimizer, key, inputs, labels)``; before the key, numbers of examples if it keeps anything.
@@ -73,10 +75,13 @@ def make_train_step(
     def loss_of_batch(model: nnx.Module, key: jax.Array, inputs: tuple[Any, ...], labels: jax.Array) -> jax.Array:
         return loss_fn(model, *data.augment(key, inputs, labels))
 
+    def make(loss_fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        return skip_not_finite(make_step(loss_fn)) if skips else make_step(loss_fn)
+
     if keep_activations == "no":
-        return sfj.TrainStep(make_step(loss_of_batch), account=account)
+        return sfj.TrainStep(make(loss_of_batch), account=account)
     return sfj.nnx.CachedStep(
-        make_step,
+        make,
         loss_of_batch,
         examples=data.examples,
         storage=sfj.caching.Storage(keep_activations),
@@ -172,7 +177,8 @@ def make_training(options: Options, data: Data, mesh: Mesh | None = None) -> Tra
     optimizer = sfj.nnx.Optimizer(model, tx, layers=layers, returning=options.optimizer.returning)
     if mesh is not None:
         place_module(optimizer, mesh)
-    step = make_train_step(data, account, total_steps, run.keep_activations)
+    skips = options.recovery.on_nan == "skip"
+    step = make_train_step(data, account, total_steps, run.keep_activations, skips=skips)
     freezer = sfj.nnx.Freezer(
         model,
         optimizer,
@@ -261,7 +267,7 @@ def finetune(options: Options, say: Callable[[str], None], interrupt: Interrupt)
         log = stack.enter_context(Log(out / "log.jsonl" if first else None, history, callbacks))
         checkpoints = stack.enter_context(make_checkpoints(recovery, out, next(iter(figures))))
         flops = (lambda frozen: account.flops(frozen).total) if options.network.scan else None
-        loop = Loop(log, freezer, step, flops=flops, log_every=config.log_every)
+        loop = Loop(log, freezer, step, flops=flops, log_every=config.log_every, may_skip=recovery.may_skip)
 
         def save(figures: Mapping[str, float] | None = None) -> None:
             loop.drain()  # no state is saved that is later than a loss which nobody has seen
@@ -296,6 +302,8 @@ def finetune(options: Options, say: Callable[[str], None], interrupt: Interrupt)
 def write_report(runs: list[Run], out: Path, title: str, versions: str) -> str:
     """Writes report.md and report.png; returns the table that compares the runs, of which the last is the new one."""
     table, phases = report.table(runs), report.phases(runs[-1])
+    if skipped := runs[-1].skipped:
+        table += f"\n\n{skipped} steps were left out, as their loss or what they would have changed was not finite."
     (out / "report.md").write_text(f"{' '.join(sys.argv)}\n\n{versions}\n\n{table}\n\n{phases}\n")
     report.picture(runs, out / "report.png", f"{title} ({versions})")
     return table

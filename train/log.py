@@ -129,6 +129,11 @@ class Run:
         return sum(step.flops for step in self.steps) / 1e12
 
     @property
+    def skipped(self) -> int:
+        """Number of steps that were left out: where a run goes on after a loss that is not finite, they were."""
+        return sum(step.loss is None for step in self.steps)
+
+    @property
     def policy_seconds(self) -> float:
         """Seconds of the loop for the policy, which are part of :attr:`seconds`."""
         return sum(step.policy_seconds for step in self.steps)

@@ -58,6 +58,7 @@ class Loop:
         ahead: Steps that may be dispatched, or running, and not done. As long as two are, the device has the next one
             at hand; each takes memory for a batch, and for the parameters and the optimizer's state where these are
             not donated.
+        may_skip: Steps in a row whose loss may be not finite: of such as the step leaves out.
     """
 
     def __init__(
@@ -69,9 +70,11 @@ class Loop:
         flops: Callable[[sfj.Frozen], float] | None = None,
         log_every: int = LOG_EVERY,
         ahead: int = AHEAD,
+        may_skip: int = 0,
     ):
         self._log, self._freezer, self._train_step, self._flops = log, freezer, train_step, flops
         self._log_every, self._ahead = log_every, ahead
+        self._may_skip, self._skipped = may_skip, 0
         self._used: set[sfj.Frozen] = set()
         self._in_flight: deque[_Dispatched] = deque()
         self._arrived: list[_Dispatched] = []
@@ -88,7 +91,7 @@ class Loop:
             The number of steps dispatched. At the end, all are in the log.
 
         Raises:
-            FloatingPointError: If the loss of a step is not finite.
+            FloatingPointError: If the loss of a step is not finite, or of too many in a row.
         """
         try:
             for batch in data:
@@ -156,7 +159,7 @@ class Loop:
             self._arrived.append(step)
 
     def _look(self) -> None:
-        """Logs the steps that have arrived, up to the first whose loss is not finite."""
+        """Logs the steps that have arrived, up to the first whose loss may not be as it is."""
         arrived, self._arrived = self._arrived, []
         if not arrived or self._begun is None:
             return
@@ -164,7 +167,7 @@ class Loop:
         seconds = max(0.0, now - self._begun - self._waited) / len(arrived)
         self._begun, self._waited = now, 0.0
         losses = [float(loss) for loss in jax.device_get([step.loss for step in arrived])]
-        good = next((n for n, loss in enumerate(losses) if not math.isfinite(loss)), len(losses))
+        good = next((n for n, loss in enumerate(losses) if not self._may_be(loss)), len(losses))
         self._log.add(
             *(
                 Step(one.step, finite(loss), seconds, one.policy_seconds, one.frozen, one.flops, one.peak_bytes)
@@ -174,9 +177,13 @@ class Loop:
         if good < len(losses):
             self._in_flight.clear()
             raise FloatingPointError(
-                f"the loss is {losses[good]} after step {arrived[good].step} of the run {self._log.run.name!r}; lower "
-                "its rate"
+                f"the loss is {losses[good]} after step {arrived[good].step} of the run {self._log.run.name!r}"
+                f"{f', as after the {self._may_skip} before' if self._may_skip else ''}; lower its rate"
             )
+
+    def _may_be(self, loss: float) -> bool:
+        self._skipped = 0 if math.isfinite(loss) else self._skipped + 1
+        return self._skipped <= self._may_skip
 
 
 class _Dispatched(NamedTuple):

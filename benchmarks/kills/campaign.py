@@ -67,7 +67,7 @@ def moments(case: Case, seed: int, number: int) -> list[Moment]:
     first = Moment("step", int(rng.integers(1, EXAMPLES // BATCH)), float(rng.uniform(0, 0.05)))
     turn = int(rng.integers(len(kinds)))
     most = {"start": 2.0, "save": 0.3, "compile": 0.3}
-    later = [kinds[(turn + n) % len(kinds)] for n in range(number - 2)]
+    later: list[Kind] = [kinds[(turn + n) % len(kinds)] for n in range(number - 2)]
     drawn = [Moment(kind, int(rng.integers(1, 3)), float(rng.uniform(0, most.get(kind, 0.05)))) for kind in later]
     return [first, *drawn, Moment("end", 1, float(rng.uniform(0, 0.3)))][:number]
 
@@ -167,7 +167,7 @@ def saved(checkpoint: pathlib.Path) -> dict[str, Any]:
     """The arrays and the frozen sets of a checkpoint."""
     from orbax.checkpoint import v1
 
-    metadata = v1.metadata(str(checkpoint))
+    metadata: Any = v1.metadata(str(checkpoint))
     arrays = v1.load(str(checkpoint), {name: np.empty(a.shape, a.dtype) for name, a in metadata.metadata.items()})
     notes = {name: metadata.custom_metadata[name] for name in ("frozen", "pending", "events", "checksums")}
     return {**arrays, **notes}

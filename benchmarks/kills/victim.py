@@ -11,10 +11,12 @@ import time
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
+import jax
 import numpy as np
+from flax import nnx
 
 import smartfrz_jax as sfj
-from models.deit import deit_tiny
+from models.layers.torch_names import torch_name
 from train import fashion_mnist, finetune, networks
 from train.fashion_mnist import MEAN, STD
 from train.log import Log
@@ -23,10 +25,31 @@ from train.recovery.checkpoints import Checkpoints
 
 Kind = Literal["start", "step", "save", "compile", "freeze", "evaluation", "end"]
 
-# A vision transformer with so few weights that a run is over in seconds; what freezes is the same.
-NETWORK = {"dim": 24, "depth": 2, "heads": 2, "patch_size": 8, "drop_path": 0.1, "dropout": 0.1}
 EXAMPLES, BATCH, EPOCHS, EVERY = 64, 8, 3, 3
 STEPS = EPOCHS * EXAMPLES // BATCH
+
+
+class Network(nnx.Module):
+    """What is trained: so small that a run is over in seconds, with statistics and dropout as larger ones have them."""
+
+    def __init__(self, *, num_classes: int, rngs: nnx.Rngs, **others: Any):
+        self.stem = nnx.Conv(3, 16, (8, 8), strides=8, padding="VALID", use_bias=False, rngs=rngs)
+        self.norm = nnx.BatchNorm(16, rngs=rngs)
+        self.blocks = nnx.List([nnx.Linear(16, 16, rngs=rngs) for _ in range(3)])
+        self.dropout = nnx.Dropout(0.1, rngs=rngs)
+        self.head = nnx.Linear(16, num_classes, rngs=rngs)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Logits of images."""
+        x = nnx.relu(self.norm(self.stem(x))).mean((1, 2))
+        for block in self.blocks:
+            x = self.dropout(nnx.relu(block(x)))
+        return self.head(x)
+
+    @staticmethod
+    def tensor_name(name: str) -> str:
+        """Name of a parameter in the file of weights."""
+        return torch_name(name)
 
 
 class Moment(NamedTuple):
@@ -78,7 +101,7 @@ def arguments(folder: pathlib.Path, out: pathlib.Path, *changed: str) -> list[st
 
 def run(argv: list[str], moment: Moment | None) -> int:
     """``train.finetune`` with a small network; its exit code, if it comes to an end."""
-    networks.deit_tiny = functools.partial(deit_tiny, **NETWORK)
+    networks.deit_tiny = Network
     if moment is not None:
         _arm(moment)
     return finetune.main(argv)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from train.command_line import check_least
 
@@ -64,6 +64,15 @@ class RecoveryConfig:
     """checkpoints that stay: the newest"""
     keep_best: int = 0
     """checkpoints that stay, too: those with the best figures on the evaluation split"""
+    on_nan: Literal["stop", "skip"] = "stop"
+    """where a loss or an update is not finite: stop with the last checkpoint, or leave the step out"""
+    max_skipped: int = 10
+    """on-nan skip: steps in a row that may be left out"""
 
     def __post_init__(self) -> None:
-        check_least(self, keep_last=1, keep_best=0)
+        check_least(self, keep_last=1, keep_best=0, max_skipped=1)
+
+    @property
+    def may_skip(self) -> int:
+        """Steps in a row that may be left out."""
+        return self.max_skipped if self.on_nan == "skip" else 0
