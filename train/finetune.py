@@ -36,6 +36,7 @@ from train.prefetch import Prefetch
 from train.recovery.checkpoints import make_checkpoints
 from train.recovery.lock import only_run_in
 from train.recovery.not_finite import skip_not_finite
+from train.recovery.regression import react
 from train.recovery.resume import read_baseline, read_started, restore_newest
 
 
@@ -245,7 +246,7 @@ def finetune(options: Options, say: Callable[[str], None], interrupt: Interrupt)
     data, evaluation_data = open_data(
         options.data, options.network.reads, batch_size=config.batch_size, seed=config.seed, mesh=mesh
     )
-    total_steps = config.epochs * data.steps_per_epoch
+    total_steps, evaluate_every = config.epochs * data.steps_per_epoch, config.evaluate_every or data.steps_per_epoch
     figures = metrics.metrics_of(options.data.data, options.data.task)
     baseline = [] if config.baseline is None else [read_baseline(config.baseline, settings, total_steps, figures)]
     model, _, freezer, step, account = make_training(options, data, mesh)
@@ -281,12 +282,12 @@ def finetune(options: Options, say: Callable[[str], None], interrupt: Interrupt)
             if history.steps:
                 of_layers = f"{len(freezer.frozen.names)}/{layers}"
                 bar.set_postfix(loss=f"{history.steps[-1].loss:.3f}", frozen=of_layers, refresh=False)
-            if done % data.steps_per_epoch == 0:
+            if done % evaluate_every == 0 or done == total_steps:
                 loop.drain()
-                log.add(Evaluation(done, evaluate(model)))
+                react(freezer, log, Evaluation(done, evaluate(model)), recovery, say)
                 found = ", ".join(f"{name} {value:.4f}" for name, value in log.run.metrics.items())
                 if first:
-                    bar.write(f"epoch {done // data.steps_per_epoch}: {found}", file=sys.stdout)
+                    bar.write(f"epoch {done / data.steps_per_epoch:g}: {found}", file=sys.stdout)
                 save(log.run.metrics)
             elif checkpoints.is_due(done):
                 save()

@@ -50,6 +50,8 @@ class RunConfig:
     """--out of an earlier run, to compare with in the report"""
     keep_programs: Path | None = None
     """folder in which compiled programs are kept for later runs"""
+    evaluate_every: int | None = None
+    """steps between evaluations; without it, an epoch's"""
     log_every: int = LOG_EVERY
     """steps whose losses are fetched and written together; a loss that is not finite ends the run only then"""
     log: tuple[Literal["tensorboard", "wandb"], ...] = ()
@@ -59,6 +61,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         check_least(self, epochs=1, batch_size=1, log_every=1)
+        if self.evaluate_every is not None:
+            check_least(self, evaluate_every=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +83,11 @@ class Options:
             raise ValueError(f"{keeps} --augment none, too: an augmented example is never the same")
         if self.run.keep_activations != "no" and self.network.scan:
             raise ValueError(f"{keeps} no --scan: of scanned blocks the FLOPs would not be known")
+        if self.recovery.unfreeze_on_regression and self.optimizer.returning != "kept":
+            raise ValueError(
+                "--unfreeze-on-regression: got it with --returning fresh, expected --returning kept, so that the "
+                "optimizer goes on with what it held of layers that train again"
+            )
 
     def settings(self) -> dict[str, Any]:
         """All options by name, as JSON can hold them."""

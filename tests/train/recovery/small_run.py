@@ -20,10 +20,10 @@ def loss_fn(model, x):
 STEP = sfj.TrainStep(make_step(loss_fn))
 
 
-def make():
+def make(returning="fresh"):
     """A freezer of a network of three layers, of which the first freezes after three steps."""
     model = nnx.Sequential(*[nnx.Linear(8, 8, rngs=nnx.Rngs(i)) for i in range(3)])
-    optimizer = sfj.nnx.Optimizer(model, TX, layers=sfj.nnx.find_layers(model, X))
+    optimizer = sfj.nnx.Optimizer(model, TX, layers=sfj.nnx.find_layers(model, X), returning=returning)
     return sfj.nnx.Freezer(model, optimizer, sfj.static_prefix([(0.25, 0.4)], total_steps=STEPS), train_step=STEP)
 
 
