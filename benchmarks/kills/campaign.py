@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, get_args
 import numpy as np
 
 from benchmarks.kills.victim import BATCH, EXAMPLES, STEPS, Kind, Moment, arguments, run
+from train import log
 from train.policies import PolicyName
 
 SECONDS = 600.0  # after which a process hangs
@@ -22,7 +23,8 @@ CHANGED: dict[str, tuple[str, ...]] = {
     "progress": ("--caution", "0.1"),
     "freezeout": ("--t0", "0.3"),
     "similarity_guided": ("--tolerance", "0.5"),
-    "static_prefix": ("--stages", "0.2:0.4,0.6:0.8"),
+    "static_prefix": ("--stages", "0.2:0.85,0.6:1"),
+    "random": ("--budget", "0.9"),
     "lisa": ("--switch-every", "6", "--active-blocks", "1"),
     "badam": ("--switch-every", "6"),
     "hift": ("--switch-every", "6"),
@@ -68,7 +70,10 @@ def moments(case: Case, seed: int, number: int) -> list[Moment]:
     turn = int(rng.integers(len(kinds)))
     most = {"start": 2.0, "save": 0.3, "compile": 0.3}
     later: list[Kind] = [kinds[(turn + n) % len(kinds)] for n in range(number - 2)]
-    drawn = [Moment(kind, int(rng.integers(1, 3)), float(rng.uniform(0, most.get(kind, 0.05)))) for kind in later]
+    drawn = [
+        Moment(kind, 1 if kind == "start" else int(rng.integers(1, 3)), float(rng.uniform(0, most.get(kind, 0.05))))
+        for kind in later
+    ]
     return [first, *drawn, Moment("end", 1, float(rng.uniform(0, 0.3)))][:number]
 
 
@@ -133,8 +138,8 @@ def try_case(case: Case, kills: list[Moment], folder: pathlib.Path) -> Iterator[
     code = in_process(lambda: run(arguments(folder, killed, *changed, *resume), None), output)
     compared = folder / f"{names}-compared.txt"
     in_process(lambda: _print(compared_with(alone, killed)), compared)
-    lost = compared.read_text().strip()
-    yield {"event": "end", **case._asdict(), "code": code, "differs": lost}
+    freezes = len(log.read(alone / "log.jsonl").freezes)
+    yield {"event": "end", **case._asdict(), "code": code, "freezes": freezes, "differs": compared.read_text().strip()}
 
 
 def _print(text: str) -> int:
@@ -144,8 +149,6 @@ def _print(text: str) -> int:
 
 def compared_with(alone: pathlib.Path, killed: pathlib.Path) -> str:
     """What of a run's end differs from that of another, by name, but for times; empty if nothing does."""
-    from train import log
-
     logs = [log.read(folder / "log.jsonl") for folder in (alone, killed)]
     whole = [
         {
