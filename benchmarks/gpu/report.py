@@ -63,6 +63,7 @@ def _step_time(figures: dict[str, Row]) -> str:
             f"{one['ideal']:.2f}",
             f"**{one['over_ideal']:.2f}**",
             f"{one['account_flops'] / row['shares'][0]['account_flops']:.2f}",
+            f"{one['compiled_flops'] / max(row['shares'][0]['compiled_flops'], 1):.2f}",
             f"{one['temp_bytes'] / row['shares'][0]['temp_bytes']:.2f}",
             f"{one['trace_seconds'] + one['compile_seconds']:.1f}",
         )
@@ -70,12 +71,10 @@ def _step_time(figures: dict[str, Row]) -> str:
         for one in row["shares"]
     ]
     head = ("network", "frozen share (layers)", "step, ms", "spread", "time", "ideal", "over the ideal",
-            "FLOPs by the account", "temporary memory", "trace + compile, s")  # fmt: skip
-    warned = [f"- {network}: {text.splitlines()[0]}\n" for network, row in found for text in row["warnings"]]
+            "FLOPs by the account", "FLOPs, compiled", "temporary memory", "trace + compile, s")  # fmt: skip
     notes = "\n*Spread* is the interquartile range over the median. *Time*, *FLOPs* and *memory* are ratios to the\n"
-    notes += "unfrozen step. The programs of a network are compiled at the same time.\n"
-    said = "\nWarnings:\n\n" + "".join(warned) if warned else ""
-    return f"\n## Step time against the frozen share\n\n{_table(head, lines)}{notes}{said}"
+    notes += "unfrozen step, *FLOPs, compiled* as XLA counts them. The programs of a network are compiled at once.\n"
+    return f"\n## Step time against the frozen share\n\n{_table(head, lines)}{notes}"
 
 
 def _pytorch(figures: dict[str, Row]) -> str:
@@ -156,6 +155,7 @@ def _whole_run(figures: dict[str, Row]) -> str:
                 "programs (ahead)", "deciding, s", "accuracy")  # fmt: skip
         text += f"\n## A whole run: {network}, {row['steps']} steps on Fashion-MNIST\n\n{_table(head, lines)}\n"
         text += f"A decision takes effect {row['lead']} steps later. *Time saved* has all waiting in it.\n"
+        text += "".join(f"\nWarning: {said.splitlines()[0]}\n" for said in dict.fromkeys(row["warnings"]))
     return text
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
@@ -115,12 +116,15 @@ def whole_run(*, tiny: bool) -> dict[str, Any]:
     """
     tuning = FineTuning(tiny=tiny)
     policy = partial(sfj.progress, total_steps=tuning.sizes.run)
-    runs = {
-        "never": tuning.run(sfj.policies.never()),
-        "progress": tuning.run(policy()),
-        "progress, programs on disk": tuning.run(policy()),
-    }
-    return {"steps": tuning.sizes.run, "lead": tuning.lead, "layers": len(tuning.layers), "runs": runs}
+    with warnings.catch_warnings(record=True) as caught:  # SavingWarnings, if the programs save less than predicted
+        warnings.simplefilter("always")
+        runs = {
+            "never": tuning.run(sfj.policies.never()),
+            "progress": tuning.run(policy()),
+            "progress, programs on disk": tuning.run(policy()),
+        }
+    said = [str(one.message) for one in caught]
+    return {"steps": tuning.sizes.run, "lead": tuning.lead, "runs": runs, "warnings": said}
 
 
 def _images(split: fashion_mnist.Split, most: int) -> Images:
