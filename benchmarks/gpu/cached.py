@@ -21,31 +21,28 @@ BATCHES = 4  # in the data set
 def cached(case: Case) -> dict[str, Any]:
     """Times the step with 50, 75 and 100 % of the forward FLOPs frozen, from what is kept and from the inputs."""
     (inputs,), labels = case.batch
-    examples = BATCHES * case.sizes.batch
+    examples, shares = BATCHES * case.sizes.batch, case.prefixes[len(case.prefixes) // 2 :]
     rng = np.random.default_rng(0)
-    rows, runs, steps, shares = [], {}, [], case.prefixes[len(case.prefixes) // 2 :]
+    rows, steps, runs = [], [], dict[tuple[int, str], Callable[[], jax.Array]]()
 
     def loss_of(model: nnx.Module, inputs: jax.Array, labels: jax.Array) -> jax.Array:
         return loss_fn(model, (inputs,), labels)
 
     for _, frozen in shares:
-        count = len(frozen.names)
-        step = sfj.nnx.CachedStep(make_step, loss_of, examples=examples, donate=True)
-        pair = case.make(frozen)
-        for indices in np.split(np.arange(examples), BATCHES):
-            step(*pair, indices, inputs, labels)
-        steps.append(step)
+        cached_step = sfj.nnx.CachedStep(make_step, loss_of, examples=examples, donate=True)
+        plain = sfj.TrainStep(train_step, donate=True)
+        pairs = case.make(frozen), case.make(frozen)
+        for indices in np.split(np.arange(examples), BATCHES):  # as only times are measured, each batch is the same
+            cached_step(*pairs[0], indices, inputs, labels)
+        steps.append(cached_step)
 
-        def kept(step: sfj.nnx.CachedStep = step, pair: Any = pair) -> jax.Array:
+        def kept(step: sfj.nnx.CachedStep = cached_step, pair: Any = pairs[0]) -> jax.Array:
             return step(*pair, rng.permutation(examples)[: case.sizes.batch], inputs, labels)
 
-        plain, other = sfj.TrainStep(train_step, donate=True), case.make(frozen)
+        def from_inputs(step: sfj.TrainStep = plain, pair: Any = pairs[1]) -> jax.Array:
+            return step(*pair, *case.batch)
 
-        def from_inputs(plain: sfj.TrainStep = plain, pair: Any = other) -> jax.Array:
-            return plain(*pair, *case.batch)
-
-        these: dict[Any, Callable[[], Any]] = {(count, "kept"): kept, (count, "inputs"): from_inputs}
-        runs |= these
+        runs |= {(len(frozen.names), "kept"): kept, (len(frozen.names), "inputs"): from_inputs}
     times = in_turns(runs, case.sizes, float)
     for (share, frozen), step in zip(shares, steps, strict=True):
         kept_ms, plain_ms = (times[len(frozen.names), way].median for way in ("kept", "inputs"))
