@@ -7,4 +7,5 @@ Dropout modules run in evaluation mode.
 from smartfrz_jax.linen.freezer import Freezer as Freezer
 from smartfrz_jax.linen.hold import hold as hold
 from smartfrz_jax.linen.layers import find_layers as find_layers
+from smartfrz_jax.linen.restore import restore_params as restore_params
 from smartfrz_jax.linen.train_state import TrainState as TrainState

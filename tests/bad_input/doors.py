@@ -93,6 +93,7 @@ DOORS = [
     Door("Freezer.run_contents", lambda: {"run": params()}, on=scenes.freezer),
     Door("Freezer.restore_run", lambda: {"path": saved_run(), "run": params()}, on=scenes.freezer),
     Door("Freezer.saved_frozen", lambda: {"path": saved_run()}, on=scenes.freezer),
+    Door("linen.restore_params", lambda: {"path": saved_run(), "params": params()}),
     Door("linen.Freezer.step", lambda: {"state": scenes.train_state()}, on=scenes.linen_freezer),
     Door("linen.Freezer.unfreeze", lambda: {"state": scenes.train_state(), "names": "a"}, on=scenes.linen_freezer),
 ]

@@ -70,6 +70,7 @@ DOORS = [
     Door("nnx.Freezer.save", lambda: {"path": new_folder()}, on=scenes.nnx_freezer),
     Door("nnx.Freezer.contents", dict, on=scenes.nnx_freezer),
     Door("nnx.Freezer.restore", lambda: {"path": saved()}, on=scenes.nnx_freezer),
+    Door("nnx.restore_params", lambda: {"path": saved(), "model": scenes.module()}),
     Door("nnx.Freezer.step", dict, on=scenes.nnx_freezer),
     Door("nnx.Freezer.unfreeze", lambda: {"names": "*"}, on=scenes.nnx_freezer),
     Door("nnx.scan_blocks", lambda: {"blocks": [scenes.block()], "x": X}, unchecked={"x": "any pytree"}),

@@ -2,6 +2,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 from flax import nnx, struct
 from hypothesis import given
@@ -60,3 +62,10 @@ def test_tree_map_takes_several_trees_and_keeps_the_structure():
     assert result == {"a": [("a/0", (2,), 1)], "b": ("b", (3,), 2)}
     with pytest.raises(ValueError, match=r"(?i)mismatch|structure|key"):
         paths.tree_map(lambda name, x, y: x, first, {"a": [1]})
+
+
+def test_names_of_key_paths_that_were_written_down():
+    tree = {"a": [np.ones(1), (np.ones(1),)], "it's": {'"': np.ones(1), "\\'\"": np.ones(1)}, "b/c": {1: np.ones(1)}}
+    tree["state"] = optax.adam(0.1).init({"w": jnp.ones(1)})
+    for path, _ in jax.tree_util.tree_leaves_with_path(tree):
+        assert paths.of_keystr(jax.tree_util.keystr(path)) == paths.name(path)
