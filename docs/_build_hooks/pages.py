@@ -9,7 +9,9 @@ from mkdocs.structure.files import File, Files, InclusionLevel
 
 _TOP = {"CONTRIBUTING.md": "contributing.md", "CHANGELOG.md": "changelog.md"}
 _TABLES = ("benchmarks/predictors", "benchmarks/closed_loop", "benchmarks/rehearsals", "benchmarks/kept_runs")
-_FOLDERS = {folder: f"results/raw/{Path(folder).name}" for folder in (*_TABLES, "research/long_runs", "research/reproduce")}
+_FOLDERS = {
+    folder: f"results/raw/{Path(folder).name}" for folder in (*_TABLES, "research/long_runs", "research/reproduce")
+}
 _KINDS = {".md", ".png"}
 
 

@@ -10,7 +10,11 @@ import pytest
 import smartfrz_jax
 
 ROOT = Path(__file__).parents[2]
-RESULTS = sorted(path for path in (ROOT / "docs" / "results").glob("*.md") if path.stem not in {"index", "long-runs", "the-papers-tables"})
+RESULTS = sorted(
+    path
+    for path in (ROOT / "docs" / "results").glob("*.md")
+    if path.stem not in {"index", "long-runs", "the-papers-tables"}
+)
 MODULES = ("nnx", "linen", "policies", "cost", "caching", "predictor", "learning", "callbacks")
 
 # With decimals: counts and words are not in the raw tables as they stand on the pages.
