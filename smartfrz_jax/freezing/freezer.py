@@ -99,7 +99,7 @@ class Freezer:
         self.events: list[FreezeEvent] = []
         self.refused: tuple[Frozen, ...] = ()
         self.callbacks: tuple[Callback, ...] = ()
-        self.policy_state = policy.init(layers, params)
+        self.policy_state = policy.init(layers, layers.unstacked(params))
         self.delay, self._decisions = 0, Decisions(policy)
         self._tx: optax.GradientTransformation | None = None
         self._account: Any = None
@@ -148,7 +148,11 @@ class Freezer:
             known = loss | {"frozen_layers": len(self.frozen.names)} | dict(metrics or {})
             for callback in self.callbacks:
                 callback.on_step(self.steps, known)
-        shown = {"step": self.steps, "params": params, "frozen": self._by_hand.frozen} | signals
+        shown = {
+            "step": self.steps,
+            "params": lambda: self.layers.unstacked(params()),
+            "frozen": self._by_hand.frozen,
+        } | signals
         names, self.policy_state = self._decisions(self.policy_state, self.layers, self.delay, **shown)
         names, self._by_hand = self._by_hand.decide(names)
         if self.pending is None and names != self.frozen.names:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -119,6 +119,11 @@ class Frozen:
                 found[name] = training
         return found
 
+    @property
+    def reads_rows(self) -> bool:
+        """Whether something is frozen, and stacked blocks train of which rows are layers: scans over them are split."""
+        return bool(self.names) and any(not self.is_frozen(name) for name in self.layers.stacks)
+
     def labels(self, params: PyTree) -> PyTree:
         """``'frozen'`` or ``'train'`` for every leaf of ``params``: labels for ``optax.multi_transform``.
 
@@ -146,6 +151,20 @@ class Frozen:
         if param in self.layers.stacks:
             return self.names.issuperset(self.layers.stacks[param].layers)
         return self.layers.holding(param) in self.names
+
+    def held(self, layers: Iterable[tuple[str, ...]]) -> bool | tuple[bool, ...]:
+        """Whether what belongs to several layers is frozen: if all of them are; or in which rows of a stack it is.
+
+        Args:
+            layers: The layers: tuples of one, or of those of each row.
+        """
+        rows = max(map(len, layers := list(layers)), default=1)
+        of_row = [[each[row] for row in range(rows)] if len(each) == rows else each for each in layers]
+        whole = all(self.names.issuperset(each) for each in layers if len(each) != rows)
+        frozen = tuple(
+            whole and all(each[row] in self.names for each in of_row if len(each) == rows) for row in range(rows)
+        )
+        return frozen if any(frozen) and not all(frozen) else all(frozen)
 
     @property
     def table(self) -> Table:

@@ -16,6 +16,7 @@ from jax.extend import core as jex
 from jax.interpreters import mlir
 
 from smartfrz_jax.jaxprs.parts import Atom, Eqn, Jaxpr, lookup, variables
+from smartfrz_jax.pytrees.types import PyTree
 
 _flag_p = jex.Primitive("row_is_frozen")
 _flag_p.def_abstract_eval(lambda *, rows: core.ShapedArray((), jnp.bool_))
@@ -31,6 +32,23 @@ def flag(rows: tuple[bool, ...]) -> jax.Array:
         rows: Whether each is.
     """
     return _flag_p.bind(rows=rows)
+
+
+def selected(rows: tuple[bool, ...], active: PyTree, frozen: PyTree) -> PyTree:
+    """What a block computes: one thing in frozen rows, another in those that train.
+
+    Args:
+        rows: Whether each row is frozen.
+        active: What is computed in rows that train.
+        frozen: What is computed in frozen ones.
+    """
+    is_frozen = flag(rows)
+    return jax.tree.map(lambda a, b: a if a is b else jax.lax.select_n(is_frozen, *_alike(a, b)), active, frozen)
+
+
+def _alike(active: Any, frozen: Any) -> tuple[jax.Array, jax.Array]:
+    active = jnp.asarray(active)
+    return active, jnp.asarray(frozen, active.dtype)
 
 
 def flags(jaxpr: Jaxpr) -> set[tuple[bool, ...]]:

@@ -7,14 +7,18 @@ import contextlib
 import inspect
 import operator
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import jax
 from flax import linen as nn
 
 from smartfrz_jax.freezing.frozen import Frozen, check_frozen
+from smartfrz_jax.jaxprs import row_flags
 from smartfrz_jax.pytrees import paths
 from smartfrz_jax.pytrees.types import PyTree
+
+_Layers: TypeAlias = tuple[str, ...]  # the layer of a parameter, or that of each of its rows
+_Reading: TypeAlias = dict[str, _Layers]
 
 # Part of the key of JAX's caches: a jitted function that was traced for another frozen set is traced again, so that its
 # modules are met again.
@@ -76,17 +80,18 @@ def _held(frozen: Frozen, params: PyTree) -> Iterator[None]:
 class _Holder:
     """Meets the calls of modules in their order.
 
-    A reading of a network gives the layer of its parameters, by their paths from the module that is applied. There is
-    one, unless the same names are in several parts of the parameters.
+    A reading of a network gives the layers of its parameters, by their paths from the module that is applied: one, or
+    that of each row of a stacked one. There is one reading, unless the same names are in several parts of the
+    parameters.
     """
 
     def __init__(self, frozen: Frozen, params: PyTree):
-        self._frozen = frozen
+        self._frozen_set = frozen
         self._name_of = {id(leaf): name for name, leaf in paths.flatten(params).items()}
-        self._networks: list[tuple[Any, list[dict[str, str]]]] = []  # by the scope of what is applied
-        self._around: list[dict[str, str]] = []  # readings of the network that is running
-        self._last: set[str] = set()  # layers that the last call may have been of
-        self._called: set[str] = set()  # layers of what has been called inside the call that is running
+        self._networks: list[tuple[Any, list[_Reading]]] = []  # by the scope of what is applied
+        self._around: list[_Reading] = []  # readings of the network that is running
+        self._last: set[_Layers] = set()  # layers that the last call may have been of
+        self._called: set[_Layers] = set()  # layers of what has been called inside the call that is running
         self._strange = ""
 
     def intercept(
@@ -102,13 +107,17 @@ class _Holder:
         if flag is not None and not readings and _params(root) and _trains(module, flag, args, kwargs):
             self._strange = f"{type(module).__name__} {paths.SEPARATOR.join(module.path)!r}"
         before, last = _changeable(module), [{layer} for layer in self._last]
-        outside, self._called = self._called, set[str]()
+        outside, self._called = self._called, set[_Layers]()
         self._around = readings
         try:
-            if flag is not None and self._are_frozen(module, _layers_of(module, readings) or last):
-                result = _call_with(module, flag, next_fun, args, kwargs)
-            else:
+            held = flag is not None and self._frozen(module, _layers_of(module, readings) or last)
+            if flag is None or not held:
                 result = next_fun(*args, **kwargs)
+            else:
+                result = _call_with(module, flag, next_fun, args, kwargs)
+                if isinstance(held, tuple):  # in some rows of a stack
+                    object.__setattr__(module, "scope", module.scope.rewound())  # the same names are used again
+                    result = row_flags.selected(held, next_fun(*args, **kwargs), result)
         finally:
             self._around = around
         after = _changeable(module)
@@ -116,8 +125,10 @@ class _Holder:
         otherwise = [self._called] if self._called else last
         for key in changed:
             named = [{layer} for reading in readings if (layer := _named_by(key[1], module.path, reading))]
-            if self._are_frozen(module, named or _layers_of(module, readings) or otherwise):
-                module.scope.put_variable(*key, before[key])
+            held = self._frozen(module, named or _layers_of(module, readings) or otherwise)
+            if held:
+                old = row_flags.selected(held, after[key], before[key]) if isinstance(held, tuple) else before[key]
+                module.scope.put_variable(*key, old)
         path = paths.SEPARATOR.join(module.path)
         own = [
             [layer for param, layer in reading.items() if param.rpartition(paths.SEPARATOR)[0] == path]
@@ -133,30 +144,31 @@ class _Holder:
         if self._strange and not any(readings for _, readings in self._networks):
             raise ValueError(
                 f"loss_fn: applies a Linen network in training mode ({self._strange}), but none whose parameters are "
-                f"in layers ({', '.join(map(repr, list(self._frozen.layers.owner)[:3]))}, ...), so the BatchNorms and "
-                "dropouts of frozen layers would go on as in training; pass apply the parameters under the names that "
-                "they have in params, or a part of them such as params['backbone']; what does not train, in evaluation "
-                "mode or outside of loss_fn"
+                f"in layers ({', '.join(map(repr, list(self._frozen_set.layers.arrays)[:3]))}, ...), so the BatchNorms "
+                "and dropouts of frozen layers would go on as in training; pass apply the parameters under the names "
+                "that they have in params, or a part of them such as params['backbone']; what does not train, in "
+                "evaluation mode or outside of loss_fn"
             )
 
-    def _are_frozen(self, module: nn.Module, possible: list[set[str]]) -> bool:
-        """Whether all of some layers are frozen, of which one reading each may be the right one."""
+    def _frozen(self, module: nn.Module, possible: list[set[_Layers]]) -> bool | tuple[bool, ...]:
+        """Whether all of some layers are frozen, of which one reading each may be the right one; or in which rows."""
         path = paths.SEPARATOR.join(module.path)
-        answers = {layers <= self._frozen.names for layers in possible}
+        answers = {self._frozen_set.held(layers) for layers in possible}
         if len(answers) > 1:
-            named = " or ".join(sorted({repr(", ".join(sorted(layers))) for layers in possible}))
+            several = [sorted(set().union(*layers)) for layers in possible]
+            named = " or ".join(sorted({repr(", ".join(layers)) for layers in several}))
             raise ValueError(
                 f"loss_fn: {type(module).__name__} {path!r} may be of the layers {named}, of which not all are frozen; "
                 "apply the networks to the parameters as loss_fn gets them, neither cast nor inside a jax.jit of their "
                 "own, or put them into one Linen module"
             )
-        return answers == {True}
+        return next(iter(answers), False)
 
-    def _readings(self, root: Any) -> list[dict[str, str]]:
+    def _readings(self, root: Any) -> list[_Reading]:
         for known, readings in self._networks:
             if known is root:
                 return readings
-        leaves, owner = _params(root), self._frozen.layers.owner
+        leaves, owner = _params(root), self._frozen_set.layers.arrays
         names = {param: self._name_of[id(leaf)] for param, leaf in leaves.items() if id(leaf) in self._name_of}
         if leaves and not names and any(leaves.keys() <= reading.keys() for reading in self._around):
             readings = self._around  # a piece of the network that runs, in a jit or checkpoint of Linen
@@ -173,7 +185,7 @@ class _Holder:
         return readings
 
 
-def _layers_of(module: nn.Module, readings: list[dict[str, str]]) -> list[set[str]]:
+def _layers_of(module: nn.Module, readings: list[_Reading]) -> list[set[_Layers]]:
     """Layers with parameters inside a module, by the readings that have such."""
     path = paths.SEPARATOR.join(module.path)
     before = path and path + paths.SEPARATOR
@@ -181,7 +193,7 @@ def _layers_of(module: nn.Module, readings: list[dict[str, str]]) -> list[set[st
     return [layers for layers in inside if layers]
 
 
-def _named_by(variable: str, path: tuple[str, ...], reading: dict[str, str]) -> str | None:
+def _named_by(variable: str, path: tuple[str, ...], reading: _Reading) -> _Layers | None:
     """The layer of the parameter by whose path a variable is named, as ``Dense_0/kernel/sigma`` of a SpectralNorm.
 
     Args:

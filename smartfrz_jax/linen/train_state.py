@@ -15,10 +15,11 @@ from flax.training import train_state
 from smartfrz_jax.freezing import migrate, overwritten, transform
 from smartfrz_jax.freezing.frozen import Frozen
 from smartfrz_jax.freezing.returning import Kept, Returning, make_kept
+from smartfrz_jax.freezing.stacked.split_rows import split_rows
 from smartfrz_jax.layers.layers import Layers, check_layers, check_params
 from smartfrz_jax.layers.select import Selectors
 from smartfrz_jax.linen.hold import hold
-from smartfrz_jax.pytrees import checks, paths
+from smartfrz_jax.pytrees import checks
 from smartfrz_jax.pytrees.types import PyTree
 
 
@@ -95,7 +96,8 @@ class TrainState(train_state.TrainState):
         kept = make_kept(returning)
         frozen = Frozen(layers)
         frozen_tx = transform.freeze(tx, overwritten.optimized_frozen(frozen))
-        grads = {name: jnp.zeros_like(leaf) for name, leaf in paths.flatten(params).items()} if keep_grads else {}
+        leaves = frozen.active_leaves(params) if keep_grads else {}
+        grads = {name: jnp.zeros_like(leaf) for name, leaf in leaves.items()}
         return cls(
             step=jnp.zeros((), jnp.int32),
             apply_fn=apply_fn,
@@ -137,11 +139,15 @@ class TrainState(train_state.TrainState):
         """
         checks.function(loss_fn, "loss_fn", "a function of (params, *args)")
 
-        @functools.wraps(loss_fn)
-        def of_frozen(params: PyTree, *args: Any, **kwargs: Any) -> Any:
-            params = self.frozen.stop_gradient(params)
+        def held(params: PyTree, *args: Any, **kwargs: Any) -> Any:
             with hold(self.frozen, params):
                 return loss_fn(params, *args, **kwargs)
+
+        split = split_rows(held, self.frozen)
+
+        @functools.wraps(loss_fn)
+        def of_frozen(params: PyTree, *args: Any, **kwargs: Any) -> Any:
+            return split(self.frozen.stop_gradient(params), *args, **kwargs)
 
         return of_frozen
 

@@ -10,10 +10,8 @@ from flax import nnx
 
 from smartfrz_jax.freezing.frozen import Frozen
 from smartfrz_jax.layers.layers import Layers
+from smartfrz_jax.nnx.hold_rows import PASSING, Owners, evaluation, hold_rows
 from smartfrz_jax.pytrees import paths
-
-# Variables that a call may write whatever is frozen: they say nothing of what a layer computes.
-_PASSING = (nnx.RngState, nnx.Cache, nnx.Intermediate)
 
 
 @contextlib.contextmanager
@@ -35,18 +33,23 @@ def hold(model: nnx.Module, frozen: Frozen) -> Iterator[None]:
     values = {
         name: (variable, variable.get_raw_value())
         for name, variable in variables.items()
-        if layers_of.get(id(variable), frozenset()) & frozen.names and not isinstance(variable, _PASSING)
+        if any(map(frozen.names.issuperset, layers_of.get(id(variable), ()))) and not isinstance(variable, PASSING)
     }
     modes: list[tuple[nnx.Module, str, Any, Any]] = []
     statistics: set[int] = set()
+    by_row: dict[int, tuple[nnx.Module, tuple[bool, ...]]] = {}
     for path, module in nnx.iter_modules(model, graph=True):
-        for name, value in _mode(module, path, layers_of, frozen).items():
+        held = _held(module, layers_of, frozen) if frozen.names else False
+        if isinstance(held, tuple) and evaluation(module):
+            by_row[id(module)] = module, held
+        for name, value in _mode(module, path, frozen, is_held=held is True).items():
             modes.append((module, name, getattr(module, name), value))
             setattr(module, name, value)
             if isinstance(module, nnx.BatchNorm):
                 statistics.update(id(value) for value in vars(module).values() if isinstance(value, nnx.BatchStat))
     try:
-        yield
+        with hold_rows(by_row, variables, frozen):
+            yield
         for name, (variable, value) in values.items():
             if id(variable) in statistics and variable.get_raw_value() is not value:
                 raise ValueError(
@@ -69,35 +72,32 @@ def _variables(module: nnx.Module) -> dict[str, nnx.Variable[Any]]:
     return {paths.SEPARATOR.join(map(str, path)): leaf for path, leaf in flat if isinstance(leaf, nnx.Variable)}
 
 
-def _layers_of(variables: dict[str, nnx.Variable[Any]], layers: Layers) -> dict[int, frozenset[str]]:
-    """Names of the layers that a variable belongs to, by the variable's id."""
-    found: dict[int, frozenset[str]] = {}
+def _layers_of(variables: dict[str, nnx.Variable[Any]], layers: Layers) -> dict[int, Owners]:
+    """The layers that a variable belongs to, by the variable's id."""
+    found: dict[int, Owners] = {}
+    rows = {row.name: row.array for layer in layers for row in layer.rows}
     for layer in layers:
-        for name in (*layer.params, *layer.state):
+        for param in (*layer.params, *layer.state):
+            name = rows.get(param, param)
+            owners = layers.stacks[name].layers if name in layers.stacks else (layer.name,)
             while name and name not in variables:  # a leaf of a variable that is a pytree
                 name = name.rpartition(paths.SEPARATOR)[0]
             if name:
                 variable = variables[name]
-                found[id(variable)] = found.get(id(variable), frozenset()) | {layer.name}
+                found[id(variable)] = found.get(id(variable), frozenset()) | {owners}
     return found
 
 
-def _mode(
-    module: nnx.Module, path: tuple[Any, ...], layers_of: dict[int, frozenset[str]], frozen: Frozen
-) -> dict[str, Any]:
+def _held(module: nnx.Module, layers_of: dict[int, Owners], frozen: Frozen) -> bool | tuple[bool, ...]:
+    """Whether all layers are frozen that have variables in a module; or in which rows of a stack."""
+    inside = frozenset[tuple[str, ...]]().union(*(layers_of.get(id(v), ()) for v in _variables(module).values()))
+    return bool(inside) and frozen.held(inside)
+
+
+def _mode(module: nnx.Module, path: tuple[Any, ...], frozen: Frozen, *, is_held: bool) -> dict[str, Any]:
     """Attributes with which a module runs as it does when its layers are frozen."""
     mode: dict[str, Any] = {}
     if hasattr(module, "frozen_params"):
         prefix = paths.SEPARATOR.join((*map(str, path), ""))
         mode["frozen_params"] = frozenset(n.removeprefix(prefix) for n in frozen.params if n.startswith(prefix))
-    if not frozen.names:
-        return mode
-    inside = frozenset[str]().union(*(layers_of.get(id(v), ()) for v in _variables(module).values()))
-    if inside and inside <= frozen.names:
-        # As nnx.Module.eval does; and the rates, for an argument of a call beats an attribute.
-        mode |= {name: True for name in ("deterministic", "use_running_average") if hasattr(module, name)}
-        if isinstance(module, nnx.Dropout):
-            mode["rate"] = 0.0
-        elif isinstance(module, nnx.MultiHeadAttention):
-            mode["dropout_rate"] = 0.0
-    return mode
+    return mode | evaluation(module) if is_held else mode

@@ -18,6 +18,7 @@ from smartfrz_jax.layers.layers import Layers, check_layers
 from smartfrz_jax.layers.select import Selectors
 from smartfrz_jax.nnx.hold import hold
 from smartfrz_jax.nnx.layers import check_model
+from smartfrz_jax.nnx.split_rows import of_rows
 from smartfrz_jax.nnx.superseded import supersede
 from smartfrz_jax.pytrees import checks, paths
 from smartfrz_jax.pytrees.types import PyTree
@@ -75,11 +76,11 @@ class Optimizer(nnx.Optimizer):
         checks.transformation(tx)
         check_layers(layers)
         params = paths.flatten(nnx.state(model, wrt))
-        foreign = next((name for name in layers.owner if name not in params), None)
+        foreign = next((name for name in layers.arrays if name not in params), None)
         if foreign is not None:
             raise ValueError(
-                f"layers: got {foreign!r} of layer {layers.owner[foreign]!r}, which is not in the model, expected the "
-                "layers of this model: sfj.nnx.find_layers(model, ...) with the same wrt"
+                f"layers: got {foreign!r} of layer {layers.arrays[foreign][0]!r}, which is not in the model, expected "
+                "the layers of this model: sfj.nnx.find_layers(model, ...) with the same wrt"
             )
         self.frozen = Frozen(layers)
         self.unfrozen_tx = tx
@@ -130,6 +131,8 @@ class Optimizer(nnx.Optimizer):
         def of_frozen(*args: Any, **kwargs: Any) -> Any:
             args, kwargs = _positional(loss_fn, args, kwargs)
             model = args[argnum]
+            if self.frozen.reads_rows:
+                return of_rows(loss_fn, self.frozen, self.wrt, argnum, (args, kwargs))
             with hold(model, self.frozen):
                 nnx.update(model, self.frozen.stop_gradient(nnx.state(model, self.wrt)))
                 return loss_fn(*args, **kwargs)

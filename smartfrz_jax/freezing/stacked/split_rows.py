@@ -29,9 +29,9 @@ def split_rows(function: Callable[..., Any], frozen: Frozen) -> Callable[..., An
     Returns:
         A function of the same arguments, of which ``params`` has gone through ``frozen.stop_gradient``.
     """
-    stacks = {name: stack for name, stack in frozen.layers.stacks.items() if not frozen.is_frozen(name)}
-    if not frozen.names or not stacks:
+    if not frozen.reads_rows:
         return function
+    stacks = {name: stack for name, stack in frozen.layers.stacks.items() if not frozen.is_frozen(name)}
 
     def split(params: PyTree, *args: Any, **kwargs: Any) -> Any:
         named, structure = paths.flatten(params), jax.tree.structure(params)
