@@ -30,7 +30,8 @@ def probe(model: nnx.Module, loss_fn: Callable[..., Any], *batch: Any, wrt: nnx.
         wrt: What the optimizer trains.
 
     Returns:
-        The function, for ``smartfrz(..., probe=...)``; parameters come as ``nnx.state(model, wrt)`` has them.
+        The function, for ``smartfrz(..., probe=...)``; parameters come as ``nnx.state(model, wrt)`` has them, others
+        are a ``ValueError``.
 
     Example:
         >>> import jax.numpy as jnp
@@ -43,7 +44,8 @@ def probe(model: nnx.Module, loss_fn: Callable[..., Any], *batch: Any, wrt: nnx.
     checks.function(loss_fn, "loss_fn", _LOSS)
 
     def loss(params: PyTree) -> jax.Array:
-        graphdef, _, rest = nnx.split(model, wrt, ...)
+        graphdef, own, rest = nnx.split(model, wrt, ...)
+        checks.same_leaves(params, nnx.as_pure(own), "params")
         return _loss(graphdef, loss_fn, params, nnx.as_pure(rest), batch)
 
     return loss
@@ -64,7 +66,8 @@ def gradient_probe(
         wrt: What the optimizer trains.
 
     Returns:
-        The function of ``(params, number)``, for :func:`smartfrz_jax.policies.gain`.
+        The function of ``(params, number)``, for :func:`smartfrz_jax.policies.gain`; parameters of another network are
+        a ``ValueError``.
 
     Example:
         >>> import jax.numpy as jnp
@@ -78,7 +81,8 @@ def gradient_probe(
     checks.function(batches, "batches", "a function of the number of a measurement to a batch, a tuple")
 
     def gradients(params: PyTree, number: int) -> PyTree:
-        graphdef, _, rest = nnx.split(model, wrt, ...)
+        graphdef, own, rest = nnx.split(model, wrt, ...)
+        checks.same_leaves(params, nnx.as_pure(own), "params")
         batch = batches(number)
         checks.instance(batch, tuple | list, "batches", "a tuple: what loss_fn takes after the model")
         return _gradient(graphdef, loss_fn, params, nnx.as_pure(rest), batch)

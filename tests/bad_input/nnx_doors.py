@@ -80,6 +80,13 @@ CASES = [
     Case(
         "nnx-probe-vector", "loss_fn", ValueError, ("(4, 2)", "a scalar"), lambda: measured(lambda model, x: model(x))
     ),
+    *(
+        Case(f"nnx-{name}-of-another-network", "params", ValueError, ("'layers/0/bias'", "of this network"), call)
+        for name, call in (
+            ("probe", lambda: sfj.nnx.probe(scenes.module(), scenes.nnx_loss, X)({"kernel": X})),
+            ("gradient", lambda: sfj.nnx.gradient_probe(scenes.module(), scenes.nnx_loss, lambda _: (X,))({}, 0)),
+        )
+    ),
     Case("nnx-probe-aux", "loss_fn", TypeError, ("tuple of 2", "a scalar"), lambda: measured(with_aux)),
     Case("nnx-probe-batch", "batches", TypeError, ("float32[4, 2]", "a tuple"), lambda: measured(batch=X)),
     Case(
