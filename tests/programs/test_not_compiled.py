@@ -13,7 +13,8 @@ import pytest
 import smartfrz_jax as sfj
 import smartfrz_jax.programs.train_step as step_module
 from smartfrz_jax.freezing.freezer import Freezer
-from tests.support.loops import NAMES, TX, WIDTH, Loop, X, decided
+from tests.support.loops import NAMES, TX, WIDTH, Loop, X, decided, loss_fn
+from tests.support.train_steps import make_step
 
 pytestmark = pytest.mark.usefixtures("jax_defaults")
 OUT_OF_MEMORY = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 16 bytes.\nMore.")
@@ -105,6 +106,24 @@ def test_a_linen_state_stays_as_it_is(monkeypatch):
         state = freezer.step(state)
     assert state.frozen.names == set()
     state, _ = step(state, X)
+    assert len(step.programs) == 1
+
+
+@pytest.mark.slow
+def test_a_step_with_kept_activations_goes_on_without_them(monkeypatch):
+    loop = Loop(decided({}))
+    step = sfj.nnx.CachedStep(make_step, loss_fn, examples=len(X))
+    freezer = sfj.nnx.Freezer(loop.model, loop.optimizer, decided({1: NAMES[:1]}), train_step=step, lead=1)
+    broken(monkeypatch, OUT_OF_MEMORY, at=[1])
+    for number in range(3):
+        step(loop.model, loop.optimizer, np.arange(len(X)), X)
+        if number == 1:
+            with pytest.warns(RuntimeWarning, match="decision to freeze layers/0, due after step 2"):
+                freezer.step()
+        else:
+            freezer.step()
+    assert loop.optimizer.frozen.names == set()
+    assert step.cache is None
     assert len(step.programs) == 1
 
 
