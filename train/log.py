@@ -42,7 +42,7 @@ class Step(NamedTuple):
 
 
 class Compiled(NamedTuple):
-    """A program of the train step, and what it begins: a phase in which the same layers are frozen.
+    """A program of the train step; the first with the same layers frozen begins a phase.
 
     Attributes:
         step: Step that needed it first.
@@ -52,6 +52,7 @@ class Compiled(NamedTuple):
         waited: Seconds that this run stood still for it.
         held_bytes: Bytes of the arrays that the run holds after its first step: model, optimizer, policy, batch, and
             activations that are kept.
+        reason: Why it was compiled though there was one for the same frozen layers; None if there was none.
     """
 
     step: int
@@ -60,6 +61,7 @@ class Compiled(NamedTuple):
     ahead: bool
     waited: float
     held_bytes: int
+    reason: str | None = None
 
 
 class Phase(NamedTuple):

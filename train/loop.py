@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -76,6 +77,7 @@ class Loop:
         self._log_every, self._ahead = log_every, ahead
         self._may_skip, self._skipped = may_skip, 0
         self._used: set[sfj.Frozen] = set()
+        self._said: set[str] = set()
         self._in_flight: deque[_Dispatched] = deque()
         self._arrived: list[_Dispatched] = []
         self._begun: float | None = None  # when the steps began that are looked at together next
@@ -119,10 +121,11 @@ class Loop:
         loss = train_step(freezer.model, freezer.optimizer, *batch)
         program = train_step.last
         assert program is not None
-        if program.frozen not in self._used:
+        is_new = len(train_step.programs) > programs
+        if is_new or program.frozen not in self._used:
             self._used.add(program.frozen)
-            stood_still = program.waited if len(train_step.programs) > programs else 0.0
-            self._log.add(self._compiled(step, program, stood_still, batch))
+            self._log.add(self._compiled(step, program, program.waited if is_new else 0.0, batch))
+            self._warn(step, program.reason if is_new else None)
         dispatched, waited = time.perf_counter(), train_step.wait_seconds
         freezer.step(loss=loss)
         deciding = time.perf_counter() - dispatched - (train_step.wait_seconds - waited)
@@ -144,7 +147,15 @@ class Loop:
         held = nnx.state(freezer.model), nnx.state(freezer.optimizer), freezer.policy_state, batch, stored
         held_bytes = sum({id(array): array.nbytes for array in jax.tree.leaves(held)}.values())
         seconds = cost.trace_seconds + cost.compile_seconds
-        return Compiled(step, len(program.frozen.names), seconds, program.ahead, stood_still, held_bytes)
+        frozen, reason = len(program.frozen.names), program.reason
+        return Compiled(step, frozen, seconds, program.ahead, stood_still, held_bytes, reason)
+
+    def _warn(self, step: int, reason: str | None) -> None:
+        """Of a program that no freeze explains, once for each reason."""
+        if reason is not None and reason not in self._said:
+            self._said.add(reason)
+            text = f"step {step} was compiled anew, though the frozen set is the same: {reason}"
+            warnings.warn(text, sfj.SavingWarning, stacklevel=5)
 
     def _flops_of(self, program: Program) -> float:
         if isinstance(self._train_step, sfj.nnx.CachedStep):

@@ -1,4 +1,4 @@
-"""Notices that a train step is compiled for the same again and again, for more programs take turns than are kept."""
+"""Why a train step is compiled when its frozen set has not changed; more programs may take turns than are kept."""
 
 from __future__ import annotations
 
@@ -19,16 +19,20 @@ class _Purpose(NamedTuple):
     """What a program is for.
 
     Attributes:
-        frozen: Its frozen sets, as text.
+        sets: Its frozen sets.
+        frozen: The same, as text.
         batch: Its shapes, as text.
     """
 
+    sets: tuple[Frozen, ...]
     frozen: str
     batch: str
 
 
 class Recompilations:
-    """Warns, once, when programs that were released are compiled again.
+    """Tells why programs are compiled beside those for new frozen sets.
+
+    It warns, once, when programs that were released are compiled again.
 
     Args:
         max_programs: How many programs are kept.
@@ -40,8 +44,9 @@ class Recompilations:
         >>> keys = [Key(None, None, Arguments((np.ones(size),)).batch) for size in (4, 5)]
         >>> with warnings.catch_warnings(record=True) as found:
         ...     warnings.simplefilter("always")
-        ...     for key in (*keys, *keys):
-        ...         recompilations.compiled(key, ())
+        ...     reasons = [recompilations.compiled(key, ()) for key in (*keys, *keys)]
+        >>> reasons[1]
+        'its batch is (float64[5]), not (float64[4]) as before; pad batches to a few shapes'
         >>> print(str(found[0].message).split(";")[0])
         max_programs: got 1, but 2 programs take turns, so they are compiled anew again and again
     """
@@ -49,28 +54,47 @@ class Recompilations:
     def __init__(self, max_programs: int):
         self._max_programs = max_programs
         self._known: dict[Key, _Purpose] = {}
+        self._elsewhere: set[Key] = set()
         self._again = 0
 
-    def compiled(self, key: Key, frozen: tuple[Frozen, ...]) -> None:
+    def compiled(self, key: Key, frozen: tuple[Frozen, ...]) -> str | None:
         """A program was compiled.
 
         Args:
             key: What it is for.
             frozen: Its frozen sets.
+
+        Returns:
+            Why, if these had a program before.
         """
+        reason = self._reason(key, frozen)
         if key in self._known:
             self._again += 1
             if self._again == _OFTEN:
                 warnings.warn(self._message(), SavingWarning, stacklevel=4)
-        self._known[key] = _Purpose(
-            " with ".join("{" + _some(sorted(one.names), 3) + "}" for one in frozen), _shapes(key)
-        )
+        text = " with ".join("{" + _some(sorted(one.names), 3) + "}" for one in frozen)
+        self._known[key] = _Purpose(frozen, text, _shapes(key))
         if len(self._known) > _REMEMBERED:
-            self.forget(next(iter(self._known)))
+            self._known.pop(next(iter(self._known)))
+        return reason
 
     def forget(self, key: Key) -> None:
-        """A program is to be compiled again for another reason."""
+        """A program is to be compiled again, for arrays that lie elsewhere."""
         self._known.pop(key, None)
+        self._elsewhere.add(key)
+
+    def _reason(self, key: Key, frozen: tuple[Frozen, ...]) -> str | None:
+        if key in self._elsewhere:
+            self._elsewhere.remove(key)
+            return "arrays among its arguments have other shapes or types, or lie on other devices, than before"
+        if key in self._known:
+            return f"it was released, as more programs take turns than max_programs, {self._max_programs}, allows"
+        before = [(other, purpose) for other, purpose in self._known.items() if purpose.sets == frozen]
+        if not before:
+            return None
+        if all(other.batch != key.batch for other, _ in before):
+            return f"its batch is {_shapes(key)}, not {before[-1][1].batch} as before; pad batches to a few shapes"
+        return "modules or optimizers among its arguments are not those of before, or in another mode"
 
     def _message(self) -> str:
         number = len(self._known)

@@ -41,12 +41,14 @@ class Program:
         cost: What it costs.
         ahead: Whether it was compiled while training went on.
         waited: Seconds that the loop stood still for it: for tracing, and for what was left to compile.
+        reason: Why it was compiled though there was one for its frozen sets; ``None`` if there was none.
     """
 
     frozen_sets: tuple[Frozen, ...]
     cost: ProgramCost
     ahead: bool = False
     waited: float = 0.0
+    reason: str | None = None
 
     @property
     def frozen(self) -> Frozen:
@@ -273,7 +275,7 @@ class TrainStep:
             shapes = _Shapes(key.batch, Arguments(arguments.of(parts.args)))
             compiled = _Compiled(program, Call(stage, coming.targets), coming.placement, shapes)
             self._compiled[key] = compiled
-            self._recompilations.compiled(key, frozen)
+            program.reason = self._recompilations.compiled(key, frozen)
             self._release()
             self._check_saving(Measured(frozen[0], cost, coming.jaxpr), key, frozen)
         self._use(compiled, parts)

@@ -1,5 +1,6 @@
-"""More programs take turns than are kept: a warning says so, once, with the cure."""
+"""More programs take turns than are kept: a warning says so, once, with the cure. And each program knows its reason."""
 
+import jax
 import jax.numpy as jnp
 import optax
 import pytest
@@ -81,3 +82,33 @@ def test_one_program_may_return_after_a_long_while(recwarn):
             step(state.freeze(frozen), jnp.ones((1, 2)))
     assert len(step.programs) == 5
     assert not found(recwarn)
+
+
+def on_another_device(state, step):
+    step(jax.device_put(state, jax.devices()[1]), jax.device_put(jnp.ones((1, 2)), jax.devices()[1]))
+
+
+def released(state, step):
+    for frozen in (*subsets(state, 3), *subsets(state, 1)):
+        step(state.freeze(frozen), jnp.ones((1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("happens", "reason"),
+    [
+        (
+            lambda state, step: step(state, jnp.ones((3, 2))),
+            "its batch is (float32[3,2]), not (float32[1,2])",
+        ),
+        (lambda state, step: step(state.replace(apply_fn=print), jnp.ones((1, 2))), "are not those of before"),
+        (on_another_device, "or lie on other devices, than before"),
+        (released, "it was released, as more programs take turns than max_programs, 2, allows"),
+    ],
+)
+def test_a_program_for_the_same_frozen_set_has_a_reason(happens, reason):
+    state, step = setting(max_programs=2)
+    step(state, jnp.ones((1, 2)))
+    step(state.freeze(["a"]), jnp.ones((1, 2)))
+    assert [program.reason for program in step.programs] == [None, None]
+    happens(state, step)
+    assert reason in step.programs[-1].reason

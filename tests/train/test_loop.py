@@ -48,7 +48,7 @@ class Steps:
     """In place of a train step and its freezer: a device that takes a second a step, and a clock."""
 
     last = SimpleNamespace(
-        frozen="nothing", waited=0.0, ahead=False,
+        frozen="nothing", waited=0.0, ahead=False, reason=None,
         cost=SimpleNamespace(flops=5.0, devices=1, peak_bytes=6, trace_seconds=0.0, compile_seconds=0.0),
     )  # fmt: skip
     model, optimizer, policy_state, programs = nnx.Linear(1, 1, rngs=nnx.Rngs(0)), nnx.Dict(), (), ()
@@ -159,3 +159,30 @@ def test_an_error_leaves_no_step_out_of_the_log(monkeypatch, path):
     with log_at(path) as log, pytest.raises(OSError, match="gone"):
         list(Loop(log, steps, steps).run(data()))
     assert len(read(path).steps) == 3
+
+
+@pytest.mark.slow
+def test_a_program_that_no_freeze_explains_says_why(path, jax_defaults):
+    def train_step(model, optimizer, x):
+        loss, grads = optimizer.value_and_grad(loss_fn)(model, x)
+        optimizer.update(model, grads)
+        return loss
+
+    x = jnp.ones((4, 8))
+    model = nnx.Sequential(nnx.Linear(8, 8, rngs=nnx.Rngs(0)), nnx.Linear(8, 8, rngs=nnx.Rngs(1)))
+    optimizer = sfj.nnx.Optimizer(model, optax.sgd(0.1), layers=sfj.nnx.find_layers(model, x))
+    policy = sfj.static_prefix([(0.0, 0.5)], total_steps=6)
+    freezer, step = sfj.nnx.Freezer(model, optimizer, policy), sfj.TrainStep(train_step)
+    batches = [(x,), (x,), (x[:3],), (x,), (x[:3],), (x[:2],)]
+    with log_at(path) as log:
+        loop = Loop(log, freezer, step)
+        with pytest.warns(sfj.SavingWarning) as warned:
+            list(loop.run(batches))
+    reasons = [None, None, *(f"its batch is (float32[{n},8]), not (float32[{m},8]) as before; pad batches to a few "
+                             "shapes" for n, m in ((3, 4), (2, 3)))]  # fmt: skip
+    assert [one.reason for one in log.run.programs] == reasons
+    assert [str(one.message) for one in warned] == [
+        f"step {step} was compiled anew, though the frozen set is the same: {reason}"
+        for step, reason in zip((3, 6), reasons[2:], strict=True)
+    ]
+    assert len(read(path).programs) == 4
