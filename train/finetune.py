@@ -33,6 +33,7 @@ from train.optimizers import make_optimizer
 from train.options import KeepActivations, Options, RunConfig, parse
 from train.policies import layer_rates, make_policy
 from train.prefetch import Prefetch
+from train.profile import profiled
 from train.recovery.checkpoints import make_checkpoints
 from train.recovery.lock import only_run_in
 from train.recovery.not_finite import skip_not_finite
@@ -277,11 +278,12 @@ def finetune(options: Options, say: Callable[[str], None], interrupt: Interrupt)
         read_ahead = stack.enter_context(
             Prefetch(batches_of(data, freezer.steps, total_steps, config.keep_activations))
         )
-        for done in loop.run(interrupt.checked(read_ahead, on_interrupt=save)):
+        steps = loop.run(interrupt.checked(read_ahead, on_interrupt=save))
+        for done in profiled(loop, steps, out / "profile", config.profile):
             bar.update()
             if history.steps:
-                of_layers = f"{len(freezer.frozen.names)}/{layers}"
-                bar.set_postfix(loss=f"{history.steps[-1].loss:.3f}", frozen=of_layers, refresh=False)
+                loss, of_layers = history.steps[-1].loss, f"{len(freezer.frozen.names)}/{layers}"
+                bar.set_postfix(loss="nan" if loss is None else f"{loss:.3f}", frozen=of_layers, refresh=False)
             if done % evaluate_every == 0 or done == total_steps:
                 loop.drain()
                 react(freezer, log, Evaluation(done, evaluate(model)), recovery, say)

@@ -118,7 +118,8 @@ class Loop:
         if self._begun is None:
             self._begun = time.perf_counter()
         step, programs, before = freezer.steps + 1, len(train_step.programs), train_step.wait_seconds
-        loss = train_step(freezer.model, freezer.optimizer, *batch)
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            loss = train_step(freezer.model, freezer.optimizer, *batch)
         program = train_step.last
         assert program is not None
         is_new = len(train_step.programs) > programs

@@ -56,11 +56,13 @@ class RunConfig:
     """steps whose losses are fetched and written together; a loss that is not finite ends the run only then"""
     log: tuple[Literal["tensorboard", "wandb"], ...] = ()
     """where metrics go, too: to --out/tensorboard, or to Weights & Biases (offline with WANDB_MODE=offline)"""
+    profile: int = 0
+    """steps, after the first ten, of which a trace for XProf or TensorBoard is written to --out/profile"""
     quiet: bool = False
     """no progress bar"""
 
     def __post_init__(self) -> None:
-        check_least(self, epochs=1, batch_size=1, log_every=1)
+        check_least(self, epochs=1, batch_size=1, log_every=1, profile=0)
         if self.evaluate_every is not None:
             check_least(self, evaluate_every=1)
 

@@ -4,6 +4,7 @@ import math
 import time
 from types import SimpleNamespace
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -13,6 +14,7 @@ from flax import nnx
 import smartfrz_jax as sfj
 from train.log import Log, Run, read
 from train.loop import Loop
+from train.profile import profiled
 
 
 def loss_fn(model, x):
@@ -186,3 +188,37 @@ def test_a_program_that_no_freeze_explains_says_why(path, jax_defaults):
         for step, reason in zip((3, 6), reasons[2:], strict=True)
     ]
     assert len(read(path).programs) == 4
+
+
+@pytest.mark.slow
+def test_a_trace_has_the_steps_after_the_warm_up(path, jax_defaults):
+    def train_step(model, optimizer, x):
+        loss, grads = optimizer.value_and_grad(loss_fn)(model, x)
+        optimizer.update(model, grads)
+        return loss
+
+    x = jnp.ones((4, 8))
+    model = nnx.Linear(8, 8, rngs=nnx.Rngs(0))
+    optimizer = sfj.nnx.Optimizer(model, optax.sgd(0.1), layers=sfj.nnx.find_layers(model, x))
+    freezer, step = sfj.nnx.Freezer(model, optimizer, sfj.policies.never()), sfj.TrainStep(train_step)
+    folder = path.parent / "profile"
+    with log_at(path) as log:
+        loop = Loop(log, freezer, step)
+        assert list(profiled(loop, loop.run([(x,)] * 15), folder, 3)) == list(range(1, 16))
+    (file,) = folder.glob("plugins/profile/*/*.xplane.pb")  # where XProf and TensorBoard look for it
+    events = [
+        dict(event.stats)["step_num"]
+        for plane in jax.profiler.ProfileData.from_file(str(file)).planes
+        for line in plane.lines
+        for event in line.events
+        if event.name == "train" and "step_num" in dict(event.stats)
+    ]
+    assert events == [11, 12, 13]
+
+
+def test_no_trace_is_written_unasked(monkeypatch, path):
+    steps = Steps(monkeypatch, losses=np.ones(12))
+    with log_at(path) as log:
+        loop = Loop(log, steps, steps)
+        assert list(profiled(loop, loop.run(numbers(13)), path.parent / "profile", 0)) == list(range(1, 13))
+    assert not (path.parent / "profile").exists()

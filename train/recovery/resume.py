@@ -15,7 +15,7 @@ from train.log import Run, read
 
 # Options of which a run that goes on may have others than it was started with: what is computed is the same.
 FREE = frozenset(
-    {"resume", "baseline", "quiet", "workers", "out", "data_dir", "keep_programs", "log", "log_every",
+    {"resume", "baseline", "quiet", "workers", "out", "data_dir", "keep_programs", "log", "log_every", "profile",
      "checkpoint_every", "keep_last", "keep_best", "on_nan", "max_skipped", "mesh", "distributed"}
 )  # fmt: skip
 
