@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
-import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -16,6 +16,8 @@ from flax import nnx
 import smartfrz_jax as sfj
 from smartfrz_jax.programs.train_step import Program, TrainStep
 from train.log import Compiled, Log, Step, finite
+
+_LOGGER = logging.getLogger(__name__)
 
 LOG_EVERY = 20
 AHEAD = 2
@@ -123,10 +125,12 @@ class Loop:
         program = train_step.last
         assert program is not None
         is_new = len(train_step.programs) > programs
-        if is_new or program.frozen not in self._used:
+        is_used = program.frozen in self._used
+        if is_new or not is_used:
             self._used.add(program.frozen)
             self._log.add(self._compiled(step, program, program.waited if is_new else 0.0, batch))
-            self._warn(step, program.reason if is_new else None)
+            if is_new and is_used:
+                self._warn(step, program.reason)
         dispatched, waited = time.perf_counter(), train_step.wait_seconds
         freezer.step(loss=loss)
         deciding = time.perf_counter() - dispatched - (train_step.wait_seconds - waited)
@@ -155,8 +159,7 @@ class Loop:
         """Of a program that no freeze explains, once for each reason."""
         if reason is not None and reason not in self._said:
             self._said.add(reason)
-            text = f"step {step} was compiled anew, though the frozen set is the same: {reason}"
-            warnings.warn(text, sfj.SavingWarning, stacklevel=5)
+            _LOGGER.warning("step %d was compiled anew, though the frozen set is the same: %s", step, reason)
 
     def _flops_of(self, program: Program) -> float:
         if isinstance(self._train_step, sfj.nnx.CachedStep):

@@ -157,7 +157,8 @@ class Freezer(freezer.Freezer):
         self._change(frozen)
 
     def _change(self, frozen: Frozen) -> None:
-        self.optimizer.freeze(self.model, frozen)
+        if frozen != self.optimizer.frozen:
+            self.optimizer.freeze(self.model, frozen)
         self._last_step = weakref.ref(self.optimizer.step.get_raw_value())
 
     def save(self, path: PathLike, *, overwrite: bool = False) -> None:
