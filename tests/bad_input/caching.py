@@ -68,6 +68,12 @@ def step() -> sfj.nnx.CachedStep:
     return sfj.nnx.CachedStep(make_step, scenes.nnx_loss, examples=4)
 
 
+@functools.cache
+def used() -> sfj.nnx.CachedStep:
+    called(INDICES)
+    return step()
+
+
 def loop() -> dict[str, Any]:
     return {"model": scenes.module(), "optimizer": scenes.optimizer(), "indices": INDICES, "inputs": (X,)}
 
@@ -104,7 +110,7 @@ DOORS = [
         lambda: {"make_step": make_step, "loss_fn": scenes.nnx_loss, "examples": 4},
     ),
     Door("nnx.CachedStep.program", loop, on=step, unchecked={"indices": "not looked at"}),
-    Door("nnx.CachedStep.prepare", lambda: {"owner": scenes.optimizer(), "new": scenes.optimizer()}, on=step),
+    Door("nnx.CachedStep.prepare", lambda: {"owner": scenes.optimizer(), "new": scenes.optimizer()}, on=used),
     Door("nnx.CachedStep.restored", lambda: {"history": [(0, nnx_frozen())]}, on=lambda: cached()),
     Door("nnx.CachedStep.__call__", loop, on=step),
     Door(
