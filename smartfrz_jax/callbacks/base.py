@@ -61,3 +61,10 @@ def check_callbacks(callbacks: Any) -> tuple[Callback, ...]:
         if isinstance(one, type) or not all(callable(getattr(one, name, None)) for name in ("on_step", "on_freeze")):
             raise TypeError(f"callbacks: got {checks.got(one)} among them, expected {expected}")
     return found
+
+
+def tell_step(callbacks: Iterable[Callback], step: int, frozen_layers: int, loss: Any, metrics: Any) -> None:
+    """Tells callbacks of a step: its metrics, the loss if there is one, and how many layers it had frozen."""
+    known = ({} if loss is None else {"loss": loss}) | {"frozen_layers": frozen_layers} | dict(metrics or {})
+    for callback in callbacks:
+        callback.on_step(step, known)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -113,3 +113,22 @@ def warn_refused(refused: Frozen, frozen: Frozen, steps: int, error: BaseExcepti
         RuntimeWarning,
         stacklevel=4,
     )
+
+
+def check_waiting(lead: Any, min_saving: Any, saving: Any) -> None:
+    """Checks what makes a decision wait, see :class:`smartfrz_jax.Freezer`.
+
+    Raises:
+        TypeError: If ``min_saving`` is no number, or ``saving`` no function.
+        ValueError: If ``lead`` is no number of steps, ``min_saving`` no share, or nothing predicts what is saved.
+    """
+    checks.count(lead, "lead", least=0)
+    expected = "a share of a step's FLOPs, from 0 to below 1"
+    if not 0 <= checks.number(min_saving, "min_saving", expected) < 1:
+        raise ValueError(f"min_saving: got {min_saving}, expected {expected}")
+    if saving is not None:
+        checks.function(saving, "saving", "a function of two frozen sets, such as the account's saving")
+    elif min_saving:
+        raise ValueError(
+            f"min_saving: got {min_saving}, but nothing predicts what freezing saves; give TrainStep the account"
+        )

@@ -8,10 +8,10 @@ from typing import Any
 import jax
 import optax
 
-from smartfrz_jax.callbacks.base import Callback, FreezeEvent
+from smartfrz_jax.callbacks.base import Callback, FreezeEvent, tell_step
 from smartfrz_jax.freezing import by_hand, saved_run
 from smartfrz_jax.freezing.by_hand import ByHand
-from smartfrz_jax.freezing.coming import Coming, NotCompiledError, Pending, Prepare, warn_refused
+from smartfrz_jax.freezing.coming import Coming, NotCompiledError, Pending, Prepare, check_waiting, warn_refused
 from smartfrz_jax.freezing.frozen import Frozen, check_frozen
 from smartfrz_jax.freezing.summary import Summary, summarise
 from smartfrz_jax.layers.layers import Layers, check_layers, check_of_layers, check_params
@@ -76,19 +76,10 @@ class Freezer:
         check_policy(policy)
         check_layers(layers)
         checks.count(step, "step", least=0)
-        checks.count(lead, "lead", least=0)
-        expected = "a share of a step's FLOPs, from 0 to below 1"
-        if not 0 <= checks.number(min_saving, "min_saving", expected) < 1:
-            raise ValueError(f"min_saving: got {min_saving}, expected {expected}")
-        if saving is not None:
-            checks.function(saving, "saving", "a function of two frozen sets, such as the account's saving")
+        check_waiting(lead, min_saving, saving)
         if frozen is not None:
             check_frozen(frozen, layers)
         check_of_layers(check_params(params), layers)
-        if min_saving and saving is None:
-            raise ValueError(
-                f"min_saving: got {min_saving}, but nothing predicts what freezing saves; give TrainStep the account"
-            )
         self.policy = policy
         self.layers = layers
         self._lead, self._min_saving, self._saving = int(lead), min_saving, saving
@@ -143,11 +134,7 @@ class Freezer:
         if metrics is not None:
             checks.by_name(metrics, "metrics", "a mapping from names to scalars")
         self.steps += 1
-        if self.callbacks:
-            loss = {} if signals.get("loss") is None else {"loss": signals["loss"]}
-            known = loss | {"frozen_layers": len(self.frozen.names)} | dict(metrics or {})
-            for callback in self.callbacks:
-                callback.on_step(self.steps, known)
+        tell_step(self.callbacks, self.steps, len(self.frozen.names), signals.get("loss"), metrics)
         shown = {
             "step": self.steps,
             "params": lambda: self.layers.unstacked(params()),
@@ -168,6 +155,19 @@ class Freezer:
                 self._coming = None  # layers must not be frozen in name, and trained by the program that there is
                 self.refused += (coming,)
                 warn_refused(coming, self.frozen, self.steps, error.__cause__)
+        return self.frozen
+
+    def start(self) -> Frozen:
+        """Freezes what the policy has frozen from the beginning, such as ``lisa`` most blocks: call it before a run.
+
+        Else the first step trains all layers, with memory for their gradients and moments.
+
+        Returns:
+            The frozen set from now on; unchanged in a run that has begun.
+        """
+        if self.policy.start is not None and not self.steps and not self.events:
+            names, self._by_hand = self._by_hand.decide(self.policy.start(self.policy_state, self.layers))
+            self._change_now(Frozen(self.layers, frozenset(self.layers.check(names, "policy's decision"))), None)
         return self.frozen
 
     @property

@@ -77,6 +77,18 @@ class Freezer(freezer.Freezer):
         self._features = features
         self._train_step = train_step
 
+    def start(self, state: TrainState) -> TrainState:  # pyright: ignore[reportIncompatibleMethodOverride]
+        """Freezes what the policy has frozen from the beginning; see :meth:`smartfrz_jax.Freezer.start`.
+
+        Args:
+            state: The state before the first step.
+
+        Returns:
+            The state to go on with.
+        """
+        checks.instance(state, TrainState, "state", "the smartfrz_jax.linen.TrainState before the first step")
+        return state.freeze(super().start())
+
     def step(
         self, state: TrainState, *, loss: jax.Array | None = None, metrics: Mapping[str, Any] | None = None
     ) -> TrainState:

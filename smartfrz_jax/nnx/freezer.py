@@ -89,6 +89,12 @@ class Freezer(freezer.Freezer):
         if "grads" in policy.needs:
             optimizer.record_grads(model)
 
+    def start(self) -> Frozen:
+        """As :meth:`smartfrz_jax.Freezer.start`; the optimizer holds nothing of frozen layers from then on."""
+        self.optimizer.freeze(self.model, super().start())
+        self._last_step = weakref.ref(self.optimizer.step.get_raw_value())
+        return self.frozen
+
     def step(self, *, loss: jax.Array | None = None, metrics: Mapping[str, Any] | None = None) -> Frozen:
         """Shows the policy the train step just done, and freezes what it decides.
 

@@ -79,6 +79,8 @@ class Policy(NamedTuple):
             refused by a run with others. Empty if that is not to be checked.
         phases: ``update`` in two parts, for a ``Freezer`` that has a ``delay``; ``None`` if it reads nothing of the
             device, or is to be waited for all the same.
+        start: From the first state and the layers to the names of those that are frozen before the first step, which
+            :meth:`smartfrz_jax.Freezer.start` asks for; ``None`` if that is never any.
     """
 
     init: InitFn
@@ -86,6 +88,7 @@ class Policy(NamedTuple):
     needs: frozenset[str] = frozenset()
     options: Mapping[str, Any] = types.MappingProxyType({})
     phases: TwoPhase | None = None
+    start: Callable[[PyTree, Layers], frozenset[str]] | None = None
 
 
 class ScheduleState(NamedTuple):
@@ -162,7 +165,10 @@ def scheduled(freeze_at: Callable[[Layers], Int[np.ndarray, " layers"]], options
         check_update(state, ScheduleState, layers, step)
         return names_of(layers, state.freeze_at <= step), state
 
-    return Policy(init, update, options=options)
+    def start(state: ScheduleState, layers: Layers) -> frozenset[str]:
+        return names_of(layers, state.freeze_at <= 0)
+
+    return Policy(init, update, options=options, start=start)
 
 
 def kept(keep: Selectors | None) -> tuple[Selector, ...] | None:

@@ -39,7 +39,7 @@ def static_prefix(
 
     Args:
         stages: Moments, as shares of the run, with the share of the network's cost that is frozen from each on; neither
-            may fall. Policies are asked after a step, so a moment of 0 is after the first one.
+            may fall. A moment of 0 is before the first step with :meth:`smartfrz_jax.Freezer.start`, else after it.
         total_steps: Train steps of the run.
         costs: Cost of each layer in any unit, by layer name; ``None`` makes all equal.
         keep: Layers never to freeze: names, globs, regular expressions, predicates or NNX filters (see

@@ -66,7 +66,7 @@ def falls(run):
 
 @pytest.mark.slow
 def test_efficientnet_lite0_learns_500_real_images_with_half_of_it_frozen(images, shared, tmp_path, capsys):
-    arguments = ["--train-split", "train[:500]", "--epochs", "2", "--policy", "static_prefix", "--stages", "0:0.5",
+    arguments = ["--train-split", "train[:500]", "--epochs", "2", "--policy", "static_prefix", "--stages", "0.03:0.5",
                  "--batch-norm", "fixed", "--learning-rate", "0.003", "--lead", "0"]  # fmt: skip
     assert finetune.main(images + arguments) == 0, capsys.readouterr().err
     run = log.read(tmp_path / "run/log.jsonl")
@@ -91,7 +91,7 @@ def test_efficientnet_lite0_learns_500_real_images_with_half_of_it_frozen(images
 @pytest.mark.slow
 def test_kept_activations_change_what_a_step_costs_and_nothing_else(few_blocks, tmp_path, capsys):
     arguments = [*few_blocks[:-1], str(tmp_path / "plain"), "--train-split", "train[:32]", "--batch-size", "8",
-                 "--epochs", "5", "--policy", "static_prefix", "--stages", "0:0.5,0.6:1", "--augment", "none",
+                 "--epochs", "5", "--policy", "static_prefix", "--stages", "0.05:0.5,0.6:1", "--augment", "none",
                  "--learning-rate", "0.001", "--lead", "0"]  # fmt: skip
     assert finetune.main(arguments) == 0, capsys.readouterr().err
     changed = ["--keep-activations", "host", "--out", str(tmp_path / "kept")]

@@ -108,7 +108,11 @@ def slimfit(rate: float, *, switch_every: int = 50, seed: int = 0, keep: Selecto
         "seed": int(seed),
         "keep": described(keep),
     }
-    return Policy(init, update, options=options)
+
+    def start(state: SlimFitState, layers: Layers) -> frozenset[str]:
+        return names_of(layers, state.frozen)
+
+    return Policy(init, update, options=options, start=start)
 
 
 def _decide(

@@ -117,7 +117,10 @@ def rotating(
             state = RotatingState(frozen_at(layers, step))
         return names_of(layers, state.frozen), state
 
-    return Policy(init, update, options=options)
+    def start(state: RotatingState, layers: Layers) -> frozenset[str]:
+        return names_of(layers, state.frozen)
+
+    return Policy(init, update, options=options, start=start)
 
 
 def check_turns(switch_every: Any, seed: Any, rest: Any) -> None:
