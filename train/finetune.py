@@ -254,6 +254,9 @@ def finetune(options: Options, say: Callable[[str], None], interrupt: Interrupt)
     history = Run(options.policy.policy, freezer.layers.names, settings)
     if started:
         history = restore_newest(freezer, out, started, say)
+    elif frozen := freezer.start().names:
+        history.freezes += freezer.events
+        say(f"{len(frozen)} layers are frozen from the beginning")
     first, versions = processes.is_first(), versions_of(mesh)
     layers, gflop = len(freezer.layers), account.flops().total / 1e9
     say(f"{options.network.model}: {layers} layers, {gflop:.2f} GFLOP a step of {config.batch_size}")

@@ -49,7 +49,7 @@ def test_a_decoder_learns_texts_in_full(folder, tmp_path, capsys):
 
 
 def test_the_lookup_and_the_front_freeze_where_the_head_is_untied(folder, tmp_path, capsys):
-    more = ("--untied", "--scan", "--policy", "static_prefix", "--stages", "0:0.5")
+    more = ("--untied", "--scan", "--policy", "static_prefix", "--stages", "0.01:0.5")
     assert finetune.main(arguments(folder, tmp_path / "run", *more)) == 0, capsys.readouterr().err
     run = log.read(tmp_path / "run/log.jsonl")
     assert run.layers[0] == "embed_tokens"
@@ -59,6 +59,15 @@ def test_the_lookup_and_the_front_freeze_where_the_head_is_untied(folder, tmp_pa
     assert losses[-1] < 0.8 * losses[0]
     tensors = safetensors.numpy.load_file(tmp_path / "run/model.safetensors")
     assert not np.array_equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
+
+
+def test_a_policy_with_turns_freezes_before_the_first_step(folder, tmp_path, capsys):
+    more = ("--policy", "badam", "--switch-every", "4", "--block-order", "ascending", "--lead", "0")
+    assert finetune.main(arguments(folder, tmp_path / "run", *more)) == 0, capsys.readouterr().err
+    run = log.read(tmp_path / "run/log.jsonl")
+    assert [event.step for event in run.freezes[:3]] == [0, 4, 8]
+    assert run.freezes[1].returned
+    assert all(step.frozen > 0 for step in run.steps)
 
 
 @pytest.mark.parametrize(
