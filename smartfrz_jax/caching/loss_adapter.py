@@ -7,7 +7,12 @@ import dataclasses
 from collections.abc import Callable, Hashable
 from typing import Any, Protocol
 
+import jax
+
 from smartfrz_jax.freezing.frozen import Frozen
+from smartfrz_jax.layers.layers import Layers
+from smartfrz_jax.layers.rows import stacked
+from smartfrz_jax.pytrees import paths
 from smartfrz_jax.pytrees.types import PyTree
 
 Hold = Callable[[Frozen, PyTree], contextlib.AbstractContextManager[Any]]
@@ -70,3 +75,43 @@ class PytreeLoss:
 
     def write(self, params: PyTree, variables: PyTree, updates: dict[str, Any]) -> None:
         """As of :class:`LossAdapter`."""
+
+
+@dataclasses.dataclass(frozen=True)
+class RowLoss:
+    """Of losses of stacked parameters of which each row is in a layer of its own: these are variables, one by one.
+
+    Attributes:
+        adapter: The adapter of the loss.
+        layers: The layers.
+    """
+
+    adapter: LossAdapter
+    layers: Layers
+
+    def split(self, params: PyTree) -> tuple[Hashable, PyTree]:
+        """As of :class:`LossAdapter`."""
+        static, variables = self.adapter.split(params)
+        return (static, jax.tree.structure(variables)), self.layers.unstacked(variables)
+
+    def traceable(
+        self, loss_fn: Callable[..., Any], frozen: Frozen, static: Any
+    ) -> Callable[..., tuple[Any, dict[str, Any]]]:
+        """As of :class:`LossAdapter`."""
+        own, structure = static
+        like = jax.tree.unflatten(structure, range(structure.num_leaves))
+        run = self.adapter.traceable(loss_fn, Frozen(self.layers, frozen.names), own)
+
+        def of_rows(rows: PyTree, *inputs: Any) -> tuple[Any, dict[str, Any]]:
+            out, updates = run(stacked(rows, like, self.layers.stacks), *inputs)
+            return out, self.layers.unstacked(updates)
+
+        return of_rows
+
+    def write(self, params: PyTree, variables: PyTree, updates: dict[str, Any]) -> None:
+        """As of :class:`LossAdapter`."""
+        _, whole = self.adapter.split(params)
+        new = paths.flatten(stacked({**variables, **updates}, whole, self.layers.stacks))
+        changed = {row.array for layer in self.layers for row in layer.rows if row.name in updates}
+        own = {name: leaf for name, leaf in new.items() if name in updates or name in changed}
+        self.adapter.write(params, whole, own)

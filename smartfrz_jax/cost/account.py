@@ -122,9 +122,10 @@ class Account:
 
     @property
     def scans(self) -> list[frozenset[str]]:
-        """Layers that one ``jax.lax.scan`` runs together, their weights stacked in the step."""
-        names = list(enumerate(self.layers.names))
-        return [frozenset(name for i, name in names if mask >> i & 1) for mask in self._traced.active.scans]
+        """Layers that one ``jax.lax.scan`` runs together, their weights stacked in the step; rows are not."""
+        names = [(i, layer.name) for i, layer in enumerate(self.layers) if not layer.rows]
+        found = (frozenset(name for i, name in names if mask >> i & 1) for mask in self._traced.active.scans)
+        return [layers for layers in found if layers]
 
     def trace(self, frozen: Frozen | None = None) -> Any:
         """The jaxpr of a step that does what a frozen set asks for and no more; it takes seconds.
@@ -327,13 +328,16 @@ def assemble(
     if not inputs:
         raise ValueError("inputs: got none; what depends on the data is traced, so pass the batch after the parameters")
     active, held = (
-        equations.equations(Trace(loss_of(frozen), variables, inputs), layers, backend)
+        equations.equations(
+            step_trace.of_rows(Trace(loss_of(frozen), variables, inputs), layers), layers.of_rows, backend
+        )
         for frozen in (Frozen(layers), Frozen(layers, frozenset(layers.names)))
     )
+    rows = layers.unstacked(params)
     update = (
         [0.0] * len(layers)
         if tx is None
-        else [step_trace.update_flops(tx, layers, name, params, backend) for name in layers.names]
+        else [step_trace.update_flops(tx, layers.of_rows, name, rows, backend) for name in layers.names]
     )
 
     def trace_step(frozen: Frozen) -> Any:

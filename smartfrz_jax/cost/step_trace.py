@@ -8,10 +8,13 @@ from typing import Any
 import jax
 import optax
 
+from smartfrz_jax.cost.equations import Trace
 from smartfrz_jax.freezing import transform
 from smartfrz_jax.freezing.frozen import Frozen
+from smartfrz_jax.freezing.stacked.split_rows import split_rows
 from smartfrz_jax.jaxprs import flops, inline, named_axes
 from smartfrz_jax.layers.layers import Layers
+from smartfrz_jax.layers.rows import stacked
 from smartfrz_jax.pytrees import paths
 from smartfrz_jax.pytrees.types import PyTree
 
@@ -34,11 +37,13 @@ def trace(
         inputs: The batch.
         tx: The optimizer; without it, the gradients are results.
     """
-    active = {name: leaf for name, leaf in paths.flatten(variables).items() if name in frozen.layers.owner}
-    active = frozen.active_leaves(active)
+    params_of_layers = (name for name in paths.flatten(variables) if name in frozen.layers.arrays)
+    active = {name for name in params_of_layers if not frozen.is_frozen(name)}
 
     def loss(active: PyTree, variables: PyTree, inputs: tuple[Any, ...]) -> tuple[Any, Any]:
-        out = loss_fn(paths.tree_map(lambda name, leaf: active.get(name, leaf), variables), *inputs)
+        active = frozen.stop_gradient(active)
+        whole = paths.tree_map(lambda name, leaf: active.get(name, leaf), variables)
+        out = split_rows(loss_fn, frozen)(whole, *inputs)
         return jax.tree.leaves(out)[0], out
 
     def step(variables: PyTree, params: PyTree, opt_state: Any, inputs: tuple[Any, ...]) -> Any:
@@ -52,6 +57,18 @@ def trace(
 
     opt_state = None if tx is None else jax.eval_shape(transform.freeze(tx, frozen).init, params)
     return named_axes.make_jaxpr(step)(variables, params, opt_state, inputs)
+
+
+def of_rows(trace: Trace, layers: Layers) -> Trace:
+    """A loss of rows as variables of their own, from one of stacked ones; the loss itself if none are layers."""
+    if not layers.stacks:
+        return trace
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), trace.variables)
+
+    def loss_fn(rows: PyTree, *inputs: Any) -> Any:
+        return trace.loss_fn(stacked(rows, like, layers.stacks), *inputs)
+
+    return Trace(loss_fn, layers.unstacked(like), trace.inputs)
 
 
 def update_flops(tx: optax.GradientTransformation, layers: Layers, layer: str, params: PyTree, backend: str) -> float:

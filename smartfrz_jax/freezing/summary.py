@@ -161,7 +161,7 @@ def summarise(
             expected = "a smartfrz_jax.Account of this network's train step, or None"
             raise TypeError(f"account: got {checks.got(account)}, expected {expected}")
         whole, now = account.flops(nothing), account.flops(frozen)
-    sizes = {name: math.prod(np.shape(leaf)) for name, leaf in paths.flatten(params).items()}
+    sizes = {name: math.prod(np.shape(leaf)) for name, leaf in paths.flatten(frozen.layers.unstacked(params)).items()}
 
     def of_layer(name: str, params: Iterable[str]) -> LayerSummary:
         flops = saved = None
@@ -179,15 +179,23 @@ def summarise(
 def _bytes_by_layer(tx: optax.GradientTransformation, params: PyTree, frozen: Frozen) -> collections.Counter[str]:
     """Bytes of optimizer state by layer: a leaf at a path with a parameter's in it belongs to that parameter."""
     params, frozen = overwritten.optimized(params), overwritten.optimized_frozen(frozen)
-    owner = {_parts(path): frozen.layers.holding(paths.name(path)) for path, _ in _leaves(params)}
+    owner = {_parts(path): _training(paths.name(path), frozen) for path, _ in _leaves(params)}
     lengths = sorted({len(parts) for parts in owner}, reverse=True)
     found = collections.Counter[str]()
     for path, leaf in _leaves(jax.eval_shape(freeze(tx, frozen).init, params)):
         parts = _parts(path)
         inside = (parts[i : i + length] for length in lengths for i in range(len(parts) - length, -1, -1))
-        layer = next((owner[some] for some in inside if some in owner), REST)
-        found[layer] += math.prod(leaf.shape) * leaf.dtype.itemsize
+        layers = next((owner[some] for some in inside if some in owner), (REST,))
+        size = math.prod(leaf.shape) * leaf.dtype.itemsize
+        for at, layer in enumerate(layers):  # rows have equal parts, the first what is of all of them
+            found[layer] += size // len(layers) + (size % len(layers) if at == 0 else 0)
     return found
+
+
+def _training(param: str, frozen: Frozen) -> tuple[str, ...]:
+    """The layer of a parameter; of a stacked one those of the rows that train."""
+    layers = frozen.layers.arrays[param] if param in frozen.layers.arrays else (frozen.layers.holding(param),)
+    return tuple(layers[row] for row in frozen.rows[param]) if param in frozen.rows else layers
 
 
 def _leaves(tree: PyTree) -> list[tuple[Any, Any]]:

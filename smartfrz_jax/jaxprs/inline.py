@@ -186,6 +186,12 @@ class _Inliner:
         maker = self._maker.get(stacked)
         if maker is not None and maker.primitive.name == "stack" and maker.params["axis"] == 0:
             return maker.invars[i]
+        if maker is not None and maker.primitive.name == "transpose":
+            axis, *others = maker.params["permutation"]
+            stack = self._maker.get(maker.invars[0])
+            if stack is not None and stack.primitive.name == "stack" and stack.params["axis"] == axis:
+                order = [at - (at > axis) for at in others]
+                return self._emit(call, lambda x: jax.lax.transpose(x, order), [stack.invars[i]])[0]
         if maker is not None and maker.primitive.name == "concatenate" and maker.params["dimension"] == 0:
             for part in maker.invars:
                 if i < part.aval.shape[0]:

@@ -108,6 +108,11 @@ class Layers(Sequence[Layer]):
             found[array] = self.stacks[array].layers if array in self.stacks else (layer,)
         return found
 
+    @functools.cached_property
+    def of_rows(self) -> Layers:
+        """The layers of what :meth:`unstacked` gives: there a row is a parameter like any other."""
+        return Layers(tuple(dataclasses.replace(layer, rows=()) for layer in self.entries)) if self.stacks else self
+
     def unstacked(self, tree: PyTree) -> PyTree:
         """A tree named as the parameters are, with a leaf for each row that is in a layer of its own.
 

@@ -74,8 +74,14 @@ def unstacked(tree: PyTree, stacks: Mapping[str, Stack]) -> PyTree:
         return tree
     found: dict[str, Any] = {}
     for name, leaf in paths.flatten(tree).items():
-        rows = stacks[name].rows(name) if name in stacks else None
-        found |= {name: leaf} if rows is None else {row.name: row.of(leaf) for row in rows}
+        if name not in stacks:
+            found[name] = leaf
+        elif isinstance(leaf, jax.Array):  # the derivative of one split is one array, not a sum for all rows
+            axis, rows = stacks[name].axis, stacks[name].rows(name)
+            parts = jax.lax.split(leaf, (1,) * leaf.shape[axis], axis)
+            found |= {row.name: jax.lax.squeeze(part, (axis,)) for row, part in zip(rows, parts, strict=True)}
+        else:
+            found |= {row.name: row.of(leaf) for row in stacks[name].rows(name)}
     return found
 
 

@@ -117,11 +117,11 @@ def features(
     if forward is not None:
         checks.function(forward, "forward", "a function of (model, *inputs)")
     trained = paths.flatten(nnx.state(model, wrt))
-    foreign = next((param for param in layers.owner if param not in trained), None)
+    foreign = next((param for param in layers.arrays if param not in trained), None)
     if foreign is not None:
         raise ValueError(
-            f"wrt: got {wrt!r}, which leaves out {foreign!r} of layer {layers.owner[foreign]!r}, expected the filter "
-            "that the layers were found with; pass find_layers and features the same wrt, and the same model"
+            f"wrt: got {wrt!r}, which leaves out {foreign!r} of layer {layers.arrays[foreign][0]!r}, expected the "
+            "filter that the layers were found with; pass find_layers and features the same wrt, and the same model"
         )
     evaluated = nnx.merge(*nnx.split(model), copy=True)
     evaluated.eval()
@@ -132,8 +132,7 @@ def features(
             module = nnx.merge(graphdef, params, rest, copy=True)
             return _call(module, forward, inputs)
 
-        groups = {layer.name: layer.params for layer in layers}
-        return layer_outputs(params, groups, run, *inputs)(params, *inputs)
+        return layer_outputs(params, layers, run, *inputs)(params, *inputs)
 
     jitted = jax.jit(outputs)
 

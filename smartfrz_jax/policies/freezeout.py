@@ -142,6 +142,11 @@ def scale_by_layer_schedule(layers: Layers, schedules: Mapping[str, optax.Schedu
     check_layers(layers)
     checks.by_name(schedules, "schedules", "a dict from layer names to schedules, as freezeout_schedules gives it")
     layers.check(schedules, "schedules")
+    if layers.stacks:
+        raise ValueError(
+            f"layers: got rows of stacked parameters ({next(iter(layers.stacks))!r}) as layers, expected whole ones: "
+            "an optimizer sees rows together, and cannot give them rates of their own; find the layers without rows=True"
+        )
     without = [name for name in layers.names if name not in schedules]
     if without:
         raise ValueError(f"schedules: got none for layer {without[0]!r}; each of the {len(layers)} layers needs one")

@@ -1,0 +1,99 @@
+"""Rows of stacked blocks are layers to the account, the cache, the sampling of weights and the outputs of layers."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import smartfrz_jax as sfj
+from smartfrz_jax.predictor.sampling import Tailoring
+from tests.freezing.stacked.networks import (
+    BLOCKS,
+    DEPTH,
+    LAYERS,
+    PARAMS,
+    SETS,
+    UNROLLED,
+    X,
+    by_scan,
+    loss,
+    rows,
+    unrolled,
+    unrolled_loss,
+)  # fmt: skip
+
+pytestmark = pytest.mark.usefixtures("jax_defaults")
+
+
+@functools.cache
+def accounts():
+    tx = optax.adam(0.1)
+    stacked = sfj.account(PARAMS, LAYERS, loss, X, tx=tx)
+    return stacked, sfj.account(rows(PARAMS), UNROLLED, unrolled_loss, X, tx=tx)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("names", SETS.values(), ids=SETS)
+def test_the_account_is_that_of_the_network_unrolled(names):
+    stacked, plain = accounts()
+    got, expected = stacked.flops(sfj.Frozen(LAYERS, names)), plain.flops(sfj.Frozen(UNROLLED, names))
+    assert got.total == pytest.approx(expected.total, rel=0.01)
+    for layer in LAYERS.names:
+        assert got.by_layer[layer].total == pytest.approx(expected.by_layer[layer].total, rel=0.03), layer
+    assert stacked.scans == []
+
+
+@pytest.mark.slow
+def test_the_account_of_rows_that_are_not_along_the_first_axis():
+    def moved(params, x):
+        return loss(params | {"up": jnp.moveaxis(params["up"], 1, 0)}, x)
+
+    params = PARAMS | {"up": jnp.moveaxis(PARAMS["up"], 0, 1)}
+    layers = sfj.find_layers(params, moved, X, rows=True)
+    account = sfj.account(params, layers, moved, X, tx=optax.adam(0.1))
+    for names in (BLOCKS[:3], BLOCKS[::2]):
+        expected = accounts()[0].flops(sfj.Frozen(LAYERS, names)).total
+        assert account.flops(sfj.Frozen(layers, names)).total == pytest.approx(expected, rel=0.01)
+
+
+def test_the_summary_shares_the_optimizer_among_the_rows_that_train():
+    freezer = sfj.Freezer(sfj.policies.never(), LAYERS, PARAMS, frozen=sfj.Frozen(LAYERS, BLOCKS[:2]))
+    summary = freezer.summary(tx=optax.adam(0.1))
+    of_layer = {layer.name: layer for layer in summary.layers}
+    size = sum(PARAMS[name][0].size for name in ("up", "bias", "down"))
+    assert [of_layer[name].params for name in BLOCKS] == [size] * DEPTH
+    assert [of_layer[name].optimizer_bytes for name in BLOCKS] == [0, 0] + [8 * size] * (DEPTH - 2)
+
+
+def test_outputs_are_those_of_the_network_unrolled():
+    forward = lambda params, x: by_scan(params, x)[0]  # noqa: E731
+    got = sfj.layer_outputs(PARAMS, LAYERS, forward, X)(PARAMS, X)
+    expected = sfj.layer_outputs(rows(PARAMS), UNROLLED, unrolled, X)(rows(PARAMS), X)
+    assert tuple(got) == LAYERS.names
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), got, expected)
+
+
+def test_sampled_weights_are_those_of_the_network_unrolled():
+    sampled = Tailoring.create(LAYERS, rows(PARAMS), size=16)(rows(PARAMS))
+    np.testing.assert_array_equal(sampled, Tailoring.create(UNROLLED, rows(PARAMS), size=16)(rows(PARAMS)))
+
+
+@pytest.mark.slow
+def test_the_prefix_is_cached_up_to_the_first_row_that_trains():
+    def simple(params, x):
+        x, _ = jax.lax.scan(lambda x, row: (jnp.tanh(x @ row), None), x @ params["stem"], params["w"])
+        return jnp.square(x @ params["head"]).mean()
+
+    params = {"stem": PARAMS["stem"], "w": jnp.stack([PARAMS["stem"]] * 4), "head": PARAMS["head"]}
+    layers = sfj.find_layers(params, simple, X, rows=True)
+    frozen = sfj.Frozen(layers, layers.names[:3])
+    cache = sfj.PrefixCache(params, frozen, simple, X)
+    assert [shape.shape for shape in cache.frontier] == [X.shape[1:]]
+    activations = cache.activations(params, X)
+    value, grads = sfj.value_and_grad(cache.loss, frozen)(params, activations, X)
+    whole, expected = sfj.value_and_grad(simple, frozen)(params, X)
+    np.testing.assert_allclose(value, whole, rtol=1e-6)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), grads, expected)
