@@ -18,7 +18,7 @@ from smartfrz_jax.layers.layers import Layers, check_layers
 from smartfrz_jax.layers.select import Selectors
 from smartfrz_jax.nnx.hold import hold
 from smartfrz_jax.nnx.layers import check_model
-from smartfrz_jax.nnx.split_rows import of_rows
+from smartfrz_jax.nnx.stacked.split_rows import of_rows
 from smartfrz_jax.programs.superseded import supersede
 from smartfrz_jax.pytrees import checks, paths
 from smartfrz_jax.pytrees.types import PyTree

@@ -145,7 +145,7 @@ def scale_by_layer_schedule(layers: Layers, schedules: Mapping[str, optax.Schedu
     if layers.stacks:
         raise ValueError(
             f"layers: got rows of stacked parameters ({next(iter(layers.stacks))!r}) as layers, expected whole ones: "
-            "an optimizer sees rows together, and cannot give them rates of their own; find the layers without rows=True"
+            "an optimizer sees rows together, and gives them no rates of their own; find the layers without rows=True"
         )
     without = [name for name in layers.names if name not in schedules]
     if without:
