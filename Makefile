@@ -74,6 +74,7 @@ bench-freezing: $(VENV)/.parity
 	$(BIN)/python -m benchmarks.frozen_share
 	$(BIN)/python -m benchmarks.whole_run
 	$(BIN)/python -m benchmarks.cache
+	$(BIN)/python -m benchmarks.loop
 
 # On a machine with a GPU, whose own jax and torch are used: PYTHON is its interpreter. Goes on where it stopped.
 soak: $(VENV)/.demo
