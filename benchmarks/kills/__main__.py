@@ -31,7 +31,7 @@ def main() -> int:
     import tensorflow_datasets  # noqa: F401
     from orbax.checkpoint import v1  # noqa: F401
 
-    from benchmarks.kills import campaign, victim
+    from benchmarks.kills import campaign, report, victim
 
     args.out.mkdir(parents=True, exist_ok=True)
     if not (args.out / "fashion").exists():
@@ -41,16 +41,16 @@ def main() -> int:
         argv = victim.arguments(args.out, reference)
         campaign.in_process(lambda: victim.run(argv, None), args.out / "reference.txt")
     lines = args.results.read_text().splitlines() if args.results.exists() else []
-    done = [entry for entry in map(json.loads, lines) if entry["event"] == "end"]
-    tried = {campaign.Case(one["policy"], one["returning"], one["keep_activations"]) for one in done}
-    lost = [one for one in done if one["code"] or one["differs"]]
+    entries = [json.loads(line) for line in lines]
+    tried = {report.case_of(entry) for entry in entries if entry["event"] == "end"}
     for case in [case for case in campaign.cases() if case not in tried][: args.cases]:
         begun, kills = time.monotonic(), campaign.moments(case, args.seed, args.kills)
-        entries = list(campaign.try_case(case, kills, args.out))
-        lost += [one for one in entries if one["event"] == "end" and (one["code"] or one["differs"])]
+        entries += (new := list(campaign.try_case(case, kills, args.out)))
         with args.results.open("a") as file:
-            file.writelines(json.dumps(one) + "\n" for one in entries)
-        print(f"{case}: {time.monotonic() - begun:.0f} s, {entries[-1]}", flush=True)
+            file.writelines(json.dumps(one) + "\n" for one in new)
+        print(f"{case}: {time.monotonic() - begun:.0f} s, {new[-1]}", flush=True)
+    print(report.table(entries))
+    lost = report.lost(entries)
     print(f"lost: {lost or 'nothing'}")
     return 1 if lost else 0
 

@@ -7,11 +7,11 @@ import pathlib
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple, get_args
+from typing import Any, get_args
 
 import numpy as np
 
-from benchmarks.kills.victim import BATCH, EXAMPLES, STEPS, Kind, Moment, arguments, run
+from benchmarks.kills.victim import BATCH, EXAMPLES, STEPS, Case, Kind, Moment, arguments, run
 from train import log
 from train.policies import PolicyName
 
@@ -33,20 +33,6 @@ CHANGED: dict[str, tuple[str, ...]] = {
 }
 
 
-class Case(NamedTuple):
-    """What is killed.
-
-    Attributes:
-        policy: What decides when layers freeze.
-        returning: What the optimizer holds of layers that train again.
-        keep_activations: Where those of frozen layers are kept.
-    """
-
-    policy: str
-    returning: str = "fresh"
-    keep_activations: str = "no"
-
-
 def cases() -> list[Case]:
     """Every policy with one of the keep modes, kept activations, and every policy with the other mode."""
     modes, policies = ("fresh", "kept"), get_args(PolicyName)
@@ -61,6 +47,7 @@ def moments(case: Case, seed: int, number: int) -> list[Moment]:
 
     The first comes in the first epoch, before or after the first checkpoint. The later ones fall into writing
     checkpoints, compiling, freezing, steps, setting up and evaluating in turn, and begin with another for every case.
+    The second is by SIGTERM, all others by SIGKILL.
     """
     rng = np.random.default_rng([seed, *f"{case}".encode()])
     kinds: list[Kind] = ["save", "compile", "freeze", "step", "start", "evaluation"]
@@ -74,6 +61,7 @@ def moments(case: Case, seed: int, number: int) -> list[Moment]:
         Moment(kind, 1 if kind == "start" else int(rng.integers(1, 3)), float(rng.uniform(0, most.get(kind, 0.05))))
         for kind in later
     ]
+    drawn[:1] = [moment._replace(signal="SIGTERM") for moment in drawn[:1]]
     return [first, *drawn, Moment("end", 1, float(rng.uniform(0, 0.3)))][:number]
 
 

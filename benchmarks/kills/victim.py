@@ -52,6 +52,20 @@ class Network(nnx.Module):
         return torch_name(name)
 
 
+class Case(NamedTuple):
+    """What is killed.
+
+    Attributes:
+        policy: What decides when layers freeze.
+        returning: What the optimizer holds of layers that train again.
+        keep_activations: Where those of frozen layers are kept.
+    """
+
+    policy: str
+    returning: str = "fresh"
+    keep_activations: str = "no"
+
+
 class Moment(NamedTuple):
     """When a process is killed.
 
