@@ -194,17 +194,19 @@ def make_training(options: Options, data: Data, mesh: Mesh | None = None) -> Tra
     return Training(model, optimizer, freezer, step, account)
 
 
-def make_callbacks(config: RunConfig, settings: dict[str, Any]) -> list[sfj.callbacks.Writer]:
-    """The callbacks of ``--log``.
+def make_callbacks(config: RunConfig, settings: dict[str, Any], steps: int = 0) -> list[sfj.callbacks.Writer]:
+    """The callbacks of ``--log``; of a run that goes on after some steps, TensorBoard hides what came after them.
 
     Raises:
         ImportError: If a package that writes for one is not installed.
     """
     made: list[sfj.callbacks.Writer] = []
-    for name in config.log:
+    for name in config.log if processes.is_first() else ():
         match name:
             case "tensorboard":
-                made.append(sfj.callbacks.TensorBoard(config.out / "tensorboard"))
+                made.append(
+                    sfj.callbacks.TensorBoard(config.out / "tensorboard", purge_step=steps + 1 if steps else None)
+                )
             case "wandb":
                 folder = None if is_remote(config.out) else config.out
                 made.append(sfj.callbacks.WandB(project="smartfrz_jax", config=settings, dir=folder))
@@ -266,7 +268,7 @@ def finetune(options: Options, say: Callable[[str], None], interrupt: Interrupt)
 
     processes.wait_for_all("before the log is written")  # which all have read, or looked for
     with ExitStack() as stack:
-        callbacks = [stack.enter_context(callback) for callback in (make_callbacks(config, settings) if first else ())]
+        callbacks = [stack.enter_context(callback) for callback in make_callbacks(config, settings, freezer.steps)]
         bar = tqdm(total=total_steps, initial=freezer.steps, unit="step", disable=config.quiet or not first, ncols=100)
         stack.enter_context(bar)
         log = stack.enter_context(Log(out / "log.jsonl" if first else None, history, callbacks))

@@ -23,6 +23,7 @@ def main() -> int:
     parser.add_argument("--results", type=pathlib.Path, default=RESULTS, help="JSON lines, which it goes on from")
     parser.add_argument("--kills", type=int, default=5, help="of each run")
     parser.add_argument("--cases", type=int, default=1000, help="how many cases are tried at most")
+    parser.add_argument("--policies", nargs="+", help="those alone; all by default")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -36,14 +37,11 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     if not (args.out / "fashion").exists():
         victim.write_data(args.out)
-    reference = args.out / "reference"
-    if not (reference / "model.safetensors").exists():
-        argv = victim.arguments(args.out, reference)
-        campaign.in_process(lambda: victim.run(argv, None), args.out / "reference.txt")
     lines = args.results.read_text().splitlines() if args.results.exists() else []
     entries = [json.loads(line) for line in lines]
     tried = {report.case_of(entry) for entry in entries if entry["event"] == "end"}
-    for case in [case for case in campaign.cases() if case not in tried][: args.cases]:
+    left = [case for case in campaign.cases() if case not in tried and case.policy in (args.policies or [case.policy])]
+    for case in left[: args.cases]:
         begun, kills = time.monotonic(), campaign.moments(case, args.seed, args.kills)
         entries += (new := list(campaign.try_case(case, kills, args.out)))
         with args.results.open("a") as file:

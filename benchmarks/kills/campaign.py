@@ -104,7 +104,7 @@ def try_case(case: Case, kills: list[Moment], folder: pathlib.Path) -> Iterator[
     """
     changed = [*CHANGED.get(case.policy, ()), "--policy", case.policy, "--returning", case.returning]
     if case.policy == "similarity_guided":
-        changed += ["--reference", str(folder / "reference/model.safetensors")]
+        changed += ["--reference", str(_reference(folder))]
     if case.keep_activations != "no":
         changed += ["--keep-activations", case.keep_activations, "--augment", "none"]
     names = "-".join(case)
@@ -128,6 +128,16 @@ def try_case(case: Case, kills: list[Moment], folder: pathlib.Path) -> Iterator[
     in_process(lambda: _print(compared_with(alone, killed)), compared)
     freezes = len(log.read(alone / "log.jsonl").freezes)
     yield {"event": "end", **case._asdict(), "code": code, "freezes": freezes, "differs": compared.read_text().strip()}
+
+
+def _reference(folder: pathlib.Path) -> pathlib.Path:
+    """The weights of a finished run."""
+    weights = folder / "reference/model.safetensors"
+    if not weights.exists():
+        argv = arguments(folder, folder / "reference", "--policy", "never")
+        if code := in_process(lambda: run(argv, None), folder / "reference.txt"):
+            raise RuntimeError(f"the run of the reference ended with {code}; what it said is in {folder}")
+    return weights
 
 
 def _print(text: str) -> int:

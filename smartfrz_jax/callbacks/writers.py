@@ -121,15 +121,20 @@ class TensorBoard(Writer):
     Args:
         folder: Folder of the run, as ``tensorboard --logdir`` finds it.
         every: See :class:`Writer`.
+        purge_step: Of a run that goes on from a checkpoint, its next step: TensorBoard hides what was written before of
+            that and later ones.
 
     Raises:
         ImportError: If tensorboardX is not installed.
     """
 
-    def __init__(self, folder: PathLike, *, every: int = 1):
+    def __init__(self, folder: PathLike, *, every: int = 1, purge_step: int | None = None):
         super().__init__(every=every)
-        path = os.fspath(as_path(folder, "folder"))
-        self._writer = _optional("tensorboardX", "TensorBoard").SummaryWriter(path) if self._is_first else None
+        path, purge = os.fspath(as_path(folder, "folder")), {}
+        if purge_step is not None:
+            checks.count(purge_step, "purge_step", least=0)
+            purge = {"purge_step": purge_step}
+        self._writer = _optional("tensorboardX", "TensorBoard").SummaryWriter(path, **purge) if self._is_first else None
 
     def _write_step(self, step: int, metrics: dict[str, float]) -> None:
         assert self._writer is not None

@@ -15,7 +15,7 @@ from flax import nnx
 
 import smartfrz_jax as sfj
 from smartfrz_jax import FreezeEvent
-from tests.support.tensorboard import read_tensorboard
+from tests.support.tensorboard import events_in, read_tensorboard
 
 pytestmark = pytest.mark.usefixtures("jax_defaults")
 
@@ -134,6 +134,15 @@ def test_tensorboard_reads_scalars_and_texts(tmp_path):
         (2, "accuracy", 1.0),
         (2, "freeze", "training again: a"),
     ]
+
+
+def test_tensorboard_hides_what_came_after_the_step_that_a_run_goes_on_from(tmp_path):
+    pytest.importorskip("tensorboardX", reason="needs tensorboardX, of the extra `tensorboard`")
+    tell(sfj.callbacks.TensorBoard(tmp_path / "begun"))
+    tell(sfj.callbacks.TensorBoard(tmp_path / "resumed", purge_step=3))
+    for name, steps in (("begun", []), ("resumed", [3])):
+        events = events_in(tmp_path / name)
+        assert [event.step for event in events if event.HasField("session_log")] == steps
 
 
 HISTORY = [
