@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from etils import epath
 from jax.experimental import multihost_utils
 
 import smartfrz_jax as sfj
@@ -39,6 +40,7 @@ class Checkpoints:
     ):
         from orbax.checkpoint import v1  # takes long to import
 
+        _remove_remains(folder)
         context = v1.Context()
         # Else threads wait for a folder that cannot be made for as long as a save may take.
         context.asynchronous.create_directories_asynchronously = False
@@ -156,6 +158,16 @@ def make_checkpoints(config: RecoveryConfig, out: Path, figure: str) -> Checkpoi
         keep_best=config.keep_best,
         figure=figure,
     )
+
+
+def _remove_remains(folder: Path) -> None:
+    """Removes what a run left behind that was killed while it removed checkpoints; Orbax would stumble over it."""
+    if jax.process_index() == 0:
+        for path in folder.glob("*"):
+            if path.name.isdigit() and not (path / "_CHECKPOINT_METADATA").exists():
+                epath.Path(path).rmtree()
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices("remains are removed")
 
 
 def _not_finite(state: Mapping[str, Any]) -> str | None:

@@ -71,7 +71,9 @@ def test_the_newest_and_the_best_stay(tmp_path):
             first.save(freezer, {"accuracy": figures[step]} if step in figures else None)
             first.save(freezer)  # of the same step: nothing
     assert steps_in(tmp_path / "run") == [3, 4]
-    (tmp_path / "run/00000009.orbax-checkpoint-tmp-1").mkdir()  # of a run that was killed
+    # Of a run that was killed while it wrote one, and while it removed one.
+    (tmp_path / "run/00000009.orbax-checkpoint-tmp-1").mkdir()
+    (tmp_path / "run/00000002/state").mkdir(parents=True)
     with checkpoints() as second:
         for step in range(5, 8):
             train(freezer, step)
