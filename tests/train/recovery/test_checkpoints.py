@@ -95,16 +95,17 @@ def begun(out):
 
 @pytest.fixture(scope="module")
 def ended(tmp_path_factory):
-    return begun(tmp_path_factory.mktemp("run"))
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        return begun(tmp_path_factory.mktemp("run"))
 
 
 def truncated(checkpoint):
-    (largest,) = [max(checkpoint.rglob("d/*"), key=lambda path: path.stat().st_size)]
+    largest = max(checkpoint.glob("state/d/*"), key=lambda path: path.stat().st_size)
     largest.write_bytes(largest.read_bytes()[:-40])
 
 
 def flipped(checkpoint):
-    largest = max(checkpoint.rglob("d/*"), key=lambda path: path.stat().st_size)
+    largest = max(checkpoint.glob("state/d/*"), key=lambda path: path.stat().st_size)
     data = bytearray(largest.read_bytes())
     data[len(data) // 2] ^= 1
     largest.write_bytes(bytes(data))
