@@ -25,7 +25,10 @@ from train.data import Data, metrics
 from train.data.language.perplexity import next_token_loss
 from train.data.open import open_data
 from train.devices import processes
-from train.devices.mesh import make_mesh, place_module
+from train.devices.accumulate import accumulating_step
+from train.devices.config import DeviceConfig
+from train.devices.mesh import make_mesh, pinned, place_module
+from train.devices.recompute import recomputed
 from train.log import Evaluation, Log, Run
 from train.loop import AHEAD, Loop, make_step
 from train.networks import NetworkConfig, make_network
@@ -59,7 +62,14 @@ def fix_statistics(model: nnx.Module) -> None:
 
 
 def make_train_step(
-    data: Data, account: sfj.Account, total_steps: int, keep_activations: KeepActivations, *, skips: bool = False
+    data: Data,
+    account: sfj.Account,
+    total_steps: int,
+    keep_activations: KeepActivations,
+    *,
+    devices: DeviceConfig,
+    mesh: Mesh | None,
+    skips: bool = False,
 ) -> sfj.TrainStep | sfj.nnx.CachedStep:
     """The step; augmentation is part of it.
 
@@ -68,22 +78,28 @@ def make_train_step(
         account: The account of the step.
         total_steps: Length of the run.
         keep_activations: Where those of frozen layers are kept; ``no`` to compute them in every step.
+        devices: How a step uses the devices' memory.
+        mesh: The devices; None for one.
         skips: Whether it leaves out what is not finite.
 
     Returns:
         A step of ``(model, optimizer, key, inputs, labels)``; before the key, numbers of examples if it keeps anything.
     """
+    keeps = keep_activations != "no"  # of a loss that is one call of jax.checkpoint, nothing can be kept
+    of_examples = loss_fn if keeps else recomputed(loss_fn, remat=devices.remat, mesh=mesh)
 
     def loss_of_batch(model: nnx.Module, key: jax.Array, inputs: tuple[Any, ...], labels: jax.Array) -> jax.Array:
-        return loss_fn(model, *data.augment(key, inputs, labels))
+        return of_examples(model, *data.augment(key, inputs, labels))
 
-    def make(loss_fn: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-        return skip_not_finite(make_step(loss_fn)) if skips else make_step(loss_fn)
+    def complete(step: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+        return pinned(skip_not_finite(step) if skips else step, mesh)
 
-    if keep_activations == "no":
-        return sfj.TrainStep(make(loss_of_batch), account=account)
+    if not keeps:
+        one, parts = make_step(loss_of_batch), devices.accumulate
+        step = one if parts == 1 else accumulating_step(of_examples, data.augment, parts, mesh)
+        return sfj.TrainStep(complete(step), account=account)
     return sfj.nnx.CachedStep(
-        make,
+        lambda loss: complete(make_step(loss)),
         loss_of_batch,
         examples=data.examples,
         storage=sfj.caching.Storage(keep_activations),
@@ -179,8 +195,15 @@ def make_training(options: Options, data: Data, mesh: Mesh | None = None) -> Tra
     optimizer = sfj.nnx.Optimizer(model, tx, layers=layers, returning=options.optimizer.returning)
     if mesh is not None:
         place_module(optimizer, mesh)
-    skips = options.recovery.on_nan == "skip"
-    step = make_train_step(data, account, total_steps, run.keep_activations, skips=skips)
+    step = make_train_step(
+        data,
+        account,
+        total_steps,
+        run.keep_activations,
+        devices=options.devices,
+        mesh=mesh,
+        skips=options.recovery.on_nan == "skip",
+    )
     freezer = sfj.nnx.Freezer(
         model,
         optimizer,
@@ -245,7 +268,7 @@ def finetune(options: Options, say: Callable[[str], None], interrupt: Interrupt)
     started = read_started(out, settings, say) if recovery.resume else []
     if config.keep_programs is not None:
         sfj.enable_compilation_cache(config.keep_programs)
-    mesh = make_mesh(options.devices.mesh, batch_size=config.batch_size)
+    mesh = make_mesh(options.devices.mesh, batch_size=config.batch_size, accumulate=options.devices.accumulate)
     data, evaluation_data = open_data(
         options.data, options.network.reads, batch_size=config.batch_size, seed=config.seed, mesh=mesh
     )
@@ -273,7 +296,8 @@ def finetune(options: Options, say: Callable[[str], None], interrupt: Interrupt)
         stack.enter_context(bar)
         log = stack.enter_context(Log(out / "log.jsonl" if first else None, history, callbacks))
         checkpoints = stack.enter_context(make_checkpoints(recovery, out, next(iter(figures))))
-        flops = (lambda frozen: account.flops(frozen).total) if options.network.scan else None
+        loops = options.network.scan or options.devices.accumulate > 1
+        flops = (lambda frozen: account.flops(frozen).total) if loops else None
         loop = Loop(log, freezer, step, flops=flops, log_every=config.log_every, may_skip=recovery.may_skip)
 
         def save(figures: Mapping[str, float] | None = None) -> None:

@@ -123,7 +123,8 @@ class Run:
     @property
     def flops_of(self) -> str:
         """What the FLOPs of the steps are those of; see :class:`Step`."""
-        return "predicted steps" if self.settings.get("scan") else "compiled programs"
+        loops = self.settings.get("scan") or self.settings.get("accumulate", 1) > 1
+        return "predicted steps" if loops else "compiled programs"
 
     @property
     def tflops(self) -> float:

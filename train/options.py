@@ -91,6 +91,9 @@ class Options:
                 "optimizer goes on with what it held of layers that train again"
             )
 
+        if self.run.keep_activations != "no" and (self.devices.remat or self.devices.accumulate > 1):
+            raise ValueError(f"{keeps} neither --remat nor --accumulate: with them a step has no front of its own")
+
     def settings(self) -> dict[str, Any]:
         """All options by name, as JSON can hold them."""
         return {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from train.command_line import check_least
 from train.devices.mesh import axes_of
 
 
@@ -16,6 +17,12 @@ class DeviceConfig:
     distributed: bool = False
     """this is one of several processes, as SLURM, Open MPI, Kubernetes or a TPU pod starts them"""
 
+    accumulate: int = 1
+    """parts in which a step takes its batch, one after the other, to need less memory"""
+    remat: bool = False
+    """keep products with weights only for the backward pass, and compute all else again, to need less memory"""
+
     def __post_init__(self) -> None:
+        check_least(self, accumulate=1)
         if self.mesh is not None:
             axes_of(self.mesh)

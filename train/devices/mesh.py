@@ -7,7 +7,8 @@ each is split along its largest side that divides.
 from __future__ import annotations
 
 import math
-from typing import TypeVar
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -145,3 +146,31 @@ def place(tree: PyTree, mesh: Mesh) -> PyTree:
 def place_module(module: nnx.Pytree, mesh: Mesh) -> None:
     """Puts all variables of a network or of an optimizer where :func:`sharding_of` says."""
     nnx.update(module, place(nnx.state(module), mesh))
+
+
+def pinned(step: Callable[..., T], mesh: Mesh | None) -> Callable[..., T]:
+    """A train step after which all arrays lie as they did before it; the step itself without a mesh.
+
+    Else XLA chooses, and what it has moved is another program.
+
+    Args:
+        step: A step of ``(model, optimizer, *inputs)``.
+        mesh: The mesh.
+    """
+    if mesh is None:
+        return step
+
+    def train_step(model: nnx.Module, optimizer: nnx.Optimizer, *inputs: Any) -> T:
+        before = {id(variable): variable.get_raw_value() for variable in _variables(model, optimizer)}
+        out = step(model, optimizer, *inputs)
+        for variable in _variables(model, optimizer):
+            value = variable.get_raw_value()
+            if value is not before.get(id(variable)):
+                variable.set_raw_value(jax.lax.with_sharding_constraint(value, sharding_of(value.shape, mesh)))
+        return out
+
+    return train_step
+
+
+def _variables(*modules: nnx.Pytree) -> list[nnx.Variable[Any]]:
+    return [variable for module in modules for _, variable in nnx.to_flat_state(nnx.state(module))]
