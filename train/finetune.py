@@ -26,6 +26,7 @@ from train.data.language.perplexity import next_token_loss
 from train.data.open import open_data
 from train.devices import processes
 from train.devices.accumulate import accumulating_step
+from train.devices.agreement import check_decisions
 from train.devices.config import DeviceConfig
 from train.devices.mesh import make_mesh, pinned, place_module
 from train.devices.recompute import recomputed
@@ -309,6 +310,7 @@ def finetune(options: Options, say: Callable[[str], None], interrupt: Interrupt)
         )
         steps = loop.run(interrupt.checked(read_ahead, on_interrupt=save))
         for done in profiled(loop, steps, out / "profile", config.profile):
+            check_decisions(freezer, every=options.policy.lead)
             bar.update()
             if history.steps:
                 loss, of_layers = history.steps[-1].loss, f"{len(freezer.frozen.names)}/{layers}"
