@@ -10,7 +10,6 @@ from contextlib import ExitStack
 from typing import Any, NamedTuple
 
 import jax
-import optax
 from flax import nnx
 from jax.sharding import Mesh
 from tqdm import tqdm
@@ -22,16 +21,12 @@ from smartfrz_jax.pytrees.file_paths import Path, is_remote
 from train import report
 from train.command_line import Interrupt, exit_code, leave
 from train.data import Data, metrics
-from train.data.language.perplexity import next_token_loss
 from train.data.open import open_data
 from train.devices import processes
-from train.devices.accumulate import accumulating_step
 from train.devices.agreement import check_decisions
-from train.devices.config import DeviceConfig
-from train.devices.mesh import make_mesh, pinned, place_module
-from train.devices.recompute import recomputed
+from train.devices.mesh import make_mesh, place_module
 from train.log import Evaluation, Log, Run
-from train.loop import AHEAD, Loop, make_step
+from train.loop import AHEAD, Loop
 from train.networks import NetworkConfig, make_network
 from train.optimizers import make_optimizer
 from train.options import KeepActivations, Options, RunConfig, parse
@@ -40,19 +35,9 @@ from train.prefetch import Prefetch
 from train.profile import profiled
 from train.recovery.checkpoints import make_checkpoints
 from train.recovery.lock import only_run_in
-from train.recovery.not_finite import skip_not_finite
 from train.recovery.regression import react
 from train.recovery.resume import read_baseline, read_started, restore_newest
-
-
-def loss_fn(model: nnx.Module, inputs: tuple[jax.Array, ...], labels: jax.Array) -> jax.Array:
-    """Mean cross entropy; labels are classes, or probabilities where examples are mixed, or the tokens that follow."""
-    logits = model(*inputs)  # pyright: ignore[reportCallIssue]
-    if logits.ndim == 3:
-        return next_token_loss(logits, labels)
-    if labels.ndim == 2:
-        return optax.softmax_cross_entropy(logits, labels).mean()
-    return optax.softmax_cross_entropy_with_integer_labels(logits, labels).mean()
+from train.train_step import loss_fn, make_train_step
 
 
 def fix_statistics(model: nnx.Module) -> None:
@@ -60,53 +45,6 @@ def fix_statistics(model: nnx.Module) -> None:
     for _, module in nnx.iter_modules(model):
         if isinstance(module, nnx.BatchNorm):
             module.use_running_average = True
-
-
-def make_train_step(
-    data: Data,
-    account: sfj.Account,
-    total_steps: int,
-    keep_activations: KeepActivations,
-    *,
-    devices: DeviceConfig,
-    mesh: Mesh | None,
-    skips: bool = False,
-) -> sfj.TrainStep | sfj.nnx.CachedStep:
-    """The step; augmentation is part of it.
-
-    Args:
-        data: The training set.
-        account: The account of the step.
-        total_steps: Length of the run.
-        keep_activations: Where those of frozen layers are kept; ``no`` to compute them in every step.
-        devices: How a step uses the devices' memory.
-        mesh: The devices; None for one.
-        skips: Whether it leaves out what is not finite.
-
-    Returns:
-        A step of ``(model, optimizer, key, inputs, labels)``; before the key, numbers of examples if it keeps anything.
-    """
-    keeps = keep_activations != "no"  # of a loss that is one call of jax.checkpoint, nothing can be kept
-    of_examples = loss_fn if keeps else recomputed(loss_fn, remat=devices.remat, mesh=mesh)
-
-    def loss_of_batch(model: nnx.Module, key: jax.Array, inputs: tuple[Any, ...], labels: jax.Array) -> jax.Array:
-        return of_examples(model, *data.augment(key, inputs, labels))
-
-    def complete(step: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-        return pinned(skip_not_finite(step) if skips else step, mesh)
-
-    if not keeps:
-        one, parts = make_step(loss_of_batch), devices.accumulate
-        step = one if parts == 1 else accumulating_step(of_examples, data.augment, parts, mesh)
-        return sfj.TrainStep(complete(step), account=account)
-    return sfj.nnx.CachedStep(
-        lambda loss: complete(make_step(loss)),
-        loss_of_batch,
-        examples=data.examples,
-        storage=sfj.caching.Storage(keep_activations),
-        account=account,
-        total_steps=total_steps,
-    )
 
 
 def make_evaluation(data: Data, figures: dict[str, metrics.Metric]) -> Callable[[nnx.Module], dict[str, float]]:
@@ -289,7 +227,6 @@ def finetune(options: Options, say: Callable[[str], None], interrupt: Interrupt)
     say(f"{options.data.data}: {data.steps_per_epoch} steps an epoch, {total_steps} in all ({versions})")
 
     evaluate = make_evaluation(evaluation_data, figures)
-
     processes.wait_for_all("before the log is written")  # which all have read, or looked for
     with ExitStack() as stack:
         callbacks = [stack.enter_context(callback) for callback in make_callbacks(config, settings, freezer.steps)]
@@ -297,8 +234,7 @@ def finetune(options: Options, say: Callable[[str], None], interrupt: Interrupt)
         stack.enter_context(bar)
         log = stack.enter_context(Log(out / "log.jsonl" if first else None, history, callbacks))
         checkpoints = stack.enter_context(make_checkpoints(recovery, out, next(iter(figures))))
-        loops = options.network.scan or options.devices.accumulate > 1
-        flops = (lambda frozen: account.flops(frozen).total) if loops else None
+        flops = (lambda frozen: account.flops(frozen).total) if options.has_loops else None
         loop = Loop(log, freezer, step, flops=flops, log_every=config.log_every, may_skip=recovery.may_skip)
 
         def save(figures: Mapping[str, float] | None = None) -> None:

@@ -94,6 +94,11 @@ class Options:
         if self.run.keep_activations != "no" and (self.devices.remat or self.devices.accumulate > 1):
             raise ValueError(f"{keeps} neither --remat nor --accumulate: with them a step has no front of its own")
 
+    @property
+    def has_loops(self) -> bool:
+        """Whether a step has loops, of which XLA counts one turn: its FLOPs are an account's."""
+        return self.network.scan or self.devices.accumulate > 1
+
     def settings(self) -> dict[str, Any]:
         """All options by name, as JSON can hold them."""
         return {

@@ -17,7 +17,12 @@ from train.devices.mesh import AXES
 
 
 def accumulating_step(
-    loss_fn: Callable[..., jax.Array], prepare: Callable[..., PyTree], parts: int, mesh: Mesh | None = None
+    loss_fn: Callable[..., jax.Array],
+    prepare: Callable[..., PyTree],
+    parts: int,
+    mesh: Mesh | None = None,
+    *,
+    weigh: Callable[..., Any] = lambda *examples: 1.0,
 ) -> Callable[..., jax.Array]:
     """A step with the mean of the gradients of several parts of a batch, which are computed in one loop.
 
@@ -30,6 +35,8 @@ def accumulating_step(
         parts: Number of parts of one size. Part ``i`` has the examples ``i``, ``i + parts``, ...: of each device its
             own.
         mesh: The mesh over which the examples are split.
+        weigh: From the examples of a part to what its loss is the mean over: the number of tokens that count, where
+            these are not as many in every part.
 
     Returns:
         A step of ``(model, optimizer, *inputs)`` that returns the mean loss. Statistics of BatchNorms are those of the
@@ -41,24 +48,26 @@ def accumulating_step(
         active = optimizer.frozen.active_leaves(nnx.as_pure(params))
 
         def of_part(carry: Any, examples: Any) -> tuple[Any, None]:
-            others, loss, sums = carry
+            others, loss, sums, weights = carry
             # A copy: the loop's values must not be those that the model goes on with.
             inner = nnx.merge(graphdef, params, others, copy=True)
             of_this, grads = optimizer.value_and_grad(loss_fn)(inner, *examples)
-            leaves = optimizer.frozen.active_leaves(nnx.as_pure(grads))
-            sums = {name: total + leaves[name] for name, total in sums.items()}
-            return (nnx.state(inner, nnx.Not(optimizer.wrt)), loss + of_this, sums), None
+            leaves, weight = optimizer.frozen.active_leaves(nnx.as_pure(grads)), jnp.float32(weigh(*examples))
+            sums = {name: total + leaves[name] * weight.astype(total.dtype) for name, total in sums.items()}
+            return (nnx.state(inner, nnx.Not(optimizer.wrt)), loss + of_this * weight, sums, weights + weight), None
 
         split = jax.tree.map(lambda leaf: _in_parts(leaf, parts, mesh), prepare(*inputs))
-        start = others, jnp.zeros(()), {name: jnp.zeros_like(leaf) for name, leaf in active.items()}
-        (others, loss, sums), _ = jax.lax.scan(of_part, start, split)
+        zero = jnp.zeros((), jnp.float32)
+        start = others, zero, {name: jnp.zeros_like(leaf) for name, leaf in active.items()}, zero
+        (others, loss, sums, weights), _ = jax.lax.scan(of_part, start, split)
+        weights = jnp.maximum(weights, 1e-30)
         nnx.update(model, others)
 
         def mean(name: str, leaf: jax.Array) -> jax.Array:
-            return sums[name] / parts if name in sums else jnp.zeros_like(leaf)
+            return sums[name] / weights.astype(leaf.dtype) if name in sums else jnp.zeros_like(leaf)
 
         optimizer.update(model, paths.tree_map(mean, params))
-        return loss / parts
+        return loss / weights
 
     return train_step
 
