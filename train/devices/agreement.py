@@ -12,6 +12,8 @@ from jax.experimental import multihost_utils
 
 import smartfrz_jax as sfj
 
+DIGEST_BYTES = 8
+
 
 class Decided(NamedTuple):
     """What a process has decided.
@@ -49,7 +51,7 @@ def check_decisions(freezer: sfj.Freezer, *, every: int = 1) -> None:
         0 if pending is None else pending.due,
     )
     text = json.dumps(decided).encode()
-    digest = np.frombuffer(hashlib.sha256(text).digest()[:8], np.uint32)
+    digest = np.frombuffer(hashlib.sha256(text).digest()[:DIGEST_BYTES], np.uint32)
     digests = multihost_utils.process_allgather(digest)
     if (digests == digests[0]).all():
         return
