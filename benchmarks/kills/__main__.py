@@ -24,6 +24,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=5, help="of each run")
     parser.add_argument("--cases", type=int, default=1000, help="how many cases are tried at most")
     parser.add_argument("--policies", nargs="+", help="those alone; all by default")
+    parser.add_argument("--page", type=pathlib.Path, help="page whose tables are written anew")
     parser.add_argument("--seed", type=int, default=0, help="of the moments")
     args = parser.parse_args()
     os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -48,6 +49,8 @@ def main() -> int:
             file.writelines(json.dumps(one) + "\n" for one in new)
         print(f"{case}: {time.monotonic() - begun:.0f} s, {new[-1]}", flush=True)
     print(report.table(entries))
+    if args.page is not None:
+        report.write_page(args.page, entries)
     lost = report.lost(entries)
     print(f"lost: {lost or 'nothing'}")
     return 1 if lost else 0

@@ -62,7 +62,7 @@ def moments(case: Case, seed: int, number: int) -> list[Moment]:
         for kind in later
     ]
     drawn[:1] = [moment._replace(signal="SIGTERM") for moment in drawn[:1]]
-    return [first, *drawn, Moment("end", 1, float(rng.uniform(0, 0.3)))][:number]
+    return [first, *drawn, Moment("end", 1, float(rng.uniform(0, 0.05)))][:number]
 
 
 def in_process(work: Callable[[], int], output: pathlib.Path) -> int:

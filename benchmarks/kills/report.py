@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pathlib
 from collections.abc import Iterable
 from typing import Any
 
@@ -18,6 +19,9 @@ WHERE = {
 }
 # What a process ends with: SIGKILL, or SIGTERM after which it is saved.
 CODES = {"SIGKILL": -9, "SIGTERM": 75}
+
+
+_FIRST = "| killed in | SIGKILL | SIGTERM |"
 
 
 def case_of(entry: dict[str, Any]) -> Case:
@@ -42,7 +46,7 @@ def lost(entries: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
 
 def table(entries: list[dict[str, Any]]) -> str:
     """Markdown: how often, by where it hit, and how many runs differ in the end."""
-    lines = ["| killed in | SIGKILL | SIGTERM |", "|---|---:|---:|"]
+    lines = [_FIRST, "|---|---:|---:|"]
     killed, told = ended(entries, "SIGKILL"), ended(entries, "SIGTERM")
     for kind, where in WHERE.items():
         counts = [sum(one["kind"] == kind for one in some) for some in (killed, told)]
@@ -67,3 +71,9 @@ def table(entries: list[dict[str, Any]]) -> str:
         count = sum(one["policy"] == policy for one in (*killed, *told))
         lines.append(f"| `{policy}` | {modes} | {kept} | {count} |")
     return "\n".join(lines)
+
+
+def write_page(page: pathlib.Path, entries: list[dict[str, Any]]) -> None:
+    """Puts the tables in place of those at the end of a page."""
+    text = page.read_text()
+    page.write_text(f"{text[: text.index(_FIRST)]}{table(entries)}\n")

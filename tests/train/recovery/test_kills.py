@@ -41,7 +41,7 @@ def test_moments_are_drawn_for_each_case_alone():
     assert {moment.kind for case in cases() for moment in moments(case, 0, 5)} == set(report.WHERE)
 
 
-def test_what_differs_is_lost():
+def test_what_differs_is_lost(tmp_path):
     kill = {"event": "kill", "policy": "never", "kind": "save", "signal": "SIGTERM", "code": 75}
     end = {"event": "end", "policy": "never", "returning": "kept", "keep_activations": "no", "freezes": 1, "code": 0}
     fine = [kill, kill | {"code": -9, "signal": "SIGKILL"}, kill | {"code": 0}, end | {"differs": ""}]
@@ -50,6 +50,9 @@ def test_what_differs_is_lost():
     assert report.lost(fine + bad) == bad
     assert "| writing a checkpoint | 1 | 1 |" in report.table(fine)
     assert "| 1 | 1 | 0 |" in report.table(fine)
+    (tmp_path / "page.md").write_text(f"text\n\n{report.table(fine + bad)}")
+    report.write_page(tmp_path / "page.md", fine)
+    assert (tmp_path / "page.md").read_text() == f"text\n\n{report.table(fine)}\n"
 
 
 def test_the_page_has_what_was_tried():
