@@ -1,0 +1,83 @@
+"""The page of the site, from the results and the memory on paper."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from benchmarks.decoder import memory, strategies
+
+_HEAD = """# Fine-tuning a decoder
+
+`python -m benchmarks.decoder`, then `--report`, writes this page.
+
+## SmolLM2-135M, measured
+"""
+
+_NOTHING = """
+**Not run yet.** That it runs is tested with a decoder of two blocks. It will show, each as the mean
+of three seeds, for full fine-tuning, the bottom half frozen, `lisa`, `badam` and LoRA: perplexity of
+held-out sentences, bytes of the compiled programs and in use, FLOPs, total time and programs.
+"""
+
+_PAPER = """
+## Llama-2 on 8 and 64 chips, on paper
+
+Counted from shapes with `jax.eval_shape`, and from what `jax.vjp` keeps; nothing is allocated. AdamW,
+weights, gradients and moments in float32 and sharded (FSDP), bfloat16 to compute in. Each chip has
+one sequence of 2,048 tokens. Each block keeps its input alone; attention keeps its products.
+
+*Gathered* is the largest layer on a chip, and the largest gradient. *If stacked* is for blocks that
+are stacked and split: XLA on CPU copies the rows, and pads gradients with zeros. Of policies that
+draw, the set with the most memory counts. A test compares with compiled steps of a small decoder:
+arguments to the byte, temporary memory within a tenth.
+"""
+
+
+def page(rows: Sequence[Mapping[str, Any]], on_paper: Sequence[memory.Row]) -> str:
+    """The page.
+
+    Args:
+        rows: The results, with their commits.
+        on_paper: The memory of large decoders.
+    """
+    rows = [row for row in rows if not row["tiny"]]
+    measured = _table(rows) if rows else _NOTHING
+    return _HEAD + measured + _PAPER + memory.table(list(on_paper))
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    head = ("strategy", "seeds", "perplexity", "spread", "compiled, GiB", "in use, GiB", "TFLOP", "minutes",
+            "of these compiling", "programs")  # fmt: skip
+    text = f"\n| {' | '.join(head)} |\n|---|" + "---:|" * (len(head) - 1) + "\n"
+    for name in strategies.NAMES:
+        own = [row for row in rows if row["strategy"] == name]
+        if not own:
+            continue
+        perplexities = [row["perplexity"] for row in own]
+        cells = (
+            f"{statistics.fmean(perplexities):.2f}",
+            f"{max(perplexities) - min(perplexities):.2f}",
+            f"{_mean(own, 'compiled_bytes') / 2**30:.2f}",
+            f"{_mean(own, 'resident_bytes') / 2**30:.2f}",
+            f"{_mean(own, 'flops') / 1e12:.1f}",
+            f"{_mean(own, 'seconds') / 60:.1f}",
+            f"{_mean(own, 'compile_seconds') / 60:.1f}",
+            f"{_mean(own, 'programs'):.0f}",
+        )
+        text += f"| `{name}` | {len(own)} | {' | '.join(cells)} |\n"
+    first = rows[0]
+    commits = ", ".join(sorted({str(row["commit"]) for row in rows}))
+    text += (
+        f"\nBefore, perplexity is {_mean(rows, 'perplexity_before'):.2f}. {first['steps']} steps on {first['data']}, 2"
+    )
+    text += " sequences of 128 tokens each; the network\nhas a head of its own. `lisa` also trains embeddings, norm and"
+    text += (
+        " head, `lisa_blocks` two blocks alone, `badam`\none block and the head. Learning rates were not searched.\n"
+    )
+    return text + f"\n{first['versions']}; commits {commits}.\n"
+
+
+def _mean(rows: Sequence[Mapping[str, Any]], field: str) -> float:
+    return statistics.fmean(row[field] for row in rows)

@@ -1,0 +1,64 @@
+"""The comparison of ways to fine-tune a decoder: every kind at a tiny size, where it goes on, and its page."""
+
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+
+from benchmarks.decoder import __main__ as command
+from benchmarks.decoder import memory, report, run
+from research import json_lines
+
+ROW = {
+    "strategy": "full", "seed": 0, "tiny": False, "data": "glue/mrpc", "versions": "jax", "steps": 100,
+    "perplexity_before": 30.0, "perplexity": 20.0, "loss": 3.0, "flops": 2e12, "compiled_bytes": 2**30,
+    "resident_bytes": 2**31, "seconds": 120.0, "compile_seconds": 60.0, "programs": 1, "commit": "abc",
+}  # fmt: skip
+
+
+@pytest.mark.slow
+def test_adapters_and_frozen_sets_learn_with_less_work(jax_defaults):
+    rows = {name: run.measure(name, run.tiny(0), steps=4, seed=0) for name in ("full", "badam", "lora")}
+    for row in rows.values():
+        assert row["perplexity"] < row["perplexity_before"]
+        assert 0 < row["compile_seconds"] < row["seconds"]
+        assert row["compiled_bytes"] < row["resident_bytes"]
+    for field in ("flops", "compiled_bytes"):
+        assert max(rows["lora"][field], rows["badam"][field]) < 0.9 * rows["full"][field]
+    assert [row["programs"] for row in rows.values()] == [1, 2, 1]
+
+
+def test_what_is_done_is_skipped_and_what_failed_is_told(tmp_path, monkeypatch, capsys):
+    argv = ["--tiny", "--seeds", "2", "--steps", "3", "--only", "full", "lora", "--out", str(tmp_path / "rows.jsonl")]
+    args = command.parse(argv)
+    json_lines.append(args.out, {**ROW, "tiny": True, "steps": 3})
+    json_lines.append(args.out, {**ROW, "tiny": False, "steps": 3, "seed": 1})
+    assert command.missing(args) == [("lora", 0), ("full", 1), ("lora", 1)]
+
+    codes = iter([0, 1, 0])
+    called = []
+
+    def ran(command, **kwargs):
+        called.append(command[-1])
+        return SimpleNamespace(returncode=next(codes))
+
+    monkeypatch.setattr(subprocess, "run", ran)
+    assert command.main(argv) == 1
+    assert called == ["lora/0", "full/1", "lora/1"]
+    assert "full, seed 1: failed with exit code 1" in capsys.readouterr().out
+
+    def late(command, timeout, **kwargs):
+        raise subprocess.TimeoutExpired(command, timeout)
+
+    monkeypatch.setattr(subprocess, "run", late)
+    assert command.main(argv) == 0
+    assert "lora, seed 0: stopped, the time is up" in capsys.readouterr().out
+
+
+def test_page():
+    paper = [memory.Row("Big", 8, "nothing", memory.Memory(2**30, 2**30, 2**31, 2**30, 0, 0))]
+    assert "Not run yet" in report.page([{**ROW, "tiny": True}], paper)
+    text = report.page([ROW, {**ROW, "seed": 1, "perplexity": 22.0}], paper)
+    assert "| `full` | 2 | 21.00 | 2.00 | 1.00 | 2.00 | 2.0 | 2.0 | 1.0 | 1 |" in text
+    assert "Not run yet" not in text
+    assert "| nothing | 1.0 | 1.0 | 2.0 | 1.0 | 0.0 | 5.0 | 100% | 0.0 |" in text
