@@ -26,7 +26,7 @@ ELEMENTWISE = {
     "masked": optax.lion(0.1, mask=lambda tree: jax.tree.map(lambda leaf: leaf.shape[-1] > 3, tree)),
 }
 # Those whose state has other shapes than the parameters, or whose update takes more than gradients.
-OTHERS = ("optax.adafactor", "optax.novograd", "optax.lbfgs", "optax.apply_every", "contrib.dpsgd", "contrib.muon")
+OTHERS = ("optax.novograd", "optax.lbfgs", "optax.apply_every", "contrib.dpsgd", "contrib.muon")
 
 
 @pytest.mark.slow
