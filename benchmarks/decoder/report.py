@@ -29,7 +29,7 @@ weights, gradients and moments in float32 and sharded (FSDP), bfloat16 to comput
 one sequence of 2,048 tokens. Each block keeps its input alone; attention keeps its products.
 
 *Gathered* is the largest layer on a chip, and the largest gradient. *If stacked* is for blocks that
-are stacked and split: XLA on CPU copies the rows, and pads gradients with zeros. Of policies that
+are stacked and split: XLA on CPU copies up to so much (with jax 0.11 less). Of policies that
 draw, the set with the most memory counts. A test compares with compiled steps of a small decoder:
 arguments to the byte, temporary memory within a tenth.
 """

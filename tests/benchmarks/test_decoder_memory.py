@@ -37,13 +37,13 @@ def compiled(tiny, frozen):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["nothing", "embedding and the first 50% of the blocks", "all but the head"])
 def test_parts_are_those_of_the_compiled_step(name, tiny, jax_defaults):
-    """Arguments to the byte; temporary memory within a tenth."""
+    """Arguments to the byte; temporary memory within a tenth; how much of the rows is copied depends on XLA's version."""
     frozen = memory.sets(tiny.layers)[name][0]
     expected = memory.predict(tiny, frozen, TX)
     cost = compiled(tiny, frozen)
     assert cost.argument_bytes == expected.parameters + expected.moments + 3 * 4 * 4 * 64
-    expected_temp = expected.gradients + expected.activations + expected.copies
-    assert cost.temp_bytes == pytest.approx(expected_temp, rel=0.1)
+    least = expected.gradients + expected.activations
+    assert 0.9 * least < cost.temp_bytes < 1.1 * (least + expected.copies)
 
 
 @pytest.mark.slow
