@@ -64,8 +64,8 @@ class Memory(NamedTuple):
         moments: The state of the optimizer.
         activations: What the backward pass keeps: inputs of blocks, and the inside of one block or of the loss.
         gathered: The largest layer, in the type to compute in, and the largest gradient; 0 on one chip.
-        copies: Where blocks are stacked and some of them frozen, not counted in ``total``: at most the rows once more, and
-            zeros for the gradients of the frozen ones.
+        copies: Where blocks are stacked and some of them frozen, not counted in ``total``: at most the rows once more,
+            and zeros for the gradients of the frozen ones.
     """
 
     parameters: float

@@ -37,7 +37,7 @@ def compiled(tiny, frozen):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["nothing", "embedding and the first 50% of the blocks", "all but the head"])
 def test_parts_are_those_of_the_compiled_step(name, tiny, jax_defaults):
-    """Arguments to the byte; temporary memory within a tenth; how much of the rows is copied depends on XLA's version."""
+    """Arguments to the byte; temporary memory within a tenth; copies of rows depend on XLA's version."""
     frozen = memory.sets(tiny.layers)[name][0]
     expected = memory.predict(tiny, frozen, TX)
     cost = compiled(tiny, frozen)
