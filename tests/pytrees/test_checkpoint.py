@@ -323,7 +323,7 @@ def test_damage_to_any_file_is_a_clear_error_or_harmless(tmp_path):
         assert f"{how} _CHECKPOINT_METADATA" in refused
         assert sum(case.startswith(how) for case in refused) >= 3
     data = [case[7:] for case in refused if case.startswith("delete state/ocdbt.process_0/d")]  # Orbax reads no others
-    assert len(data) >= 2
+    assert data  # one or several: how many files Orbax divides so little data among depends on the time it takes
     for file in ("_CHECKPOINT_METADATA", *data):
         assert sum(case.startswith("flip") and case.endswith(file) for case in refused) >= 2
     wrong = [error for error in refused.values() if "the values of ['random'] are not those that were saved" in error]
