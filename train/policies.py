@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+import inspect
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, TypeAlias
 
 import jax
@@ -19,7 +20,12 @@ PolicyName = Literal[
     "lisa", "badam", "hift", "slimfit", "grades",
 ]  # fmt: skip
 
-
+_TURNS: dict[str, Callable[..., sfj.Policy]] = {
+    "lisa": sfj.policies.lisa,
+    "badam": sfj.policies.badam,
+    "hift": sfj.policies.hift,
+    "slimfit": sfj.policies.slimfit,
+}
 Stages: TypeAlias = tuple[tuple[float, float], ...]
 
 
@@ -72,12 +78,17 @@ class PolicyConfig:
     grace: float = 0.5
     """grades: share of training in which nothing freezes"""
     lead: int = 20
-    """steps from a decision to its effect, in which its program is compiled"""
+    """steps from a decision to its effect, in which its program is compiled; less than those of a set that returns"""
     min_saving: float = 0.01
     """share of a step's FLOPs that a new program must save"""
 
     def __post_init__(self) -> None:
         check_least(self, patience=1, window=1, evaluations_per_epoch=1, lead=0, min_saving=0)
+        if self.switch_every is not None:
+            check_least(self, switch_every=1)
+        if (turns := _TURNS.get(self.policy)) is not None:  # else a set would be over before it took effect
+            own = inspect.signature(turns).parameters["switch_every"].default
+            object.__setattr__(self, "lead", min(self.lead, (self.switch_every or own) - 1))
         if self.policy == "similarity_guided" and self.reference is None:
             raise ValueError("--policy: got similarity_guided, expected --reference, too; see --help")
 

@@ -167,6 +167,21 @@ def test_predictors_that_can_be_chosen(layers, tmp_path, name):
     assert policy.init(layers, PARAMS).history.values.shape[-1] == sampled
 
 
+@pytest.mark.parametrize(
+    ("changed", "lead"),
+    [
+        (["lisa"], 19),
+        (["hift"], 0),
+        (["badam"], 20),
+        (["badam", "--switch-every", "4"], 3),
+        (["lisa", "--lead", "5"], 5),
+        (["progress"], 20),
+    ],
+)
+def test_sets_take_effect_before_they_are_over(changed, lead):
+    assert options("--policy", *changed).policy.lead == lead
+
+
 def frozen_after_each_step(layers, *changed):
     policy = policy_of(*changed)
     state, frozen = policy.init(layers, PARAMS), []

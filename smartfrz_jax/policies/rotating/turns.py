@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
@@ -9,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 import numpy as np
 
 from smartfrz_jax.layers.blocks import blocks
-from smartfrz_jax.layers.layers import Layers
+from smartfrz_jax.layers.layers import Layers, check_layers
 from smartfrz_jax.layers.select import Selectors
 from smartfrz_jax.policies.base import Policy, check_update, freezable, names_of
 from smartfrz_jax.pytrees import checks
@@ -101,11 +102,16 @@ def rotating(
         options: The policy's.
     """
 
+    @functools.lru_cache(maxsize=1)  # a switch may come after every step
+    def turns(layers: Layers) -> Turns:
+        return turns_of(layers, rest, keep)
+
     def frozen_at(layers: Layers, step: int) -> np.ndarray:
-        turns = turns_of(layers, rest, keep)
-        return turns.frozen(trained(step // switch_every, len(turns.names)))
+        parts = turns(layers)
+        return parts.frozen(trained(step // switch_every, len(parts.names)))
 
     def init(layers: Layers, params: PyTree) -> RotatingState:
+        check_layers(layers)
         return RotatingState(frozen_at(layers, 0))
 
     def update(
