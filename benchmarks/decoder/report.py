@@ -6,7 +6,7 @@ import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from benchmarks.decoder import memory, strategies
+from benchmarks.decoder import memory, rates, strategies
 
 _HEAD = """# Fine-tuning a decoder
 
@@ -43,12 +43,13 @@ def page(rows: Sequence[Mapping[str, Any]], on_paper: Sequence[memory.Row]) -> s
         on_paper: The memory of large decoders.
     """
     rows = [row for row in rows if not row["tiny"]]
-    measured = _table(rows) if rows else _NOTHING
+    ended = [row for row in rows if not row["tune"]]
+    measured = _table(ended) + _tuning(rows) if ended else _NOTHING
     return _HEAD + measured + _PAPER + memory.table(list(on_paper))
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
-    head = ("strategy", "seeds", "perplexity", "spread", "compiled, GiB", "in use, GiB", "TFLOP", "minutes",
+    head = ("strategy", "rate", "seeds", "perplexity", "spread", "compiled, GiB", "in use, GiB", "TFLOP", "minutes",
             "of these compiling", "programs")  # fmt: skip
     text = f"\n| {' | '.join(head)} |\n|---|" + "---:|" * (len(head) - 1) + "\n"
     for name in strategies.NAMES:
@@ -66,17 +67,31 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
             f"{_mean(own, 'compile_seconds') / 60:.1f}",
             f"{_mean(own, 'programs'):.0f}",
         )
-        text += f"| `{name}` | {len(own)} | {' | '.join(cells)} |\n"
+        rate = ", ".join(f"{rate:g}" for rate in sorted({row["rate"] for row in own}))
+        text += f"| `{name}` | {rate} | {len(own)} | {' | '.join(cells)} |\n"
     first = rows[0]
     commits = ", ".join(sorted({str(row["commit"]) for row in rows}))
+    before = _mean(rows, "perplexity_before")
     text += (
-        f"\nBefore, perplexity is {_mean(rows, 'perplexity_before'):.2f}. {first['steps']} steps on {first['data']}, 2"
-    )
-    text += " sequences of 128 tokens each; the network\nhas a head of its own. `lisa` also trains embeddings, norm and"
-    text += (
-        " head, `lisa_blocks` two blocks alone, `badam`\none block and the head. Learning rates were not searched.\n"
+        f"\nBefore, perplexity is {before:.2f}. {first['steps']} steps on {first['data']}, 2 sequences of 128\n"
+        "tokens each. The network has a head of its own. `lisa` also trains embeddings, norm and head,\n"
+        "`lisa_blocks` two blocks alone, `badam` one block and the head. With `_kept`, blocks return with the moments they\n"
+        "had, else with fresh ones. *Spread* is the largest less the smallest.\n"
     )
     return text + f"\n{first['versions']}; commits {commits}.\n"
+
+
+def _tuning(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Perplexity at each rate that was tried."""
+    tried = [row for row in rows if row["tune"]]
+    text = f"\nLearning rates come from runs of {rates.STEPS} steps, seed 0, judged by other sentences\n"
+    text += f"(`{rates.SPLIT}`):\n\n"
+    text += "| strategy | perplexity at each rate |\n|---|---|\n"
+    for name in dict.fromkeys(row["strategy"] for row in tried):
+        own = sorted((row for row in tried if row["strategy"] == name), key=lambda row: row["rate"])
+        cells = ", ".join(f"{row['rate']:g}: {row['perplexity']:.2f}" for row in own)
+        text += f"| `{name}` | {cells} |\n"
+    return text
 
 
 def _mean(rows: Sequence[Mapping[str, Any]], field: str) -> float:

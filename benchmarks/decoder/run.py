@@ -69,12 +69,13 @@ def tiny(seed: int) -> Case:
     return Case(model, train, held_out)
 
 
-def measure(name: str, case: Case, *, steps: int, seed: int) -> dict[str, Any]:
+def measure(name: str, case: Case, *, rate: float, steps: int, seed: int) -> dict[str, Any]:
     """Fine-tunes, and returns the figures.
 
     Args:
         name: The strategy.
         case: What is fine-tuned; the model is changed.
+        rate: Learning rate.
         steps: Number of them.
         seed: Of draws, and of adapters.
     """
@@ -83,7 +84,7 @@ def measure(name: str, case: Case, *, steps: int, seed: int) -> dict[str, Any]:
     before = _perplexity(case)
     begin = time.perf_counter()
     _forget_most_resident()
-    training = strategies.make(name, model, first.inputs, first.labels, steps=steps, seed=seed)
+    training = strategies.make(name, model, first.inputs, first.labels, rate=rate, steps=steps, seed=seed)
     flops, compiled_bytes, loss = 0.0, 0, None
     for batch in batches:
         loss = training.step(batch.inputs, batch.labels)
@@ -92,6 +93,7 @@ def measure(name: str, case: Case, *, steps: int, seed: int) -> dict[str, Any]:
     loss = float(jax.block_until_ready(loss))
     seconds, resident = time.perf_counter() - begin, _most_resident()
     return {
+        "rate": rate,
         "steps": steps,
         "perplexity_before": before,
         "perplexity": _perplexity(case),

@@ -14,11 +14,9 @@ from models.llama import Llama
 from train.data.language.perplexity import next_token_loss
 from train.loop import make_step
 
-NAMES = ("full", "bottom_half", "lisa", "lisa_blocks", "badam", "lora")
+NAMES = ("full", "bottom_half", "lisa", "lisa_blocks", "badam", "lora", "lisa_blocks_kept", "badam_kept")
 RANK = 8
 _TURNS = 5  # of lisa in a run; badam has twice as many
-_LEARNING_RATE = 2e-5
-_LORA_LEARNING_RATE = 2e-4  # adapters begin at zero
 
 
 class Training(NamedTuple):
@@ -42,22 +40,28 @@ def loss_fn(model: Llama, inputs: tuple[Any, ...], labels: jax.Array) -> jax.Arr
     return next_token_loss(model(*inputs), labels)
 
 
-def make(name: str, model: Llama, inputs: tuple[Any, ...], labels: Any, *, steps: int, seed: int) -> Training:
+def make(
+    name: str, model: Llama, inputs: tuple[Any, ...], labels: Any, *, rate: float, steps: int, seed: int
+) -> Training:
     """A strategy for a network with a head of its own.
 
     Args:
         name: One of ``NAMES``. ``lisa`` trains embeddings, norm and head beside two blocks, as the paper does;
-            ``lisa_blocks`` the two blocks alone, ``badam`` one block and the head.
+            ``lisa_blocks`` the two blocks alone, ``badam`` one block and the head. With ``_kept``, blocks return
+            with the moments they had; else with fresh ones.
         model: The network.
         inputs: Of a batch.
         labels: Of a batch.
+        rate: Learning rate of AdamW.
         steps: Length of the run.
         seed: Of draws, and of adapters.
     """
     if name == "lora":
-        return _lora(model, inputs, labels, seed)
+        return _lora(model, inputs, labels, rate, seed)
     layers = sfj.nnx.find_layers(model, *inputs, granularity="block")
-    optimizer = sfj.nnx.Optimizer(model, optax.adamw(_LEARNING_RATE), layers=layers)
+    name, kept, _ = name.partition("_kept")
+    returning = "kept" if kept else "fresh"
+    optimizer = sfj.nnx.Optimizer(model, optax.adamw(rate), layers=layers, returning=returning)
     turn = max(1, steps // _TURNS)
     policy = sfj.policies.never()
     match name:
@@ -89,7 +93,7 @@ def _active(model: Llama) -> int:
     return min(2, len(model.layers) - 1)
 
 
-def _lora(model: Llama, inputs: tuple[Any, ...], labels: Any, seed: int) -> Training:
+def _lora(model: Llama, inputs: tuple[Any, ...], labels: Any, rate: float, seed: int) -> Training:
     rngs = nnx.Rngs(seed)
     for layer in model.layers:
         for name in ("q_proj", "v_proj"):
@@ -99,7 +103,7 @@ def _lora(model: Llama, inputs: tuple[Any, ...], labels: Any, seed: int) -> Trai
                 name,
                 nnx.LoRA(base.in_features, RANK, base.out_features, base_module=base, rngs=rngs),
             )
-    optimizer = nnx.Optimizer(model, optax.adamw(_LORA_LEARNING_RATE), wrt=nnx.LoRAParam)
+    optimizer = nnx.Optimizer(model, optax.adamw(rate), wrt=nnx.LoRAParam)
 
     @nnx.jit(donate_argnums=(0, 1))
     def train_step(model: Llama, optimizer: nnx.Optimizer, inputs: Any, labels: Any) -> jax.Array:
