@@ -75,8 +75,8 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     text += (
         f"\nBefore, perplexity is {before:.2f}. {first['steps']} steps on {first['data']}, 2 sequences of 128\n"
         "tokens each. The network has a head of its own. `lisa` also trains embeddings, norm and head,\n"
-        "`lisa_blocks` two blocks alone, `badam` one block and the head. With `_kept`, blocks return with the moments they\n"
-        "had, else with fresh ones. *Spread* is the largest less the smallest.\n"
+        "`lisa_blocks` two blocks alone, `badam` one block and the head. With `_kept`, blocks return\n"
+        "with the moments they had, else with fresh ones. *Spread* is the largest less the smallest.\n"
     )
     return text + f"\n{first['versions']}; commits {commits}.\n"
 
