@@ -24,11 +24,13 @@ DOORS = [
     Door("autofreeze", lambda: {"evaluate_every": 1}),
     Door("policies.gain", lambda: {"gradients": lambda params, number: params, "total_steps": 100}),
     Door("policies.grades", lambda: {"threshold": 0.1, "total_steps": 10}),
+    Door("policies.relative_gradient_norm", lambda: {"threshold": 0.1, "evaluate_every": 10}),
     Door("policies.lisa", lambda: {"active": 1}),
     Door("policies.badam", lambda: {}),
     Door("policies.hift", lambda: {}),
     Door("policies.slimfit", lambda: {"rate": 0.5}),
     Door("policies.similarity_guided", lambda: {"reference": outputs(), "evaluate_every": 1}),
+    Door("policies.simfreeze", lambda: {"reference": outputs(), "evaluate_every": 1}),
     Door("smartfrz", lambda: {"predictor": predictor(), "total_steps": 1000}),
     Door(
         "policies.freezeout_schedules",

@@ -89,6 +89,9 @@ CASES = {
         lambda keep=None: policies.similarity_guided(outputs(PARAMS, X), 3, window=2, tolerance=0.1, keep=keep),
         every(3),
     ),
+    "simfreeze": Case(  # nothing returns in this run
+        lambda keep=None: policies.simfreeze(outputs(PARAMS, X), 3, window=2, tolerance=0.002, keep=keep), every(3)
+    ),
     "smartfrz": Case(
         lambda keep=None: policies.smartfrz(
             eager_predictor(),
@@ -124,6 +127,9 @@ CASES = {
     ),
     "grades": Case(
         lambda keep=None: policies.grades(0.4, total_steps=STEPS, grace=0.25, evaluate_every=3, keep=keep), every(3)
+    ),
+    "relative_gradient_norm": Case(
+        lambda keep=None: policies.relative_gradient_norm(0.6, 4, batches=2, keep=keep), every(4), returns=True
     ),
     "lisa": Case(lambda keep=None: policies.lisa(2, switch_every=4, keep=keep), {1} | every(4), returns=True),
     "lisa_few_sets": Case(

@@ -221,7 +221,7 @@ def test_layers_frozen_before_the_run_stay_so_and_others_follow(name):
 def test_says_which_signal_is_missing():
     made = {name: case.make() for name, case in CASES.items()}
     needy = {name: policy for name, policy in made.items() if policy.needs}
-    assert set(needy) == {"autofreeze", "similarity_guided", "grades"}
+    assert set(needy) == {"autofreeze", "similarity_guided", "simfreeze", "grades", "relative_gradient_norm"}
     for name, policy in needy.items():
         (signal,) = policy.needs
         state = policy.init(LAYERS, PARAMS)

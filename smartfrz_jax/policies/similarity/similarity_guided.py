@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jax
 import numpy as np
 
 from smartfrz_jax.layers.layers import Layers
 from smartfrz_jax.layers.select import Selectors, described
-from smartfrz_jax.policies.base import Policy, check_finite, check_update, freezable, kept, names_of, require
+from smartfrz_jax.policies.base import Policy, check_finite, check_update, freezable, kept, names_of
+from smartfrz_jax.policies.similarity import outputs
 from smartfrz_jax.policies.two_phase import Readings, TwoPhase
-from smartfrz_jax.predictor.cka import layer_similarity, stabilised
+from smartfrz_jax.predictor.cka import stabilised
 from smartfrz_jax.pytrees import checks, hosts
 from smartfrz_jax.pytrees.types import PyTree
 
@@ -89,8 +89,8 @@ def similarity_guided(
     keep = kept(keep)
 
     def init(layers: Layers, params: PyTree) -> SimilarityGuidedState:
-        outputs = _of_layers(reference, names_of(layers, freezable(layers, keep)), "reference")
-        checks.finite(hosts.fetch(outputs), "reference", "take the outputs of a network that has not diverged")
+        known = outputs.of_layers(reference, names_of(layers, freezable(layers, keep)), "reference")
+        checks.finite(hosts.fetch(known), "reference", "take the outputs of a network that has not diverged")
         cka = np.zeros((window, len(layers)), np.float32)
         return SimilarityGuidedState(cka, np.zeros((), np.int32), np.zeros(len(layers), bool))
 
@@ -98,11 +98,11 @@ def similarity_guided(
         state: SimilarityGuidedState, layers: Layers, *, step: int, params: Callable[[], PyTree], **signals: Any
     ) -> tuple[frozenset[str], SimilarityGuidedState, Readings | None]:
         check_update(state, SimilarityGuidedState, layers, step)
-        features = _features(signals)
+        features = outputs.features_of(signals, _NAME)
         may_freeze = freezable(layers, keep)
         judged = may_freeze & ~state.frozen
         is_due = step % evaluate_every == 0 and judged.any()
-        readings = {"cka": _cka(layers, features(), reference, may_freeze)} if is_due else None
+        readings = {"cka": outputs.cka_of(layers, features(), reference, may_freeze)} if is_due else None
         return names_of(layers, state.frozen), state, readings
 
     options = {
@@ -138,32 +138,6 @@ def _conclude(
     return names_of(layers, state.frozen), state
 
 
-def _features(signals: dict[str, Any]) -> Callable[[], Mapping[str, Array]]:
-    way_out = "pass a function that computes the layers' outputs on the probe batch"
-    features = require(signals, "features", _NAME, way_out)
-    checks.function(features, "features", "a function without arguments that computes the layers' outputs")
-    return features
-
-
-def _cka(
-    layers: Layers, features: Mapping[str, Array], reference: Mapping[str, Array], may_freeze: np.ndarray
-) -> jax.Array:
-    """Of every layer that may freeze, frozen or not: for each set of layers there would be a program to compile."""
-    names = [name for name, chosen in zip(layers.names, may_freeze, strict=True) if chosen]
-    both = _of_layers(features, names, "features"), _of_layers(reference, names, "reference")
-    return layer_similarity(*both)
-
-
 def _with_cka(state: SimilarityGuidedState, cka: np.ndarray) -> SimilarityGuidedState:
     recent = np.concatenate([state.cka[1:], cka[None]])
     return SimilarityGuidedState(recent, np.asarray(state.evaluations + 1, np.int32), state.frozen)
-
-
-def _of_layers(outputs: Mapping[str, Array], names: Iterable[str], argument: str) -> dict[str, Array]:
-    missing = sorted(name for name in names if name not in outputs)
-    if missing:
-        raise ValueError(
-            f"{argument}: lacks the output of {len(missing)} layer(s), such as {missing[0]!r}; pass that of every "
-            "layer which may freeze, by layer name"
-        )
-    return {name: outputs[name] for name in names}

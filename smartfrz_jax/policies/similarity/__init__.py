@@ -1,0 +1,1 @@
+"""Policies that compare what layers put out."""
