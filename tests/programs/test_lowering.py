@@ -25,7 +25,7 @@ from smartfrz_jax.programs import flat_step
 from smartfrz_jax.programs.arguments import Arguments
 from tests.front_door import linen_freezing
 from tests.models.convnets import TINY, random_model
-from tests.models.transformers import IDS, IMAGES, MASK, lively, tiny_bert, tiny_deit
+from tests.models.transformers import IDS, IMAGES, MASK, lively, tiny_bert, tiny_deit, tiny_llama
 from tests.support.train_steps import loss_fn, make_step
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("jax_defaults")]
@@ -73,6 +73,10 @@ def convnet(make, **options):
     return random_model(make, num_classes=3, dtype=jnp.bfloat16, **options), IMAGES
 
 
+def decoder(**options):
+    return lively(lambda: tiny_llama(dtype=jnp.bfloat16, **options)), IDS
+
+
 def transformer(make, *inputs, **options):
     return lively(lambda: make(dropout=0.1, attention_dropout=0.1, dtype=jnp.bfloat16, **options)), *inputs
 
@@ -86,6 +90,8 @@ NETWORKS = {
     "deit, distilled, scanned": lambda: transformer(tiny_deit, IMAGES, drop_path=0.1, distilled=True, scan=True),
     "bert": lambda: transformer(tiny_bert, IDS, MASK),
     "bert, scanned, pooled": lambda: transformer(tiny_bert, IDS, MASK, scan=True, pool="mean"),
+    "llama, tied": decoder,
+    "llama, scanned": lambda: decoder(tied=False, scan=True),
 }
 
 
@@ -133,15 +139,26 @@ def test_step_of_a_linen_train_state_lowers(as_on_a_gpu):
     assert_fewer_products(texts)
 
 
-def test_step_of_bare_parameters_lowers(as_on_a_gpu):
-    params = {name: jnp.ones((4, 4)) for name in "abcd"}
+def chain(params, x):
+    for name in "abcd":
+        x = jnp.tanh(x @ params[name])
+    return x.mean()
 
-    def loss(params, x):
-        for name in "abcd":
-            x = jnp.tanh(x @ params[name])
-        return x.mean()
 
-    layers = sfj.find_layers(params, loss, jnp.ones((2, 4)))
+def scanned(params, x):
+    x, _ = jax.lax.scan(lambda x, row: (jnp.tanh(x @ row), None), x @ params["stem"], params["blocks"])
+    return (x @ params["head"]).mean()
+
+
+BARE = {
+    "each for itself": (chain, {name: jnp.ones((4, 4)) for name in "abcd"}),
+    "rows of a scan": (scanned, {"stem": jnp.ones((4, 4)), "blocks": jnp.ones((3, 4, 4)), "head": jnp.ones((4, 4))}),
+}
+
+
+@pytest.mark.parametrize(("loss", "params"), BARE.values(), ids=BARE)
+def test_step_of_bare_parameters_lowers(loss, params, as_on_a_gpu):
+    layers = sfj.find_layers(params, loss, jnp.ones((2, 4)), rows=True)
     texts = []
     for names in fronts(layers):
         frozen = sfj.Frozen(layers, frozenset(names))
