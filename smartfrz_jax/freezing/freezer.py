@@ -90,7 +90,7 @@ class Freezer:
         self.events: list[FreezeEvent] = []
         self.refused: tuple[Frozen, ...] = ()
         self.callbacks: tuple[Callback, ...] = ()
-        self.policy_state = policy.init(layers, layers.unstacked(params))
+        self.policy_state = policy.init(layers, params)
         self.delay, self._decisions = 0, Decisions(policy)
         self._tx: optax.GradientTransformation | None = None
         self._account: Any = None
@@ -135,11 +135,7 @@ class Freezer:
             checks.by_name(metrics, "metrics", "a mapping from names to scalars")
         self.steps += 1
         tell_step(self.callbacks, self.steps, len(self.frozen.names), signals.get("loss"), metrics)
-        shown = {
-            "step": self.steps,
-            "params": lambda: self.layers.unstacked(params()),
-            "frozen": self._by_hand.frozen,
-        } | signals
+        shown = {"step": self.steps, "params": params, "frozen": self._by_hand.frozen} | signals
         names, self.policy_state = self._decisions(self.policy_state, self.layers, self.delay, **shown)
         names, self._by_hand = self._by_hand.decide(names)
         if self.pending is None and names != self.frozen.names:

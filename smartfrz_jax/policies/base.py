@@ -34,7 +34,8 @@ class InitFn(Protocol):
 
         Args:
             layers: The network's layers.
-            params: Its parameter pytree.
+            params: Its parameter pytree; ``layers.unstacked(params)`` has every parameter by the name that its layer
+                gives it, where rows of stacked ones are layers, too.
 
         Returns:
             A pytree of arrays, which checkpoints as it is.
@@ -54,8 +55,8 @@ class UpdateFn(Protocol):
             state: State of the previous call.
             layers: The network's layers.
             step: Number of train steps done.
-            params: A function without arguments that gives the parameter pytree after that step. It is a function
-                because gathering the parameters of a model takes time, and most steps do not look at them.
+            params: A function without arguments that gives the parameter pytree after that step, as for ``init``. It is
+                a function because gathering the parameters of a model takes time, and most steps do not look at them.
             **signals: ``frozen`` (names of the layers that are frozen by hand, whatever the policy decides), ``grads``
                 (gradients of the active layers by parameter name; only if the policy ``needs`` them), ``loss`` (scalar,
                 if the loop passes it), ``features`` (a function without arguments that computes the output of every

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from smartfrz_jax.layers.layers import Layers
+from smartfrz_jax.layers.layers import Layers, check_params
+from smartfrz_jax.pytrees.types import PyTree
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
@@ -37,13 +38,14 @@ class Snapshot(NamedTuple):
         return not self.is_taken and any(np.ndim(copy) for copy in self.copies.values())
 
 
-def blank(layers: Layers, leaves: Mapping[str, Any]) -> Snapshot:
+def blank(layers: Layers, params: PyTree) -> Snapshot:
     """The first one, with no copies, but of the shapes that they may have: a checkpoint fits what a run starts with.
 
     Args:
         layers: The network's layers.
-        leaves: The parameters by name.
+        params: The network's parameter pytree.
     """
+    leaves = check_params(layers.unstacked(params))
     zeros = {kernel: jnp.zeros_like(leaves[kernel]) for layer in layers for kernel in layer.kernels}
     return Snapshot(np.asarray(0, np.int32), zeros)
 

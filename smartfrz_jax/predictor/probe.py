@@ -13,10 +13,11 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from smartfrz_jax.layers.layers import Layers
-from smartfrz_jax.pytrees import checks, paths
+from smartfrz_jax.pytrees import checks, paths, rows
 from smartfrz_jax.pytrees.types import PyTree
 
 if TYPE_CHECKING:
@@ -81,8 +82,7 @@ def contributions(
     found, before = np.full(len(layers), np.nan, np.float32), paths.flatten(start)
     base = _loss(probe, params)
     for depth in depths:
-        reverted = {name for layer in list(layers)[: depth + 1] for name in layer.params}
-        found[depth] = _loss(probe, paths.tree_map(_choose(before, reverted), params)) - base
+        found[depth] = _loss(probe, paths.tree_map(_reverted(before, layers, depth), params)) - base
     return found
 
 
@@ -164,8 +164,21 @@ def _even(candidates: int, n: int) -> list[int]:
     return sorted({max(1, round(candidates * i / n)) - 1 for i in range(1, n + 1)}) if candidates > 0 else []
 
 
-def _choose(before: dict[str, Any], reverted: set[str]) -> Callable[[str, Any], Any]:
-    return lambda name, leaf: jax.device_put(before[name]) if name in reverted else leaf
+def _reverted(before: dict[str, Any], layers: Layers, depth: int) -> Callable[[str, Any], Any]:
+    """From name and leaf to the leaf, or the rows of it, as they were before if they are of layers up to some."""
+    front = set(layers.names[: depth + 1])
+
+    def choose(name: str, leaf: Any) -> Any:
+        of_rows = layers.arrays.get(name, ())
+        indices = [row for row, layer in enumerate(of_rows) if layer in front]
+        if len(indices) == len(of_rows):
+            return jax.device_put(before[name]) if of_rows else leaf
+        if not indices:
+            return leaf
+        axis = layers.stacks[name].axis
+        return rows.put(leaf, rows.take(jnp.asarray(before[name]), indices, axis), indices, axis)
+
+    return choose
 
 
 def _loss(probe: Probe, params: PyTree) -> float:

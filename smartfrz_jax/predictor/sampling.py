@@ -6,7 +6,7 @@ Paper, section 3.2. The positions are drawn once per layer and kept; drawn anew 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING
 
 import jax
@@ -17,6 +17,7 @@ from flax.core import FrozenDict
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from smartfrz_jax.layers.layers import Layers, check_layers, check_params
+from smartfrz_jax.layers.rows import Row
 from smartfrz_jax.pytrees import checks, paths
 from smartfrz_jax.pytrees.types import PyTree
 
@@ -33,7 +34,7 @@ class Tailoring(struct.PyTreeNode):
         leaf_positions: For each layer and each of its kernels, positions along each of its axes, int32 of shape
             ``(axes, positions)``.
         order: For each layer, where its samples go, int32 of shape ``(size,)``.
-        shapes: Shape of each kernel, by name.
+        shapes: Shape of each kernel, by name; of a stacked one, whose rows are in layers of their own, of all of it.
 
     Example:
         >>> from smartfrz_jax import find_layers
@@ -70,14 +71,18 @@ class Tailoring(struct.PyTreeNode):
         check_layers(layers)
         checks.count(size, "size")
         checks.seed(seed)
-        leaves = check_params(params)
+        shapes = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in check_params(params).items()}
+        leaves, arrays = layers.unstacked(shapes), {}
         leaf_positions, order = [], []
         for layer in layers:
-            missing = [name for name in layer.kernels if name not in leaves]
+            rows = {row.name: row.array for row in layer.rows}
+            own = [rows.get(name, name) for name in layer.kernels]
+            missing = [name for name in own if name not in shapes]
             if missing:
                 raise ValueError(
                     f"params: {missing[0]!r} of layer {layer.name!r} is missing; pass those the layers were found for"
                 )
+            arrays |= {name: tuple(shapes[name].shape) for name in own}
             sizes = [int(np.prod(leaves[name].shape)) for name in layer.kernels]
             if not sum(sizes):
                 raise ValueError(
@@ -96,8 +101,7 @@ class Tailoring(struct.PyTreeNode):
                 )
             )
             order.append(jnp.asarray(np.argsort(np.argsort(leaf, kind="stable")), jnp.int32))
-        shapes = {name: tuple(leaves[name].shape) for layer in layers for name in layer.kernels}
-        return cls(layers, size, tuple(leaf_positions), tuple(order), FrozenDict(shapes))
+        return cls(layers, size, tuple(leaf_positions), tuple(order), FrozenDict(arrays))
 
     def __call__(self, params: PyTree) -> Float[Array, "layers size"]:
         """The sampled weights of all layers in one compiled call, float32, shape ``(layers, size)``.
@@ -139,14 +143,25 @@ def _along_axes(positions: np.ndarray, shape: tuple[int, ...]) -> jax.Array:
 
 @jax.jit
 def _sample(tailoring: Tailoring, leaves: dict[str, jax.Array]) -> jax.Array:
-    rows = []
+    sampled = []
     for layer, positions, order in zip(tailoring.layers, tailoring.leaf_positions, tailoring.order, strict=True):
-        parts = [_take(leaves[name], index) for name, index in zip(layer.kernels, positions, strict=True)]
-        rows.append(jnp.concatenate(parts)[order])
-    return jnp.stack(rows)
+        rows = {row.name: row for row in layer.rows}
+        parts = []
+        for name, index in zip(layer.kernels, positions, strict=True):
+            row = rows.get(name)
+            parts.append(_take(leaves[name], index) if row is None else _take_of_row(leaves[row.array], row, index))
+        sampled.append(jnp.concatenate(parts)[order])
+    return jnp.stack(sampled)
 
 
-def _take(leaf: jax.Array, positions: jax.Array) -> jax.Array:
+def _take_of_row(leaf: jax.Array, row: Row, positions: jax.Array) -> jax.Array:
+    # The row is not cut out first: that would copy it, and gather a sharded one.
+    index = [*positions][: leaf.ndim - 1]  # one number a row has no axis
+    index.insert(row.axis, jnp.full(positions.shape[1], row.position, positions.dtype))
+    return _take(leaf, index)
+
+
+def _take(leaf: jax.Array, positions: Iterable[jax.Array]) -> jax.Array:
     # Not reshape(-1)[positions]: that would gather a sharded weight whole, and be refused on a mesh of explicit axes.
     mesh = jax.typeof(leaf).sharding.mesh
     replicated = NamedSharding(mesh, PartitionSpec()) if AxisType.Explicit in mesh.axis_types else None

@@ -115,7 +115,7 @@ def autofreeze(
 
     def init(layers: Layers, params: PyTree) -> AutoFreezeState:
         freezable(layers, keep)
-        return _start(layers, check_params(params))
+        return _start(layers, check_params(layers.unstacked(params)))
 
     def dispatch(
         state: AutoFreezeState, layers: Layers, *, step: int, params: Callable[[], PyTree], **signals: Any

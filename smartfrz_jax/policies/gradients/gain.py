@@ -216,7 +216,7 @@ def _fitting(gradient: Mapping[str, Any], params: Mapping[str, np.ndarray]) -> d
 def _gains(
     layers: Layers, before: Mapping[str, Any], now: Mapping[str, Any], gradient: Mapping[str, Any]
 ) -> Float[np.ndarray, " layers"]:
-    falls = hosts.fetch(_falls(dict(before), dict(now), dict(gradient)))
+    falls = hosts.fetch(_falls(*(layers.unstacked(dict(each)) for each in (before, now, gradient))))
     return np.array([sum(falls[param] for param in layer.params) for layer in layers], np.float32)
 
 

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from smartfrz_jax.layers.layers import Layers, check_params
+from smartfrz_jax.layers.layers import Layers
 from smartfrz_jax.layers.select import Selectors, described
 from smartfrz_jax.policies import snapshot
 from smartfrz_jax.policies.base import Policy, check_update, freezable, kept, names_of, require
@@ -87,7 +87,7 @@ def grades(
 
     def init(layers: Layers, params: PyTree) -> GradESState:
         freezable(layers, keep)
-        return GradESState(snapshot.blank(layers, check_params(params)), np.zeros(len(layers), bool))
+        return GradESState(snapshot.blank(layers, params), np.zeros(len(layers), bool))
 
     def dispatch(
         state: GradESState, layers: Layers, *, step: int, params: Callable[[], PyTree], **signals: Any

@@ -82,9 +82,8 @@ def slimfit(rate: float, *, switch_every: int = 50, seed: int = 0, keep: Selecto
 
     def init(layers: Layers, params: PyTree) -> SlimFitState:
         may_freeze = freezable(layers, keep)
-        leaves = check_params(params)
         distances = (_UNKNOWN * (1 + np.random.default_rng(seed).uniform(size=len(layers)))).astype(np.float32)
-        return SlimFitState(distances, snapshot.blank(layers, leaves), _least(distances, may_freeze, rate))
+        return SlimFitState(distances, snapshot.blank(layers, params), _least(distances, may_freeze, rate))
 
     def update(
         state: SlimFitState, layers: Layers, *, step: int, params: Callable[[], PyTree], **signals: Any
@@ -92,9 +91,10 @@ def slimfit(rate: float, *, switch_every: int = 50, seed: int = 0, keep: Selecto
         check_update(state, SlimFitState, layers, step)
         names_of(layers, state.frozen)  # raises, if it is of another network
         if step % switch_every == 0 and state.before.is_taken:
-            state = _decide(state, layers, check_params(params()), freezable(layers, keep), rate, step)
+            leaves = check_params(layers.unstacked(params()))
+            state = _decide(state, layers, leaves, freezable(layers, keep), rate, step)
         if (step + 1) % switch_every == 0:
-            leaves = check_params(params())
+            leaves = check_params(layers.unstacked(params()))
             active = {name: leaves[name] for name in snapshot.active_kernels(layers, state.frozen)}
             state = state._replace(before=snapshot.take(layers, active))
         elif state.before.is_blank:

@@ -7,8 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 import smartfrz_jax as sfj
+from smartfrz_jax.predictor.probe import contributions
 from smartfrz_jax.predictor.sampling import Tailoring
 from tests.freezing.stacked.networks import (
     BLOCKS,
@@ -19,6 +21,7 @@ from tests.freezing.stacked.networks import (
     UNROLLED,
     X,
     by_scan,
+    like_params,
     loss,
     rows,
     unrolled,
@@ -77,8 +80,48 @@ def test_outputs_are_those_of_the_network_unrolled():
 
 
 def test_sampled_weights_are_those_of_the_network_unrolled():
-    sampled = Tailoring.create(LAYERS, rows(PARAMS), size=16)(rows(PARAMS))
+    sampled = Tailoring.create(LAYERS, PARAMS, size=16)(PARAMS)
     np.testing.assert_array_equal(sampled, Tailoring.create(UNROLLED, rows(PARAMS), size=16)(rows(PARAMS)))
+
+
+@pytest.mark.slow
+def test_the_front_is_put_back_row_by_row():
+    start, depths = like_params(), [0, 1, 3, 6]
+    probes = [functools.partial(jax.jit(each), x=X) for each in (loss, unrolled_loss)]
+    got = contributions(LAYERS, probes[0], PARAMS, start, depths=depths)
+    expected = contributions(UNROLLED, probes[1], rows(PARAMS), rows(start), depths=depths)
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+    assert len(set(got[depths].tolist())) == len(depths)
+
+
+def smartfrz():
+    config = sfj.predictor.PredictorConfig(size=16, hidden=4, features=4, head_hidden=4)
+    times = sfj.policies.Schedule(record_every=1, evaluate_every=2, min_records=2, window=2)
+    predictor = sfj.Predictor(config, rngs=nnx.Rngs(0))
+    return sfj.smartfrz(predictor, total_steps=4, schedule=times, probe=functools.partial(jax.jit(loss), x=X))
+
+
+POLICIES = {
+    "smartfrz": smartfrz,
+    "gain": lambda: sfj.policies.gain(
+        lambda params, number: jax.grad(loss)(params, X), total_steps=8, window=2, measure_every=2
+    ),
+    "slimfit": lambda: sfj.policies.slimfit(0.5, switch_every=2),
+    "autofreeze": lambda: sfj.autofreeze(evaluate_every=2),
+    "grades": lambda: sfj.policies.grades(0.1, total_steps=4, grace=0.25, evaluate_every=2),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("make", POLICIES.values(), ids=POLICIES)
+def test_policies_that_look_at_the_network_get_its_own_parameters(make):
+    """Those that ask it for losses or gradients, and those that look at weights or gradients of each row."""
+    freezer, params = sfj.Freezer(make(), LAYERS, PARAMS), PARAMS
+    for step in range(4):
+        params = jax.tree.map(lambda leaf, step=step: (0.9 + 0.01 * step) * leaf, params)
+        grads = freezer.frozen.active_leaves(jax.tree.map(lambda leaf, step=step: leaf / (step + 1), PARAMS))
+        freezer.observe(lambda params=params: params, loss=jnp.float32(1.0), grads=grads)
+    assert freezer.steps == 4
 
 
 @pytest.mark.slow
