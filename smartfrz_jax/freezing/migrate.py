@@ -13,10 +13,10 @@ from jax.tree_util import keystr, tree_leaves_with_path
 
 from smartfrz_jax.freezing.accumulation import WindowState, averages, clock_of, partial_sums, start_windows
 from smartfrz_jax.freezing.frozen import ACTIVE, FROZEN, Frozen, check_frozen
-from smartfrz_jax.freezing.stacked import rows
-from smartfrz_jax.freezing.transform import freeze, partition, unshared
+from smartfrz_jax.freezing.stacked import rows, state_rows
+from smartfrz_jax.freezing.transform import freeze, unshared
 from smartfrz_jax.layers.layers import Layers, check_params
-from smartfrz_jax.pytrees import checks, paths
+from smartfrz_jax.pytrees import checks
 from smartfrz_jax.pytrees.types import PyTree
 
 
@@ -52,7 +52,8 @@ def migrate_opt_state(
 
     Raises:
         ValueError: If a value is missing, left over, or has another shape or dtype than ``tx`` gives it for ``params``,
-            or ``tx`` keeps state that cannot be split by layer, as ``optax.flatten`` does.
+            or ``tx`` keeps state that cannot be split by layer, as ``optax.flatten`` does, or, where rows of stacked
+            parameters freeze or return, by row, as ``optax.novograd`` does.
     """
     checks.transformation(tx)
     check_frozen(frozen)
@@ -65,6 +66,8 @@ def migrate_opt_state(
     opt_state = _with_groups(opt_state, tx, params, frozen.layers)
     moves = _moves(opt_state, tx, params, frozen)
     old = by_path(opt_state)
+    if frozen.layers.stacks:
+        _check_by_row(opt_state, tx, params, frozen)
     abstract = _abstract(opt_state, tx, params, frozen)
     wanted = by_path(abstract)
     as_moved = old | {path: moves[path].shape(leaf) for path, leaf in old.items() if path in moves}
@@ -190,49 +193,32 @@ def _abstract(opt_state: Any, tx: optax.GradientTransformation, params: PyTree, 
 
 def _moves(opt_state: Any, tx: optax.GradientTransformation, params: PyTree, frozen: Frozen) -> dict[str, rows.Move]:
     """How state of stacked parameters comes to be of other rows, by path."""
-    stacks, of_state, there = frozen.layers.stacks, rows.of_state(opt_state), by_path(opt_state).keys()
-    if not stacks:
+    if not frozen.layers.stacks:
         return {}
-    found = {}
-    for path, (axis, array) in _row_axes(tx, params, frozen.layers).items():
-        every = tuple(range(len(stacks[array].layers)))
+    of_state, there, found = rows.of_state(opt_state), by_path(opt_state).keys(), {}
+    for path, (axis, array) in state_rows.axes(tx, params, frozen.layers).items():
+        every = _every_row(frozen, array)
         before = of_state.get(array, every) if path in there else ()
         found[path] = rows.Move(axis, before, () if frozen.is_frozen(array) else frozen.rows.get(array, every))
     return found
 
 
-def _row_axes(tx: optax.GradientTransformation, params: PyTree, layers: Layers) -> dict[str, tuple[int, str]]:
-    """Along which axis an array of an optimizer's state has rows, and of which stacked parameter, by path.
+def _check_by_row(opt_state: Any, tx: optax.GradientTransformation, params: PyTree, frozen: Frozen) -> None:
+    """Raises unless all state of stacked parameters whose rows change can be divided among them."""
+    of_state, leaves = rows.of_state(opt_state), by_path(opt_state)
+    for path, array in state_rows.together(tx, params, frozen.layers).items():
+        every = _every_row(frozen, array)
+        changes = of_state.get(array, every) != frozen.rows.get(array, every)
+        if path in leaves and changes and not frozen.is_frozen(array):
+            raise ValueError(
+                f"tx: keeps {path}, {_text(leaves[path])}, of all rows of {array!r} together, expected state of each "
+                "row, for some of them freeze or return; take an optimizer that has such, as optax.adamw, or find the "
+                "layers without rows=True"
+            )
 
-    Asked of the optimizer, by the shapes of what it makes for parameters with more rows.
 
-    Args:
-        tx: The optax transformation.
-        params: The parameters.
-        layers: Their layers.
-    """
-    more = {name: at for at, name in enumerate(sorted(layers.stacks), 1)}
-
-    def longer(name: str, leaf: Any) -> jax.ShapeDtypeStruct:
-        shape = list(np.shape(leaf))
-        if name in more:
-            shape[layers.stacks[name].axis] += more[name]
-        return jax.ShapeDtypeStruct(tuple(shape), jnp.result_type(leaf))
-
-    init = partition(tx, Frozen(layers)).init
-    own, other = (
-        {keystr(path): leaf.shape for path, leaf in tree_leaves_with_path(jax.eval_shape(init, of))}
-        for of in (params, paths.tree_map(longer, params))
-    )
-    names = {at: name for name, at in more.items()}
-    found = {}
-    for path, shape in own.items():
-        longer_by = [b - a for a, b in zip(shape, other.get(path, ()), strict=False)]
-        axes = [axis for axis, by in enumerate(longer_by) if by]
-        name = names.get(longer_by[axes[0]]) if len(axes) == 1 and len(other[path]) == len(shape) else None
-        if name is not None and shape[axes[0]] == len(layers.stacks[name].layers):
-            found[path] = axes[0], name
-    return found
+def _every_row(frozen: Frozen, array: str) -> tuple[int, ...]:
+    return tuple(range(len(frozen.layers.stacks[array].layers)))
 
 
 def _with_groups(opt_state: Any, tx: optax.GradientTransformation, params: PyTree, layers: Layers) -> Any:

@@ -16,7 +16,7 @@ from tests.optimizers.table import CASES
 
 pytestmark = pytest.mark.usefixtures("jax_defaults")
 
-GRADS, PER_EXAMPLE = [like_params() for _ in range(6)], [like_params(2) for _ in range(6)]
+GRADS = [like_params() for _ in range(6)]
 # Some rows freeze, then others do while these return, then all train again.
 NAMES = [(), ("stem", *BLOCKS[:2]), ("stem", *BLOCKS[:2]), BLOCKS[1:4], BLOCKS, ()]
 # Each number of theirs depends on numbers of the same place alone.
@@ -25,8 +25,8 @@ ELEMENTWISE = {
     "MultiSteps": optax.MultiSteps(optax.sgd(0.1, momentum=0.9), every_k_schedule=3),
     "masked": optax.lion(0.1, mask=lambda tree: jax.tree.map(lambda leaf: leaf.shape[-1] > 3, tree)),
 }
-# Those whose state has other shapes than the parameters, or whose update takes more than gradients.
-OTHERS = ("optax.novograd", "optax.lbfgs", "optax.apply_every", "contrib.dpsgd", "contrib.muon")
+# Those with loops, whose state has other shapes than the parameters, or whose update takes more than gradients.
+OTHERS = ("optax.lbfgs", "contrib.muon")
 
 
 @pytest.mark.slow
@@ -68,7 +68,7 @@ def moved(name):
         frozen = sfj.Frozen(LAYERS, names)
         state = sfj.migrate_opt_state(state, case.tx, params, frozen)
         tx, extra = sfj.freeze(case.tx, frozen), case.extra(lambda params: loss(params, X), params)
-        grads = (PER_EXAMPLE if case.per_example else GRADS)[step]
+        grads = GRADS[step]
         update = jax.jit(lambda *args, tx=tx, extra=extra: tx.update(*args, **extra)) if case.compiled else tx.update
         updates, state = update(grads, state, params, **({} if case.compiled else extra))
         params = sfj.apply_updates(params, updates, frozen)
