@@ -1,14 +1,17 @@
-"""Makes tables of the paper again: ``python -m research.reproduce table2 --scale cpu --minutes 60``."""
+"""Makes the paper's tables and figures again: ``python -m research.reproduce table2 figure5 --minutes 60``."""
 
 from __future__ import annotations
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
 from research import json_lines
 from research.long_runs import __main__ as long_runs
 from research.reproduce import runs
+from research.reproduce.figures import work as measuring
+from research.reproduce.figures import write as figures
 from research.reproduce.page import page
 from research.reproduce.plans import PLANS
 from train.command_line import local_path
@@ -18,12 +21,12 @@ FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results.jsonl"
 
 _DESCRIPTION = """\
-Makes tables of the paper again, and writes results.md with the paper's figures beside them.
+Makes tables and figures of the paper again, and writes results.md and figures.md with what the paper says beside them.
 
-  --scale cpu    smaller networks and images, whole data sets: hours of one core for each run; research.long_runs
+  --scale cpu    smaller networks and images; for tables whole data sets, hours of one core a run: research.long_runs
   --scale paper  the paper's networks at 224 x 224, by train.finetune; --weights holds resnet50.safetensors and others
 
-What is finished is not run again, and what was interrupted goes on. Without a table only the page is written.
+What is finished is not run again, and what was interrupted goes on. Without a name only the pages are written.
 """
 
 
@@ -34,51 +37,80 @@ def main(argv: list[str] | None = None) -> int:
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("tables", nargs="*", metavar="TABLE", help=f"of {', '.join(PLANS)}")
+    names = (*PLANS, *measuring.FIGURES)
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(names)}")
     parser.add_argument("--scale", choices=("cpu", "paper"), default="cpu", help="default: %(default)s")
     parser.add_argument("--data-dir", type=local_path, help="data directory of TFDS")
     parser.add_argument("--weights", type=local_path, help="folder of published weights")
     parser.add_argument("--state", type=local_path, help="folder for unfinished runs")
-    parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--seeds", type=int, default=3, help="of tables (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=60.0, help="after which no run begins (default: %(default)s)")
-    parser.add_argument("--results", type=local_path, help="finished runs; default: those in the repository")
-    parser.add_argument("--out", type=local_path, default=FOLDER, help="where the page is written")
+    parser.add_argument("--results", type=local_path, help="finished runs of tables; default: those in the repository")
+    parser.add_argument("--out", type=local_path, default=FOLDER, help="where pages and figures.jsonl are")
     args = parser.parse_args(argv)
-    for name in args.tables:
-        if name not in PLANS:
-            parser.error(f"TABLE: got {name}, expected some of {', '.join(PLANS)}")
+    for name in args.names:
+        if name not in names:
+            parser.error(f"NAME: got {name}, expected some of {', '.join(names)}")
     code = 0
-    if args.tables:
+    if args.names:
         for name in ("data_dir", "weights", "state"):
             if getattr(args, name) is None:
-                parser.error(f"--{name.replace('_', '-')} is needed to run {', '.join(args.tables)}; see --help")
-        code = _on_cpu(args) if args.scale == "cpu" else _on_paper_scale(args)
+                parser.error(f"--{name.replace('_', '-')} is needed to run {', '.join(args.names)}; see --help")
+        try:
+            code = _run(args)
+        except runs.InterruptedRunError as error:
+            print(error, file=sys.stderr)
+            code = error.code
     cpu = args.results if args.results and args.scale == "cpu" else long_runs.RESULTS
     paper = args.results if args.results and args.scale == "paper" else RESULTS
     write_whole(args.out / "results.md", page(json_lines.read(cpu, dict), json_lines.read(paper, dict)))
+    figures.write(args.out)
     return code
 
 
-def _on_cpu(args: argparse.Namespace) -> int:
-    plans = [PLANS[name] for name in args.tables]
+def _run(args: argparse.Namespace) -> int:
+    """What is missing of the figures, which are short, and of the tables, until the time is up."""
+    end = time.monotonic() + 60 * args.minutes
+    args.state.mkdir(parents=True, exist_ok=True)
+    shown = [name for name in args.names if name in measuring.FIGURES]
+    tables = [name for name in args.names if name in PLANS]
+    codes = [0]
+    if shown:
+        folders = measuring.Folders(args.state, args.data_dir, args.weights)
+        results = args.out / figures.ROWS
+        codes.append(measuring.work(shown, args.scale, folders, results=results, minutes=_left(end), say=_say))
+    if tables:
+        codes.append(_on_cpu(args, tables, _left(end)) if args.scale == "cpu" else _on_paper_scale(args, tables, end))
+    return max(codes)
+
+
+def _left(end: float) -> float:
+    return max(0.0, end - time.monotonic()) / 60
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _on_cpu(args: argparse.Namespace, tables: list[str], minutes: float) -> int:
+    plans = [PLANS[name] for name in tables]
     cases = dict.fromkeys(case for plan in plans for case in plan.cases)
     strategies = dict.fromkeys(name for plan in plans for name in ("never", *plan.strategies))
     options = ["--data-dir", args.data_dir, "--weights", args.weights, "--state", args.state]
-    options += ["--minutes", args.minutes, "--seeds", args.seeds, "--results", args.results or long_runs.RESULTS]
+    options += ["--minutes", minutes, "--seeds", args.seeds, "--results", args.results or long_runs.RESULTS]
     return long_runs.main([*map(str, options), "--cases", *cases, "--strategies", *strategies])
 
 
-def _on_paper_scale(args: argparse.Namespace) -> int:
-    args.state.mkdir(parents=True, exist_ok=True)
+def _on_paper_scale(args: argparse.Namespace, tables: list[str], end: float) -> int:
     return runs.work(
-        [PLANS[name] for name in args.tables],
+        [PLANS[name] for name in tables],
         results=args.results or RESULTS,
         out=args.state,
         data_dir=args.data_dir,
         weights_dir=args.weights,
         seeds=args.seeds,
-        minutes=args.minutes,
-        say=print,
+        minutes=_left(end),
+        say=_say,
     )
 
 

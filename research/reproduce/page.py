@@ -10,6 +10,7 @@ import numpy as np
 from research.long_runs.report import Line, lines
 from research.reproduce.paper import TABLES
 from research.reproduce.plans import NOT_PLANNED, PLANS, Plan
+from research.reproduce.tables import table
 
 Row = Mapping[str, Any]
 
@@ -53,7 +54,7 @@ def _paper(number: int) -> str:
         compute = f"{said.tflops / base.tflops:.2f}" if base and base.tflops and said.tflops else "-"
         time = f"{said.time / base.time:.2f}" if base and base.time and said.time else "-"
         rows.append((said.network, said.data, said.method, f"{said.accuracy:.2f}", change, compute, time))
-    return "The paper:\n\n" + _table(("network", "data", "method", "figure", "change", "compute", "time"), rows)
+    return "The paper:\n\n" + table(("network", "data", "method", "figure", "change", "compute", "time"), rows, text=3)
 
 
 def _here(plan: Plan, results: Sequence[Row]) -> str:
@@ -63,7 +64,7 @@ def _here(plan: Plan, results: Sequence[Row]) -> str:
         rows += [_row(case, method, found[name]) for name, method in plan.strategies.items() if name in found]
     if not rows:
         return f"Here ({', '.join(plan.cases)}): not run yet."
-    return "Here:\n\n" + _table(("case", "method", "seeds", "figure", "change", "compute", "time"), rows)
+    return "Here:\n\n" + table(("case", "method", "seeds", "figure", "change", "compute", "time"), rows, text=2)
 
 
 def _row(case: str, method: str, line: Line) -> tuple[str, ...]:
@@ -91,10 +92,4 @@ def _own(plan: Plan, results: Sequence[Row]) -> str:
             text = f"{np.mean(figures):.2f}{spread}"
             rows.append((setup.network, setup.data, method, str(len(runs)), text, compute, time))
     head = ("network", "data", "method", "seeds", "figure", "compute", "time")
-    return "On the paper's scale:\n\n" + _table(head, rows) if rows else ""
-
-
-def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    numbers = [name in ("seeds", "figure", "change", "compute", "time") for name in head]
-    line = "|".join("--:" if number else "---" for number in numbers)
-    return "\n".join([f"| {' | '.join(head)} |", f"|{line}|", *(f"| {' | '.join(row)} |" for row in rows)])
+    return "On the paper's scale:\n\n" + table(head, rows, text=3) if rows else ""

@@ -46,12 +46,23 @@ class Plan(NamedTuple):
 
 _FOUR = {"never": FULL, "freezeout": LINEAR, "autofreeze": AUTOFREEZE, "paper": SMARTFRZ}
 # As published: the predictor of raw weights, trained on labels from CKA, judges every layer alone.
-_SMARTFRZ = ("--policy", "smartfrz", "--predictor", "paper", "--order", "any", "--patience", "1", "--caution", "0.5")
+AS_PUBLISHED = (
+    "--policy",
+    "smartfrz",
+    "--predictor",
+    "paper",
+    "--order",
+    "any",
+    "--patience",
+    "1",
+    "--caution",
+    "0.5",
+)
 _POLICIES = {
     FULL: ("--policy", "never"),
     LINEAR: ("--policy", "freezeout"),
     AUTOFREEZE: ("--policy", "autofreeze"),
-    SMARTFRZ: _SMARTFRZ,
+    SMARTFRZ: AS_PUBLISHED,
 }
 _SGD = ("--optimizer", "sgd", "--learning-rate", "0.01", "--batch-size", "32")
 _TEXT = ("--epochs", "5", "--optimizer", "adamw", "--learning-rate", "2e-5", "--batch-size", "32")
@@ -64,7 +75,7 @@ def _tuned(network: str, model: str, data: str, epochs: int) -> Setup:
 
 
 _NETWORKS = (("ResNet50", "resnet50"), ("VGG11", "vgg11"), ("MobileNetV2", "mobilenetv2"), ("DeiT-T", "deit-tiny"))
-_FINE_TUNED = tuple(
+FINE_TUNED = tuple(
     _tuned(network, model, data, 100 if network == "DeiT-T" else 10)
     for data in ("CIFAR-10", "CIFAR-100")
     for network, model in _NETWORKS
@@ -73,7 +84,7 @@ _SCRATCH = Setup(
     "ResNet50", "CIFAR-10", ("--model", "resnet50", "--data", "cifar10", "--epochs", "160", *_SGD, *_IMAGES), {}
 )
 _BERT = {"--weights": "bert-base.safetensors", "--vocab": "vocab.txt"}
-_RESNET = _FINE_TUNED[0]
+_RESNET = FINE_TUNED[0]
 _NO_IMAGENET = "ImageNet is not in the box; `train.finetune --data imagenet2012` runs it."
 
 PLANS: dict[str, Plan] = {
@@ -85,7 +96,7 @@ PLANS: dict[str, Plan] = {
         {},
         "On the paper's scale: `train.finetune --policy similarity_guided --reference` from a finished run of table2.",
     ),
-    "table2": Plan("fine-tuning", ("lite0-cifar10", "lite0-cifar100"), _FOUR, _FINE_TUNED, _POLICIES),
+    "table2": Plan("fine-tuning", ("lite0-cifar10", "lite0-cifar100"), _FOUR, FINE_TUNED, _POLICIES),
     "table3": Plan("training from scratch", ("resnet20-cifar10-scratch",), _FOUR, (_SCRATCH,), _POLICIES, _NO_IMAGENET),
     "table6": Plan(
         "text",

@@ -13,7 +13,19 @@ from research.reproduce.plans import Plan, Setup
 from train import finetune
 from train.log import Run, read
 
-INTERRUPTED = (75, 130)  # exit codes of a run that goes on when it is called again
+_INTERRUPTED = (75, 130)  # exit codes of a run that goes on when it is called again
+
+
+class InterruptedRunError(Exception):
+    """A run was interrupted; it goes on when it is called again.
+
+    Args:
+        code: Exit code of the interrupted run.
+    """
+
+    def __init__(self, code: int):
+        super().__init__(f"interrupted ({code}); the same command goes on")
+        self.code = code
 
 
 class PaperRun(NamedTuple):
@@ -73,6 +85,9 @@ def work(
     """Runs what is missing until the time is up; returns the exit code.
 
     A run that has begun is not stopped for the time; one that was interrupted goes on when this is called again.
+
+    Raises:
+        InterruptedRunError: If one was interrupted.
     """
     deadline = time.monotonic() + 60 * minutes
     failed: set[tuple[str, str, str, int]] = set()
@@ -82,14 +97,30 @@ def work(
         if run is None:
             break
         say(f"{run.folder}: begins")
-        code = finetune.main(run.options(out, data_dir, weights_dir))
-        if code in INTERRUPTED:
-            return code
-        if code:  # it has said why; weights or data may be missing for this network alone
+        try:
+            log = finished(run, out, data_dir, weights_dir)
+        except ValueError as error:  # it has said why; weights or data may be missing for this network alone
+            say(str(error))
             failed.add(run.key)
             continue
-        json_lines.append(results, row_of(run, read(out / run.folder / "log.jsonl")))
+        json_lines.append(results, row_of(run, log))
     return 2 if failed else 0
+
+
+def finished(run: PaperRun, out: Path, data_dir: Path, weights_dir: Path) -> Run:
+    """Runs it, or goes on with it, or only reads what it came to.
+
+    Raises:
+        ValueError: If it cannot run; it has said why.
+        InterruptedRunError: If it was interrupted.
+    """
+    if not (out / run.folder / "model.safetensors").exists():  # written last
+        code = finetune.main(run.options(out, data_dir, weights_dir))
+        if code in _INTERRUPTED:
+            raise InterruptedRunError(code)
+        if code:
+            raise ValueError(f"{run.folder}: could not run")
+    return read(out / run.folder / "log.jsonl")
 
 
 def row_of(run: PaperRun, log: Run) -> dict[str, Any]:
@@ -106,5 +137,7 @@ def row_of(run: PaperRun, log: Run) -> dict[str, Any]:
         "tflops": log.tflops,
         "options": [*run.setup.options, *run.policy],
         "frozen": [[event.step, list(event.names), list(event.returned)] for event in log.freezes],
-        "memory": [[phase.step, phase.peak_bytes] for phase in log.phases],
+        "layers": list(log.layers),
+        "steps": len(log.steps),
+        "memory": [[phase.step, phase.frozen, phase.peak_bytes] for phase in log.phases],
     }

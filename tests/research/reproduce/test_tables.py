@@ -20,7 +20,7 @@ from research.reproduce.plans import NOT_PLANNED, PLANS, Setup
 from train import networks
 from train.options import parse
 
-PAPER = Path(__file__).parents[3] / "shared" / "paper" / "smartfrz_paper.txt"
+PAPER = Path(__file__).parents[4] / "shared" / "paper" / "smartfrz_paper.txt"
 
 
 @pytest.mark.skipif(not PAPER.exists(), reason="the text of the paper is not beside the repository")
@@ -110,7 +110,7 @@ def test_what_cannot_run_is_said_and_the_rest_goes_on(tmp_path, monkeypatch, cap
 def test_a_table_that_is_not_there(capsys):
     with pytest.raises(SystemExit):
         script.main(["table99"])
-    assert "TABLE: got table99, expected some of table1," in capsys.readouterr().err
+    assert "NAME: got table99, expected some of table1," in capsys.readouterr().err
 
 
 def test_the_page_is_that_of_the_results():

@@ -1,0 +1,29 @@
+"""Figure 5: what a train step holds while layers freeze, and when they do."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+if TYPE_CHECKING:
+    from jaxtyping import Int
+
+Row = Mapping[str, Any]
+
+
+def memory_over_time(row: Row) -> Int[np.ndarray, " steps"]:
+    """Bytes that the program of each step holds at its peak.
+
+    Args:
+        row: A run, as :func:`research.reproduce.runs.row_of` gives it.
+    """
+    firsts = [step for step, _, _ in row["memory"]]
+    lengths = np.diff([*firsts, row["steps"] + 1])
+    return np.repeat([peak for *_, peak in row["memory"]], lengths)
+
+
+def moments_of(row: Row) -> dict[str, float]:
+    """Share of the run after which each layer froze, by name; of those that did."""
+    return {name: step / row["steps"] for step, names, _ in row["frozen"] for name in names}
