@@ -105,7 +105,7 @@ def relative_gradient_norm(
         grads = require(signals, "grads", _NAME, "pass the gradients of the active layers by parameter name")
         checks.by_name(grads, "grads", "a dict from parameter names to gradients, such as Frozen.active_leaves(grads)")
         if (step - 1) % evaluate_every >= evaluate_every - batches:
-            state = _accumulate(state, layers, grads, check_params(params()))
+            state = _accumulate(state, layers, grads, check_params(layers.unstacked(params())))
         if step % evaluate_every:
             return names, state, None
         sums, counted = _nothing(len(layers))

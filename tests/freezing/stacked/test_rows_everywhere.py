@@ -109,6 +109,7 @@ POLICIES = {
     "slimfit": lambda: sfj.policies.slimfit(0.5, switch_every=2),
     "autofreeze": lambda: sfj.autofreeze(evaluate_every=2),
     "grades": lambda: sfj.policies.grades(0.1, total_steps=4, grace=0.25, evaluate_every=2),
+    "relative norm": lambda: sfj.policies.relative_gradient_norm(0.1, evaluate_every=2, batches=2),
 }
 
 
