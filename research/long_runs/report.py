@@ -17,6 +17,7 @@ import numpy as np
 from research import json_lines
 from research.long_runs.__main__ import RESULTS, best_rate, figure_of
 from research.long_runs.cases import CASES
+from research.long_runs.labels import label
 from research.long_runs.strategies import STRATEGIES
 from train.command_line import local_path
 from train.log import write_whole
@@ -25,6 +26,11 @@ mpl.use("Agg")
 import matplotlib.pyplot as plt
 
 Result = Mapping[str, Any]
+# Dark enough to read a label in; a kind of strategy has the same one in all pictures.
+_COLOURS = (
+    "#222222", "#2e7d32", "#c62828", "#d9690f", "#8d6e00", "#1565c0", "#00838f", "#7a5195", "#8c564b", "#ad1457",
+    "#666666",
+)  # fmt: skip
 
 _HEAD = """\
 # Long runs
@@ -152,20 +158,28 @@ def picture(found: Sequence[Line], path: Path, title: str) -> None:
     """
     figure, axes = plt.subplots(1, 2, figsize=(14, 6), sharey=True, layout="constrained")
     figure.suptitle(title)
-    kinds = list(dict.fromkeys(one.strategy.partition(":")[0] for one in found))
-    colours = dict(zip(kinds, plt.get_cmap("tab20").colors, strict=False))  # pyright: ignore[reportAttributeAccessIssue]
-    for axis, name, label in zip(axes, ("time", "flops"), ("total time", "FLOPs"), strict=True):
+    colours = [_colour(one.strategy) for one in found]
+    names = [one.strategy for one in found]
+    for axis, name, text in zip(axes, ("time", "flops"), ("total time", "FLOPs"), strict=True):
         axis.axhline(0, color="#bbbbbb", linewidth=1, zorder=0)
-        for one in found:
-            colour = colours[one.strategy.partition(":")[0]]
+        for one, colour in zip(found, colours, strict=True):
             place = (getattr(one, name), one.difference)
             axis.errorbar(*place, yerr=np.nan_to_num(one.error), fmt="o", capsize=3, color=colour)
-            axis.annotate(one.strategy, place, (5, 4), textcoords="offset points", fontsize=8, color=colour)
-        axis.set_xlabel(f"{label}, share of full training")
+        axis.set_xlabel(f"{text}, share of full training")
         axis.grid(alpha=0.3)
+        axis.margins(0.08)
     axes[0].set_ylabel("points against full training (bars: standard error)")
+    figure.canvas.draw()  # lays it out
+    for axis, name in zip(axes, ("time", "flops"), strict=True):
+        axis.autoscale(enable=False)
+        label(axis, [(getattr(one, name), one.difference) for one in found], names, colours)
     figure.savefig(path, dpi=100)
     plt.close(figure)
+
+
+def _colour(strategy: str) -> str:
+    kinds = list(dict.fromkeys(name.partition(":")[0] for name in STRATEGIES))
+    return _COLOURS[kinds.index(strategy.partition(":")[0]) % len(_COLOURS)]
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,6 +1,9 @@
 """Long runs: a policy that leaves the path of never is the policy run from the start; interruptions change nothing."""
 
+import itertools
+
 import jax
+import matplotlib.pyplot as plt
 import numpy as np
 import pytest
 from flax import nnx
@@ -10,6 +13,7 @@ from research import json_lines
 from research.long_runs.__main__ import RESULTS, best_rate, jobs
 from research.long_runs.bench import Bench
 from research.long_runs.cases import CASES, Case
+from research.long_runs.labels import label
 from research.long_runs.report import lines, page
 from research.long_runs.run import LEAD, Job, Runner
 from research.long_runs.strategies import STRATEGIES, Strategy
@@ -138,6 +142,18 @@ def test_a_line_is_the_mean_of_paired_differences():
     assert (progress.seeds, progress.flops, progress.time, progress.first) == (2, 0.6, pytest.approx(0.9), 0.2)
     assert progress.difference == pytest.approx(0, abs=1e-9)  # -1 and +1
     assert progress.error == pytest.approx(1)
+
+
+def test_labels_of_points_that_coincide_are_apart():
+    figure, axis = plt.subplots(figsize=(5, 4))
+    points = [(0.5, 0.5)] * 4 + [(0.99, 0.5), (0.5, 0.97)]
+    axis.set(xlim=(0, 1), ylim=(0, 1))
+    figure.canvas.draw()
+    boxes = label(axis, points, ["a strategy:0.5"] * 6, ["black"] * 6)
+    frame = axis.get_window_extent()
+    plt.close(figure)
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
+    assert all(frame.x0 <= box.x0 and box.x1 <= frame.x1 and box.y1 <= frame.y1 for box in boxes)
 
 
 def test_the_page_is_that_of_the_results():
