@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.core import Tracer
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def runs(indices: Collection[int]) -> list[range]:
@@ -25,9 +28,13 @@ def runs(indices: Collection[int]) -> list[range]:
 
 
 def take(array: jax.Array, indices: Sequence[int], axis: int) -> jax.Array:
-    """Some rows of an array."""
+    """Some rows of an array; where devices had shares of the rows, they have shares of what is taken."""
     parts = [jax.lax.slice_in_dim(array, run.start, run.stop, axis=axis) for run in runs(indices)]
-    return parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis)
+    taken = parts[0] if len(parts) == 1 else jnp.concatenate(parts, axis)
+    sharding = None if isinstance(array, Tracer) else getattr(array, "sharding", None)
+    if isinstance(sharding, NamedSharding) and sharding.spec[axis : axis + 1] not in ((), (None,)):
+        return jax.device_put(taken, _of_shares(sharding, taken.shape, axis))
+    return taken
 
 
 def put(array: jax.Array, part: jax.Array, indices: Sequence[int], axis: int) -> jax.Array:
@@ -52,4 +59,20 @@ def spread(part: jax.Array, indices: Sequence[int], length: int, axis: int) -> j
 
 
 def _zeros(like: jax.Array, rows: int, axis: int) -> jax.Array:
-    return jnp.zeros((*like.shape[:axis], rows, *like.shape[axis + 1 :]), like.dtype)
+    sharding = jax.typeof(like).sharding
+    explicit = sharding if AxisType.Explicit in sharding.mesh.axis_types else None
+    return jnp.zeros((*like.shape[:axis], rows, *like.shape[axis + 1 :]), like.dtype, out_sharding=explicit)
+
+
+def _of_shares(sharding: NamedSharding, shape: tuple[int, ...], axis: int) -> NamedSharding:
+    """A sharding of rows for fewer of them: along the first axis that can be divided, and that is not."""
+    spec = [*sharding.spec, *(None,) * (len(shape) - len(sharding.spec))]
+    names, spec[axis] = spec[axis], None
+    shares = math.prod(sharding.mesh.shape[name] for name in ((names,) if isinstance(names, str) else names))
+    for at in (axis, *range(len(shape))):
+        if spec[at] is None and shape[at] % shares == 0:
+            spec[at] = names
+            break
+    while spec and spec[-1] is None:  # as JAX writes it, for jax.jit compares
+        spec.pop()
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
