@@ -65,8 +65,10 @@ def missing(args: argparse.Namespace) -> list[Task]:
 def work(args: argparse.Namespace, argv: list[str]) -> int:
     """Runs what is missing until the time is up; returns the number of runs that failed."""
     deadline, failed = time.monotonic() + 60 * args.minutes, 0
-    for task in missing(args):
-        left = deadline - time.monotonic()
+    begun: list[Task] = []
+    while tasks := [task for task in missing(args) if task not in begun]:
+        task, left = tasks[0], deadline - time.monotonic()
+        begun.append(task)
         if left <= 0:
             print("the time is up", flush=True)
             break

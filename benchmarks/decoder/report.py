@@ -89,7 +89,10 @@ def _tuning(rows: Sequence[Mapping[str, Any]]) -> str:
     text += "| strategy | perplexity at each rate |\n|---|---|\n"
     for name in dict.fromkeys(row["strategy"] for row in tried):
         own = sorted((row for row in tried if row["strategy"] == name), key=lambda row: row["rate"])
-        cells = ", ".join(f"{row['rate']:g}: {row['perplexity']:.2f}" for row in own)
+        cells = ", ".join(
+            f"{row['rate']:g}: " + ("diverged" if row["perplexity"] is None else f"{row['perplexity']:.2f}")
+            for row in own
+        )
         text += f"| `{name}` | {cells} |\n"
     return text
 

@@ -147,8 +147,6 @@ class Call(NamedTuple):
         """
         if self.targets is None:
             return self.stage(*args.args)
-        variables = watch.variables
-        values, out = self.stage(*[variable.get_raw_value() for variable in variables], *args.rest)
-        for place, value in zip(self.targets, values, strict=True):
-            variables[place].set_raw_value(value)
+        values, out = self.stage(*watch.raw_values(), *args.rest)
+        watch.set_raw_values(self.targets, values)
         return out

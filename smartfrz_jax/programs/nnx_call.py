@@ -8,7 +8,7 @@ from __future__ import annotations
 import operator
 import weakref
 from collections.abc import Callable, Iterable, Mapping
-from itertools import repeat
+from itertools import chain, compress
 from typing import Any
 
 import jax
@@ -17,6 +17,11 @@ from flax import nnx
 from jax.core import Tracer
 
 from smartfrz_jax.programs.arguments import Arguments, is_node
+
+# Slots that methods of variables read and write after microseconds of Python; None if some NNX has no such slots.
+_RAW_VALUE: Any = vars(nnx.Variable).get("_raw_value")
+_METADATA: Any = vars(nnx.Variable).get("_var_metadata")
+_RENEWED = "_pytree__state"  # NNX's note of the trace in which a module was made
 
 
 class Watch:
@@ -33,11 +38,19 @@ class Watch:
         self.variables: list[nnx.Variable[Any]] = []
         self._types: list[type] = []
         self._metadata: list[dict[str, Any]] = []
-        self._dicts: list[tuple[dict[Any, Any], int, list[Any], list[Any]]] = []
+        self._dicts: list[dict[Any, Any]] = []
         self._lists: list[tuple[list[Any], list[Any]]] = []
         self._seen: set[int] = set()
         for node in nodes:
             self._add(node)
+        self._sizes = list(map(len, self._dicts))
+        self._names = list(chain.from_iterable(self._dicts))
+        self._watched = [name != _RENEWED for name in self._names]
+        self._values = list(self._values_now())
+        self._sorted = [[(name, contents[name]) for name in _names(contents)] for contents in self._dicts]
+        has_slots = _RAW_VALUE and _METADATA and all(issubclass(type(v), nnx.Variable) for v in self.variables)
+        self._write = _RAW_VALUE.__set__ if has_slots else nnx.Variable.set_raw_value
+        self._get_metadata = _METADATA.__get__ if has_slots else nnx.Variable.get_metadata
 
     def _add(self, node: Any) -> None:
         if id(node) in self._seen:
@@ -52,10 +65,31 @@ class Watch:
         if isinstance(node, list):
             self._lists.append((node, list(node)))
         elif contents and children:
-            names = _names(contents)
-            self._dicts.append((contents, len(contents), names, [contents[name] for name in names]))
+            self._dicts.append(contents)
         for child in children:
             self._add(child)
+
+    def _values_now(self) -> Iterable[Any]:
+        return compress(chain.from_iterable(contents.values() for contents in self._dicts), self._watched)
+
+    def raw_values(self) -> list[Any]:
+        """The values of the variables, as ``get_raw_value`` gives them."""
+        return [variable.get_raw_value() for variable in self.variables]
+
+    def set_raw_values(self, places: list[int], values: list[Any]) -> None:
+        """Gives some variables new values, as ``set_raw_value`` does, but checks the trace for the first alone.
+
+        Args:
+            places: Which of the variables.
+            values: Their values.
+
+        Raises:
+            flax.errors.TraceContextError: If the variables are of another trace than the caller.
+        """
+        write: Callable[[Any, Any], None] = nnx.Variable.set_raw_value
+        for place, value in zip(places, values, strict=True):
+            write(self.variables[place], value)
+            write = self._write
 
     def matches(self, other: Watch) -> bool:
         """Whether another look found the same: pytrees among the attributes may be others with the same leaves."""
@@ -64,32 +98,33 @@ class Watch:
             and all(map(operator.is_, self.variables, other.variables))
             and list(map(_kind, self._types)) == list(map(_kind, other._types))
             and all(map(_is_same, self._metadata, other._metadata))
-            and len(self._dicts) == len(other._dicts)
+            and list(map(len, self._sorted)) == list(map(len, other._sorted))
             and all(
-                a[2] == b[2] and all(map(_is_same_tree, a[3], b[3]))
-                for a, b in zip(self._dicts, other._dicts, strict=True)
+                name == its_name and _is_same_tree(value, its_value)
+                for (name, value), (its_name, its_value) in zip(
+                    chain.from_iterable(self._sorted), chain.from_iterable(other._sorted), strict=True
+                )
             )
         )
 
     def is_unchanged(self) -> bool:
         """Whether all modules have the attributes, and all variables the metadata, that they had: the same objects."""
         try:
+            # Each line is one pass in C: this runs before every step.
             return (
-                all(
-                    len(contents) == size and all(map(operator.is_, map(contents.get, names, repeat(self)), values))
-                    for contents, size, names, values in self._dicts
-                )
+                list(map(len, self._dicts)) == self._sizes
+                and list(chain.from_iterable(self._dicts)) == self._names
+                and all(map(operator.is_, self._values_now(), self._values))
                 and all(len(now) == len(then) and all(map(operator.is_, now, then)) for now, then in self._lists)
-                and [type(variable.get_raw_value()) for variable in self.variables] == self._types
-                and [variable.get_metadata() for variable in self.variables] == self._metadata
+                and list(map(type, self.raw_values())) == self._types
+                and list(map(self._get_metadata, self.variables)) == self._metadata
             )
         except (TypeError, ValueError):  # metadata that is another object and cannot be compared
             return False
 
 
 def _names(contents: Mapping[Any, Any]) -> list[Any]:
-    # NNX renews its note of the trace in which a module was made.
-    return sorted((name for name in contents if name != "_pytree__state"), key=str)
+    return sorted((name for name in contents if name != _RENEWED), key=str)
 
 
 def _children(node: Any) -> tuple[Any, ...]:

@@ -39,6 +39,9 @@ def test_what_is_done_is_skipped_and_what_failed_is_told(tmp_path, monkeypatch, 
         row = {**ROW, "strategy": name, "tune": True, "rate": rate, "perplexity": perplexity, "tiny": True}
         json_lines.append(args.out, row)
     assert rates.best(command.read(args), "full") == 1e-4
+    assert rates.to_try(
+        [{**ROW, "tune": True, "rate": rate, "perplexity": 1 / rate} for rate in (3e-5, 1e-4, 3e-4)], "full"
+    ) == [1e-3]
     runs = [("lora", 0, None), ("full", 1, None), ("lora", 1, None)]
     assert command.missing(args) == [("lora", 0, 3e-3), *runs]
     with pytest.raises(ValueError, match=r"lora has no learning rate: \[0.003\] are not tried"):
