@@ -173,7 +173,7 @@ def run(make: Callable[[int], Network], depth: int, only: list[str]) -> Iterator
             continue
         got = measured(by_scan, network.params, sfj.Frozen(layers, names))
         base = base or got
-        plain = jax.make_jaxpr(sfj.value_and_grad(unrolled, sfj.Frozen(layers.of_rows, names)))(rows, x)
+        plain = jax.make_jaxpr(sfj.value_and_grad(unrolled, sfj.Frozen(layers.of_parts, names)))(rows, x)
         own = jax.make_jaxpr(sfj.value_and_grad(by_scan, sfj.Frozen(layers, names)))(network.params, x)
         yield {
             "network": make.__name__,

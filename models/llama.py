@@ -63,10 +63,9 @@ class Llama(nnx.Module):
         hidden: Hidden width of the MLPs.
         rope_theta: Base of the wavelengths of the rotary positions.
         epsilon: Of the norms.
-        tied: Whether the head is the embedding. It is the last layer then, and as the head does not freeze, the
-            backward pass goes through frozen front blocks to the lookup of tokens. Without, the lookup freezes apart
-            from the head, and the backward pass ends behind what is frozen; the head of an untied network starts as
-            the embedding where a file of a tied one is loaded.
+        tied: Whether the head is the embedding. The lookup of tokens freezes apart from the head then if the layers are
+            found with ``lookups=True``. The head of an untied network starts as the embedding where a file of a tied
+            one is loaded.
         scan: Whether to run the blocks as a scan over their stacked weights, which compiles faster; see
             :func:`smartfrz_jax.nnx.scan_blocks`. It changes neither parameters nor results.
         dtype: Type to compute in, such as ``jnp.bfloat16``; ``param_dtype`` by default. Norms, rotations, softmax and

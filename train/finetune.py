@@ -109,7 +109,7 @@ def make_training(options: Options, data: Data, mesh: Mesh | None = None) -> Tra
         place_module(model, mesh)
     first = data.batch(0)
     example = data.prepare(first.inputs)
-    layers = sfj.nnx.find_layers(model, *example)
+    layers = sfj.nnx.find_layers(model, *example, lookups=options.network.is_decoder)
     learning_rate = options.optimizer.learning_rate
     rates = layer_rates(policy_config, layers, learning_rate=learning_rate, total_steps=total_steps)
     tx = make_optimizer(options.optimizer, epochs=run.epochs, total_steps=total_steps, rates=rates)

@@ -58,7 +58,7 @@ class NetworkConfig:
     scan: bool = False
     """scan over a transformer's blocks: compiles faster"""
     untied: bool = False
-    """decoders: a head of its own, which starts as the embedding, so that the lookup of tokens can freeze"""
+    """decoders: a head of its own, which starts as the embedding; for --keep-activations with a frozen front"""
     batch_norm: Literal["train", "fixed"] = "train"
     """fixed: BatchNorms use the statistics of --weights throughout; better for short runs on little data"""
 

@@ -78,8 +78,8 @@ class PytreeLoss:
 
 
 @dataclasses.dataclass(frozen=True)
-class RowLoss:
-    """Of losses of stacked parameters of which each row is in a layer of its own: these are variables, one by one.
+class PartsLoss:
+    """Of losses of parameters of which parts (rows, what lookups read) are in layers of their own: each a variable.
 
     Attributes:
         adapter: The adapter of the loss.
@@ -102,11 +102,13 @@ class RowLoss:
         like = jax.tree.unflatten(structure, range(structure.num_leaves))
         run = self.adapter.traceable(loss_fn, Frozen(self.layers, frozen.names), own)
 
-        def of_rows(rows: PyTree, *inputs: Any) -> tuple[Any, dict[str, Any]]:
-            out, updates = run(stacked(rows, like, self.layers.stacks), *inputs)
+        of_parts = self.layers.of_unstacked(run, like)
+
+        def with_updates(parts: PyTree, *inputs: Any) -> tuple[Any, dict[str, Any]]:
+            out, updates = of_parts(parts, *inputs)
             return out, self.layers.unstacked(updates)
 
-        return of_rows
+        return with_updates
 
     def write(self, params: PyTree, variables: PyTree, updates: dict[str, Any]) -> None:
         """As of :class:`LossAdapter`."""

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from smartfrz_jax.caching import exchange, loss_jaxpr
-from smartfrz_jax.caching.loss_adapter import LossAdapter, RowLoss
+from smartfrz_jax.caching.loss_adapter import LossAdapter, PartsLoss
 from smartfrz_jax.caching.partial_eval import Split, partial_eval
 from smartfrz_jax.freezing.frozen import Frozen, check_frozen
 from smartfrz_jax.jaxprs import example_axis
@@ -56,9 +56,16 @@ class SplitLoss:
         check_frozen(frozen)
         checks.function(loss_fn, "loss_fn", "a function of the parameters, or the model, and the batch")
         checks.instance(state_inputs, Collection, "state_inputs", "positions of inputs, such as (1,)")
-        if frozen.layers.stacks:
-            adapter = adapter if isinstance(adapter, RowLoss) else RowLoss(adapter, frozen.layers)
-            frozen = Frozen(frozen.layers.of_rows, frozen.names)
+        for table, is_lookup in frozen.lookups.items():
+            if is_lookup:
+                raise ValueError(
+                    f"frozen: got {frozen.layers.lookups[table]!r}, lookups in a table that trains on in layer "
+                    f"{frozen.layers.owner[table]!r}, so that what they give changes in every step; freeze that layer "
+                    "too, or give the network a head of its own"
+                )
+        if frozen.layers.array_of:
+            adapter = adapter if isinstance(adapter, PartsLoss) else PartsLoss(adapter, frozen.layers)
+            frozen = Frozen(frozen.layers.of_parts, frozen.names)
         self.frozen = frozen
         self._structure: Any = None
         self._loss_fn, self._adapter, self._state_inputs = loss_fn, adapter, frozenset(state_inputs)

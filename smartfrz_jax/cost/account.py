@@ -205,7 +205,7 @@ class Account:
                     yield equation
 
     def _count(self, frozen: Frozen, stopped: Collection[str]) -> StepFlops:
-        mask, active = frozen.mask, self._bits(frozen, stopped)
+        active = self._bits(frozen, stopped)
         # One row for each (layer, kind), columns as in Parts.
         cells: dict[tuple[int, str], list[float]] = collections.defaultdict(lambda: [0.0] * 5)
         for equation in self._equations(frozen):
@@ -215,8 +215,9 @@ class Account:
             cell[1] += weights.needed
             cell[2] += rest.needed
             cell[4] += equation.forward.added + weights.added + rest.added
+        updated = {*frozen.active, *(self.layers.owner[table] for table in frozen.lookups)}
         for i, update in enumerate(self._traced.update):
-            if not mask[i]:
+            if self.layers.names[i] in updated:
                 cells[i, kinds.UPDATE][3] += update
         names = ["", *self.layers.names]
         by_layer = {name: Parts() for name in names}
@@ -329,16 +330,13 @@ def assemble(
         raise ValueError("inputs: got none; what depends on the data is traced, so pass the batch after the parameters")
     active, held = (
         equations.equations(
-            step_trace.of_rows(Trace(loss_of(frozen), variables, inputs), layers), layers.of_rows, backend
+            step_trace.of_parts(Trace(loss_of(frozen), variables, inputs), layers), layers.of_parts, backend
         )
         for frozen in (Frozen(layers), Frozen(layers, frozenset(layers.names)))
     )
-    rows = layers.unstacked(params)
-    update = (
-        [0.0] * len(layers)
-        if tx is None
-        else [step_trace.update_flops(tx, layers.of_rows, name, rows, backend) for name in layers.names]
-    )
+    update = [0.0] * len(layers)
+    if tx is not None:
+        update = [step_trace.update_flops(tx, layers, name, params, backend) for name in layers.names]
 
     def trace_step(frozen: Frozen) -> Any:
         return step_trace.trace(loss_of(frozen), frozen, variables, params, inputs, tx)

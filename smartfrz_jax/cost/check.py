@@ -291,8 +291,9 @@ def _behind(account: Account, frozen: Frozen, notable: float) -> Finding | None:
     if by_first_use:
         stopped = 1 - account.flops(frozen, stopped=by_first_use).total / step.total
         cure += (
-            f"; stopping the gradient at the first use of {_some(by_first_use)}, with jax.lax.stop_gradient, "
-            f"{stopped:.1%} cheaper, and the last use goes on training"
+            f"; stopping the gradient at the first use of {_some(by_first_use)}, which for a lookup is to freeze the "
+            f"layer that find_layers(..., lookups=True) makes of it, {stopped:.1%} cheaper, and the last use goes on "
+            "training"
         )
     return _finding(tuple(through), Diagnosis("behind", reason, cure), [])
 

@@ -14,7 +14,7 @@ from smartfrz_jax.freezing.frozen import Frozen
 from smartfrz_jax.freezing.stacked.split_rows import split_rows
 from smartfrz_jax.jaxprs import flops, inline, named_axes
 from smartfrz_jax.layers.layers import Layers
-from smartfrz_jax.layers.rows import stacked
+from smartfrz_jax.layers.lookups import Lookup
 from smartfrz_jax.pytrees import paths
 from smartfrz_jax.pytrees.types import PyTree
 
@@ -43,7 +43,7 @@ def trace(
     def loss(active: PyTree, variables: PyTree, inputs: tuple[Any, ...]) -> tuple[Any, Any]:
         active = frozen.stop_gradient(active)
         whole = paths.tree_map(lambda name, leaf: active.get(name, leaf), variables)
-        out = split_rows(loss_fn, frozen)(whole, *inputs)
+        out = split_rows(transform.stop_lookups(loss_fn, frozen), frozen)(whole, *inputs)
         return jax.tree.leaves(out)[0], out
 
     def step(variables: PyTree, params: PyTree, opt_state: Any, inputs: tuple[Any, ...]) -> Any:
@@ -59,26 +59,29 @@ def trace(
     return named_axes.make_jaxpr(step)(variables, params, opt_state, inputs)
 
 
-def of_rows(trace: Trace, layers: Layers) -> Trace:
-    """A loss of rows as variables of their own, from one of stacked ones; the loss itself if none are layers."""
-    if not layers.stacks:
+def of_parts(trace: Trace, layers: Layers) -> Trace:
+    """A loss of rows, and of what lookups read, as variables of their own; the loss itself if none are layers."""
+    if not layers.array_of:
         return trace
     like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), trace.variables)
-
-    def loss_fn(rows: PyTree, *inputs: Any) -> Any:
-        return trace.loss_fn(stacked(rows, like, layers.stacks), *inputs)
-
-    return Trace(loss_fn, layers.unstacked(like), trace.inputs)
+    return Trace(layers.of_unstacked(trace.loss_fn, like), layers.unstacked(like), trace.inputs)
 
 
 def update_flops(tx: optax.GradientTransformation, layers: Layers, layer: str, params: PyTree, backend: str) -> float:
-    """FLOPs of the optimizer for one layer.
+    """FLOPs of the optimizer for the parameters of one layer; what lookups read is none, but for the table's layer.
 
     Raises:
         ValueError: If it cannot do with gradients and parameters.
     """
     # As a partition of optax's shows the optimizer the layers that it is for.
-    shown = paths.tree_map(lambda name, leaf: leaf if layers.holding(name) == layer else optax.MaskedNode(), params)
+    looked_up = {Lookup(table).name for table in layers.lookups}
+
+    def of_layer(name: str, leaf: Any) -> Any:
+        return leaf if layers.holding(name) == layer and name not in looked_up else optax.MaskedNode()
+
+    shown = paths.tree_map(of_layer, layers.unstacked(params))
+    if not jax.tree.leaves(shown):
+        return 0.0
 
     def update(params: PyTree, grads: PyTree, opt_state: PyTree) -> tuple[PyTree, PyTree]:
         updates, opt_state = tx.update(grads, opt_state, params)

@@ -105,9 +105,9 @@ class Frozen:
 
     @functools.cached_property
     def params(self) -> frozenset[str]:
-        """Names of the frozen parameters: of frozen rows, too, and of stacked arrays that are wholly frozen."""
+        """Names of the frozen parameters: of rows and lookups, too; of arrays that have these, if wholly frozen."""
         params = {param for layer in self.layers if layer.name in self.names for param in layer.params}
-        return frozenset(params | {name for name in self.layers.stacks if self.is_frozen(name)})
+        return frozenset(filter(self.is_frozen, params.union(self.layers.stacks)))
 
     @functools.cached_property
     def rows(self) -> Mapping[str, tuple[int, ...]]:
@@ -123,6 +123,16 @@ class Frozen:
     def reads_rows(self) -> bool:
         """Whether something is frozen, and stacked blocks train of which rows are layers: scans over them are split."""
         return bool(self.names) and any(not self.is_frozen(name) for name in self.layers.stacks)
+
+    @functools.cached_property
+    def lookups(self) -> Mapping[str, bool]:
+        """The tables whose lookups are frozen and not the rest, or the other way round; whether it is the lookups."""
+        looked_up = {table: layer in self.names for table, layer in self.layers.lookups.items()}
+        return {
+            table: is_frozen
+            for table, is_frozen in looked_up.items()
+            if is_frozen != (self.layers.owner[table] in self.names)
+        }
 
     def labels(self, params: PyTree) -> PyTree:
         """``'frozen'`` or ``'train'`` for every leaf of ``params``: labels for ``optax.multi_transform``.
@@ -142,14 +152,14 @@ class Frozen:
         return paths.tree_map(stopped, params)
 
     def active_leaves(self, tree: PyTree) -> dict[str, Any]:
-        """Leaves, and rows of stacked ones, of the layers that train, by name, of a tree shaped like the parameters."""
+        """Leaves, and parts of them, of the layers that train, by name, of a tree shaped like the parameters."""
         leaves = paths.flatten(self.layers.unstacked(tree))
-        return {name: leaf for name, leaf in leaves.items() if not self.is_frozen(name)}
+        return {name: leaf for name, leaf in leaves.items() if self.layers.holding(name) not in self.names}
 
     def is_frozen(self, param: str) -> bool:
-        """Whether a parameter, a row, or all rows of a stacked array are frozen."""
-        if param in self.layers.stacks:
-            return self.names.issuperset(self.layers.stacks[param].layers)
+        """Whether a parameter is frozen, or a part of it; of one that has parts in several layers, all of it."""
+        if param in self.layers.arrays:
+            return self.names.issuperset(self.layers.arrays[param])
         return self.layers.holding(param) in self.names
 
     def held(self, layers: Iterable[tuple[str, ...]]) -> bool | tuple[bool, ...]:

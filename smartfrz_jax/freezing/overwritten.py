@@ -12,6 +12,7 @@ from flax.linen.fp8_ops import OVERWRITE_WITH_GRADIENT
 
 from smartfrz_jax.freezing.frozen import Frozen
 from smartfrz_jax.layers.layers import Layer, Layers
+from smartfrz_jax.layers.lookups import Lookup
 from smartfrz_jax.layers.overwritten import PARAMS, is_overwritten
 from smartfrz_jax.pytrees import paths
 from smartfrz_jax.pytrees.types import PyTree
@@ -37,8 +38,9 @@ def optimized_frozen(frozen: Frozen) -> Frozen:
         return tuple(name.removeprefix(prefix) for name in names if name.startswith(prefix))
 
     def of_layer(layer: Layer) -> Layer:
-        rows = (row._replace(array=name) for row in layer.rows for name in inside([row.array]))
-        return Layer(layer.name, inside(layer.params), inside(layer.kernels), layer.state, tuple(rows))
+        rows = tuple(row._replace(array=name) for row in layer.rows for name in inside([row.array]))
+        lookups = tuple(Lookup(name) for lookup in layer.lookups for name in inside([lookup.array]))
+        return Layer(layer.name, inside(layer.params), inside(layer.kernels), layer.state, rows, lookups)
 
     layers = map(of_layer, frozen.layers)
     return Frozen(Layers(tuple(layers)), frozen.names)

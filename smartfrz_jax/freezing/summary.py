@@ -15,6 +15,7 @@ from smartfrz_jax.freezing import overwritten
 from smartfrz_jax.freezing.frozen import Frozen
 from smartfrz_jax.freezing.table import Row, Table
 from smartfrz_jax.freezing.transform import freeze
+from smartfrz_jax.layers.lookups import Lookup
 from smartfrz_jax.pytrees import checks, paths
 from smartfrz_jax.pytrees.types import PyTree
 
@@ -162,6 +163,7 @@ def summarise(
             raise TypeError(f"account: got {checks.got(account)}, expected {expected}")
         whole, now = account.flops(nothing), account.flops(frozen)
     sizes = {name: math.prod(np.shape(leaf)) for name, leaf in paths.flatten(frozen.layers.unstacked(params)).items()}
+    sizes |= {Lookup(table).name: 0 for table in frozen.layers.lookups}  # the table is counted in its own layer
 
     def of_layer(name: str, params: Iterable[str]) -> LayerSummary:
         flops = saved = None
@@ -194,8 +196,11 @@ def _bytes_by_layer(tx: optax.GradientTransformation, params: PyTree, frozen: Fr
 
 def _training(param: str, frozen: Frozen) -> tuple[str, ...]:
     """The layer of a parameter; of a stacked one those of the rows that train."""
-    layers = frozen.layers.arrays[param] if param in frozen.layers.arrays else (frozen.layers.holding(param),)
-    return tuple(layers[row] for row in frozen.rows[param]) if param in frozen.rows else layers
+    if param in frozen.layers.stacks:
+        layers = frozen.layers.stacks[param].layers
+        return tuple(layers[row] for row in frozen.rows[param]) if param in frozen.rows else layers
+    is_by_lookups = not frozen.lookups.get(param, True)
+    return (frozen.layers.lookups[param] if is_by_lookups else frozen.layers.holding(param),)
 
 
 def _leaves(tree: PyTree) -> list[tuple[Any, Any]]:

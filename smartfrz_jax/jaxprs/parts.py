@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias
 
+import jax
+import numpy as np
 from jax.extend import core as jex
 
 # For annotations. JAX's own types do not know what is read here: shapes of variables, parameters of primitives.
@@ -38,3 +40,35 @@ def as_function(
 def anonymous(jaxpr: Jaxpr) -> Any:
     """Debug information for another jaxpr of the same function, with other inputs and results."""
     return jex.DebugInfo(jaxpr.debug_info.traced_for, jaxpr.debug_info.func_src_info, None, None)
+
+
+def rewritten(
+    function: Callable[..., Any],
+    values: Sequence[Any],
+    change: Callable[[ClosedJaxpr], tuple[ClosedJaxpr, Sequence[Any]]],
+) -> Any:
+    """What a function gives, by way of a jaxpr that has been changed.
+
+    Args:
+        function: A JAX-traceable function of ``values`` to anything.
+        values: Arrays.
+        change: From the jaxpr of the function to another one, with the same results, and the values that it takes.
+    """
+    structure: list[Any] = []
+
+    def flat(*values: Any) -> list[Any]:
+        leaves, treedef = jax.tree.flatten(function(*values))
+        structure[:] = treedef, [_ARRAY if _is_array(leaf) else leaf for leaf in leaves]
+        return [leaf for leaf in leaves if _is_array(leaf)]
+
+    closed, values = change(jax.make_jaxpr(flat)(*values))
+    arrays = iter(jex.jaxpr_as_fun(closed)(*values))
+    treedef, leaves = structure
+    return jax.tree.unflatten(treedef, [next(arrays) if leaf is _ARRAY else leaf for leaf in leaves])
+
+
+_ARRAY = object()
+
+
+def _is_array(leaf: Any) -> bool:
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | float | complex)

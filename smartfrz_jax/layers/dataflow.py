@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jax.extend import core as jex
@@ -17,6 +17,7 @@ from jax.extend import core as jex
 from smartfrz_jax.jaxprs import inline, named_axes, row_axes
 from smartfrz_jax.jaxprs.parts import ClosedJaxpr, Eqn, Jaxpr, lookup, variables
 from smartfrz_jax.layers import stacks
+from smartfrz_jax.layers.lookups import Lookup, with_lookups
 from smartfrz_jax.pytrees import paths
 from smartfrz_jax.pytrees.types import PyTree
 
@@ -53,6 +54,7 @@ class Consumption:
             after, by name of the other: for an embedding that is the classifier too, all the rest.
         stacks: Groups of parameters that one loop reads row by row: the weights of a block that is run many times.
         scans: For each scan its length, whether it runs backwards, and which arrays it reads row by row, with the axis.
+        lookups: Those of which the uses are told apart from the others of their table, which it has under their names.
     """
 
     uses: dict[str, list[tuple[int, ...]]]
@@ -61,6 +63,7 @@ class Consumption:
     between: dict[str, frozenset[str]]
     stacks: Sequence[frozenset[str]] = ()
     scans: Sequence[row_axes.Scan] = ()
+    lookups: Sequence[Lookup] = ()
 
     @functools.cached_property
     def first(self) -> dict[str, tuple[int, ...]]:
@@ -79,7 +82,13 @@ class Consumption:
         return {name: between for name, between in others.items() if between}
 
 
-def consumption(forward: Callable[..., Any], params: PyTree, *inputs: Any, writes: bool = False) -> Consumption:
+def consumption(
+    forward: Callable[..., Any],
+    params: PyTree,
+    *inputs: Any,
+    writes: bool = False,
+    tables: Collection[str] = (),
+) -> Consumption:
     """Finds where ``forward(params, *inputs)`` consumes each parameter. Nothing is computed, only traced.
 
     Args:
@@ -88,6 +97,7 @@ def consumption(forward: Callable[..., Any], params: PyTree, *inputs: Any, write
         *inputs: The data. If none are given, every array that ``forward`` closes over counts as data.
         writes: Whether ``forward`` returns ``params`` too, behind its output, with new values for some: what is only
             written is then consumed where its new value is made.
+        tables: Parameters whose lookups are to be told apart from their other uses, if they have both.
 
     Returns:
         The consuming equations; parameters which the output does not depend on are missing from it.
@@ -99,10 +109,13 @@ def consumption(forward: Callable[..., Any], params: PyTree, *inputs: Any, write
         >>> sorted(used.first, key=used.first.get)
         ['b', 'a']
     """
-    closed, names = _traced(forward, params, inputs)
+    closed, params_alone = _traced(forward, params, inputs)
+    closed, lookups = _apart(closed, params_alone, tables)
+    names = [*params_alone, *(lookup.name for lookup in lookups)]
     flat = _inlined(closed, len(names), inputs)
-    used = consumed(flat, names, data_is_closed_over=not inputs, writes=writes)
-    return dataclasses.replace(used, stacks=stacks.stacks(closed, names), scans=row_axes.scans(closed, names))
+    used = consumed(flat, names, data_is_closed_over=not inputs, written=params_alone if writes else ())
+    found = {"stacks": stacks.stacks(closed, names), "scans": row_axes.scans(closed, names), "lookups": lookups}
+    return dataclasses.replace(used, **found)
 
 
 def trace(forward: Callable[..., Any], params: PyTree, inputs: Sequence[Any]) -> tuple[Any, list[str]]:
@@ -115,15 +128,27 @@ def _traced(forward: Callable[..., Any], params: PyTree, inputs: Sequence[Any]) 
     return named_axes.make_jaxpr(forward)(params, *inputs), list(paths.flatten(params))
 
 
+def _apart(closed: ClosedJaxpr, names: Sequence[str], tables: Collection[str]) -> tuple[ClosedJaxpr, list[Lookup]]:
+    """The jaxpr with what lookups read behind the parameters, where it has lookups and other uses of a table."""
+    name_of = dict(zip(closed.jaxpr.invars, names, strict=False))
+    looked_up, found = with_lookups(closed, [var for var, name in name_of.items() if name in tables])
+    if not found:
+        return closed, []
+    invars = list(looked_up.jaxpr.invars)
+    params, data, own = invars[: len(names)], invars[len(names) : -len(found)], invars[-len(found) :]
+    jaxpr = looked_up.jaxpr.replace(invars=[*params, *own, *data])
+    return jex.ClosedJaxpr(jaxpr, looked_up.consts), [Lookup(name_of[var]) for var in found]
+
+
 def _inlined(closed: ClosedJaxpr, n_params: int, inputs: Sequence[Any]) -> Any:
     data = closed.jaxpr.invars[n_params:] if inputs else closed.jaxpr.constvars
     return inline.inline(closed, closed.jaxpr.invars[:n_params], data)
 
 
 def consumed(
-    closed: ClosedJaxpr, names: Sequence[str], *, data_is_closed_over: bool, writes: bool = False
+    closed: ClosedJaxpr, names: Sequence[str], *, data_is_closed_over: bool, written: Sequence[str] = ()
 ) -> Consumption:
-    """As :func:`consumption`, of what :func:`trace` gives."""
+    """As :func:`consumption`, of what :func:`trace` gives; the last outputs are new values of those ``written``."""
     jaxpr = closed.jaxpr
     tags: dict[Any, frozenset[str]] = {}
     tags.update(dict.fromkeys(jaxpr.constvars, _Data() if data_is_closed_over else frozenset()))
@@ -135,7 +160,7 @@ def consumed(
         if use.name not in uses or not (use.is_number or _is_backward(jaxpr.eqns[use.rank[0]])):
             uses.setdefault(use.name, []).append(use.rank)
             first.setdefault(use.name, use)
-    for use in _written(jaxpr, names, tags) if writes else ():
+    for use in _written(jaxpr, written, tags):
         if use.name not in uses:
             uses[use.name], first[use.name] = [use.rank], use
     sources = {name: use.sources for name, use in first.items()}
@@ -146,7 +171,7 @@ def consumed(
 def _written(jaxpr: Jaxpr, names: Sequence[str], tags: Mapping[Any, frozenset[str]]) -> Iterator[_Use]:
     """Where new values are made, of the parameters that are the last outputs."""
     makers = {var: index for index, eqn in enumerate(jaxpr.eqns) for var in eqn.outvars}
-    for name, atom in zip(names, jaxpr.outvars[-len(names) :], strict=True):
+    for name, atom in zip(names, jaxpr.outvars[len(jaxpr.outvars) - len(names) :], strict=True):
         tag = lookup(tags, atom, frozenset())
         if not isinstance(atom, jex.Literal) and atom in makers and tag != {name}:
             is_data = isinstance(tag, _Data)

@@ -12,6 +12,7 @@ from typing import Any, Literal
 from smartfrz_jax.layers import dataflow, stacks
 from smartfrz_jax.layers.blocks import blocks
 from smartfrz_jax.layers.layers import Layer, Layers, check_params
+from smartfrz_jax.layers.lookups import Lookup
 from smartfrz_jax.layers.overwritten import homes
 from smartfrz_jax.layers.row_layers import by_row
 from smartfrz_jax.pytrees import checks, paths
@@ -32,6 +33,7 @@ def find_layers(
     *inputs: Any,
     granularity: Granularity = "layer",
     rows: bool = False,
+    lookups: bool = False,
 ) -> Layers:
     """Layers of a parameter pytree, in the order in which a forward pass uses them.
 
@@ -41,6 +43,8 @@ def find_layers(
     they never train. One that is used again behind others, as an embedding that is the classifier too, comes where it
     is used last. The stacked weights of a block that a scan runs many times, each time with the next row, are one
     layer, named by the module that holds them; with ``rows``, each row of them is one, ``blocks/0``, ``blocks/1``, ...
+    The lookups in a table that the network reads otherwise too, as its head, are a layer before it with ``lookups``,
+    ``embed/lookup``.
 
     Args:
         params: Parameter pytree; arrays or ``jax.ShapeDtypeStruct``.
@@ -53,6 +57,10 @@ def find_layers(
         rows: Whether the blocks that a ``jax.lax.scan``, ``nn.scan`` or ``nnx.scan`` runs with one row of their stacked
             weights after the other are layers of their own, in that order. What reads rows in another way, such as a
             loop that indexes its weights, and tables of vectors, stay whole.
+        lookups: Whether lookups (``table[tokens]``, ``jnp.take``, ``nnx.Embed``) in a table that is used again behind
+            them are a layer of their own. Where it is frozen, no gradient passes by way of the lookups; the table goes
+            on training by way of its other uses, and what the lookups give goes on changing. A product with one-hot
+            vectors is no lookup.
 
     Returns:
         The layers, front to back.
@@ -70,7 +78,10 @@ def find_layers(
         ('z', 'a')
     """
     checks.function(forward, "forward", "a function of (params, *inputs)")
-    return group(check_params(params), dataflow.consumption(forward, params, *inputs), granularity, rows=rows)
+    leaves = check_params(params)
+    checks.flag(lookups, "lookups")
+    used = dataflow.consumption(forward, params, *inputs, tables=leaves if lookups else ())
+    return group(leaves, used, granularity, rows=rows)
 
 
 def group(
@@ -101,8 +112,9 @@ def group(
         raise ValueError(
             f"granularity: got {granularity!r}, expected 'layer', 'block' or a function of a parameter's name"
         )
+    leaves = {**leaves, **{lookup.name: leaves[lookup.array] for lookup in used.lookups}}
     rank = {name: used.first.get(name, _UNUSED) for name in (*leaves, *state)}
-    modules = _with_stacks(_modules(leaves, state), rank, used.stacks)
+    modules = _with_stacks(_with_lookups(_modules(leaves, state), used.lookups), rank, used.stacks)
     attached = _attach(modules, leaves, rank, used)
     block_of = blocks(attached) if granularity == "block" else {}
     members: dict[str, dict[str, None]] = {}
@@ -122,7 +134,9 @@ def group(
     for layer, names in members.items():
         params = tuple(name for name in names if name in leaves)
         kernels = tuple(name for name in params if _is_kernel(name, leaves[name]))
-        entries.append(Layer(layer, params, kernels or params, tuple(name for name in names if name not in leaves)))
+        of_state = tuple(name for name in names if name not in leaves)
+        looked_up = tuple(lookup for lookup in used.lookups if lookup.name in params)
+        entries.append(Layer(layer, params, kernels or params, of_state, lookups=looked_up))
 
     def position(layer: Layer) -> tuple[int, ...]:
         again = used.used_again((*layer.params, *layer.state)).keys() & set(layer.params)
@@ -154,6 +168,15 @@ def _modules(leaves: Mapping[str, Any], state: Collection[str]) -> dict[str, lis
         parent = name.rpartition(paths.SEPARATOR)[0]
         modules.setdefault(parent if parent in modules else name, []).append(name)
     return modules
+
+
+def _with_lookups(modules: dict[str, list[str]], lookups: Iterable[Lookup]) -> dict[str, list[str]]:
+    """The modules, with one for the lookups in each table."""
+    module_of = {name: module for module, names in modules.items() for name in names}
+    looked_up = {lookup.name: module_of[lookup.array] for lookup in lookups}
+    rest = {module: [name for name in names if name not in looked_up] for module, names in modules.items()}
+    own = {f"{module}{paths.SEPARATOR}lookup": [name] for name, module in looked_up.items()}
+    return {module: names for module, names in rest.items() if names} | own
 
 
 def _is_kernel(name: str, leaf: Any) -> bool:

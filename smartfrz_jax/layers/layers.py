@@ -8,13 +8,14 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, overload
 
 import jax
 import jax.numpy as jnp
 
-from smartfrz_jax.layers.rows import Row, Stack, unstacked
+from smartfrz_jax.layers.lookups import Lookup, apart
+from smartfrz_jax.layers.rows import Row, Stack, stacked, unstacked
 from smartfrz_jax.pytrees import checks, paths
 from smartfrz_jax.pytrees.types import PyTree
 
@@ -31,6 +32,8 @@ class Layer:
             BatchNorm, the random streams of the dropout behind it (of one behind several layers, in each of them).
         rows: Those of its parameters, and of its state, that are rows of stacked arrays. In ``params``, ``kernels`` and
             ``state`` they have names such as ``blocks/up/kernel[3]``.
+        lookups: The lookups in a table that belongs to another layer. In ``params`` and ``kernels`` the table has the
+            name ``embed/embedding[lookup]``.
     """
 
     name: str
@@ -38,6 +41,7 @@ class Layer:
     kernels: tuple[str, ...]
     state: tuple[str, ...] = ()
     rows: tuple[Row, ...] = ()
+    lookups: tuple[Lookup, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -47,25 +51,22 @@ class Layers(Sequence[Layer]):
     A layer that is used again behind others, such as an embedding that is the classifier too, comes where it is used
     last, so policies that go by depth freeze it late, and keep it if it is the head. The layers in between save less
     then: gradients pass through them, frozen or not, to its first use. To have it freeze early, freeze it by name. To
-    freeze the first use alone, put its output through ``jax.lax.stop_gradient``, under a flag that is static (an
-    argument of the loss, an attribute of the module): then the layers in between save all that they could, and the
-    parameter goes on training by way of its last use.
+    freeze the first use alone, find the layers with ``lookups=True``: the lookup is a layer of its own then, the layers
+    behind it save all that they could, and the table goes on training as the head.
 
     Example:
         >>> from smartfrz_jax import Frozen, account, find_layers
         >>> params, tokens = {"embed": jnp.ones((9, 8)), "body": jnp.ones((8, 8))}, jnp.arange(4)
-        >>> def loss(params, tokens, stop=False):
-        ...     x = params["embed"][tokens]
-        ...     x = jax.lax.stop_gradient(x) if stop else x
-        ...     return (x @ params["body"] @ params["embed"].T).mean()
-        >>> layers = find_layers(params, loss, tokens)
-        >>> layers.names
-        ('body', 'embed')
-        >>> frozen = Frozen(layers, frozenset({"body"}))
-        >>> costs = account(params, layers, loss, tokens)
-        >>> stopped = account(params, layers, functools.partial(loss, stop=True), tokens)
-        >>> [costs.flops(frozen).by_layer["body"].activation_gradients for costs in (costs, stopped)]
-        [512.0, 0.0]
+        >>> def loss(params, tokens):
+        ...     return (params["embed"][tokens] @ params["body"] @ params["embed"].T).mean()
+        >>> whole, apart = (find_layers(params, loss, tokens, lookups=lookups) for lookups in (False, True))
+        >>> whole.names, apart.names
+        (('body', 'embed'), ('embed/lookup', 'body', 'embed'))
+        >>> for layers in (whole, apart):
+        ...     step = account(params, layers, loss, tokens).flops(Frozen(layers, layers.names[:-1]))
+        ...     print(step.by_layer["body"].activation_gradients)
+        512.0
+        0.0
     """
 
     entries: tuple[Layer, ...]
@@ -100,25 +101,62 @@ class Layers(Sequence[Layer]):
 
     @functools.cached_property
     def arrays(self) -> Mapping[str, tuple[str, ...]]:
-        """Names of the layers that hold a parameter or a row of it, by the name that it has among the parameters."""
-        stacked = {row.name: row.array for layer in self.entries for row in layer.rows}
+        """Names of the layers that hold a parameter or a part of it, by the name that it has among the parameters."""
         found: dict[str, tuple[str, ...]] = {}
         for param, layer in self.owner.items():
-            array = stacked.get(param, param)
-            found[array] = self.stacks[array].layers if array in self.stacks else (layer,)
+            array = self.array_of.get(param, param)
+            if array in self.stacks:
+                found[array] = self.stacks[array].layers
+            else:
+                found[array] = (*found.get(array, ()), layer)
         return found
 
     @functools.cached_property
-    def of_rows(self) -> Layers:
-        """The layers of what :meth:`unstacked` gives: there a row is a parameter like any other."""
-        return Layers(tuple(dataclasses.replace(layer, rows=()) for layer in self.entries)) if self.stacks else self
+    def array_of(self) -> Mapping[str, str]:
+        """Names of the arrays that rows, and what lookups read, are of, by the names that these have in layers."""
+        parts = ((*layer.rows, *layer.lookups) for layer in self.entries)
+        return {part.name: part.array for of_layer in parts for part in of_layer}
+
+    @functools.cached_property
+    def lookups(self) -> Mapping[str, str]:
+        """Names of the layers of lookups, by that of the table, which is a parameter of another layer."""
+        return {lookup.array: layer.name for layer in self.entries for lookup in layer.lookups}
+
+    @functools.cached_property
+    def of_parts(self) -> Layers:
+        """The layers of what :meth:`unstacked` gives: there a row, or what a lookup reads, is a parameter as others."""
+        if not self.array_of:
+            return self
+        return Layers(tuple(dataclasses.replace(layer, rows=(), lookups=()) for layer in self.entries))
 
     def unstacked(self, tree: PyTree) -> PyTree:
-        """A tree named as the parameters are, with a leaf for each row that is in a layer of its own.
+        """A tree named as the parameters are, with a leaf for each row, and each lookup, in a layer of its own.
 
-        Where there is none, it is the tree itself; else a dictionary by name.
+        The leaf of a lookup is that of the table. Where there is none of either, it is the tree itself; else a
+        dictionary by name.
         """
-        return unstacked(tree, self.stacks)
+        if not self.lookups:
+            return unstacked(tree, self.stacks)
+        leaves = paths.flatten(tree)
+        looked_up = {Lookup(table).name: leaves[table] for table in self.lookups if table in leaves}
+        return {**paths.flatten(unstacked(tree, self.stacks)), **looked_up}
+
+    def of_unstacked(self, function: Callable[..., Any], like: PyTree) -> Callable[..., Any]:
+        """A function of what :meth:`unstacked` gives, and of further arguments, from one of parameters.
+
+        Args:
+            function: A JAX-traceable function of ``(params, *args)``.
+            like: A tree with the structure of ``params``.
+        """
+        if not self.array_of:
+            return function
+        run = apart(function, self.lookups) if self.lookups else lambda params, _, *args: function(params, *args)
+
+        def of_unstacked(parts: PyTree, *args: Any) -> Any:
+            of_lookups = {table: parts[Lookup(table).name] for table in self.lookups}
+            return run(stacked(parts, like, self.stacks), of_lookups, *args)
+
+        return of_unstacked
 
     @property
     def head(self) -> str:

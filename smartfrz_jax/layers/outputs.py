@@ -13,7 +13,6 @@ from smartfrz_jax.jaxprs.example_axis_rules import Axis
 from smartfrz_jax.jaxprs.parts import Jaxpr, as_function, variables
 from smartfrz_jax.layers import dataflow
 from smartfrz_jax.layers.layers import Layers, check_params
-from smartfrz_jax.layers.rows import stacked
 from smartfrz_jax.pytrees import checks
 from smartfrz_jax.pytrees.types import PyTree
 
@@ -50,8 +49,8 @@ def layer_outputs(
         (4, 8)
     """
     checks.function(forward, "forward", "a function of (params, *inputs)")
-    if isinstance(groups, Layers) and groups.stacks:
-        return _of_rows(params, groups, forward, *inputs)
+    if isinstance(groups, Layers) and groups.array_of:
+        return _of_parts(params, groups, forward, *inputs)
     if isinstance(groups, Layers):
         groups = {layer.name: layer.params for layer in groups}
     checks.by_name(groups, "groups", "a dict from the name of each group to the names of its parameters")
@@ -85,16 +84,12 @@ def layer_outputs(
     return outputs
 
 
-def _of_rows(
+def _of_parts(
     params: PyTree, layers: Layers, forward: Callable[..., Any], *inputs: Any
 ) -> Callable[..., dict[str, jax.Array]]:
-    """As :func:`layer_outputs`, where rows of stacked parameters are layers."""
-    like, stacks = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params), layers.stacks
-
-    def of_rows(params: PyTree, *inputs: Any) -> Any:
-        return forward(stacked(params, like, stacks), *inputs)
-
-    outputs = layer_outputs(layers.unstacked(like), layers.of_rows, of_rows, *inputs)
+    """As :func:`layer_outputs`, where rows of stacked parameters, or lookups, are layers."""
+    like = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
+    outputs = layer_outputs(layers.unstacked(like), layers.of_parts, layers.of_unstacked(forward, like), *inputs)
     return lambda params, *inputs: outputs(layers.unstacked(params), *inputs)
 
 

@@ -100,4 +100,4 @@ def stacked(rows: Mapping[str, Any], like: PyTree, stacks: Mapping[str, Stack]) 
         parts = [rows[row.name] for row in stacks[name].rows(name)]
         return jnp.stack(parts, stacks[name].axis)
 
-    return paths.tree_map(whole, like) if stacks else rows
+    return paths.tree_map(whole, like)

@@ -22,6 +22,7 @@ def find_layers(
     *inputs: Any,
     granularity: Granularity = "layer",
     rows: bool = False,
+    lookups: bool = False,
     rngs: Mapping[str, Any] | None = None,
     **kwargs: Any,
 ) -> Layers:
@@ -33,6 +34,7 @@ def find_layers(
         *inputs: An example batch; arrays or ``jax.ShapeDtypeStruct``.
         granularity: ``"layer"``, ``"block"`` or a function from a parameter's name to its layer's name.
         rows: Whether the blocks of an ``nn.scan`` are layers of their own; see :func:`smartfrz_jax.find_layers`.
+        lookups: Whether lookups in a table that is the head too are a layer of their own; see there.
         rngs: Random keys for the streams that the module draws from, as for ``apply``. There is one for ``"dropout"``.
         **kwargs: Further arguments of the module's ``__call__``, such as ``train=False``. The module is only traced.
 
@@ -70,4 +72,4 @@ def find_layers(
         return module.apply({**given, **others}, *inputs, rngs=streams, mutable=list(others), **kwargs)
 
     params = trained if are_both else variables["params"]
-    return find_layers_of_params(params, forward, *inputs, granularity=granularity, rows=rows)
+    return find_layers_of_params(params, forward, *inputs, granularity=granularity, rows=rows, lookups=lookups)

@@ -15,7 +15,6 @@ from flax.training import train_state
 from smartfrz_jax.freezing import migrate, overwritten, transform
 from smartfrz_jax.freezing.frozen import Frozen
 from smartfrz_jax.freezing.returning import Kept, Returning, make_kept
-from smartfrz_jax.freezing.stacked.split_rows import split_rows
 from smartfrz_jax.layers.layers import Layers, check_layers, check_params
 from smartfrz_jax.layers.select import Selectors
 from smartfrz_jax.linen.hold import hold
@@ -143,13 +142,7 @@ class TrainState(train_state.TrainState):
             with hold(self.frozen, params):
                 return loss_fn(params, *args, **kwargs)
 
-        split = split_rows(held, self.frozen)
-
-        @functools.wraps(loss_fn)
-        def of_frozen(params: PyTree, *args: Any, **kwargs: Any) -> Any:
-            return split(self.frozen.stop_gradient(params), *args, **kwargs)
-
-        return of_frozen
+        return functools.wraps(loss_fn)(transform.stopped(held, self.frozen))
 
     def value_and_grad(self, loss_fn: Callable[..., Any], *, has_aux: bool = False) -> Callable[..., Any]:
         """``jax.value_and_grad`` with respect to the parameters, without the work for frozen layers.

@@ -75,10 +75,9 @@ def _variables(module: nnx.Module) -> dict[str, nnx.Variable[Any]]:
 def _layers_of(variables: dict[str, nnx.Variable[Any]], layers: Layers) -> dict[int, Owners]:
     """The layers that a variable belongs to, by the variable's id."""
     found: dict[int, Owners] = {}
-    rows = {row.name: row.array for layer in layers for row in layer.rows}
     for layer in layers:
         for param in (*layer.params, *layer.state):
-            name = rows.get(param, param)
+            name = layers.array_of.get(param, param)
             owners = layers.stacks[name].layers if name in layers.stacks else (layer.name,)
             while name and name not in variables:  # a leaf of a variable that is a pytree
                 name = name.rpartition(paths.SEPARATOR)[0]

@@ -31,6 +31,7 @@ def find_layers(
     forward: Callable[..., Any] | None = None,
     granularity: Granularity = "layer",
     rows: bool = False,
+    lookups: bool = False,
     wrt: nnx.filterlib.Filter = nnx.Param,
 ) -> Layers:
     """Layers of an NNX model, in forward order; see :func:`smartfrz_jax.find_layers`.
@@ -48,6 +49,7 @@ def find_layers(
         forward: A function of ``(model, *inputs)``; ``model(*inputs)`` by default.
         granularity: ``"layer"``, ``"block"`` or a function from a parameter's name to its layer's name.
         rows: Whether the blocks of an ``nnx.scan`` are layers of their own; see :func:`smartfrz_jax.find_layers`.
+        lookups: Whether lookups in a table that is the head too are a layer of their own; see there.
         wrt: Filter of the variables that train.
 
     Returns:
@@ -76,7 +78,9 @@ def find_layers(
         output, new = _call(module, forward, inputs), paths.flatten(nnx.state(module))
         return output, paths.tree_map(lambda name, leaf: new.get(name, leaf), variables)
 
-    used = dataflow.consumption(run, nnx.as_pure(variables), *inputs, writes=True)
+    checks.flag(lookups, "lookups")
+    tables = leaves if lookups else ()
+    used = dataflow.consumption(run, nnx.as_pure(variables), *inputs, writes=True, tables=tables)
     state = [name for name in paths.flatten(variables) if name not in leaves]
     again = list(_drawn_again(model, used))
     if not again:

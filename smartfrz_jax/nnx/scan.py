@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from smartfrz_jax.layers.lookups import Lookup
 from smartfrz_jax.pytrees import checks
 from smartfrz_jax.pytrees.types import PyTree
 
@@ -64,10 +65,13 @@ def scan_blocks(blocks: Sequence[nnx.Module], x: PyTree, *args: PyTree, live: bo
 
 
 def is_live(module: nnx.Module) -> bool:
-    """Whether any parameter of the module is not in its ``frozen_params``."""
+    """Whether gradients are wanted of what the module gives, called as ``module(x)``, by any of its parameters.
+
+    Those in its ``frozen_params`` do not count, nor does a table whose lookups are there.
+    """
     frozen = getattr(module, "frozen_params", frozenset())
     names = ("/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(module, nnx.Param)))
-    return any(name not in frozen for name in names)
+    return any(frozen.isdisjoint((name, Lookup(name).name)) for name in names)
 
 
 def _call(block: nnx.Module, x: PyTree, args: tuple[PyTree, ...]) -> PyTree:

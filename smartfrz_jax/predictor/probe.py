@@ -173,7 +173,7 @@ def _reverted(before: dict[str, Any], layers: Layers, depth: int) -> Callable[[s
         indices = [row for row, layer in enumerate(of_rows) if layer in front]
         if len(indices) == len(of_rows):
             return jax.device_put(before[name]) if of_rows else leaf
-        if not indices:
+        if not indices or name not in layers.stacks:  # a table is as it was only with all its layers
             return leaf
         axis = layers.stacks[name].axis
         return rows.put(leaf, rows.take(jnp.asarray(before[name]), indices, axis), indices, axis)

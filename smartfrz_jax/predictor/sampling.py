@@ -75,8 +75,7 @@ class Tailoring(struct.PyTreeNode):
         leaves, arrays = layers.unstacked(shapes), {}
         leaf_positions, order = [], []
         for layer in layers:
-            rows = {row.name: row.array for row in layer.rows}
-            own = [rows.get(name, name) for name in layer.kernels]
+            own = [layers.array_of.get(name, name) for name in layer.kernels]
             missing = [name for name in own if name not in shapes]
             if missing:
                 raise ValueError(
@@ -149,7 +148,8 @@ def _sample(tailoring: Tailoring, leaves: dict[str, jax.Array]) -> jax.Array:
         parts = []
         for name, index in zip(layer.kernels, positions, strict=True):
             row = rows.get(name)
-            parts.append(_take(leaves[name], index) if row is None else _take_of_row(leaves[row.array], row, index))
+            leaf = leaves[tailoring.layers.array_of.get(name, name)]
+            parts.append(_take(leaf, index) if row is None else _take_of_row(leaf, row, index))
         sampled.append(jnp.concatenate(parts)[order])
     return jnp.stack(sampled)
 

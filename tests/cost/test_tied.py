@@ -116,7 +116,7 @@ def test_the_message_names_the_embedding_and_says_what_its_two_uses_cost(make):
     assert whole < stopped < now
     assert "Cause: 'embed', used before them and again behind them, go on training" in finding.message
     assert f"freezing 'embed' as well would make the step {1 - whole / now:.1%} cheaper" in finding.message
-    assert f"jax.lax.stop_gradient, {1 - stopped / now:.1%} cheaper" in finding.message
+    assert f"find_layers(..., lookups=True) makes of it, {1 - stopped / now:.1%} cheaper" in finding.message
     # As XLA counts them: the head's gradient stays, what is between the uses goes.
     _, stopped_account, stopped_program = case(make, stop=True)
     for program, predicted in ((measured(*blocks), now), (stopped_program(*blocks), stopped)):

@@ -48,17 +48,19 @@ def test_a_decoder_learns_texts_in_full(folder, tmp_path, capsys):
     assert tensors["model.embed_tokens.weight"].shape == (259, 32)
 
 
-def test_the_lookup_and_the_front_freeze_where_the_head_is_untied(folder, tmp_path, capsys):
-    more = ("--untied", "--scan", "--policy", "static_prefix", "--stages", "0.01:0.5")
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_lookup_and_the_front_freeze_apart_from_the_head(tied, folder, tmp_path, capsys):
+    more = ("--scan", "--policy", "static_prefix", "--stages", "0.01:0.5", *([] if tied else ["--untied"]))
     assert finetune.main(arguments(folder, tmp_path / "run", *more)) == 0, capsys.readouterr().err
     run = log.read(tmp_path / "run/log.jsonl")
-    assert run.layers[0] == "embed_tokens"
-    assert "embed_tokens" in run.freezes[0].names
+    lookup = "embed_tokens/lookup" if tied else "embed_tokens"
+    assert run.layers[0] == lookup
+    assert lookup in run.freezes[0].names
     assert run.steps[-1].flops < 0.75 * run.steps[0].flops
     losses = [step.loss for step in run.steps]
     assert losses[-1] < 0.8 * losses[0]
     tensors = safetensors.numpy.load_file(tmp_path / "run/model.safetensors")
-    assert not np.array_equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
+    assert tied or not np.array_equal(tensors["lm_head.weight"], tensors["model.embed_tokens.weight"])
 
 
 def test_a_policy_with_turns_freezes_before_the_first_step(folder, tmp_path, capsys):

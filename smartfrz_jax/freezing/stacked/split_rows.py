@@ -6,15 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import numpy as np
-from jax.extend import core as jex
 
 from smartfrz_jax.freezing.frozen import Frozen
 from smartfrz_jax.jaxprs import split_scan
+from smartfrz_jax.jaxprs.parts import ClosedJaxpr, rewritten
 from smartfrz_jax.pytrees import paths
 from smartfrz_jax.pytrees.types import PyTree
-
-_ARRAY = object()
 
 
 def split_rows(function: Callable[..., Any], frozen: Frozen) -> Callable[..., Any]:
@@ -35,28 +32,20 @@ def split_rows(function: Callable[..., Any], frozen: Frozen) -> Callable[..., An
 
     def split(params: PyTree, *args: Any, **kwargs: Any) -> Any:
         named, structure = paths.flatten(params), jax.tree.structure(params)
-        out: list[Any] = []
 
-        def flat(*leaves: Any) -> list[Any]:
-            out[:] = jax.tree.flatten(function(jax.tree.unflatten(structure, leaves), *args, **kwargs))
-            arrays = [leaf for leaf in out[0] if _is_array(leaf)]
-            out[0] = [_ARRAY if _is_array(leaf) else leaf for leaf in out[0]]
-            return arrays
+        def of_leaves(*leaves: Any) -> Any:
+            return function(jax.tree.unflatten(structure, leaves), *args, **kwargs)
 
-        closed = jax.make_jaxpr(flat)(*named.values())
-        of_rows, live = {}, []
-        for name, var in zip(named, closed.jaxpr.invars, strict=True):
-            if name in stacks:
-                flags = tuple(layer in frozen.names for layer in stacks[name].layers)
-                of_rows[var] = split_scan.Stacked(stacks[name].axis, flags)
-            elif not frozen.is_frozen(name):
-                live.append(var)
-        arrays = iter(jex.jaxpr_as_fun(split_scan.split(closed, of_rows, live))(*named.values()))
-        leaves, structure_out = out
-        return jax.tree.unflatten(structure_out, [next(arrays) if leaf is _ARRAY else leaf for leaf in leaves])
+        def change(closed: ClosedJaxpr) -> tuple[ClosedJaxpr, list[Any]]:
+            of_rows, live = {}, []
+            for name, var in zip(named, closed.jaxpr.invars, strict=True):
+                if name in stacks:
+                    flags = tuple(layer in frozen.names for layer in stacks[name].layers)
+                    of_rows[var] = split_scan.Stacked(stacks[name].axis, flags)
+                elif not frozen.is_frozen(name):
+                    live.append(var)
+            return split_scan.split(closed, of_rows, live), [*named.values()]
+
+        return rewritten(of_leaves, [*named.values()], change)
 
     return split
-
-
-def _is_array(leaf: Any) -> bool:
-    return isinstance(leaf, jax.Array | np.ndarray | np.generic | bool | int | float | complex)

@@ -1,4 +1,4 @@
-"""A loss of NNX modules whose scans over stacked weights are split into runs of frozen and of active rows."""
+"""A loss of NNX modules whose jaxpr is changed: scans over stacked weights are split, lookups read other tables."""
 
 from __future__ import annotations
 
@@ -9,19 +9,19 @@ import jax
 from flax import nnx
 
 from smartfrz_jax.freezing.frozen import Frozen
-from smartfrz_jax.freezing.stacked.split_rows import split_rows
+from smartfrz_jax.freezing.transform import stopped
 from smartfrz_jax.nnx.hold import hold
 from smartfrz_jax.pytrees.types import PyTree
 
 
-def of_rows(
+def of_parts(
     loss_fn: Callable[..., Any],
     frozen: Frozen,
     wrt: nnx.filterlib.Filter,
     argnum: int,
     arguments: tuple[tuple[Any, ...], dict[str, Any]],
 ) -> Any:
-    """The value of a loss, with its scans split; modules among the arguments have the values that it gives them.
+    """The value of a loss, of which parts of parameters are frozen; modules among the arguments are as it leaves them.
 
     Args:
         loss_fn: The loss.
@@ -44,7 +44,7 @@ def of_rows(
         return out, nnx.state(copies, graph=True)
 
     params = nnx.as_pure(nnx.state(arguments[0][argnum], wrt))
-    out, new = split_rows(run, frozen)(frozen.stop_gradient(params))
+    out, new = stopped(run, frozen)(params)
     nnx.update(nodes, new)
     return out
 
