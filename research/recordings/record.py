@@ -102,7 +102,16 @@ class Trained(NamedTuple):
     end: State
 
 
-def record(run: Run, out: Path, data_dir: Path, weights_dir: Path | None, say: Callable[[str], object]) -> Recording:
+def record(
+    run: Run,
+    out: Path,
+    data_dir: Path,
+    weights_dir: Path | None,
+    say: Callable[[str], object],
+    *,
+    size: int = 1024,
+    harm: bool = True,
+) -> Recording:
     """Makes one recording.
 
     Args:
@@ -111,6 +120,8 @@ def record(run: Run, out: Path, data_dir: Path, weights_dir: Path | None, say: C
         data_dir: Data directory of TFDS.
         weights_dir: Folder of published weights.
         say: Prints.
+        size: Weights to sample of every layer.
+        harm: Whether to measure, besides CKA, what freezing costs and what layers have contributed.
 
     Raises:
         FileNotFoundError: If data or weights are not there.
@@ -123,13 +134,13 @@ def record(run: Run, out: Path, data_dir: Path, weights_dir: Path | None, say: C
         with seconds.of("training"):
             reference = setting.train(setting.start(run.seed + 1), setting.rates, seed=run.seed + 1)
             reference_grams = setting.network.grams(reference)
-            trained = _train(setting)
+            trained = _train(setting, size, measured=harm)
         with seconds.of("swap"):
-            swap = _swap_harm(setting, trained)
+            swap = _swap_harm(setting, trained) if harm else None
         with seconds.of("branches"):
-            branch = branches(setting, trained.snapshots, run.seed)
+            branch = branches(setting, trained.snapshots, run.seed) if harm else None
         with seconds.of("true harm"):
-            true_harm = _true_harm(setting, trained) if run.true_harm else None
+            true_harm = _true_harm(setting, trained) if harm and run.true_harm else None
     held_out, train = setting.held_out(trained.end), setting.network.figures(trained.end, setting.data.train[:1000])
     return Recording(
         layers=setting.network.layers.names,
@@ -144,7 +155,7 @@ def record(run: Run, out: Path, data_dir: Path, weights_dir: Path | None, say: C
         own_cka=_cka(trained.grams, trained.grams[-1]),
         swap_harm=swap,
         branch_harm=branch,
-        contribution=trained.contribution,
+        contribution=trained.contribution if harm else None,
         metadata={
             **dataclasses.asdict(run),
             "name": run.name,
@@ -174,18 +185,19 @@ def prepare(run: Run, out: Path, data_dir: Path, weights_dir: Path | None, say: 
     return Setting(run, network, data, starting_weights(run, network, out, data_dir, weights_dir, say))
 
 
-def _train(setting: Setting) -> Trained:
+def _train(setting: Setting, size: int, *, measured: bool) -> Trained:
+    """The run; without ``measured`` no contributions, and no snapshots to measure harm from."""
     run, network = setting.run, setting.network
     state = setting.start(run.seed)
-    tailoring = sfj.predictor.Tailoring.create(network.layers, state.params)
+    tailoring = sfj.predictor.Tailoring.create(network.layers, state.params, size=size)
     start = np.asarray(tailoring(state.params))
-    kept = set(setting.moments((*_SWAP_MOMENTS, *_BRANCH_MOMENTS, *_TRUE_MOMENTS)))
+    kept = set(setting.moments((*_SWAP_MOMENTS, *_BRANCH_MOMENTS, *_TRUE_MOMENTS)) if measured else ())
     losses: list[Any] = []
     weights, means, grams, snapshots = [], [], [], {}
     contribution = np.full((len(setting.steps), len(network.layers)), np.nan, np.float32)
-    probed, begin = set(setting.moments(_CONTRIBUTION_MOMENTS)), jax.device_get(state)
-    size = min(_PROBED, len(setting.data.train) // _PROBES)
-    probes = [setting.data.train[i * size : (i + 1) * size] for i in range(_PROBES)]
+    probed, begin = set(setting.moments(_CONTRIBUTION_MOMENTS) if measured else ()), jax.device_get(state)
+    part = min(_PROBED, len(setting.data.train) // _PROBES)
+    probes = [setting.data.train[i * part : (i + 1) * part] for i in range(_PROBES)]
 
     def after_step(step: int, state: State, loss: Any) -> None:
         losses.append(loss)

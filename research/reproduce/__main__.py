@@ -13,7 +13,9 @@ from research.reproduce import runs
 from research.reproduce.figures import work as measuring
 from research.reproduce.figures import write as figures
 from research.reproduce.page import page
-from research.reproduce.plans import PLANS
+from research.reproduce.plans import PLANS, Plan
+from research.reproduce.predictors import make
+from research.reproduce.predictors.settings import LEARNED
 from train.command_line import local_path
 from train.log import write_whole
 
@@ -73,14 +75,32 @@ def _run(args: argparse.Namespace) -> int:
     end = time.monotonic() + 60 * args.minutes
     args.state.mkdir(parents=True, exist_ok=True)
     shown = [name for name in args.names if name in measuring.FIGURES]
-    tables = [name for name in args.names if name in PLANS]
+    tables = [PLANS[name] for name in args.names if name in PLANS]
     codes = [0]
     if shown:
         folders = measuring.Folders(args.state, args.data_dir, args.weights)
         results = args.out / figures.ROWS
         codes.append(measuring.work(shown, args.scale, folders, results=results, minutes=_left(end), say=_say))
-    if tables:
-        codes.append(_on_cpu(args, tables, _left(end)) if args.scale == "cpu" else _on_paper_scale(args, tables, end))
+    of_long_runs = [plan for plan in tables if args.scale == "cpu" and plan.cases]
+    if of_long_runs:
+        codes.append(_long_runs(args, of_long_runs, _left(end)))
+    own = [plan for plan in tables if (plan.small if args.scale == "cpu" else plan.setups)]
+    workshop = make.Workshop(args.state, args.data_dir, args.weights, _say)
+    for setting in dict.fromkeys(setting for plan in own for setting in plan.settings):
+        workshop.predictor(setting, LEARNED)
+    if own:
+        codes.append(
+            runs.work(
+                own,
+                results=args.results or RESULTS,
+                out=args.state,
+                data_dir=args.data_dir,
+                weights_dir=args.weights,
+                seeds=args.seeds,
+                minutes=_left(end),
+                scale=args.scale,
+            )
+        )
     return max(codes)
 
 
@@ -92,26 +112,12 @@ def _say(text: str) -> None:
     print(text, flush=True)
 
 
-def _on_cpu(args: argparse.Namespace, tables: list[str], minutes: float) -> int:
-    plans = [PLANS[name] for name in tables]
+def _long_runs(args: argparse.Namespace, plans: list[Plan], minutes: float) -> int:
     cases = dict.fromkeys(case for plan in plans for case in plan.cases)
     strategies = dict.fromkeys(name for plan in plans for name in ("never", *plan.strategies))
     options = ["--data-dir", args.data_dir, "--weights", args.weights, "--state", args.state]
     options += ["--minutes", minutes, "--seeds", args.seeds, "--results", args.results or long_runs.RESULTS]
     return long_runs.main([*map(str, options), "--cases", *cases, "--strategies", *strategies])
-
-
-def _on_paper_scale(args: argparse.Namespace, tables: list[str], end: float) -> int:
-    return runs.work(
-        [PLANS[name] for name in tables],
-        results=args.results or RESULTS,
-        out=args.state,
-        data_dir=args.data_dir,
-        weights_dir=args.weights,
-        seeds=args.seeds,
-        minutes=_left(end),
-        say=_say,
-    )
 
 
 if __name__ == "__main__":

@@ -9,7 +9,7 @@ import numpy as np
 
 from research.long_runs.report import Line, lines
 from research.reproduce.paper import TABLES
-from research.reproduce.plans import NOT_PLANNED, PLANS, Plan
+from research.reproduce.plans import PLANS, Plan, Setup
 from research.reproduce.tables import table
 
 Row = Mapping[str, Any]
@@ -34,14 +34,16 @@ def page(long_runs: Sequence[Row], paper_runs: Sequence[Row]) -> str:
     parts = [_HEAD.rstrip()]
     for name, plan in PLANS.items():
         number = int(name.removeprefix("table"))
-        parts += [f"## Table {number}: {plan.title}", _paper(number), _here(plan, long_runs)]
-        own = _own(plan, paper_runs)
-        if own:
-            parts.append(own)
+        parts += [f"## Table {number}: {plan.title}", _paper(number)]
+        if plan.cases:
+            parts.append(_here(plan, long_runs))
+        if plan.small:
+            parts.append(_own(plan.small, plan, paper_runs, "Here, by `train.finetune`") or "Here: not run yet.")
+        parts.append(
+            _own(plan.setups, plan, paper_runs, "On the paper's scale") or "On the paper's scale: not run yet."
+        )
         if plan.missing:
             parts.append(f"Not run: {plan.missing}")
-    parts.append("## Not made again")
-    parts.append("\n".join(f"- Table {number}: {why}" for number, why in NOT_PLANNED.items()))
     return "\n\n".join(parts) + "\n"
 
 
@@ -50,10 +52,13 @@ def _paper(number: int) -> str:
     full = {(said.network, said.data): said for said in TABLES[number] if said.method == "Full"}
     for said in TABLES[number]:
         base = full.get((said.network, said.data))
-        change = f"{said.accuracy - base.accuracy:+.2f}" if base and said is not base else "-"
+        change = "-"
+        if base and base.accuracy and said.accuracy and said is not base:
+            change = f"{said.accuracy - base.accuracy:+.2f}"
         compute = f"{said.tflops / base.tflops:.2f}" if base and base.tflops and said.tflops else "-"
         time = f"{said.time / base.time:.2f}" if base and base.time and said.time else "-"
-        rows.append((said.network, said.data, said.method, f"{said.accuracy:.2f}", change, compute, time))
+        figure = "-" if said.accuracy is None else f"{said.accuracy:.2f}"
+        rows.append((said.network, said.data, said.method, figure, change, compute, time))
     return "The paper:\n\n" + table(("network", "data", "method", "figure", "change", "compute", "time"), rows, text=3)
 
 
@@ -73,9 +78,9 @@ def _row(case: str, method: str, line: Line) -> tuple[str, ...]:
     return case, method, str(line.seeds), f"{line.figure:.2f}", change, f"{line.flops:.2f}", f"{line.time:.2f}"
 
 
-def _own(plan: Plan, results: Sequence[Row]) -> str:
+def _own(setups: Sequence[Setup], plan: Plan, results: Sequence[Row], title: str) -> str:
     rows = []
-    for setup in plan.setups:
+    for setup in setups:
         mine = [row for row in results if (row["network"], row["data"]) == (setup.network, setup.data)]
         full = {row["seed"]: row for row in mine if row["method"] == "Full"}
         for method in plan.policies:
@@ -92,4 +97,4 @@ def _own(plan: Plan, results: Sequence[Row]) -> str:
             text = f"{np.mean(figures):.2f}{spread}"
             rows.append((setup.network, setup.data, method, str(len(runs)), text, compute, time))
     head = ("network", "data", "method", "seeds", "figure", "compute", "time")
-    return "On the paper's scale:\n\n" + table(head, rows, text=3) if rows else ""
+    return f"{title}:\n\n" + table(head, rows, text=3) if rows else ""

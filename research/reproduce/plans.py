@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 from research.reproduce.paper import AUTOFREEZE, FULL, LINEAR, SIMILARITY, SMARTFRZ
+from research.reproduce.predictors.settings import SIZES, WINDOWS, Setting
+
+Scale = Literal["cpu", "paper"]
 
 
 class Setup(NamedTuple):
@@ -34,6 +37,8 @@ class Plan(NamedTuple):
         setups: The paper's own.
         policies: Options of ``train.finetune`` that choose each method.
         missing: What is not run here, and why.
+        small: Fine-tunings by ``train.finetune`` on this scale, where no case of :mod:`research.long_runs` will do.
+        settings: Predictors that the policies take, from the folder of unfinished runs.
     """
 
     title: str
@@ -42,22 +47,14 @@ class Plan(NamedTuple):
     setups: tuple[Setup, ...]
     policies: Mapping[str, tuple[str, ...]]
     missing: str = ""
+    small: tuple[Setup, ...] = ()
+    settings: tuple[Setting, ...] = ()
 
 
 _FOUR = {"never": FULL, "freezeout": LINEAR, "autofreeze": AUTOFREEZE, "paper": SMARTFRZ}
 # As published: the predictor of raw weights, trained on labels from CKA, judges every layer alone.
-AS_PUBLISHED = (
-    "--policy",
-    "smartfrz",
-    "--predictor",
-    "paper",
-    "--order",
-    "any",
-    "--patience",
-    "1",
-    "--caution",
-    "0.5",
-)
+_RULE = ("--policy", "smartfrz", "--order", "any", "--patience", "1", "--caution", "0.5")
+AS_PUBLISHED = (*_RULE, "--predictor", "paper")
 _POLICIES = {
     FULL: ("--policy", "never"),
     LINEAR: ("--policy", "freezeout"),
@@ -83,9 +80,48 @@ FINE_TUNED = tuple(
 _SCRATCH = Setup(
     "ResNet50", "CIFAR-10", ("--model", "resnet50", "--data", "cifar10", "--epochs", "160", *_SGD, *_IMAGES), {}
 )
+# As DeiT and torchvision train them; the paper does not say otherwise.
+_IMAGENET = ("--data", "imagenet2012", "--image-size", "224", "--batch-size", "256")
+_RESNET_SCRATCH = Setup(
+    "ResNet50",
+    "ImageNet",
+    ("--model", "resnet50", *_IMAGENET, "--epochs", "100", "--augment", "resized-crop", "--learning-rate", "0.1",
+     "--weight-decay", "1e-4"),
+    {},
+)  # fmt: skip
+_DEIT_SCRATCH = Setup(
+    "DeiT-T",
+    "ImageNet",
+    ("--model", "deit-tiny", *_IMAGENET, "--epochs", "300", "--augment", "deit", "--optimizer", "adamw",
+     "--learning-rate", "2.5e-4", "--weight-decay", "0.05", "--warmup-epochs", "5"),
+    {},
+)  # fmt: skip
+_LITE = Setup(
+    "EfficientNet-Lite0",
+    "CIFAR-100",
+    ("--model", "efficientnet-lite0", "--data", "cifar100", "--image-size", "48", "--augment", "flip-crop", "--epochs",
+     "5", "--batch-size", "32", "--learning-rate", "0.01", "--train-split", "train[:2048]", "--evaluation-split",
+     "test[:2000]", "--min-saving", "0.05"),
+    {"--weights": "efficientnet_lite0.safetensors"},
+)  # fmt: skip
 _BERT = {"--weights": "bert-base.safetensors", "--vocab": "vocab.txt"}
 _RESNET = FINE_TUNED[0]
-_NO_IMAGENET = "ImageNet is not in the box; `train.finetune --data imagenet2012` runs it."
+_NO_IMAGENET = "ImageNet, which is not in the box; prepared with TFDS, it is run by `--scale paper`."
+_ON_CIFAR100 = tuple(
+    setup for setup in FINE_TUNED if setup.data == "CIFAR-100" and setup.network in ("ResNet50", "VGG11")
+)
+
+
+def _predictors(title: str, settings: tuple[Setting, ...], of: str) -> Plan:
+    """A table of predictors that differ in one thing, each made here from small runs."""
+    policies = {
+        f"{of} {getattr(setting, of)}": (
+            *_RULE, "--predictor", f"{{state}}/predictors/{setting.name}", "--window", str(setting.window)
+        )
+        for setting in settings
+    }  # fmt: skip
+    return Plan(title, (), {}, _ON_CIFAR100, {FULL: _POLICIES[FULL]} | policies, small=(_LITE,), settings=settings)
+
 
 PLANS: dict[str, Plan] = {
     "table1": Plan(
@@ -97,7 +133,16 @@ PLANS: dict[str, Plan] = {
         "On the paper's scale: `train.finetune --policy similarity_guided --reference` from a finished run of table2.",
     ),
     "table2": Plan("fine-tuning", ("lite0-cifar10", "lite0-cifar100"), _FOUR, FINE_TUNED, _POLICIES),
-    "table3": Plan("training from scratch", ("resnet20-cifar10-scratch",), _FOUR, (_SCRATCH,), _POLICIES, _NO_IMAGENET),
+    "table3": Plan(
+        "training from scratch",
+        ("resnet20-cifar10-scratch",),
+        _FOUR,
+        (_SCRATCH, _RESNET_SCRATCH),
+        _POLICIES,
+        _NO_IMAGENET,
+    ),
+    "table4": _predictors("how many records the predictor sees", WINDOWS, "window"),
+    "table5": _predictors("how many weights of a layer it sees", SIZES, "size"),
     "table6": Plan(
         "text",
         ("minilm-mrpc", "minilm-cola"),
@@ -108,6 +153,7 @@ PLANS: dict[str, Plan] = {
         ),
         _POLICIES,
     ),
+    "table7": Plan("a transformer from scratch", (), {}, (_DEIT_SCRATCH,), _POLICIES, _NO_IMAGENET),
     "table8": Plan(
         "when FreezeOut freezes its first layer",
         ("resnet20-cifar10",),
@@ -122,9 +168,4 @@ PLANS: dict[str, Plan] = {
         (_RESNET,),
         {f"M {m}": ("--policy", "autofreeze", "--evaluations-per-epoch", str(m)) for m in (2, 3, 4, 5)},
     ),
-}
-NOT_PLANNED = {
-    4: "windows of 20 to 50 records: each needs a predictor trained for it",
-    5: "samples of 512 to 4096 weights: each needs a predictor trained for it",
-    7: f"DeiT-T on ImageNet. {_NO_IMAGENET}",
 }

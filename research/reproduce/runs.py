@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from research import json_lines
-from research.reproduce.plans import Plan, Setup
+from research.reproduce.plans import Plan, Scale, Setup
 from train import finetune
 from train.log import Run, read
 
@@ -58,14 +59,18 @@ class PaperRun(NamedTuple):
         files = [part for option, name in self.setup.files.items() for part in (option, str(weights_dir / name))]
         where = ["--out", str(out / self.folder), "--data-dir", str(data_dir), "--seed", str(self.seed), "--quiet"]
         resume = ["--resume"] if (out / self.folder / "log.jsonl").exists() else []
-        return [*self.setup.options, *self.policy, *files, *where, *resume]
+        policy = [part.replace("{state}", str(out)) for part in self.policy]
+        return [*self.setup.options, *policy, *files, *where, *resume]
 
 
-def missing(plans: Sequence[Plan], rows: Sequence[Mapping[str, Any]], seeds: int) -> Iterator[PaperRun]:
+def missing(
+    plans: Sequence[Plan], rows: Sequence[Mapping[str, Any]], seeds: int, scale: Scale = "paper"
+) -> Iterator[PaperRun]:
     """The runs that no row is of: seed by seed, table by table."""
     done = {(row["network"], row["data"], row["method"], row["seed"]) for row in rows}
     for seed, plan in product(range(seeds), plans):
-        for setup, (method, policy) in product(plan.setups, plan.policies.items()):
+        setups = plan.setups if scale == "paper" else plan.small
+        for setup, (method, policy) in product(setups, plan.policies.items()):
             run = PaperRun(setup, method, policy, seed)
             if run.key not in done:
                 yield run
@@ -80,7 +85,7 @@ def work(
     weights_dir: Path,
     seeds: int,
     minutes: float,
-    say: Callable[[str], object],
+    scale: Scale,
 ) -> int:
     """Runs what is missing until the time is up; returns the exit code.
 
@@ -92,15 +97,15 @@ def work(
     deadline = time.monotonic() + 60 * minutes
     failed: set[tuple[str, str, str, int]] = set()
     while time.monotonic() < deadline:
-        runs = missing(plans, json_lines.read(results, dict), seeds)
+        runs = missing(plans, json_lines.read(results, dict), seeds, scale)
         run = next((one for one in runs if one.key not in failed), None)
         if run is None:
             break
-        say(f"{run.folder}: begins")
+        print(f"{run.folder}: begins", flush=True)
         try:
             log = finished(run, out, data_dir, weights_dir)
         except ValueError as error:  # it has said why; weights or data may be missing for this network alone
-            say(str(error))
+            print(error, file=sys.stderr)
             failed.add(run.key)
             continue
         json_lines.append(results, row_of(run, log))

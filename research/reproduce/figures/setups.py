@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Literal
 
-from research.reproduce.plans import AS_PUBLISHED, FINE_TUNED, Setup
-
-Scale = Literal["cpu", "paper"]
+from research.reproduce.plans import AS_PUBLISHED, FINE_TUNED, Scale, Setup
 
 _LITE = {"--weights": "efficientnet_lite0.safetensors"}
 _MINILM = {"--weights": "minilm.safetensors", "--vocab": "vocab.txt"}

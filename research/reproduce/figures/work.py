@@ -15,9 +15,8 @@ from research.reproduce.figures.setups import (
     MEMORY,
     MEMORY_POLICIES,
     SIMILARITIES,
-    Scale,
 )
-from research.reproduce.plans import Setup
+from research.reproduce.plans import Scale, Setup
 from research.reproduce.runs import PaperRun, finished, row_of
 from train.options import parse
 
