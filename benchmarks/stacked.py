@@ -156,6 +156,7 @@ def sets(depth: int) -> dict[str, list[str]]:
         "front third": ["stem", *blocks[: depth // 3]],
         "front half": ["stem", *blocks[: depth // 2]],
         "all but two": ["stem", *blocks[:-2]],
+        "every other": ["stem", *blocks[::2]],
         "one block trains": ["stem", *blocks[: depth // 2], *blocks[depth // 2 + 1 :], "head"],
     }
 

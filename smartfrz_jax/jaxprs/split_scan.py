@@ -2,7 +2,8 @@
 
 The gradient of what a scan runs over is computed in full as soon as one row of it is wanted. In runs of frozen rows the
 weights are constants instead: no gradients of them, and in a run at the front no backward pass at all. Where the
-gradient of what goes into a run is not wanted, its first row runs on its own, for a loop would compute it.
+gradient of what goes into a run is not wanted, its first row runs on its own, for a loop would compute it. Rows that
+freeze by turns, as every other does, are one run, of periods.
 """
 
 from __future__ import annotations
@@ -57,16 +58,16 @@ def split(closed: ClosedJaxpr, stacks: Mapping[Any, Stacked], live: Collection[A
 
 
 class _Run(NamedTuple):
-    """Consecutive rows of a scan that are frozen alike.
+    """Consecutive rows of a scan that are frozen alike, or of which as many as a period has are so by turns.
 
     Attributes:
         rows: Them.
-        frozen: Whether each value that is run over is of frozen rows alone.
+        frozen: For each row of a period whether each value that is run over is of frozen rows alone.
         in_place: Whether no derivative passes. Rows are then read where they lie, and not sliced off together.
     """
 
     rows: range
-    frozen: tuple[bool, ...]
+    frozen: tuple[tuple[bool, ...], ...]
     in_place: bool
 
 
@@ -179,17 +180,21 @@ class _Splitter:
         carries = any(var in self._live for var in variables(carry))
         is_fixed_live = any(var in self._live for var in variables(fixed))
         runs: list[_Run] = []
-        order = range(length)[:: -1 if eqn.params["reverse"] else 1]
+        order, at = range(length)[:: -1 if eqn.params["reverse"] else 1], 0
+
+        def append(count: int, period: int, *, in_place: bool) -> int:
+            rows = sorted(order[at : at + count])
+            frozen = tuple(tuple(kinds[row][: len(sliced)]) for row in rows[:period])
+            runs.append(_Run(range(rows[0], rows[-1] + 1), frozen, in_place))
+            return at + count
+
         for kind, group in itertools.groupby(order, kinds.__getitem__):
-            rows = sorted(group)
-            of_kind = tuple(kind[: len(sliced)])
-            trains = is_fixed_live or any(a and not b for a, b in zip(live, of_kind, strict=True))
-            if trains and not carries:
-                first = rows.pop(-1 if eqn.params["reverse"] else 0)
-                runs.append(_Run(range(first, first + 1), of_kind, in_place=False))
-            carries |= trains
-            if rows:
-                runs.append(_Run(range(rows[0], rows[-1] + 1), of_kind, in_place=not carries))
+            if carries:
+                break
+            carries = is_fixed_live or any(a and not b for a, b in zip(live, kind, strict=False))
+            at = append(1 if carries else len(list(group)), 1, in_place=not carries)
+        for period, times in _periods([kinds[row] for row in order[at:]]):
+            at = append(period * times, period, in_place=False)
         return runs
 
     def _frozen(self, atom: Atom, length: int) -> tuple[bool, ...]:
@@ -210,25 +215,68 @@ def _sources(axes: row_axes.Axes) -> frozenset[Any]:
     return frozenset(var for of_axis in axes for var, _ in of_axis)
 
 
+def _periods(kinds: Sequence[Any]) -> list[tuple[int, int]]:
+    """How to run through rows of these kinds so that the fewest are compiled: lengths of periods, and how often each.
+
+    Example:
+        >>> _periods("aabababc")
+        [(1, 1), (2, 3), (1, 1)]
+    """
+    best: list[tuple[int, list[tuple[int, int]]]] = [(0, [])]  # for each number of last rows
+    for start in reversed(range(len(kinds))):
+        rest, found = len(kinds) - start, []
+        for period in range(1, rest // 2 + 1):
+            times = 1
+            while kinds[start : start + period] == kinds[start + times * period : start + (times + 1) * period]:
+                times += 1
+                found.append((period, times))
+        options = [(1, 1), *found]
+        costs = [period + best[rest - period * times][0] for period, times in options]
+        cost, (period, times) = min(zip(costs, options, strict=True), key=lambda each: (each[0], each[1][0]))
+        best.append((cost, [(period, times), *best[rest - period * times][1]]))
+    return best[-1][1]
+
+
 def _run(eqn: Eqn, run: _Run, sizes: tuple[int, int], *values: jax.Array) -> list[jax.Array]:
     """One run of a scan, over its rows or, in place, over the whole arrays: its carry, and what it stacks."""
     n_fixed, n_carry = sizes
     fixed, carry, sliced = values[:n_fixed], values[n_fixed : n_fixed + n_carry], values[n_fixed + n_carry :]
-    sliced = [jax.lax.stop_gradient(x) if is_frozen else x for x, is_frozen in zip(sliced, run.frozen, strict=True)]
-    start, stop = run.rows.start, run.rows.stop
-    body = row_flags.resolved(eqn.params["jaxpr"].jaxpr, start)
-    step = jex.jaxpr_as_fun(jex.ClosedJaxpr(body, ()))
+    start, period = run.rows.start, len(run.frozen)
+    bodies = [row_flags.resolved(eqn.params["jaxpr"].jaxpr, start + at) for at in range(period)]
+    steps = [jex.jaxpr_as_fun(jex.ClosedJaxpr(body, ())) for body in bodies]
+    parts = [_parts(x, period) for x in sliced]
+    over = [
+        [jax.lax.stop_gradient(x[at]) if is_frozen else x[at] for x, is_frozen in zip(parts, frozen, strict=True)]
+        for at, frozen in enumerate(run.frozen)
+    ]
 
-    def of_row(carry: Sequence[jax.Array], rows: Any) -> tuple[list[jax.Array], list[jax.Array]]:
+    def of_period(carry: Sequence[jax.Array], rows: Any) -> tuple[list[jax.Array], list[list[jax.Array]]]:
         if run.in_place:
-            rows = [jax.lax.dynamic_index_in_dim(x, rows, keepdims=False) for x in sliced]
-        outs = step(*fixed, *carry, *rows)
-        return outs[:n_carry], outs[n_carry:]
+            rows = [[jax.lax.dynamic_index_in_dim(x, rows, keepdims=False) for x in over[0]]]
+        outs: list[list[jax.Array]] = [[]] * period
+        for at in range(period)[:: -1 if eqn.params["reverse"] else 1]:
+            results = steps[at](*fixed, *carry, *rows[at])
+            carry, outs[at] = results[:n_carry], results[n_carry:]
+        return list(carry), outs
 
     if len(run.rows) == 1:
-        carried, outs = of_row(carry, start if run.in_place else [x[0] for x in sliced])
-        return [*carried, *(y[None] for y in outs)]
-    over = jnp.arange(start, stop) if run.in_place else sliced
+        carried, outs = of_period(carry, start if run.in_place else [[x[0] for x in over[0]]])
+        return [*carried, *(y[None] for y in outs[0])]
     options = {name: eqn.params[name] for name in ("reverse", "unroll")}
-    carried, outs = jax.lax.scan(of_row, list(carry), over, length=len(run.rows), **options)
-    return [*carried, *outs]
+    indices = jnp.arange(start, run.rows.stop)
+    length = len(run.rows) // period
+    carried, outs = jax.lax.scan(of_period, list(carry), indices if run.in_place else over, length=length, **options)
+    return [*carried, *map(_together, zip(*outs, strict=True))]
+
+
+def _parts(x: jax.Array, period: int) -> list[jax.Array]:
+    """The first row of each period, the second, and so on; the derivative is one array, not a sum."""
+    if period == 1:
+        return [x]
+    parts = jax.lax.split(x.reshape(-1, period, *x.shape[1:]), (1,) * period, axis=1)
+    return [jax.lax.squeeze(part, (1,)) for part in parts]
+
+
+def _together(parts: Sequence[jax.Array]) -> jax.Array:
+    """What :func:`_parts` takes apart."""
+    return parts[0] if len(parts) == 1 else jnp.stack(parts, axis=1).reshape(-1, *parts[0].shape[1:])

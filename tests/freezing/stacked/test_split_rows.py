@@ -78,6 +78,19 @@ def test_flops_are_those_of_the_network_unrolled(names):
     )
 
 
+def bodies(depth, frozen):
+    """How often an equation of a block is in the gradient of a loss over so many blocks."""
+    params = PARAMS | {name: jnp.concatenate([PARAMS[name]] * 4)[:depth] for name in ("up", "bias", "down")}
+    layers = sfj.find_layers(params, loss, X, rows=True)
+    names = [name for row, name in enumerate(layers.names[1:-1]) if frozen(row)]
+    return str(jax.make_jaxpr(sfj.value_and_grad(loss, sfj.Frozen(layers, names)))(params, X)).count("= tanh")
+
+
+@pytest.mark.parametrize("frozen", [lambda row: row % 2, lambda row: row % 4 in (1, 2)], ids=["1", "2"])
+def test_what_is_compiled_for_rows_that_freeze_by_turns_does_not_grow_with_their_number(frozen):
+    assert bodies(8, frozen) == bodies(16, frozen) <= 4 * bodies(8, lambda row: False)
+
+
 def test_without_split_rows_a_scan_saves_nothing():
     """Else the test above could not fail."""
     whole = flops(unrolled_loss, rows(PARAMS), UNROLLED, ())
@@ -104,7 +117,8 @@ def test_what_need_not_be_split_is_the_very_function(names):
     assert split_rows(loss, sfj.Frozen(LAYERS, names)) is loss
 
 
-def test_a_scan_that_runs_backwards():
+@pytest.mark.parametrize("frozen", [(4, 3), (4, 2, 0)], ids=["prefix", "by turns"])
+def test_a_scan_that_runs_backwards(frozen):
     def backwards(params, x):
         rows_of = params["up"], params["down"]
         body = lambda x, row: (x + jnp.tanh(x @ row[0]) @ row[1], x.sum())  # noqa: E731
@@ -114,13 +128,15 @@ def test_a_scan_that_runs_backwards():
     params = {name: PARAMS[name] for name in ("up", "down")}
     layers = sfj.find_layers(params, lambda params, x: backwards(params, x)[0], X, rows=True)
     assert layers.names == tuple(f"up+down/{row}" for row in (4, 3, 2, 1, 0))
-    frozen = sfj.Frozen(layers, layers.names[:2])
+    rows, training = list(frozen), [row for row in range(5) if row not in frozen]
+    frozen = sfj.Frozen(layers, [f"up+down/{row}" for row in rows])
     (value, sums), grads = sfj.value_and_grad(backwards, frozen, has_aux=True)(params, X)
     (whole, of_all), every = jax.value_and_grad(backwards, has_aux=True)(params, X)
     np.testing.assert_allclose(value, whole, rtol=1e-6)
     np.testing.assert_allclose(sums, of_all, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(grads["up"][:3], every["up"][:3], rtol=1e-5, atol=1e-6)
-    assert not np.any(grads["up"][3:])
+    at = np.array(training)
+    np.testing.assert_allclose(grads["up"][at], every["up"][at], rtol=1e-5, atol=1e-6)
+    assert not np.any(grads["up"][np.array(rows)])
 
 
 def test_forward_mode_goes_through():
