@@ -10,6 +10,8 @@ import pytest
 from flax import nnx
 
 import smartfrz_jax as sfj
+from smartfrz_jax.cost.check import Measured, check_saving, jaxpr_of
+from smartfrz_jax.cost.step_program import StepProgram
 from smartfrz_jax.predictor.probe import contributions
 from smartfrz_jax.predictor.sampling import Tailoring
 from tests.freezing.stacked.networks import (
@@ -60,6 +62,31 @@ def test_the_account_of_rows_that_are_not_along_the_first_axis():
     for names in (BLOCKS[:3], BLOCKS[::2]):
         expected = accounts()[0].flops(sfj.Frozen(LAYERS, names)).total
         assert account.flops(sfj.Frozen(layers, names)).total == pytest.approx(expected, rel=0.01)
+
+
+def measured(frozen, *, stopped):
+    """A step by its jaxpr: with its scan split, or with gradients that are stopped alone."""
+    jaxpr = jaxpr_of(jax.jit(sfj.value_and_grad(loss, frozen)).trace(PARAMS, X))
+    if stopped:
+        jaxpr = jaxpr_of(jax.jit(jax.value_and_grad(lambda p, x: loss(frozen.stop_gradient(p), x))).trace(PARAMS, X))
+    cost = sfj.cost.ProgramCost(StepProgram(jaxpr, "cpu").cost(), 0.0, 0, 0, 0, 0.0, 0.0)
+    return Measured(frozen, cost, jaxpr)
+
+
+@pytest.mark.slow
+def test_the_check_of_a_saving_counts_rows():
+    account = sfj.account(PARAMS, LAYERS, loss, X)
+    nothing, front = sfj.Frozen(LAYERS), sfj.Frozen(LAYERS, SETS["prefix"])
+    before = measured(nothing, stopped=False)
+    assert check_saving(account, before, measured(front, stopped=False)) is None
+    finding = check_saving(account, before, measured(front, stopped=True))
+    assert finding.layers == SETS["prefix"]
+
+
+def test_freezeouts_rates_are_refused():
+    schedules = sfj.policies.freezeout_schedules(LAYERS, learning_rate=0.1, total_steps=10)
+    with pytest.raises(ValueError, match="layers: got rows of stacked parameters"):
+        sfj.policies.scale_by_layer_schedule(LAYERS, schedules)
 
 
 def test_the_summary_shares_the_optimizer_among_the_rows_that_train():
