@@ -17,10 +17,14 @@ FLOAT = 4
 KERNELS = (WIDTH * WIDTH, WIDTH * KEYS, WIDTH * KEYS, WIDTH * WIDTH, *(3 * (WIDTH * HIDDEN,)))
 
 
+def counts() -> tuple[int, int]:
+    """Numbers of parameters, those of norms left out, and of layers: a kernel each, the embedding and the head."""
+    return BLOCKS * sum(KERNELS) + 2 * VOCABULARY * WIDTH, BLOCKS * len(KERNELS) + 2
+
+
 def rows() -> list[tuple[str, str]]:
     """The quantities, and how each comes about."""
-    block, layers = sum(KERNELS), BLOCKS * len(KERNELS) + 2
-    params = BLOCKS * block + 2 * VOCABULARY * WIDTH
+    block, (params, layers) = sum(KERNELS), counts()
     flops, record = 6 * params * TOKENS, layers * SAMPLE * FLOAT
     half = BLOCKS // 2 * block
     return [
@@ -44,6 +48,10 @@ def rows() -> list[tuple[str, str]]:
     ]
 
 
+def table() -> str:
+    """The rows in Markdown, as docs/guides/launching.md has them."""
+    return "\n".join(f"| {name} | {text} |" for name, text in rows())
+
+
 if __name__ == "__main__":
-    for name, text in rows():
-        print(f"| {name} | {text} |")
+    print(table())
