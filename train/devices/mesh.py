@@ -80,13 +80,15 @@ def make_mesh(text: str | None, *, batch_size: int, accumulate: int = 1) -> Mesh
             f"--mesh: got {text}, which is {size} devices, expected {count}, which are there{processes}; make the "
             f"sizes multiply to that, such as data={count}, or hide devices from JAX (CUDA_VISIBLE_DEVICES)"
         )
-    if batch_size % (size * accumulate):
-        by_default = " (all devices, as there is no --mesh; data=1 takes one)" if text is None else ""
+    if rest := batch_size % (size * accumulate):
+        by_default = " (all that are there, as there is no --mesh)" if text is None else ""
         parts = f" times the {accumulate} of --accumulate" if accumulate > 1 else ""
         named = ",".join(f"{name}={n}" for name, n in axes.items() if n > 1) or "data=1"
+        near = [near for near in (batch_size - rest, batch_size - rest + size * accumulate) if near]
+        or_one = "" if size == 1 or jax.process_count() > 1 else ", or --mesh data=1, which trains on one device"
         raise ValueError(
             f"--batch-size: got {batch_size}, expected a multiple of {size * accumulate}, the {size} devices of --mesh "
-            f"{named}{by_default}{parts}; change --batch-size or --mesh"
+            f"{named}{by_default}{parts}; take --batch-size {' or '.join(map(str, near))}{or_one}"
         )
     if alone:
         return None

@@ -54,10 +54,26 @@ def test_a_mesh_that_is_not_there_is_refused(text, message):
 @pytest.mark.parametrize(
     ("text", "batch_size", "accumulate", "message"),
     [
-        (None, 12, 1, "--batch-size: got 12, expected a multiple of 8, .*all devices, as there is no --mesh; data=1"),
-        ("data=4,fsdp=2", 12, 1, "got 12, expected a multiple of 8, the 8 devices of --mesh data=4,fsdp=2; change"),
-        ("data=8", 24, 2, "got 24, expected a multiple of 16, .*times the 2 of --accumulate"),
-        ("data=1", 9, 2, "got 9, expected a multiple of 2, the 1 devices of --mesh data=1 times the 2"),
+        (
+            None,
+            12,
+            1,
+            "got 12, expected a multiple of 8, .* there is no --mesh.; take --batch-size 8 or 16, or --mesh data=1",
+        ),
+        (None, 4, 1, "got 4, expected a multiple of 8, .*; take --batch-size 8, or --mesh data=1, which trains on one"),
+        ("data=4,fsdp=2", 12, 1, "got 12, expected a multiple of 8, the 8 devices of --mesh data=4,fsdp=2; take"),
+        (
+            "data=8",
+            24,
+            2,
+            "got 24, expected a multiple of 16, .*times the 2 of --accumulate; take --batch-size 16 or 32",
+        ),
+        (
+            "data=1",
+            9,
+            2,
+            "got 9, .* multiple of 2, the 1 devices of --mesh data=1 times the 2.*; take --batch-size 8 or 10$",
+        ),
     ],
 )
 def test_a_batch_that_cannot_be_split_is_refused(text, batch_size, accumulate, message):
