@@ -21,6 +21,7 @@ def start() -> None:
     """Joins the other processes; before anything that uses a device.
 
     Who they are is found out by ``jax.distributed.initialize``: on SLURM, Open MPI, Kubernetes and TPU pods by itself.
+    Their devices are connected here, where all are at the same moment: on CPU they have 30 seconds for that.
 
     Raises:
         ValueError: If it finds nothing, or a process of that number is there already.
@@ -33,6 +34,7 @@ def start() -> None:
             "MPI (mpirun), Kubernetes (with the package kubernetes) or a TPU pod has started; leave it out for one "
             "process"
         ) from error
+    wait_for_all("at the start")
 
 
 def is_first() -> bool:
