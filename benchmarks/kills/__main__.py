@@ -1,5 +1,6 @@
 """``python -m benchmarks.kills --out FOLDER``: kills runs of every policy, and says what was lost; see campaign.py.
 
+With ``--processes 2`` runs of two processes, of which one is killed, or both; see pairs.py.
 Goes on where it stopped, and writes an entry for every kill to ``benchmarks/kills/results.jsonl``. It is one process
 that forks: start it before anything else uses a device.
 """
@@ -12,6 +13,7 @@ import os
 import pathlib
 import sys
 import time
+from typing import Any
 
 RESULTS = pathlib.Path(__file__).with_name("results.jsonl")
 
@@ -21,6 +23,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.kills", description=__doc__)
     parser.add_argument("--out", type=pathlib.Path, required=True, help="folder for the runs")
     parser.add_argument("--results", type=pathlib.Path, default=RESULTS, help="JSON lines, which it goes on from")
+    parser.add_argument("--processes", type=int, choices=(1, 2), default=1, help="of each run")
     parser.add_argument("--kills", type=int, default=5, help="of each run")
     parser.add_argument("--cases", type=int, default=1000, help="how many cases are tried at most")
     parser.add_argument("--policies", nargs="+", help="those alone; all by default")
@@ -33,22 +36,26 @@ def main() -> int:
     import tensorflow_datasets  # noqa: F401
     from orbax.checkpoint import v1  # noqa: F401
 
-    from benchmarks.kills import campaign, report, victim
+    from benchmarks.kills import campaign, pairs, report, victim
+
+    tried_in: Any = campaign if args.processes == 1 else pairs
 
     args.out.mkdir(parents=True, exist_ok=True)
     if not (args.out / "fashion").exists():
         victim.write_data(args.out)
     lines = args.results.read_text().splitlines() if args.results.exists() else []
     entries = [json.loads(line) for line in lines]
-    tried = {report.case_of(entry) for entry in entries if entry["event"] == "end"}
-    left = [case for case in campaign.cases() if case not in tried and case.policy in (args.policies or [case.policy])]
+    ends = [entry for entry in report.of_runs(entries, args.processes) if entry["event"] == "end"]
+    tried = [tried_in.case_of(entry) for entry in ends]
+    cases = [case for case in tried_in.cases() if case not in tried]
+    left = [case for case in cases if case.policy in (args.policies or [case.policy])]
     for case in left[: args.cases]:
-        begun, kills = time.monotonic(), campaign.moments(case, args.seed, args.kills)
-        entries += (new := list(campaign.try_case(case, kills, args.out)))
+        begun, kills = time.monotonic(), tried_in.moments(case, args.seed, args.kills)
+        entries += (new := list(tried_in.try_case(case, kills, args.out)))
         with args.results.open("a") as file:
             file.writelines(json.dumps(one) + "\n" for one in new)
         print(f"{case}: {time.monotonic() - begun:.0f} s, {new[-1]}", flush=True)
-    print(report.table(entries))
+    print(report.table(report.of_runs(entries, args.processes)))
     if args.page is not None:
         report.write_page(args.page, entries)
     lost = report.lost(entries)

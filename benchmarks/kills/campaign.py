@@ -42,6 +42,11 @@ def cases() -> list[Case]:
     return [*first, *stored, *second]
 
 
+def case_of(entry: dict[str, Any]) -> Case:
+    """The case that an entry is of."""
+    return Case(**{name: entry[name] for name in Case._fields})
+
+
 def moments(case: Case, seed: int, number: int) -> list[Moment]:
     """As many kills of one run as asked for, each of the process that goes on after the one before.
 
@@ -65,29 +70,39 @@ def moments(case: Case, seed: int, number: int) -> list[Moment]:
     return [first, *drawn, Moment("end", 1, float(rng.uniform(0, 0.05)))][:number]
 
 
+def start(work: Callable[[], int], output: pathlib.Path) -> int:
+    """Begins something in a fork of this process, which must not have used a device; returns its number."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+        os.dup2(file, 1)
+        os.dup2(file, 2)
+        code = work()
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(code)
+
+
+def exit_code(child: int) -> int | None:
+    """What a process ended with, or minus the signal that ended it; None of one that runs."""
+    ended, status = os.waitpid(child, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if ended else None
+
+
 def in_process(work: Callable[[], int], output: pathlib.Path) -> int:
-    """Runs something in a fork of this process, which must not have used a device; its exit code, or minus its signal.
+    """Runs something in a fork of this process; its exit code, or minus the signal that ended it.
 
     Raises:
         TimeoutError: If it does not end.
     """
-    child = os.fork()
-    if child == 0:
-        code = 1
-        try:
-            file = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-            os.dup2(file, 1)
-            os.dup2(file, 2)
-            code = work()
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            os._exit(code)
-    until = time.monotonic() + SECONDS
+    child, until = start(work, output), time.monotonic() + SECONDS
     while time.monotonic() < until:
-        ended, status = os.waitpid(child, os.WNOHANG)
-        if ended:
-            return os.waitstatus_to_exitcode(status)
+        if (code := exit_code(child)) is not None:
+            return code
         time.sleep(0.05)
     os.kill(child, 9)
     os.waitpid(child, 0)
@@ -102,12 +117,7 @@ def try_case(case: Case, kills: list[Moment], folder: pathlib.Path) -> Iterator[
         kills: Of the second.
         folder: With the data; what the runs write is put there.
     """
-    changed = [*CHANGED.get(case.policy, ()), "--policy", case.policy, "--returning", case.returning]
-    if case.policy == "similarity_guided":
-        changed += ["--reference", str(_reference(folder))]
-    if case.keep_activations != "no":
-        changed += ["--keep-activations", case.keep_activations, "--augment", "none"]
-    names = "-".join(case)
+    changed, names = options(case, folder), "-".join(case)
     alone, killed = folder / f"{names}-alone", folder / f"{names}-killed"
     code = in_process(lambda: run(arguments(folder, alone, *changed), None), folder / f"{names}-alone.txt")
     if code:
@@ -117,25 +127,44 @@ def try_case(case: Case, kills: list[Moment], folder: pathlib.Path) -> Iterator[
     for moment in kills:
         at = lambda: run(arguments(folder, killed, *changed, *resume), moment)  # noqa: E731, B023
         code = in_process(at, output)
-        done = max((int(path.name) for path in killed.glob("checkpoints/*") if path.name.isdigit()), default=0)
-        yield {"event": "kill", **case._asdict(), **moment._asdict(), "code": code, "checkpoint": done}
+        done = {"code": code, "checkpoint": checkpoint_of(killed)}
+        yield {"event": "kill", **case._asdict(), **moment._asdict(), **done}
         if code == 0:  # it was over before that moment
             break
         if (killed / "log.jsonl").exists():
             resume = ("--resume",)
     code = in_process(lambda: run(arguments(folder, killed, *changed, *resume), None), output)
-    compared = folder / f"{names}-compared.txt"
+    yield {"event": "end", **case._asdict(), "code": code, **end_of(alone, killed)}
+
+
+def options(case: Case, folder: pathlib.Path, *, width: int = 16) -> list[str]:
+    """What the command line of a case has more than that of others."""
+    changed = [*CHANGED.get(case.policy, ()), "--policy", case.policy, "--returning", case.returning]
+    if case.policy == "similarity_guided":
+        changed += ["--reference", str(_reference(folder, width))]
+    if case.keep_activations != "no":
+        changed += ["--keep-activations", case.keep_activations, "--augment", "none"]
+    return changed
+
+
+def end_of(alone: pathlib.Path, killed: pathlib.Path) -> dict[str, Any]:
+    """How a run that was killed compares with one that was not: number of freezes, and what differs."""
+    compared = killed.with_name(f"{killed.name}-compared.txt")
     in_process(lambda: _print(compared_with(alone, killed)), compared)
-    freezes = len(log.read(alone / "log.jsonl").freezes)
-    yield {"event": "end", **case._asdict(), "code": code, "freezes": freezes, "differs": compared.read_text().strip()}
+    return {"freezes": len(log.read(alone / "log.jsonl").freezes), "differs": compared.read_text().strip()}
 
 
-def _reference(folder: pathlib.Path) -> pathlib.Path:
+def checkpoint_of(killed: pathlib.Path) -> int:
+    """Steps done by the newest checkpoint; 0 without one."""
+    return max((int(path.name) for path in killed.glob("checkpoints/*") if path.name.isdigit()), default=0)
+
+
+def _reference(folder: pathlib.Path, width: int) -> pathlib.Path:
     """The weights of a finished run."""
-    weights = folder / "reference/model.safetensors"
+    weights = folder / f"reference-{width}/model.safetensors"
     if not weights.exists():
-        argv = arguments(folder, folder / "reference", "--policy", "never")
-        if code := in_process(lambda: run(argv, None), folder / "reference.txt"):
+        argv = arguments(folder, weights.parent, "--policy", "never")
+        if code := in_process(lambda: run(argv, None, width=width), folder / "reference.txt"):
             raise RuntimeError(f"the run of the reference ended with {code}; what it said is in {folder}")
     return weights
 

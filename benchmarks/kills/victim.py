@@ -32,12 +32,12 @@ STEPS = EPOCHS * EXAMPLES // BATCH
 class Network(nnx.Module):
     """What is trained: so small that a run is over in seconds, with statistics and dropout as larger ones have them."""
 
-    def __init__(self, *, num_classes: int, rngs: nnx.Rngs, **others: Any):
-        self.stem = nnx.Conv(3, 16, (8, 8), strides=8, padding="VALID", use_bias=False, rngs=rngs)
-        self.norm = nnx.BatchNorm(16, rngs=rngs)
-        self.blocks = nnx.List([nnx.Linear(16, 16, rngs=rngs) for _ in range(3)])
+    def __init__(self, *, num_classes: int, rngs: nnx.Rngs, width: int = 16, **others: Any):
+        self.stem = nnx.Conv(3, width, (8, 8), strides=8, padding="VALID", use_bias=False, rngs=rngs)
+        self.norm = nnx.BatchNorm(width, rngs=rngs)
+        self.blocks = nnx.List([nnx.Linear(width, width, rngs=rngs) for _ in range(3)])
         self.dropout = nnx.Dropout(0.1, rngs=rngs)
-        self.head = nnx.Linear(16, num_classes, rngs=rngs)
+        self.head = nnx.Linear(width, num_classes, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Logits of images."""
@@ -113,9 +113,9 @@ def arguments(folder: pathlib.Path, out: pathlib.Path, *changed: str) -> list[st
     ]  # fmt: skip
 
 
-def run(argv: list[str], moment: Moment | None) -> int:
+def run(argv: list[str], moment: Moment | None, *, width: int = 16) -> int:
     """``train.finetune`` with a small network; its exit code, if it comes to an end."""
-    networks.deit_tiny = Network
+    networks.deit_tiny = functools.partial(Network, width=width)
     if moment is not None:
         _arm(moment)
     finetune.report.picture = _no_picture  # which takes longer than all else

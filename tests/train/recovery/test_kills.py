@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.kills import report
+from benchmarks.kills import pairs, report
 from benchmarks.kills.campaign import cases, moments
 
 PAGE = Path(__file__).parents[3] / "docs/benchmarks/reliability.md"
@@ -41,20 +41,61 @@ def test_moments_are_drawn_for_each_case_alone():
     assert {moment.kind for case in cases() for moment in moments(case, 0, 5)} == set(report.WHERE)
 
 
-def test_what_differs_is_lost(tmp_path):
-    kill = {"event": "kill", "policy": "never", "kind": "save", "signal": "SIGTERM", "code": 75}
-    end = {"event": "end", "policy": "never", "returning": "kept", "keep_activations": "no", "freezes": 1, "code": 0}
-    fine = [kill, kill | {"code": -9, "signal": "SIGKILL"}, kill | {"code": 0}, end | {"differs": ""}]
-    bad = [kill | {"code": 1}, kill | {"code": -9}, end | {"differs": "losses"}, end | {"code": 2, "differs": ""}]
-    assert report.lost(fine) == []
-    assert report.lost(fine + bad) == bad
-    assert "| writing a checkpoint | 1 | 1 |" in report.table(fine)
-    assert "| 1 | 1 | 0 |" in report.table(fine)
-    (tmp_path / "page.md").write_text(f"text\n\n{report.table(fine + bad)}")
-    report.write_page(tmp_path / "page.md", fine)
-    assert (tmp_path / "page.md").read_text() == f"text\n\n{report.table(fine)}\n"
+def test_of_two_processes_each_is_killed_and_both():
+    assert len({pair.policy for pair in pairs.cases()}) >= 8
+    for pair in pairs.cases():
+        drawn = pairs.moments(pair, seed=0, number=5)
+        assert drawn == pairs.moments(pair, seed=0, number=5)
+        assert all(0 in kill.of for kill in drawn if kill.moment.kind == "end")
+    assert {kill.of for pair in pairs.cases() for kill in pairs.moments(pair, 0, 5)} == {(0,), (1,), (0, 1)}
+
+
+KILL = {"event": "kill", "policy": "never", "kind": "save", "signal": "SIGTERM"}
+END = {"event": "end", "policy": "never", "returning": "kept", "keep_activations": "no", "freezes": 1, "differs": ""}
+SIGKILL = KILL | {"signal": "SIGKILL", "seconds": 21.0}
+FINE = {
+    1: [KILL | {"code": 75}, KILL | {"code": -9, "signal": "SIGKILL"}, KILL | {"code": 0}, END | {"code": 0}],
+    2: [
+        KILL | {"of": [1], "codes": [75, 75], "seconds": 2.0, "processes": 2},
+        SIGKILL | {"of": [1], "codes": [-6, -9], "processes": 2},
+        SIGKILL | {"of": [0, 1], "codes": [-9, -9], "processes": 2},
+        SIGKILL | {"of": [0], "codes": [0, 0], "processes": 2},
+        END | {"codes": [0, 0], "processes": 2},
+    ],
+}
+BAD = {
+    1: [KILL | {"code": 1}, KILL | {"code": -9}, END | {"code": 0, "differs": "losses"}, END | {"code": 2}],
+    2: [
+        KILL | {"of": [1], "codes": [75, 1], "seconds": 2.0, "processes": 2},
+        SIGKILL | {"of": [1], "codes": [0, -9], "processes": 2},
+        SIGKILL | {"of": [1], "codes": [-6, -9], "processes": 2, "seconds": 61.0},
+        SIGKILL | {"of": [0], "codes": [-6, -6], "processes": 2},
+        END | {"codes": [0, 1], "processes": 2},
+    ],
+}
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_what_differs_or_does_not_end_is_lost(processes):
+    assert report.lost(FINE[processes]) == []
+    assert report.lost(FINE[processes] + BAD[processes]) == BAD[processes]
+
+
+def test_the_page_is_written_anew(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"text\n\n{report.HEADINGS[1]}\n\nother tables")
+    report.write_page(page, FINE[1] + FINE[2])
+    text = page.read_text()
+    one, two = text.split(report.HEADINGS[2])
+    assert one.startswith(f"text\n\n{report.HEADINGS[1]}\n\n| killed in")
+    assert "| writing a checkpoint | 1 | 1 |" in one
+    assert "| writing a checkpoint | 2 | 1 |" in two
+    assert "| the second | 1 | 21 |" in two
+    report.write_page(page, FINE[1] + FINE[2])
+    assert page.read_text() == text
 
 
 def test_the_page_has_what_was_tried():
     entries = [json.loads(line) for line in RESULTS.read_text().splitlines()]
-    assert report.table(entries) in PAGE.read_text()
+    for processes, heading in report.HEADINGS.items():
+        assert f"{heading}\n\n{report.table(report.of_runs(entries, processes))}\n" in PAGE.read_text()
