@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import platform
 import sys
 import time
@@ -48,18 +49,22 @@ def fix_statistics(model: nnx.Module) -> None:
 
 
 def make_evaluation(data: Data, figures: dict[str, metrics.Metric]) -> Callable[[nnx.Module], dict[str, float]]:
-    """A function of the model to its figures on a split, every example once."""
+    """A function of the model to its figures on a split and, last, to its loss there; every example once."""
 
     @nnx.jit
-    def counts_of(model: nnx.Module, inputs: tuple[Any, ...], labels: jax.Array, weights: jax.Array) -> jax.Array:
+    def sums_of(model: nnx.Module, inputs: tuple[Any, ...], labels: jax.Array, weights: jax.Array) -> Any:
         logits = model(*data.prepare(inputs))  # pyright: ignore[reportCallIssue]
-        return metrics.counts(logits, labels, weights)
+        return metrics.counts(logits, labels, weights), metrics.loss_sums(logits, labels, weights)
 
     def evaluate(model: nnx.Module) -> dict[str, float]:
         evaluated = nnx.merge(*nnx.split(model))  # shares the arrays, not the mode
         evaluated.eval()
-        counts = metrics.total(hosts.fetch(counts_of(evaluated, *batch)) for batch in data.evaluation_batches())
-        return {name: figure(counts) for name, figure in figures.items()}
+        parts = [hosts.fetch(sums_of(evaluated, *batch)) for batch in data.evaluation_batches()]
+        counts, sums = (metrics.total(of_batches) for of_batches in zip(*parts, strict=True))
+        loss = metrics.mean_loss(sums)
+        if not math.isfinite(loss):
+            raise FloatingPointError(f"the loss on the evaluation split is {loss}; lower the learning rate")
+        return {name: figure(counts) for name, figure in figures.items()} | {"loss": loss}
 
     return evaluate
 
@@ -213,7 +218,9 @@ def finetune(options: Options, say: Callable[[str], None], interrupt: Interrupt)
     )
     total_steps, evaluate_every = config.epochs * data.steps_per_epoch, config.evaluate_every or data.steps_per_epoch
     figures = metrics.metrics_of(options.data.data, options.data.task)
-    baseline = [] if config.baseline is None else [read_baseline(config.baseline, settings, total_steps, figures)]
+    baseline = (
+        [] if config.baseline is None else [read_baseline(config.baseline, settings, total_steps, [*figures, "loss"])]
+    )
     model, _, freezer, step, account = make_training(options, data, mesh)
     history = Run(options.policy.policy, freezer.layers.names, settings)
     if started:

@@ -57,7 +57,7 @@ def _figure(run: Run, metric: str) -> str:
     if not run.metrics:
         return "-"
     value = run.metrics[metric]
-    return f"{value:.3f}" if metric in ("log-likelihood", "perplexity") else f"{value:.1%}"
+    return f"{value:.3f}" if metric in ("log-likelihood", "perplexity", "loss") else f"{value:.1%}"
 
 
 def phases(run: Run) -> str:

@@ -39,7 +39,8 @@ def arguments(folder, out, *more):
 def test_a_decoder_learns_texts_in_full(folder, tmp_path, capsys):
     assert finetune.main(arguments(folder, tmp_path / "run", "--policy", "never")) == 0, capsys.readouterr().err
     run = log.read(tmp_path / "run/log.jsonl")
-    assert set(run.metrics) == {"log-likelihood", "perplexity"}
+    assert list(run.metrics) == ["log-likelihood", "perplexity", "loss"]
+    assert run.metrics["loss"] == -run.metrics["log-likelihood"]
     assert run.metrics["perplexity"] == pytest.approx(np.exp(-run.metrics["log-likelihood"]))
     assert 1 < run.metrics["perplexity"] < 0.1 * 259
     assert "| perplexity, evaluation split" in (tmp_path / "run/report.md").read_text()

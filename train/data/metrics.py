@@ -1,6 +1,6 @@
 """Accuracy, F1 and Matthews correlation, exact over any batching: all come from the counts of a confusion matrix.
 
-Of decoders, perplexity, which comes from the sums of the losses and of the tokens.
+The loss, and of decoders perplexity, come from the sums of the losses and of the examples, or the tokens.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from train.data.language.perplexity import log_likelihood, perplexity, token_sums
 
@@ -75,8 +76,34 @@ def counts(logits: Array, labels: Array, weights: Array) -> Array:
     return (token_sums if logits.ndim == 3 else confusion)(logits, labels, weights)
 
 
+def loss_sums(
+    logits: Float[Array, "batch *tokens classes"], labels: Int[Array, "batch *tokens"], weights: Float[Array, " batch"]
+) -> Float[Array, "2"]:
+    """Sum of the cross entropies of a batch, and number of its examples; of decoders, of its tokens.
+
+    Args:
+        logits: Computed in float32 from here on.
+        labels: Classes, or the tokens that come next.
+        weights: Of the batch: examples of weight 0 are not counted.
+
+    Example:
+        >>> sums = loss_sums(jnp.zeros((3, 8)), jnp.array([0, 1, 1]), jnp.array([1.0, 1.0, 0.0]))
+        >>> round(mean_loss(np.asarray(sums)), 4)
+        2.0794
+    """
+    if logits.ndim == 3:
+        return token_sums(logits, labels, weights)
+    losses = optax.softmax_cross_entropy_with_integer_labels(logits.astype(jnp.float32), labels)
+    return jnp.stack([(losses * weights).sum(), weights.sum()])
+
+
+def mean_loss(sums: np.ndarray) -> float:
+    """Mean cross entropy, in nats; NaN without examples."""
+    return -log_likelihood(sums)
+
+
 def total(parts: Iterable[np.ndarray]) -> np.ndarray:
-    """The sum of what :func:`counts` gives for each batch, in 64 bits."""
+    """The sum of what :func:`counts` or :func:`loss_sums` gives for each batch, in 64 bits."""
     arrays = list(parts)
     return np.asarray(np.sum(arrays, axis=0, dtype=np.int64 if arrays[0].dtype.kind == "i" else np.float64))
 

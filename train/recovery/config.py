@@ -68,10 +68,10 @@ class RecoveryConfig:
     """where a loss or an update is not finite: stop with the last checkpoint, or leave the step out"""
     max_skipped: int = 10
     """on-nan skip: steps in a row that may be left out"""
-    regression: float = 0.05
-    """fall of the main figure, from one evaluation to the next, that counts as the harm of a freeze between them"""
+    regression: float = 0.1
+    """rise of the evaluation's loss, as a share of that before, that counts as the harm of a freeze between them"""
     unfreeze_on_regression: bool = False
-    """let layers train again after whose freeze the figure fell so far"""
+    """let layers train again after whose freeze the loss rose so far"""
 
     def __post_init__(self) -> None:
         check_least(self, keep_last=1, keep_best=0, max_skipped=1, regression=0)

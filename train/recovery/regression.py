@@ -29,11 +29,10 @@ def evaluated(log: Log, evaluation: Evaluation) -> list[str]:
     return list(frozen)
 
 
-def fall_of(run: Run) -> float:
-    """By how much the main figure fell from the last evaluation but one to the last."""
-    before, now = run.evaluations[-2:]
-    name = next(iter(now.metrics))
-    return before.metrics[name] - now.metrics[name]
+def has_risen(run: Run, share: float) -> bool:
+    """Whether the loss rose by more than a share of it from the last evaluation but one to the last."""
+    before, now = (evaluation.metrics["loss"] for evaluation in run.evaluations[-2:])
+    return now > (1 + share) * before
 
 
 def react(
@@ -41,23 +40,23 @@ def react(
 ) -> None:
     """Adds an evaluation to the log, and looks whether a freeze since the one before has done harm.
 
-    It has if the main figure fell by more than ``--regression``. Then the layers that froze since train again under
-    ``--unfreeze-on-regression``, and freeze anew only once the policy has let go of them, see
-    :meth:`smartfrz_jax.Freezer.unfreeze_layers`. That depends on nothing but the log and the freezer, so that a run
+    It has if the loss on the evaluation split rose by more than ``--regression``, a share of it. Then the layers that
+    froze since train again under ``--unfreeze-on-regression``, and freeze anew only once the policy has let go of them,
+    see :meth:`smartfrz_jax.Freezer.unfreeze_layers`. That depends on nothing but the log and the freezer, so that a run
     that was stopped goes on as it would have.
 
     Args:
         freezer: Of the run; the step that the evaluation is of was its last.
         log: Of the run.
         evaluation: Of its network as it is now.
-        config: How far the figure may fall, and what is done then.
+        config: How far the loss may rise, and what is done then.
         say: Prints.
     """
     names = [name for name in evaluated(log, evaluation) if name in freezer.frozen.names]
-    if not names or (fall := fall_of(log.run)) <= config.regression:
+    if not names or not has_risen(log.run, config.regression):
         return
-    figure = next(iter(evaluation.metrics))
-    text = f"warning: {figure} fell by {fall:.4f} in the evaluation after {', '.join(names)} froze"
+    before, now = (one.metrics["loss"] for one in log.run.evaluations[-2:])
+    text = f"warning: the evaluation's loss rose from {before:.4g} to {now:.4g} after {', '.join(names)} froze"
     if not config.unfreeze_on_regression:
         say(f"{text}; --unfreeze-on-regression would let them train again")
         return

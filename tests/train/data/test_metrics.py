@@ -84,3 +84,15 @@ def test_positive_class_that_is_not_there():
 )
 def test_metrics_of_a_set(name, expected):
     assert list(metrics.metrics_of(name)) == expected
+
+
+@pytest.mark.parametrize("batch", [1, 4, 12])
+def test_the_loss_is_the_same_over_any_batching(batch):
+    rng = np.random.default_rng(0)
+    logits, labels = rng.standard_normal((12, 5), np.float32), rng.integers(0, 5, 12).astype(np.int32)
+    weights = (np.arange(12) < 10).astype(np.float32)
+    parts = [slice(start, start + batch) for start in range(0, 12, batch)]
+    sums = metrics.total(np.asarray(metrics.loss_sums(logits[at], labels[at], weights[at])) for at in parts)
+    exact = logits[:10].astype(np.float64)
+    expected = np.log(np.exp(exact).sum(1)) - exact[np.arange(10), labels[:10]]
+    assert metrics.mean_loss(sums) == pytest.approx(expected.mean(), rel=1e-6)

@@ -15,8 +15,8 @@ from train.recovery.regression import react
 pytestmark = pytest.mark.usefixtures("jax_defaults")
 
 
-def run(tmp_path, config, figures, saved_at=None, resumed=None):
-    """A run whose figure is one thing while nothing is frozen, and another while something is."""
+def run(tmp_path, config, losses, saved_at=None, resumed=None):
+    """A run whose loss is one thing while nothing is frozen, and another while something is."""
     freezer, said = make("kept"), []
     history = log.Run("static_prefix", freezer.layers.names)
     if resumed is not None:
@@ -27,8 +27,8 @@ def run(tmp_path, config, figures, saved_at=None, resumed=None):
         for done in loop.run([(X,)] * (STEPS - freezer.steps)):
             if done % 2 == 0:
                 loop.drain()
-                figure = figures[bool(freezer.frozen.names)]
-                react(freezer, written, Evaluation(done, {"accuracy": figure}), config, said.append)
+                found = {"accuracy": 0.9, "loss": losses[bool(freezer.frozen.names)]}
+                react(freezer, written, Evaluation(done, found), config, said.append)
             if done == saved_at:
                 freezer.save(tmp_path / "checkpoint")
     return freezer, log.read(tmp_path / "log.jsonl"), said
@@ -36,23 +36,24 @@ def run(tmp_path, config, figures, saved_at=None, resumed=None):
 
 def test_it_is_taken_back_once_and_for_all_and_its_moments_come_back(tmp_path):
     config = RecoveryConfig(unfreeze_on_regression=True)
-    freezer, history, said = run(tmp_path, config, (0.9, 0.5), saved_at=5)
+    freezer, history, said = run(tmp_path, config, (0.5, 0.9), saved_at=5)
     assert [(event.step, len(event.names), len(event.returned)) for event in history.freezes] == [(3, 1, 0), (4, 0, 1)]
-    assert said == ["warning: accuracy fell by 0.4000 in the evaluation after layers/0 froze; they train again"]
+    assert said == ["warning: the evaluation's loss rose from 0.5 to 0.9 after layers/0 froze; they train again"]
     assert not freezer.frozen.names
     assert freezer.optimizer.kept is not None
     assert not freezer.optimizer.kept.arrays
-    again, resumed_history, _ = run(tmp_path, config, (0.9, 0.5), resumed=tmp_path / "checkpoint")
+    again, resumed_history, _ = run(tmp_path, config, (0.5, 0.9), resumed=tmp_path / "checkpoint")
     assert resumed_history.freezes == history.freezes
     for name, array in freezer.contents().state.items():
         np.testing.assert_array_equal(np.asarray(again.contents().state[name]), np.asarray(array), err_msg=name)
 
 
 @pytest.mark.parametrize(
-    ("regression", "figures", "says"), [(0.05, (0.9, 0.5), 1), (0.5, (0.9, 0.5), 0), (0.05, (0.5, 0.9), 0)]
+    ("regression", "losses", "says"),
+    [(0.1, (0.5, 0.56), 1), (0.1, (0.5, 0.54), 0), (0.9, (0.5, 0.94), 0), (0.1, (0.9, 0.5), 0), (0.1, (0.0, 0.1), 1)],
 )
-def test_by_default_it_is_told_and_stays(tmp_path, regression, figures, says):
-    freezer, history, said = run(tmp_path, RecoveryConfig(regression=regression), figures)
+def test_by_default_it_is_told_and_stays(tmp_path, regression, losses, says):
+    freezer, history, said = run(tmp_path, RecoveryConfig(regression=regression), losses)
     assert len(said) == says
     assert all("layers/0 froze; --unfreeze-on-regression would" in text for text in said)
     assert freezer.frozen.names == {"layers/0"}
