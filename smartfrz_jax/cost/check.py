@@ -208,7 +208,7 @@ def _flops(account: Account, before: Measured, after: Measured) -> _Comparison:
         return _NOT_COMPARED
     programs, jaxprs = (before, after), [program.jaxpr for program in (before, after)]
     predicted = [account.flops(program.frozen).total for program in programs]
-    if any(jaxpr is not None and diagnosis.has_loops(jaxpr.jaxpr) for jaxpr in jaxprs):
+    if _any_loops(jaxprs):
         return _NOT_COMPARED if None in jaxprs else _fall(predicted, _traced(account, jaxprs), _LEAST)
     measured = [program.cost.flops * program.cost.devices for program in programs]
     if None in jaxprs:
@@ -216,6 +216,10 @@ def _flops(account: Account, before: Measured, after: Measured) -> _Comparison:
     comparison = _fall(predicted, measured, _LEAST)
     # Before anything is said: what XLA is asked to compute, whatever it computes several times.
     return _fall(predicted, _traced(account, jaxprs), _LEAST) if comparison.is_missing else comparison
+
+
+def _any_loops(jaxprs: list[Any]) -> bool:
+    return any(jaxpr is not None and diagnosis.has_loops(jaxpr.jaxpr) for jaxpr in jaxprs)
 
 
 def _traced(account: Account, jaxprs: list[Any]) -> list[float]:
@@ -249,9 +253,14 @@ def _state_bytes(account: Account, frozen: Frozen) -> int:
 
 
 def _sums(account: Account, before: Measured, after: Measured) -> _Comparison:
-    """Bytes of gradients that are summed over the devices; where these have parts of the parameters, not compared."""
+    """Bytes of gradients that are summed over the devices.
+
+    Not compared where these have parts of the parameters, nor where there are loops: sums in them count once, however
+    many turns there are.
+    """
     params = paths.flatten(account.params)
-    if after.cost.devices == 1 or before.cost.argument_bytes < _bytes(params):
+    jaxprs = [program.jaxpr for program in (before, after)]
+    if after.cost.devices == 1 or before.cost.argument_bytes < _bytes(params) or _any_loops(jaxprs):
         return _NOT_COMPARED
     was, now = (program.cost.collectives.reduced_bytes for program in (before, after))
     active = _bytes(before.frozen.active_leaves(params))

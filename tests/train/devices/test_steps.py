@@ -8,9 +8,11 @@ import pytest
 from flax import nnx
 
 import smartfrz_jax as sfj
+from smartfrz_jax.pytrees import paths
 from tests.train.devices.blocks import EXAMPLES, TX, WIDTH, Made, X, Y, loss_fn
 from train.devices import mesh as meshes
 from train.devices.recompute import recomputed
+from train.loop import make_step
 
 pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("jax_defaults")]
 FRONT = ("blocks/0", "blocks/1/wide")
@@ -99,7 +101,7 @@ def test_the_account_is_that_of_the_whole_batch_and_the_saving_of_a_freeze_is_fo
     model = Made().model
     layers = sfj.nnx.find_layers(model, X)
     account = sfj.nnx.account(model, layers, loss_fn, (X,), Y, tx=TX)
-    for options in ({"accumulate": 4}, {"remat": True}):
+    for options in ({"accumulate": 4}, {"remat": True}, {"mesh": "data=8", "scan": True}):
         made = Made(**options)
         step = sfj.TrainStep(made.step._step, account=account)  # a saving that does not come is a warning: an error
         step(made.model, made.optimizer, *made.batch)
@@ -109,6 +111,25 @@ def test_the_account_is_that_of_the_whole_batch_and_the_saving_of_a_freeze_is_fo
 
 
 class TestSplitParameters:
+    @pytest.mark.parametrize("place", ["device", "host"])
+    def test_activations_are_kept_and_results_are_those_of_a_plain_step(self, place):
+        made = Made("data=4,fsdp=2", frozen=FRONT)
+        before = where(made)
+        step = sfj.nnx.CachedStep(
+            lambda loss: meshes.pinned(make_step(loss), made.mesh),
+            loss_fn,
+            examples=EXAMPLES,
+            storage=sfj.caching.Storage(place),
+        )
+        losses = [float(step(made.model, made.optimizer, np.arange(EXAMPLES), *made.batch)) for _ in range(3)]
+        arrays = paths.flatten(nnx.as_pure(nnx.state(made.model)))
+        expected_losses, expected = plain(FRONT)
+        np.testing.assert_allclose(losses, expected_losses, rtol=1e-5)
+        for name, leaf in arrays.items():
+            np.testing.assert_allclose(np.array(leaf), expected[name], rtol=1e-5, atol=1e-6, err_msg=name)
+        assert step.cache.store.filled.all()
+        assert where(made) == before
+
     def test_arrays_stay_where_they_are_and_one_program_is_enough(self):
         made = Made("data=4,fsdp=2")
         before = where(made)
