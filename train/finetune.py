@@ -6,7 +6,7 @@ import math
 import platform
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, NamedTuple
 
@@ -193,6 +193,32 @@ def versions_of(mesh: Mesh | None) -> str:
     return f"jax {jax.__version__}, Python {platform.python_version()}, {jax.devices()[0].device_kind}{devices}"
 
 
+def begin_or_resume(
+    freezer: sfj.nnx.Freezer, new: Run, out: Path, started: Sequence[Path], say: Callable[[str], None]
+) -> Run:
+    """What a run begins with: nothing, or what it goes on from.
+
+    Args:
+        freezer: What the run trains with; it is restored, or freezes what is frozen from the beginning.
+        new: The run, without any step.
+        out: Its folder.
+        started: The checkpoints that are there, the newest first.
+        say: Prints.
+
+    Returns:
+        The run until now.
+
+    Raises:
+        ValueError: If no checkpoint is sound, or processes have frozen different layers.
+    """
+    run = restore_newest(freezer, out, started, say) if started else new
+    if not started and (frozen := freezer.start().names):
+        run.freezes += freezer.events
+        say(f"{len(frozen)} layers are frozen from the beginning")
+    check_decisions(freezer)  # else the first step would be another program in each process
+    return run
+
+
 def finetune(options: Options, say: Callable[[str], None], interrupt: Interrupt) -> None:
     """The whole run; writes into ``--out`` as it goes.
 
@@ -222,12 +248,7 @@ def finetune(options: Options, say: Callable[[str], None], interrupt: Interrupt)
         [] if config.baseline is None else [read_baseline(config.baseline, settings, total_steps, [*figures, "loss"])]
     )
     model, _, freezer, step, account = make_training(options, data, mesh)
-    history = Run(options.policy.policy, freezer.layers.names, settings)
-    if started:
-        history = restore_newest(freezer, out, started, say)
-    elif frozen := freezer.start().names:
-        history.freezes += freezer.events
-        say(f"{len(frozen)} layers are frozen from the beginning")
+    history = begin_or_resume(freezer, Run(options.policy.policy, freezer.layers.names, settings), out, started, say)
     first, versions = processes.is_first(), versions_of(mesh)
     layers, gflop = len(freezer.layers), account.flops().total / 1e9
     say(f"{options.network.model}: {layers} layers, {gflop:.2f} GFLOP a step of {config.batch_size}")

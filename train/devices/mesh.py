@@ -119,8 +119,9 @@ def by_example(mesh: Mesh) -> NamedSharding:
 
 
 def put(array: jax.Array | np.ndarray, sharding: NamedSharding) -> jax.Array:
-    """An array that every process has whole, on the devices of all of them."""
-    if jax.process_count() == 1:
+    """An array that every process has whole, or that lies on the devices of all, on these as the sharding says."""
+    is_spread = isinstance(array, jax.Array) and not array.is_fully_addressable
+    if jax.process_count() == 1 or is_spread:
         return jax.device_put(array, sharding)
     if jnp.issubdtype(array.dtype, jax.dtypes.prng_key):
         key: jax.Array = array  # pyright: ignore[reportAssignmentType]

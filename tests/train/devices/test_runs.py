@@ -48,7 +48,7 @@ def two_processes(data, tmp_path_factory):
     command = [sys.executable, "-m", "tests.train.devices.two_processes"]
     started = [
         subprocess.Popen(
-            [*command, str(process), str(data), str(out), *SGD, "--mesh", "data=2,fsdp=2"],
+            [*command, str(process), str(data), str(out), *SGD, "--mesh", "fsdp=4"],
             env=env | {"SLURM_PROCID": str(process), "SLURM_LOCALID": str(process)},
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -97,10 +97,12 @@ def test_a_run_in_two_processes_is_that_in_one(two_processes, alone):
 def test_processes_that_decide_differently_all_stop_and_name_the_layers(two_processes):
     _, said, *_ = two_processes
     assert said[0][1:] == said[1][1:]
-    coming, frozen, same = said[0][1:]
-    assert "after step 20, process 0 freezes 'a', 'b' after step 24, and process 1 freezes nothing" in coming
-    assert "after step 20, process 0 has frozen 'b', and process 1 has frozen 'c'" in frozen
-    assert same == ""
+    coming, frozen, same, code, started = said[0][1:]
+    assert "after step 4, process 0 freezes 'layers/0' after step 7, and process 1 freezes nothing" in coming
+    assert "after step 1, process 0 has frozen 'layers/0', and process 1 has frozen 'layers/1'" in frozen
+    assert same == "the same, 1 to come"
+    assert code == "2"
+    assert "after step 0, process 0 has frozen 'blocks/" in started
 
 
 def test_a_process_that_dies_ends_the_other_within_a_minute(two_processes):
