@@ -239,11 +239,13 @@ def _fall(predicted: list[float], measured: list[float], least: float) -> _Compa
 
 def _state(account: Account, before: Measured, after: Measured) -> _Comparison:
     """Bytes of the optimizer's state, which go from the step's arguments."""
-    fall = _state_bytes(account, before.frozen) - _state_bytes(account, after.frozen)
+    now, devices = _state_bytes(account, after.frozen), after.cost.devices
+    fall = _state_bytes(account, before.frozen) - now
     measured = before.cost.argument_bytes - after.cost.argument_bytes
     text = f"Predicted: {fall:,} bytes less of optimizer state; measured: {measured:,} bytes less of arguments"
-    # Of a state that is split between devices, each has a part.
-    return _Comparison(fall, measured * after.cost.devices, 0.0, text)
+    # Each device may have a part only of what went, and all of what came where other layers train.
+    came = now - _state_bytes(account, after.frozen.add(before.frozen.names))
+    return _Comparison(fall, (measured + came) * devices - came, 0.0, text)
 
 
 def _state_bytes(account: Account, frozen: Frozen) -> int:

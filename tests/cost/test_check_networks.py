@@ -22,16 +22,21 @@ pytestmark = [pytest.mark.usefixtures("jax_defaults"), pytest.mark.slow]
 # Several devices.
 
 
-def sharded_program(names, **kwargs):
+def sharded_program(names, split_state=(), **kwargs):
+    """A step on eight devices; of the optimizer's state, leaves of some shapes are split between them."""
     mesh = Mesh(np.array(jax.devices()), ("data",))
     replicated, split = NamedSharding(mesh, PartitionSpec()), NamedSharding(mesh, PartitionSpec("data"))
     frozen = frozen_set(names)
     step, opt_state = trained(frozen, **kwargs)
 
     def placed(tree, sharding):
-        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree)
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding(leaf)), tree)
 
-    return measured(frozen, step, placed(PARAMS, replicated), placed(opt_state, replicated), *placed((X, Y), split))
+    params, state = (
+        placed(PARAMS, lambda leaf: replicated),
+        placed(opt_state, lambda leaf: split if leaf.shape in split_state else replicated),
+    )
+    return measured(frozen, step, params, state, *placed((X, Y), lambda leaf: split))
 
 
 def test_sums_over_devices_fall_by_the_frozen_parameters():
@@ -49,6 +54,18 @@ def test_sums_over_devices_that_stay():
     finding = check_saving(account(), before, after)
     assert finding.cause == "norm"
     assert f"Predicted: {4 * (24 * 32 + 32 + 32 * 32 + 32):,} bytes less in sums over the 8 devices" in finding.message
+
+
+def test_state_that_was_split_and_goes_while_other_state_comes_that_is_whole():
+    before, after = (sharded_program(names, [WIDTHS["b"]]) for names in ("acd", "bcd"))
+    assert before.cost.argument_bytes < after.cost.argument_bytes  # of a device, though all have less than before
+    assert check_saving(account(), before, after, notable=1.0) is None
+
+
+def test_split_state_that_stays():
+    before = sharded_program("", [WIDTHS["b"]])
+    after = sharded_program("b", [WIDTHS["b"]], tx=optax.adam(1e-3))
+    assert check_saving(account(), before, after).cause == "optimizer"
 
 
 # NNX.
