@@ -15,7 +15,7 @@ from benchmarks.kills.victim import BATCH, EXAMPLES, STEPS, Case, Kind, Moment, 
 from train import log
 from train.policies import PolicyName
 
-SECONDS = 600.0  # after which a process hangs
+SECONDS = 1800.0  # after which a process hangs
 
 # So that each policy freezes within the few steps of a run.
 CHANGED: dict[str, tuple[str, ...]] = {
