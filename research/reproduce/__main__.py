@@ -9,7 +9,7 @@ from pathlib import Path
 
 from research import json_lines
 from research.long_runs import __main__ as long_runs
-from research.reproduce import runs
+from research.reproduce import questions, runs
 from research.reproduce.figures import work as measuring
 from research.reproduce.figures import write as figures
 from research.reproduce.page import page
@@ -21,9 +21,10 @@ from train.log import write_whole
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results.jsonl"
+QUESTIONS = "questions"
 
 _DESCRIPTION = """\
-Makes tables and figures of the paper again, and writes results.md and figures.md with what the paper says beside them.
+Makes tables and figures of the paper again, and writes results.md, figures.md and questions.md.
 
   --scale cpu    smaller networks and images; for tables whole data sets, hours of one core a run: research.long_runs
   --scale paper  the paper's networks at 224 x 224, by train.finetune; --weights holds resnet50.safetensors and others
@@ -39,7 +40,7 @@ def main(argv: list[str] | None = None) -> int:
         description=_DESCRIPTION,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    names = (*PLANS, *measuring.FIGURES)
+    names = (*PLANS, *measuring.FIGURES, QUESTIONS)
     parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(names)}")
     parser.add_argument("--scale", choices=("cpu", "paper"), default="cpu", help="default: %(default)s")
     parser.add_argument("--data-dir", type=local_path, help="data directory of TFDS")
@@ -48,7 +49,9 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="of tables (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=60.0, help="after which no run begins (default: %(default)s)")
     parser.add_argument("--results", type=local_path, help="finished runs of tables; default: those in the repository")
-    parser.add_argument("--out", type=local_path, default=FOLDER, help="where pages and figures.jsonl are")
+    parser.add_argument(
+        "--out", type=local_path, default=FOLDER, help="where pages are, and the rows of figures and predictors"
+    )
     args = parser.parse_args(argv)
     for name in args.names:
         if name not in names:
@@ -66,7 +69,11 @@ def main(argv: list[str] | None = None) -> int:
     cpu = args.results if args.results and args.scale == "cpu" else long_runs.RESULTS
     paper = args.results if args.results and args.scale == "paper" else RESULTS
     write_whole(args.out / "results.md", page(json_lines.read(cpu, dict), json_lines.read(paper, dict)))
-    figures.write(args.out)
+    recorded = figures.recorded_curves()
+    figures.write(args.out, recorded)
+    predictors, shown = (json_lines.read(args.out / file, dict) for file in (make.ROWS, figures.ROWS))
+    text = questions.page(predictors, shown, [curves for _, curves in recorded.values()])
+    write_whole(args.out / "questions.md", text)
     return code
 
 
@@ -86,6 +93,8 @@ def _run(args: argparse.Namespace) -> int:
         codes.append(_long_runs(args, of_long_runs, _left(end)))
     own = [plan for plan in tables if (plan.small if args.scale == "cpu" else plan.setups)]
     workshop = make.Workshop(args.state, args.data_dir, args.weights, _say)
+    if QUESTIONS in args.names:
+        make.work(workshop, LEARNED, results=args.out / make.ROWS, minutes=_left(end))
     for setting in dict.fromkeys(setting for plan in own for setting in plan.settings):
         workshop.predictor(setting, LEARNED)
     if own:

@@ -136,7 +136,7 @@ def row_of(run: PaperRun, log: Run) -> dict[str, Any]:
         "data": run.setup.data,
         "method": run.method,
         "seed": run.seed,
-        "figure": name,
+        "metric": name,
         "percent": 100 * figure,
         "seconds": log.seconds + log.wait_seconds,
         "tflops": log.tflops,

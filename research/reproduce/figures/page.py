@@ -58,8 +58,8 @@ is the median kurtosis; a normal distribution has 3."""
                 f"{np.max([layer['zeros'] for layer in layers]):.2f}",
             )
         )  # fmt: skip
-    head = ("kind", "layers", "distance", "largest", "size error", "largest", "tail", "zeros, most")
-    of = ", ".join(f"{row['network']} ({row['scale']}, {row['data']}, step {row['steps']})" for row in rows)
+    head = ("kind", "layers", "distance", "largest distance", "size error", "largest error", "tail", "most zeros")
+    of = "\n".join(f"- {row['network']} on {row['data']} ({row['scale']}), step {row['steps']}" for row in rows)
     layers = [layer for row in rows for layer in row["layers"]]
     above = sum(layer["distance"] > _CHANCE for layer in layers)
     worst = max(layers, key=lambda layer: layer["size_error"])
@@ -67,15 +67,18 @@ is the median kurtosis; a normal distribution has 3."""
 
 {table(head, found, text=1)}
 
-Networks: {of}.
+Networks:
+
+{of}
 
 ![Gradients of whole layers and of samples](figure3.png)
 
-**What it says.** The mean distance of {above} of {len(layers)} layers is above that of chance. It cannot be otherwise:
-a random sample has the distribution of what it is drawn from, be this a gradient or anything else. So the figure does
-not show that a sample tells when a layer is ready. What it can tell badly is a size: where few weights carry the
-gradient, most samples miss them. The worst is `{worst["layer"]}` ({worst["kind"]}), of which a sample tells the
-gradient's size with an error of {worst["size_error"]:.0%}; {worst["zeros"]:.0%} of its gradients are zero."""
+**What it says.** {above or "None"} of {len(layers)} layers {"has" if above == 1 else "have"} a mean distance above
+that. It cannot be otherwise: a random sample has the distribution of what it is drawn from, be this a gradient or
+anything else. So the figure does not show that a sample tells when a layer is ready. What it can tell badly is a size:
+where few weights carry the gradient, most samples miss them. The worst is of the kind {worst["kind"]}:
+`{worst["layer"]}`. A sample tells the size of its gradient with an error of {_percent(worst["size_error"])}, as
+{100 * worst["zeros"]:.1f} % of it is zero."""
 
 
 def _similarity(curves: Sequence[tuple[str, Curves]]) -> str:
@@ -92,15 +95,19 @@ within 0.02 of its last level."""
         orders.setdefault(network, []).append(order_of(one))
     rows = [
         (network, "yes" if found[0].residual else "no", str(len(found)), *(
-            f"{np.nanmean([getattr(order, field) for order in found]):.2f}"
+            _or_none(_mean([getattr(order, field) for order in found]))
             for field in ("correlation", "overtaken", "unsettled")
         ))
         for network, found in sorted(orders.items())
     ]  # fmt: skip
     head = ("network", "residual", "runs", "rank correlation", "overtaken", "unsettled")
-    overtaken = {network: float(np.nanmean([order.overtaken for order in found])) for network, found in orders.items()}
+    overtaken = {network: _mean([order.overtaken for order in found]) for network, found in orders.items()}
     with_residual, without = (
-        {network: overtaken[network] for network, found in orders.items() if found[0].residual is residual}
+        {
+            name: overtaken[name]
+            for name, found in orders.items()
+            if found[0].residual is residual and overtaken[name] >= 0
+        }
         for residual in (True, False)
     )
     least, most = min(with_residual, key=with_residual.__getitem__), max(without, key=without.__getitem__)
@@ -124,8 +131,9 @@ def _memory(rows: Sequence[Row]) -> str:
 
 The paper saves more than 80 % of ResNet50's memory by the end of the run, and half of VGG11's and MobileNetV2's, on
 CIFAR-100. *MB* are what the compiled train step holds at its peak: parameters, optimizer state, batch and temporary
-buffers. *Saved* is the share that is gone at the end, and in the mean over the steps. *Rank correlation* is that of
-place and moment of freezing. *SmartFRZ* is the paper's rule with its kind of predictor, *default* the library's."""
+buffers. *Saved* is the share that is gone at the end, *mean* that of all steps. *Moments* are those at which something
+froze, *rank correlation* is that of a layer's place and its moment. *SmartFRZ* is the paper's rule with its kind of
+predictor, *default* the library's."""
     if not rows:
         return f"{text}\n\nNot run yet."
     found = []
@@ -138,10 +146,23 @@ place and moment of freezing. *SmartFRZ* is the paper's rule with its kind of pr
             (
                 row["network"], row["data"], row["method"], row["scale"], f"{held[0] / 1e6:.0f}",
                 f"{held[-1] / 1e6:.0f}", _percent(1 - held[-1] / held[0]), _percent(1 - held.mean() / held[0]),
-                f"{len(moments)} of {len(row['layers'])}", "-" if np.isnan(correlation) else f"{correlation:.2f}",
+                f"{len(moments)} of {len(row['layers'])}", str(len({*moments.values()})),
+                _or_none(correlation),
             )
         )  # fmt: skip
-    head = ("network", "data", "method", "scale", "MB", "at the end", "saved", "mean", "frozen", "rank correlation")
+    head = (
+        "network",
+        "data",
+        "method",
+        "scale",
+        "MB",
+        "at the end",
+        "saved",
+        "mean",
+        "frozen",
+        "moments",
+        "rank correlation",
+    )
     return f"""{text}
 
 {table(head, found, text=4)}
@@ -151,3 +172,13 @@ place and moment of freezing. *SmartFRZ* is the paper's rule with its kind of pr
 
 def _percent(share: Any) -> str:
     return f"{100 * float(share):.0f} %"
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Of those that are numbers; NaN if none is."""
+    known = [value for value in values if not np.isnan(value)]
+    return float(np.mean(known)) if known else float("nan")
+
+
+def _or_none(value: float) -> str:
+    return "-" if np.isnan(value) else f"{value:.2f}"

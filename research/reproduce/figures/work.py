@@ -68,7 +68,7 @@ class Measurement(NamedTuple):
         out = folders.out / f"{self.figure}-{self.scale}"
         key = dict(zip(("figure", "scale", "network", "data", "method"), self.key, strict=True))
         if self.figure == "figure5":
-            return key | row_of(self.run, finished(self.run, out, folders.data, folders.weights))
+            return row_of(self.run, finished(self.run, out, folders.data, folders.weights)) | key
         options = parse(self.run.options(out, folders.data, folders.weights))
         if self.figure == "figure3":
             return key | gradients.measure(options, GRADIENT_STEPS[self.scale])
@@ -109,16 +109,17 @@ def work(
     What has begun is not stopped for the time.
     """
     deadline = time.monotonic() + 60 * minutes
-    failed: set[tuple[str, ...]] = set()
+    tried: dict[tuple[str, ...], bool] = {}  # whether it failed
     while time.monotonic() < deadline:
         rows = json_lines.read(results, dict)
-        one = next((one for one in missing(figures, scale, rows) if one.key not in failed), None)
+        one = next((one for one in missing(figures, scale, rows) if one.key not in tried), None)
         if one is None:
             break
         say(f"{' '.join(one.key)}: begins")
         try:
             json_lines.append(results, one.measure(folders))
+            tried[one.key] = False
         except (OSError, ValueError, FloatingPointError) as error:  # weights may be missing for one network alone
             say(f"{' '.join(one.key)}: {error}")
-            failed.add(one.key)
-    return 2 if failed else 0
+            tried[one.key] = True
+    return 2 if any(tried.values()) else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from research import json_lines
@@ -31,13 +32,14 @@ def recorded_curves() -> dict[str, tuple[str, Curves]]:
     return found
 
 
-def write(out: Path) -> None:
+def write(out: Path, recorded: Mapping[str, tuple[str, Curves]]) -> None:
     """Writes ``figures.md`` from the rows beside it, and the pictures that it shows.
 
     Args:
         out: The folder.
+        recorded: What :func:`recorded_curves` gives.
     """
-    rows, recorded = json_lines.read(out / ROWS, dict), recorded_curves()
+    rows = json_lines.read(out / ROWS, dict)
     write_whole(out / "figures.md", page(rows, list(recorded.values())))
     if of := [row for row in rows if row["figure"] == "figure3"]:
         pictures.gradients(of, out / "figure3.png")

@@ -1,18 +1,26 @@
 """The paper's figures: distances of samples, orders of layers, memory over a run, and the page with them."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 from scipy import stats
 
+from models.deit import deit_tiny
 from research import json_lines
 from research.reproduce import __main__ as script
-from research.reproduce.figures import write
+from research.reproduce import questions
+from research.reproduce.figures import setups, write
 from research.reproduce.figures.gradients import compare, distance, kind_of
 from research.reproduce.figures.memory import memory_over_time, moments_of
 from research.reproduce.figures.page import page
 from research.reproduce.figures.similarity import Curves, order_of, rank_correlation
 from research.reproduce.figures.work import FIGURES, measurements
+from research.reproduce.plans import Setup
+from research.reproduce.predictors import make
+from research.reproduce.questions import frozen_by
 from smartfrz_jax import Layer
+from train import networks
 from train.options import parse
 
 
@@ -85,6 +93,52 @@ def test_setups_are_options_of_the_script(scale, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_page_is_that_of_the_rows_and_recordings():
+def test_the_figures_of_a_tiny_network(shared, tmp_path, monkeypatch, jax_defaults):
+    """Measures all three, is called again without measuring anything, and the page has them."""
+    monkeypatch.setattr(networks, "deit_tiny", partial(deit_tiny, depth=1))
+    options = ["--model", "deit-tiny", "--data", "cifar10", "--image-size", "16", "--epochs", "1", "--batch-size", "4"]
+    options += ["--train-split", "train[:16]", "--evaluation-split", "test[:8]", "--mesh", "data=1", "--lead", "0"]
+    tiny = {"cpu": (Setup("tiny", "CIFAR-10", tuple(options), {}),)}
+    for name in ("GRADIENTS", "SIMILARITIES", "MEMORY"):
+        monkeypatch.setattr(f"research.reproduce.figures.work.{name}", tiny)
+    half = {"half": ("--policy", "static_prefix", "--stages", "0.5:0.6")}
+    monkeypatch.setattr("research.reproduce.figures.work.MEMORY_POLICIES", half)
+    monkeypatch.setitem(setups.GRADIENT_STEPS, "cpu", 1)
+    argv = [*FIGURES, "--data-dir", str(shared / "data/tfds"), "--weights", str(tmp_path), "--out", str(tmp_path)]
+    argv += ["--state", str(tmp_path / "state")]
+    assert script.main(argv) == 0
+    gradients, similarity, memory = json_lines.read(tmp_path / write.ROWS, dict)
+    assert {layer["kind"] for layer in gradients["layers"]} == gradients["histograms"].keys()
+    assert all(0 < layer["distance"] < 0.2 for layer in gradients["layers"])
+    assert np.shape(similarity["cka"]) == (4, len(similarity["layers"]))
+    held = memory_over_time(memory)
+    assert len(held) == memory["steps"] == 4
+    assert held[-1] < held[0]
+    assert set(moments_of(memory).values()) == {0.5}
+    before = (tmp_path / write.ROWS).read_text()
+    assert script.main(argv) == 0
+    assert (tmp_path / write.ROWS).read_text() == before
+    text = (tmp_path / "figures.md").read_text()
+    assert "| tiny | CIFAR-10 | half | cpu |" in text
+    assert all((tmp_path / f"figure{number}.png").exists() for number in (3, 4, 5))
+
+
+@pytest.mark.slow
+def test_the_pages_are_those_of_rows_and_recordings():
     rows = json_lines.read(script.FOLDER / write.ROWS, dict)
-    assert (script.FOLDER / "figures.md").read_text() == page(rows, list(write.recorded_curves().values()))
+    recorded = list(write.recorded_curves().values())
+    assert (script.FOLDER / "figures.md").read_text() == page(rows, recorded)
+    predictors = json_lines.read(script.FOLDER / make.ROWS, dict)
+    text = questions.page(predictors, rows, [curves for _, curves in recorded])
+    assert (script.FOLDER / "questions.md").read_text() == text
+
+
+def test_a_rule_without_hindsight_freezes_more_and_too_early():
+    """Of two layers one settles at half time; the other stands still in between, which the rule takes for the end."""
+    steps = np.arange(40)
+    cka = np.stack([np.minimum(steps, 20) / 20, np.clip((steps - 10) / 40, 0, 0.5) + 0.5], axis=1)
+    curves = Curves("two", ("a", "b"), (steps + 1) / 40, cka)
+    known, saved, early = frozen_by(curves, 40)
+    assert early == 0.5
+    assert 0 < known < saved
+    assert frozen_by(curves, 4)[0] < known
