@@ -12,7 +12,7 @@ from smartfrz_jax.callbacks.base import Callback, FreezeEvent, tell_step
 from smartfrz_jax.freezing import by_hand, saved_run
 from smartfrz_jax.freezing.by_hand import ByHand
 from smartfrz_jax.freezing.coming import Coming, NotCompiledError, Pending, Prepare, check_waiting, warn_refused
-from smartfrz_jax.freezing.frozen import Frozen, check_frozen
+from smartfrz_jax.freezing.frozen import Frozen, check_frozen, saving_of_names
 from smartfrz_jax.freezing.summary import Summary, summarise
 from smartfrz_jax.layers.layers import Layers, check_layers, check_of_layers, check_params
 from smartfrz_jax.layers.select import Selectors
@@ -83,6 +83,7 @@ class Freezer:
         self.policy = policy
         self.layers = layers
         self._lead, self._min_saving, self._saving = int(lead), min_saving, saving
+        self._saving_of_names = saving_of_names(saving, layers)
         self._coming: Coming | None = None
         self.steps = step
         self.frozen = Frozen(layers) if frozen is None else frozen
@@ -135,7 +136,8 @@ class Freezer:
             checks.by_name(metrics, "metrics", "a mapping from names to scalars")
         self.steps += 1
         tell_step(self.callbacks, self.steps, len(self.frozen.names), signals.get("loss"), metrics)
-        shown = {"step": self.steps, "params": params, "frozen": self._by_hand.frozen} | signals
+        shown = {"step": self.steps, "params": params, "frozen": self._by_hand.frozen}
+        shown |= {"saving": self._saving_of_names} | signals
         names, self.policy_state = self._decisions(self.policy_state, self.layers, self.delay, **shown)
         names, self._by_hand = self._by_hand.decide(names)
         if self.pending is None and names != self.frozen.names:

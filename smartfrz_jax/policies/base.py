@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
@@ -19,11 +19,14 @@ if TYPE_CHECKING:
     from smartfrz_jax.policies.two_phase import TwoPhase
 
 
-# A step that no run reaches.
-NEVER = checks.LARGEST
+NEVER = checks.LARGEST  # a step that no run reaches
 
 # Steps in a row with gradients or losses that are not finite, by default: loss scales of float16 start far too high.
 MAX_CONSECUTIVE_ERRORS = 20
+
+
+Saving = Callable[[Collection[str], Collection[str]], float]
+"""From the names of frozen layers, and of those before, to the share of a step's cost that is saved."""
 
 
 class InitFn(Protocol):
@@ -58,9 +61,9 @@ class UpdateFn(Protocol):
             params: A function without arguments that gives the parameter pytree after that step, as for ``init``. It is
                 a function because gathering the parameters of a model takes time, and most steps do not look at them.
             **signals: ``frozen`` (names of the layers that are frozen by hand, whatever the policy decides), ``grads``
-                (gradients of the active layers by parameter name; only if the policy ``needs`` them), ``loss`` (scalar,
-                if the loop passes it), ``features`` (a function without arguments that computes the output of every
-                layer on a probe batch, by layer name; if the loop provides it).
+                (gradients of the active layers by parameter name, if the policy ``needs`` them), and what the loop has
+                of ``loss`` (scalar), ``features`` (a function to every layer's output on a probe batch, by layer name)
+                and ``saving`` (a :data:`Saving`).
 
         Returns:
             Names of the layers that are frozen from now on, and the new state. The decision is the same on every

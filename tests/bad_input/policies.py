@@ -37,6 +37,7 @@ DOORS = [
         lambda: {"layers": layers(), "learning_rate": 0.1, "total_steps": 10},
     ),
     Door("policies.Schedule", lambda: {}),
+    Door("policies.Measuring", lambda: {}),
     Door("policies.Probing", lambda: {"probe": len}),
     Door("policies.scale_by_layer_schedule", lambda: {"layers": layers(), "schedules": dict.fromkeys("abc", float)}),
     Door(
@@ -281,7 +282,7 @@ def probed(probe: Any) -> Any:
 
 
 def gained(gradients: Any) -> Any:
-    policy = sfj.policies.gain(gradients, total_steps=100, window=2, measure_every=2)
+    policy = sfj.policies.gain(gradients, total_steps=100, measuring=sfj.policies.Measuring(every=2, window=2))
     state = policy.init(layers(), params())
     for step in (2, 3):
         _, state = policy.update(state, layers(), step=step, params=params)

@@ -65,6 +65,18 @@ def eager_predictor():
     return predictor
 
 
+def gain_policy(keep, **options):
+    measuring = policies.Measuring(every=4, window=2)
+    return policies.gain(
+        lambda params, number: loss_gradient(params),
+        total_steps=STEPS,
+        factor=3.0,
+        measuring=measuring,
+        keep=keep,
+        **options,
+    )
+
+
 def every(n):
     return set(range(n, STEPS + 1, n))
 
@@ -114,17 +126,8 @@ CASES = {
     "static_prefix": Case(
         lambda keep=None: policies.static_prefix([(0.25, 0.4), (0.5, 1.0)], total_steps=STEPS, keep=keep), {6, 12}
     ),
-    "gain": Case(
-        lambda keep=None: policies.gain(
-            lambda params, number: loss_gradient(params),
-            total_steps=STEPS,
-            factor=3.0,
-            window=2,
-            measure_every=4,
-            keep=keep,
-        ),
-        {step + 1 for step in every(4)},
-    ),
+    "gain": Case(lambda keep=None: gain_policy(keep), {step + 1 for step in every(4)}),
+    "gain_returns": Case(lambda keep=None: gain_policy(keep, returns=True), {step + 1 for step in every(4)}),
     "grades": Case(
         lambda keep=None: policies.grades(0.4, total_steps=STEPS, grace=0.25, evaluate_every=3, keep=keep), every(3)
     ),

@@ -14,6 +14,7 @@ from smartfrz_jax.layers.layers import Layers, check_params
 from smartfrz_jax.layers.select import Selector, Selectors, described
 from smartfrz_jax.policies.base import (
     Policy,
+    Saving,
     check_finite,
     check_update,
     freezable,
@@ -22,6 +23,7 @@ from smartfrz_jax.policies.base import (
     numbers_of,
     shares_of_cost,
 )
+from smartfrz_jax.policies.gradients.gain_shares import Rule, Saved, Signals
 from smartfrz_jax.pytrees import checks, hosts, paths
 from smartfrz_jax.pytrees.types import PyTree
 
@@ -32,7 +34,33 @@ Gradients = Callable[[PyTree, int], PyTree]
 """From parameters and the number of the measurement to the gradient of the loss on a batch that no step has used."""
 
 _NAME = "gain"
-_MEASUREMENTS = 100  # in a run, by default
+# Steps from one measurement to the next, by default: one costs about as much as a step.
+_EVERY = 100
+
+
+@dataclasses.dataclass(frozen=True)
+class Measuring:
+    """How often :func:`gain` measures, and how sure it must be.
+
+    Attributes:
+        every: Train steps between measurements, at least 2. Default: 100, so that they take about 1 % of the run; fewer
+            where two windows would not fit into it.
+        window: Measurements whose mean is taken; before there are as many, nothing freezes.
+        errors: Standard errors that are added to the share of the gain, from 0 up.
+
+    Raises:
+        ValueError: If one is out of range.
+    """
+
+    every: int | None = None
+    window: int = 8
+    errors: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.every is not None:
+            checks.count(self.every, "every", least=2)
+        checks.count(self.window, "window", least=2)
+        checks.between(self.errors, "errors", "a finite number from 0 up", 0, float(np.finfo(np.float32).max))
 
 
 class GainState(NamedTuple):
@@ -41,15 +69,19 @@ class GainState(NamedTuple):
     Attributes:
         before: Parameters before the step that is being measured, on the host, by name; zeros until the first.
         gains: Expected fall of the loss by layer in the last measurements, the latest last, float32 of shape
-            ``(window, layers)``.
+            ``(window, layers)``; zero of layers that were not trained.
         measurements: Measurements so far, int32.
         frozen: Which layers are frozen, shape ``(layers,)``.
+        last: Gradient of the last measurement, on the host, by name; empty unless layers may return.
+        signals: What frozen layers show; ``None`` unless layers may return.
     """
 
     before: dict[str, np.ndarray]
     gains: Float[np.ndarray, "window layers"]
     measurements: Int[np.ndarray, ""]
     frozen: Bool[np.ndarray, " layers"]
+    last: dict[str, np.ndarray]
+    signals: Signals | None
 
 
 def gain(
@@ -57,9 +89,8 @@ def gain(
     *,
     total_steps: int,
     factor: float = 0.5,
-    window: int = 8,
-    measure_every: int | None = None,
-    errors: float = 1.0,
+    returns: bool = False,
+    measuring: Measuring | None = None,
     costs: Mapping[str, float] | None = None,
     keep: Selectors | None = None,
 ) -> Policy:
@@ -76,20 +107,25 @@ def gain(
               \le \text{factor} \cdot \frac{\text{backward cost of these layers}}{\text{cost of the step}}
 
     with means over a window of measurements, and the standard error :math:`\sigma` of their quotient. Where the
-    expected fall of all layers together is not above zero, nothing is decided. In costs a backward pass counts twice
-    the forward pass.
+    expected fall of all layers together is not above zero, nothing is decided.
 
-    A measurement takes a forward and a backward pass on the batch and a copy of the parameters on the host.
+    With ``returns`` frozen layers are judged on: their gradients at two measurements in a row tell what they would have
+    gained, at the rate at which they gained when they trained last (exact for SGD, a first estimate for Adam). A front
+    stays frozen while the same holds of it with :math:`-e\,\sigma`, in a step with all layers active; else layers at
+    its end train again. Let their moments return with them, by ``returning="kept"``.
+
+    A measurement takes a forward and a backward pass on the batch and a copy of the parameters on the host; with
+    ``returns`` of the gradient, too.
 
     Args:
         gradients: The gradient on an independent batch, such as :func:`smartfrz_jax.nnx.gradient_probe` makes it; best
             of held-out examples, as the gain on examples that a network learns by heart is too high.
         total_steps: Train steps of the run.
         factor: From 0, never freeze, up; 1 freezes what lowers the loss less for its cost than the average layer.
-        window: Measurements whose mean is taken; before there are as many, nothing freezes.
-        measure_every: Train steps between measurements, at least 2. Default: a hundredth of the run.
-        errors: Standard errors that are added to the share of the gain, e.
-        costs: Forward cost of each layer in any unit, by layer name; ``None`` makes all equal.
+        returns: Whether frozen layers may train again.
+        measuring: How often it measures, and how sure it must be; see :class:`Measuring`.
+        costs: Forward cost of each layer in any unit, by layer name, of which the backward pass costs twice as much.
+            ``None`` asks the account of the train step what each front saves; without one, all layers cost the same.
         keep: Layers never to freeze: names, globs, regular expressions, predicates or NNX filters (see
             :func:`smartfrz_jax.layers.select.select`); ``None`` keeps the head, ``()`` nothing.
 
@@ -107,7 +143,7 @@ def gain(
         >>> params = {"a": {"kernel": jnp.ones((2, 2))}, "b": {"kernel": jnp.ones((2, 2))}}
         >>> layers = find_layers(params, lambda p, x: x @ p["a"]["kernel"] @ p["b"]["kernel"], jnp.ones((1, 2)))
         >>> gradient = {"a": {"kernel": jnp.zeros((2, 2))}, "b": {"kernel": jnp.ones((2, 2))}}
-        >>> policy = gain(lambda params, number: gradient, total_steps=100, window=2, measure_every=2)
+        >>> policy = gain(lambda params, number: gradient, total_steps=100, measuring=Measuring(every=2, window=2))
         >>> state = policy.init(layers, params)
         >>> for step in range(1, 6):
         ...     params = jax.tree.map(lambda leaf: leaf - 0.1, params)
@@ -116,8 +152,9 @@ def gain(
         (frozenset({'a'}), [0.0, 0.4])
     """
     checks.count(total_steps, "total_steps")
-    measure_every = max(2, total_steps // _MEASUREMENTS) if measure_every is None else measure_every
-    rule = _Gain(gradients, total_steps, factor, window, measure_every, errors, numbers_of(costs), kept(keep))
+    measuring = Measuring() if measuring is None else measuring
+    checks.instance(measuring, Measuring, "measuring", "a smartfrz_jax.policies.Measuring, or None")
+    rule = _Gain(gradients, total_steps, factor, returns, measuring, numbers_of(costs), kept(keep))
     return Policy(rule.init, rule.update, options=rule.options)
 
 
@@ -128,9 +165,8 @@ class _Gain:
     gradients: Gradients
     total_steps: int
     factor: float
-    window: int
-    measure_every: int
-    errors: float
+    returns: bool
+    measuring: Measuring
     costs: dict[str, float] | None
     keep: tuple[Selector, ...] | None
 
@@ -139,18 +175,20 @@ class _Gain:
             "a function of (params, number) to a gradient, such as sfj.nnx.gradient_probe(model, loss_fn, batches)"
         )
         checks.function(self.gradients, "gradients", expected)
-        checks.count(self.window, "window", least=2)
-        checks.count(self.measure_every, "measure_every", least=2)
-        if self.window * self.measure_every >= self.total_steps:
+        checks.flag(self.returns, "returns")
+        checks.between(self.factor, "factor", "a finite number from 0 up", 0, float(np.finfo(np.float32).max))
+        if self.measuring.window * self.every >= self.total_steps:
             raise ValueError(
-                f"window: got {self.window} measurements, one in {self.measure_every} steps, expected fewer than fit "
-                f"into the {self.total_steps} steps of the run, for nothing freezes before; take a smaller window or "
-                "measure_every"
+                f"measuring: got a window of {self.measuring.window} measurements, one in {self.every} steps, expected "
+                f"fewer than fit into the {self.total_steps} steps of the run, for nothing freezes before; take a "
+                "smaller window or measure more often"
             )
-        for value, argument in ((self.factor, "factor"), (self.errors, "errors")):
-            expected = "a finite number from 0 up"
-            if not 0 <= checks.number(value, argument, expected) < np.inf:
-                raise ValueError(f"{argument}: got {value}, expected {expected}")
+
+    @property
+    def every(self) -> int:
+        """Train steps between measurements."""
+        fits = self.total_steps // (2 * self.measuring.window)
+        return max(2, min(_EVERY, fits)) if self.measuring.every is None else self.measuring.every
 
     @property
     def options(self) -> dict[str, Any]:
@@ -158,9 +196,10 @@ class _Gain:
             "name": _NAME,
             "total_steps": int(self.total_steps),
             "factor": float(self.factor),
-            "window": int(self.window),
-            "measure_every": int(self.measure_every),
-            "errors": float(self.errors),
+            "returns": bool(self.returns),
+            "window": int(self.measuring.window),
+            "measure_every": int(self.every),
+            "errors": float(self.measuring.errors),
             "costs": self.costs,
             "keep": described(self.keep),
         }
@@ -168,38 +207,78 @@ class _Gain:
     def init(self, layers: Layers, params: PyTree) -> GainState:
         freezable(layers, self.keep)
         shares_of_cost(layers, self.costs)
-        leaves = check_params(params)
-        before = {param: np.zeros(np.shape(leaf), leaf.dtype) for param, leaf in leaves.items()}
-        gains = np.zeros((self.window, len(layers)), np.float32)
-        return GainState(before, gains, np.zeros((), np.int32), np.zeros(len(layers), bool))
+        before = {param: np.zeros(np.shape(leaf), leaf.dtype) for param, leaf in check_params(params).items()}
+        gains, none = np.zeros((self.measuring.window, len(layers)), np.float32), np.zeros(len(layers), bool)
+        signals = Signals(gains, gains > 0, np.ones(len(layers), np.float32)) if self.returns else None
+        return GainState(before, gains, np.zeros((), np.int32), none, before if self.returns else {}, signals)
 
     def update(
         self, state: GainState, layers: Layers, *, step: int, params: Callable[[], PyTree], **signals: Any
     ) -> tuple[frozenset[str], GainState]:
         check_update(state, GainState, layers, step)
         may_freeze = freezable(layers, self.keep)
-        if not (may_freeze & ~state.frozen).any():
+        if not (self.returns or (may_freeze & ~state.frozen).any()):
             return names_of(layers, state.frozen), state
-        if step % self.measure_every == 0:
+        if step % self.every == 0:
             state = state._replace(before=hosts.fetch(paths.flatten(params())))
-        elif step % self.measure_every == 1 and step > self.measure_every:
+        elif step % self.every == 1 and step > self.every:
             state = self._measured(state, layers, params(), step)
-            if state.measurements >= self.window:
-                by_hand = np.array([name in signals.get("frozen", ()) for name in layers.names], bool)
-                shares = shares_of_cost(layers, self.costs)
-                more = _front(state.gains, shares, state.frozen | by_hand, may_freeze, self.factor, self.errors)
-                state = state._replace(frozen=state.frozen | more)
+            by_hand = np.array([name in signals.get("frozen", ()) for name in layers.names], bool)
+            # The first agreement takes two measurements.
+            if state.measurements >= self.measuring.window + self.returns:
+                state = self._decided(state, self._saved(layers, signals.get("saving")), may_freeze, by_hand)
         return names_of(layers, state.frozen), state
 
     def _measured(self, state: GainState, layers: Layers, now: PyTree, step: int) -> GainState:
         before = paths.tree_map(lambda name, _: state.before[name], now)
         gradient = _fitting(paths.flatten(self.gradients(before, int(state.measurements))), state.before)
-        found = _gains(layers, state.before, paths.flatten(now), gradient)
+        old, new, slope = (layers.unstacked(each) for each in (state.before, paths.flatten(now), gradient))
+        falls, moved = hosts.fetch(_falls(old, new, slope))
+        found = _by_layer(layers, falls)
         check_finite(layers, ~np.isfinite(found), what="gradients", policy=_NAME, step=step)
-        return state._replace(
-            gains=np.concatenate([state.gains[1:], found[None]]),
-            measurements=np.asarray(state.measurements + 1, np.int32),
+        state = state._replace(
+            gains=_appended(state.gains, found), measurements=np.asarray(state.measurements + 1, np.int32)
         )
+        if state.signals is None:
+            return state
+        agreements = hosts.fetch(_products(slope, layers.unstacked(state.last)))
+        shown = state.signals._replace(
+            agreements=_appended(state.signals.agreements, _by_layer(layers, agreements)),
+            moved=_appended(state.signals.moved, _by_layer(layers, moved) > 0),
+        )
+        return state._replace(signals=shown, last=hosts.fetch(gradient))
+
+    def _saved(self, layers: Layers, saving: Saving | None) -> Saved:
+        if self.costs is None and saving is not None:
+            return lambda active, front: saving(names_of(layers, ~active | front), names_of(layers, ~active))
+        costs = shares_of_cost(layers, self.costs)
+        return lambda active, front: float(2 * costs[front].sum() / (1 + 2 * costs[active].sum()))
+
+    def _decided(
+        self,
+        state: GainState,
+        saved: Saved,
+        may_freeze: Bool[np.ndarray, " layers"],
+        by_hand: Bool[np.ndarray, " layers"],
+    ) -> GainState:
+        rule = Rule(saved, self.factor, self.measuring.errors)
+        if state.signals is None:
+            active = ~(state.frozen | by_hand)
+            return state._replace(frozen=state.frozen | rule.front(state.gains, active, active & may_freeze))
+        estimates = state.signals.estimates(state.gains)
+        if estimates is None:
+            return state
+        gains, shown = estimates
+        frozen = rule.front_that_returns(gains, state.frozen, ~by_hand, ~by_hand & may_freeze)
+        return state._replace(signals=shown, frozen=frozen)
+
+
+def _appended(rows: np.ndarray, row: np.ndarray) -> np.ndarray:
+    return np.concatenate([rows[1:], row[None].astype(rows.dtype)])
+
+
+def _by_layer(layers: Layers, values: Mapping[str, Any]) -> Float[np.ndarray, " layers"]:
+    return np.array([sum(values[param] for param in layer.params) for layer in layers], np.float32)
 
 
 def _fitting(gradient: Mapping[str, Any], params: Mapping[str, np.ndarray]) -> dict[str, Any]:
@@ -213,41 +292,31 @@ def _fitting(gradient: Mapping[str, Any], params: Mapping[str, np.ndarray]) -> d
     return {name: gradient[name] for name in params}
 
 
-def _gains(
-    layers: Layers, before: Mapping[str, Any], now: Mapping[str, Any], gradient: Mapping[str, Any]
-) -> Float[np.ndarray, " layers"]:
-    falls = hosts.fetch(_falls(*(layers.unstacked(dict(each)) for each in (before, now, gradient))))
-    return np.array([sum(falls[param] for param in layer.params) for layer in layers], np.float32)
+@jax.jit
+def _falls(
+    before: dict[str, Any], now: dict[str, Any], gradient: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The expected fall by parameter, and whether it had an update."""
+
+    def updates(old: Any, new: Any) -> Any:
+        kind = jnp.promote_types(jnp.result_type(old), jnp.float32)  # of complex parameters complex
+        return new.astype(kind) - old.astype(kind)
+
+    def fall(update: Any, slope: Any) -> Any:
+        # jax.grad gives the conjugate of a complex gradient.
+        return -jnp.real(jnp.sum(update * slope.astype(update.dtype)))
+
+    moves = {name: updates(before[name], now[name]) for name in before}
+    return (
+        {name: fall(move, gradient[name]) for name, move in moves.items()},
+        {name: jnp.any(move != 0) for name, move in moves.items()},
+    )
 
 
 @jax.jit
-def _falls(before: dict[str, Any], now: dict[str, Any], gradient: dict[str, Any]) -> dict[str, Any]:
-    def fall(old: Any, new: Any, slope: Any) -> Any:
-        kind = jnp.promote_types(jnp.result_type(old), jnp.float32)  # of complex parameters complex
-        update = new.astype(kind) - old.astype(kind)
-        return -jnp.real(jnp.sum(update * slope.astype(kind)))  # jax.grad gives the conjugate of a complex gradient
+def _products(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any]:
+    def product(x: Any, y: Any) -> Any:
+        kind = jnp.promote_types(jnp.result_type(x), jnp.float32)
+        return jnp.real(jnp.sum(x.astype(kind) * jnp.conj(y.astype(kind))))
 
-    return {name: fall(before[name], now[name], gradient[name]) for name in before}
-
-
-def _front(
-    gains: Float[np.ndarray, "window layers"],
-    costs: Float[np.ndarray, " layers"],
-    frozen: Bool[np.ndarray, " layers"],
-    may_freeze: Bool[np.ndarray, " layers"],
-    factor: float,
-    errors: float,
-) -> Bool[np.ndarray, " layers"]:
-    """The layers that freeze now."""
-    active = ~frozen
-    candidate = active & may_freeze
-    of_all = gains[:, active].sum(axis=1, dtype=np.float64)
-    if not of_all.mean() > 0:
-        return np.zeros(len(frozen), bool)
-    of_front = np.cumsum(np.where(candidate, gains, 0.0), axis=1, dtype=np.float64)
-    share = of_front.mean(axis=0) / of_all.mean()
-    residuals = of_front - share * of_all[:, None]
-    error = residuals.std(axis=0, ddof=1) / np.sqrt(len(gains)) / of_all.mean()
-    saved = 2 * np.cumsum(np.where(candidate, costs, 0.0)) / (costs.sum() + 2 * costs[active].sum())
-    ends = np.flatnonzero(candidate & (share + errors * error <= factor * saved))
-    return candidate & (np.arange(len(frozen)) <= (ends[-1] if len(ends) else -1))
+    return {name: product(a[name], b[name]) for name in a}

@@ -131,7 +131,10 @@ def smartfrz():
 POLICIES = {
     "smartfrz": smartfrz,
     "gain": lambda: sfj.policies.gain(
-        lambda params, number: jax.grad(loss)(params, X), total_steps=8, window=2, measure_every=2
+        lambda params, number: jax.grad(loss)(params, X),
+        total_steps=8,
+        returns=True,
+        measuring=sfj.policies.Measuring(every=2, window=2),
     ),
     "slimfit": lambda: sfj.policies.slimfit(0.5, switch_every=2),
     "autofreeze": lambda: sfj.autofreeze(evaluate_every=2),
