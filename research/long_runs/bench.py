@@ -74,22 +74,22 @@ class Bench:
         model.train()
         return model
 
-    def training_set(self, *, tuning: bool) -> Arrays:
-        """The examples to train on: all, or all but those held out where a learning rate is chosen."""
-        kept = self._kept
-        return self.data.train[:kept] if tuning else self.data.train
+    def training_set(self, *, tuning: bool, apart: float = 0.0) -> Arrays:
+        """The examples to train on: all but those held out where a learning rate is chosen, or the share ``apart``."""
+        return self._divided(_HELD_OUT if tuning else apart)[0]
 
     def held_out(self, *, tuning: bool) -> Arrays:
         """The examples to judge by: the test set, or training examples where a learning rate is chosen."""
-        return self.data.train[self._kept :] if tuning else self.data.held_out
+        return self._divided(_HELD_OUT)[1] if tuning else self.data.held_out
 
-    @property
-    def _kept(self) -> int:
-        return len(self.data.train) - round(_HELD_OUT * len(self.data.train))
+    def _divided(self, share: float) -> tuple[Arrays, Arrays]:
+        """The training examples but for a share, and those: the last ones."""
+        kept = len(self.data.train) - round(share * len(self.data.train))
+        return self.data.train[:kept], self.data.train[kept:]
 
-    def epochs_to_steps(self, epochs: float, *, tuning: bool) -> tuple[int, int]:
+    def epochs_to_steps(self, epochs: float, *, tuning: bool, apart: float = 0.0) -> tuple[int, int]:
         """Train steps of a run, and of an epoch."""
-        epoch = len(self.training_set(tuning=tuning)) // self.case.batch_size
+        epoch = len(self.training_set(tuning=tuning, apart=apart)) // self.case.batch_size
         return round(epochs * epoch), epoch
 
     @functools.cached_property
@@ -97,7 +97,7 @@ class Bench:
         """Forward FLOPs of every layer."""
         return {layer: parts.forward for layer, parts in self.account.flops().by_layer.items() if layer}
 
-    def situation(self, seed: int, steps: int, epoch: int, reference: Path | None) -> Situation:
+    def situation(self, seed: int, steps: int, epoch: int, reference: Path | None, apart: float = 0.0) -> Situation:
         """What the policies of a run can be made from.
 
         Args:
@@ -105,6 +105,7 @@ class Bench:
             steps: Its steps.
             epoch: Steps of an epoch.
             reference: Weights of a network trained to the end, from another seed.
+            apart: Share of the training examples that no step sees.
         """
         model, outputs = self.model(seed), None
         probe = sfj.nnx.probe(model, loss_fn, self._probe, self._probe_labels)
@@ -112,12 +113,20 @@ class Bench:
             known = self.model(seed)
             weights.load(known, reference)
             outputs = self.features(known)
-        gradients = sfj.nnx.gradient_probe(model, loss_fn, functools.partial(self._apart, seed))
-        return Situation(steps, epoch, self.costs, probe, gradients, outputs, seed)
+        gradients = sfj.nnx.gradient_probe(model, loss_fn, functools.partial(self._apart, seed, apart))
 
-    def _apart(self, seed: int, number: int) -> tuple[Any, ...]:
-        """A batch for a measurement, augmented as for training, in an order of its own, and as large as a step's."""
-        batches = self._batches(self.data.train, _OTHER_ORDER + seed, self.case.batch_size)
+        def before() -> dict[str, jax.Array]:
+            return self.features(self.model(seed))
+
+        return Situation(steps, epoch, self.costs, before, probe, gradients, outputs, seed)
+
+    def _apart(self, seed: int, share: float, number: int) -> tuple[Any, ...]:
+        """A batch for a measurement, augmented as for training, in an order of its own, and as large as a step's.
+
+        Of the examples that are held out, if there are any.
+        """
+        examples = self._divided(share)[1] if share else self.data.train
+        batches = self._batches(examples, _OTHER_ORDER + seed, min(self.case.batch_size, len(examples)))
         batch = batches(number)
         return batch.inputs, jnp.asarray(batch.labels)
 
@@ -129,9 +138,11 @@ class Bench:
         """Outputs of every layer on the probe batch."""
         return self._features(model, *self._probe)
 
-    def batches(self, seed: int, start: int, stop: int, *, tuning: bool) -> Iterator[tuple[Any, ...]]:
+    def batches(
+        self, seed: int, start: int, stop: int, *, tuning: bool, apart: float = 0.0
+    ) -> Iterator[tuple[Any, ...]]:
         """Inputs and labels of the steps from ``start`` (counted from 0) to before ``stop``."""
-        batches = self._batches(self.training_set(tuning=tuning), seed, self.case.batch_size)
+        batches = self._batches(self.training_set(tuning=tuning, apart=apart), seed, self.case.batch_size)
         for step in range(start, stop):
             batch = batches(step)
             yield batch.inputs, batch.labels

@@ -95,10 +95,12 @@ class Runner:
         self._state, self._save_every, self._deadline, self._say = state, save_every, deadline, say
         self._folder = state / job.key
         self.tuning = job.name == "tune"
-        self.total_steps, self._epoch = bench.epochs_to_steps(strategy.length * bench.case.epochs, tuning=self.tuning)
+        self.total_steps, self._epoch = bench.epochs_to_steps(
+            strategy.length * bench.case.epochs, tuning=self.tuning, apart=strategy.apart
+        )
         self.model = bench.model(job.seed)
         tx, self._step = bench.step(strategy, self.total_steps, job.rate)
-        self.optimizer = sfj.nnx.Optimizer(self.model, tx, layers=bench.layers)
+        self.optimizer = sfj.nnx.Optimizer(self.model, tx, layers=bench.layers, returning=strategy.returning)
         policy = strategy.policy(self._situation(strategy))
         self.freezer = sfj.nnx.Freezer(
             self.model,
@@ -120,7 +122,7 @@ class Runner:
 
     def _situation(self, strategy: Strategy) -> Any:
         reference = self.reference() if strategy.reference else None
-        return self.bench.situation(self.job.seed, self.total_steps, self._epoch, reference)
+        return self.bench.situation(self.job.seed, self.total_steps, self._epoch, reference, strategy.apart)
 
     def watch(self, strategies: Mapping[str, Strategy]) -> None:
         """Lets the policies that follow ``never`` at first watch this run of it."""
@@ -139,7 +141,9 @@ class Runner:
         """Trains to the end or the deadline; whether it is done."""
         self._resume()
         saved = time.monotonic()
-        for batch in self.bench.batches(self.job.seed, self.freezer.steps, self.total_steps, tuning=self.tuning):
+        for batch in self.bench.batches(
+            self.job.seed, self.freezer.steps, self.total_steps, tuning=self.tuning, apart=self.strategy.apart
+        ):
             self._train(batch)
             now = time.monotonic()
             if now > self._deadline or now - saved > self._save_every:
@@ -192,9 +196,11 @@ class Runner:
         self._say(f"{self.job.key}: {shadow.name} leaves after step {self.tally.steps}")
 
     def _arrays(self) -> dict[str, Any]:
+        """What a branch takes along: nothing is frozen, so nothing was put aside for layers that return."""
+        optimizer = nnx.as_pure(nnx.state(self.optimizer))
         return {
             "model": nnx.as_pure(nnx.state(self.model)),
-            "optimizer": nnx.as_pure(nnx.state(self.optimizer)),
+            "optimizer": {name: part for name, part in optimizer.items() if name != "kept_version"},
         }
 
     def _save(self) -> None:

@@ -6,10 +6,11 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import smartfrz_jax as sfj
+from smartfrz_jax.freezing.returning import Returning
 from smartfrz_jax.policies.gradients.gain import Gradients
 from smartfrz_jax.predictor.predictor import Pretrained
 
-_BETWEEN_MEASUREMENTS = 33  # steps: a measurement costs about one
+_APART = 0.05  # share of the training examples on which gain is measured, where they are held out
 
 
 class Situation(NamedTuple):
@@ -19,8 +20,10 @@ class Situation(NamedTuple):
         total_steps: Train steps of the run.
         steps_per_epoch: Train steps of an epoch.
         costs: Forward FLOPs of every layer.
+        before: Outputs of every layer on the probe batch before the first step.
         probe: From parameters to the training loss on a fixed batch.
-        gradients: From parameters and a number to the gradient on a batch of that number, apart from the run's.
+        gradients: From parameters and a number to the gradient on a batch of that number, apart from the run's; of
+            examples that no step sees, if the strategy holds some out.
         reference: Outputs of every layer of a network trained to the end on the probe batch; None if there is none yet.
         seed: Seed of the run.
     """
@@ -28,6 +31,7 @@ class Situation(NamedTuple):
     total_steps: int
     steps_per_epoch: int
     costs: Mapping[str, float]
+    before: Callable[[], Mapping[str, Any]]
     probe: Callable[[Any], Any]
     gradients: Gradients
     reference: Mapping[str, Any] | None
@@ -43,6 +47,8 @@ class Strategy(NamedTuple):
         length: Steps, as a share of the full run.
         rate: Factor of the learning rate.
         reference: Whether it needs a network trained to the end.
+        apart: Share of the training examples that no step sees, the last ones: gradients are measured on them.
+        returning: What the optimizer starts from for layers that train again.
     """
 
     policy: Callable[[Situation], sfj.Policy]
@@ -50,11 +56,13 @@ class Strategy(NamedTuple):
     length: float = 1.0
     rate: float = 1.0
     reference: bool = False
+    apart: float = 0.0
+    returning: Returning = "fresh"
 
     @property
     def follows_never(self) -> bool:
         """Whether it takes the very steps of ``never`` until something freezes."""
-        return self.freezeout is None and self.length == self.rate == 1.0
+        return self.freezeout is None and self.length == self.rate == 1.0 and not self.apart
 
 
 def _static(*stages: tuple[float, float]) -> Strategy:
@@ -70,14 +78,11 @@ def _smartfrz(name: Pretrained, **options: Any) -> Strategy:
     return Strategy(policy)
 
 
-def _gain(factor: float) -> Strategy:
+def _gain(factor: float, *, apart: float = 0.0, returns: bool = False) -> Strategy:
     def policy(s: Situation) -> sfj.Policy:
-        every = max(2, s.total_steps // 100, min(_BETWEEN_MEASUREMENTS, s.total_steps // 16))
-        return sfj.policies.gain(
-            s.gradients, total_steps=s.total_steps, factor=factor, measure_every=every, costs=s.costs
-        )
+        return sfj.policies.gain(s.gradients, total_steps=s.total_steps, factor=factor, returns=returns)
 
-    return Strategy(policy)
+    return Strategy(policy, apart=apart, returning="kept" if returns else "fresh")
 
 
 def _freezeout(t0: float) -> Strategy:
@@ -91,6 +96,8 @@ def _autofreeze(evaluations: int) -> Strategy:
 def _never(length: float = 1.0, rate: float = 1.0) -> Strategy:
     return Strategy(lambda s: sfj.policies.never(), length=length, rate=rate)
 
+
+_BATCHES = 5  # of an epoch, whose gradients the paper's relative norms are made of
 
 # Most valuable first; the queue takes them in this order, and the first ones with all seeds before the others.
 STRATEGIES: dict[str, Strategy] = {
@@ -114,6 +121,15 @@ STRATEGIES: dict[str, Strategy] = {
         lambda s: sfj.policies.similarity_guided(_known(s), max(1, s.steps_per_epoch // 4)), reference=True
     ),
     "random": Strategy(lambda s: sfj.policies.random(0.5, total_steps=s.total_steps, seed=s.seed, costs=s.costs)),
+    "gain:0.5,apart": _gain(0.5, apart=_APART),
+    "gain:0.5,apart,returns": _gain(0.5, apart=_APART, returns=True),
+    "simfreeze": Strategy(
+        lambda s: sfj.policies.simfreeze(s.before(), max(1, s.steps_per_epoch // 4)), returning="kept"
+    ),
+    "relative_gradient_norm:0.1": Strategy(
+        lambda s: sfj.policies.relative_gradient_norm(0.1, max(_BATCHES, s.steps_per_epoch), batches=_BATCHES),
+        returning="kept",
+    ),
     "static:half,all:0.4": _static((0.0, 0.5), (0.4, 1.0)),
     "shorter:0.7": _never(0.7),
     "shorter:0.3": _never(0.3),

@@ -25,7 +25,9 @@ pytestmark = pytest.mark.usefixtures("jax_defaults")
 _EPOCHS = 3 * LEAD / 62
 _FOLLOWERS = {
     "progress:0.5": Strategy(lambda s: sfj.progress(total_steps=s.total_steps, caution=0.3)),
-    "static": Strategy(lambda s: sfj.static_prefix([(0.2, 0.5)], total_steps=s.total_steps, costs=s.costs)),
+    "static": Strategy(
+        lambda s: sfj.static_prefix([(0.2, 0.5)], total_steps=s.total_steps, costs=s.costs), returning="kept"
+    ),
     "late": Strategy(lambda s: sfj.static_prefix([(0.99, 1.0)], total_steps=s.total_steps, costs=s.costs)),
 }
 
@@ -84,6 +86,33 @@ def test_a_policy_that_left_never_is_the_policy_run_from_the_start(bench, follow
     assert {key: branched_row[key] for key in same} == {key: row[key] for key in same}
     assert [program[:3] for program in branched_row["programs"]] == [program[:3] for program in row["programs"]]
     assert row["flops_share"] < 1
+
+
+@pytest.mark.slow
+def test_what_is_held_out_for_measurements_is_not_trained_on(bench, monkeypatch):
+    monkeypatch.setattr(sfj.nnx, "gradient_probe", lambda model, loss_fn, batches: batches)
+    train, share = bench.data.train, 0.25
+    kept = bench.training_set(tuning=False, apart=share)
+    np.testing.assert_array_equal(kept.labels, train.labels[: len(kept)])
+    assert len(kept) == round(0.75 * len(train))
+    assert bench.epochs_to_steps(2, tuning=False, apart=share)[1] == len(kept) // 32
+    seen = next(bench.batches(0, 0, 1, tuning=False, apart=1 - 32 / len(train)))
+    assert sorted(seen[1]) == sorted(train.labels[:32])
+    few = 32 / len(train)
+    for number in (0, 1):
+        _, labels = bench.situation(0, 10, 5, None, few).gradients(number)
+        assert sorted(np.asarray(labels)) == sorted(train.labels[-32:])
+
+
+@pytest.mark.parametrize("name", ["gain:0.5,apart,returns", "simfreeze", "relative_gradient_norm:0.1"])
+@pytest.mark.slow
+def test_policies_that_measure_are_made_for_a_run(bench, name):
+    strategy = STRATEGIES[name]
+    policy = strategy.policy(bench.situation(0, 1335, 267, None, strategy.apart))
+    params = nnx.to_pure_dict(nnx.state(bench.model(0), nnx.Param))
+    policy.init(bench.layers, params)
+    assert strategy.follows_never != name.startswith("gain")
+    assert strategy.returning == "kept"
 
 
 @pytest.mark.slow
