@@ -1,13 +1,17 @@
 """Losses and updates that are not finite: left out, or the end."""
 
+from types import SimpleNamespace
+
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 from flax import nnx
 
 import smartfrz_jax as sfj
-from train import log
+from train import finetune, log
+from train.data import metrics
 from train.loop import Loop, make_step
 from train.recovery.not_finite import skip_not_finite
 
@@ -87,3 +91,14 @@ def test_too_many_in_a_row_are_the_end(tmp_path, may_skip, step, says):
     with pytest.raises(FloatingPointError, match=rf"the loss is nan after .*{says}"):
         losses_of(tmp_path, [GOOD, BAD, BAD, GOOD], may_skip=may_skip)
     assert [one.step for one in log.read(tmp_path / "log.jsonl").steps] == list(range(1, step + 1))
+
+
+def test_an_evaluation_whose_loss_is_not_finite_ends_the_run():
+    batch = (jnp.ones((2, 4)),), jnp.array([0, 2], jnp.int32), jnp.ones(2)
+    data = SimpleNamespace(prepare=lambda inputs: inputs, evaluation_batches=lambda: [batch])
+    evaluate = finetune.make_evaluation(data, metrics.metrics_of("any"))
+    model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    assert list(evaluate(model)) == ["accuracy", "loss"]
+    model.kernel[...] = jnp.full((4, 3), jnp.nan)
+    with pytest.raises(FloatingPointError, match="the loss on the evaluation split is nan; lower the learning rate"):
+        evaluate(model)
