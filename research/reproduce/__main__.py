@@ -9,7 +9,7 @@ from pathlib import Path
 
 from research import json_lines
 from research.long_runs import __main__ as long_runs
-from research.reproduce import questions, runs
+from research.reproduce import questions, regimes, runs
 from research.reproduce.figures import work as measuring
 from research.reproduce.figures import write as figures
 from research.reproduce.page import page
@@ -24,7 +24,7 @@ RESULTS = FOLDER / "results.jsonl"
 QUESTIONS = "questions"
 
 _DESCRIPTION = """\
-Makes tables and figures of the paper again, and writes results.md, figures.md and questions.md.
+Makes tables and figures of the paper again, and writes results.md, figures.md, questions.md and regimes.md.
 
   --scale cpu    smaller networks and images; for tables whole data sets, hours of one core a run: research.long_runs
   --scale paper  the paper's networks at 224 x 224, by train.finetune; --weights holds resnet50.safetensors and others
@@ -69,6 +69,7 @@ def main(argv: list[str] | None = None) -> int:
     cpu = args.results if args.results and args.scale == "cpu" else long_runs.RESULTS
     paper = args.results if args.results and args.scale == "paper" else RESULTS
     write_whole(args.out / "results.md", page(json_lines.read(cpu, dict), json_lines.read(paper, dict)))
+    write_whole(args.out / "regimes.md", regimes.page(json_lines.read(cpu, dict)))
     recorded = figures.recorded_curves()
     figures.write(args.out, recorded)
     predictors, shown = (json_lines.read(args.out / file, dict) for file in (make.ROWS, figures.ROWS))

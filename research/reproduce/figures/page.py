@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 
 from research.reproduce.figures.gradients import SIZE, by_kind
 from research.reproduce.figures.memory import memory_over_time, moments_of
 from research.reproduce.figures.similarity import Curves, Order, order_of, rank_correlation
+from research.reproduce.figures.work import FIGURES, missing
+from research.reproduce.plans import Scale
 from research.reproduce.tables import table
 
 Row = Mapping[str, Any]
@@ -35,7 +37,8 @@ def page(rows: Sequence[Row], recorded: Sequence[tuple[str, Curves]]) -> str:
     """
     of = {name: [row for row in rows if row["figure"] == name] for name in ("figure3", "figure4", "figure5")}
     curves = [*recorded, *((row["network"], Curves.of_row(row)) for row in of["figure4"])]
-    return "\n\n".join([_HEAD.rstrip(), _gradients(of["figure3"]), _similarity(curves), _memory(of["figure5"])]) + "\n"
+    parts = [_HEAD.rstrip(), _gradients(of["figure3"]), _similarity(curves), _memory(of["figure5"]), _not_run(rows)]
+    return "\n\n".join(parts) + "\n"
 
 
 def _gradients(rows: Sequence[Row]) -> str:
@@ -168,6 +171,15 @@ predictor, *default* the library's."""
 {table(head, found, text=4)}
 
 ![Memory over the run, and the moments of freezing](figure5.png)"""
+
+
+def _not_run(rows: Sequence[Row]) -> str:
+    left = [one.key for scale in get_args(Scale) for one in missing(FIGURES, scale, rows)]
+    listed = "\n".join(
+        f"- {figure.replace('figure', 'Figure ')}, {scale}: {network} on {data}{f', {method}' * (method != 'Full')}"
+        for figure, scale, network, data, method in left
+    )
+    return f"## Not run\n\n{listed}"
 
 
 def _percent(share: Any) -> str:
