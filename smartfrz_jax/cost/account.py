@@ -328,6 +328,7 @@ def assemble(
         checks.transformation(tx)
     if not inputs:
         raise ValueError("inputs: got none; what depends on the data is traced, so pass the batch after the parameters")
+    variables, params = jax.eval_shape(lambda *trees: trees, variables, params)  # the account keeps no arrays alive
     active, held = (
         equations.equations(
             step_trace.of_parts(Trace(loss_of(frozen), variables, inputs), layers), layers.of_parts, backend

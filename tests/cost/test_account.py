@@ -1,5 +1,8 @@
 """The account of a train step: against closed forms."""
 
+import gc
+import weakref
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -151,3 +154,14 @@ def test_what_xla_adds_for_depthwise_convolutions_is_apart():
 
 
 # Networks.
+
+
+def test_an_account_keeps_no_arrays_alive():
+    params, x = {name: jnp.ones((WIDTH, WIDTH)) for name in "abc"}, jnp.ones((N, WIDTH))
+    layers = sfj.find_layers(params, chain, x)
+    account = sfj.account(params, layers, chain, x, tx=SGD)
+    alive = [weakref.ref(array) for array in params.values()]
+    del params
+    gc.collect()
+    assert [array() for array in alive] == [None] * 3
+    assert account.trace(frozen(layers, "a")).jaxpr.eqns
