@@ -39,9 +39,9 @@ def page(long_runs: Sequence[Row], paper_runs: Sequence[Row]) -> str:
             parts.append(_here(plan, long_runs))
         if plan.small:
             parts.append(_own(plan.small, plan, paper_runs, "Here, by `train.finetune`") or "Here: not run yet.")
-        parts.append(
-            _own(plan.setups, plan, paper_runs, "On the paper's scale") or "On the paper's scale: not run yet."
-        )
+        if plan.setups:
+            title = "On the paper's scale"
+            parts.append(_own(plan.setups, plan, paper_runs, title) or f"{title}: not run yet.")
         if plan.missing:
             parts.append(f"Not run: {plan.missing}")
     return "\n\n".join(parts) + "\n"

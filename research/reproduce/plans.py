@@ -78,7 +78,10 @@ FINE_TUNED = tuple(
     for network, model in _NETWORKS
 )
 _SCRATCH = Setup(
-    "ResNet50", "CIFAR-10", ("--model", "resnet50", "--data", "cifar10", "--epochs", "160", *_SGD, *_IMAGES), {}
+    "ResNet50, scratch",
+    "CIFAR-10",
+    ("--model", "resnet50", "--data", "cifar10", "--epochs", "160", *_SGD, *_IMAGES),
+    {},
 )
 # As DeiT and torchvision train them; the paper does not say otherwise.
 _IMAGENET = ("--data", "imagenet2012", "--image-size", "224", "--batch-size", "256")

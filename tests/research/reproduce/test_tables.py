@@ -51,6 +51,13 @@ def test_plans_name_what_there_is(name, tmp_path):
         assert options.policy.policy in {"never", "freezeout", "autofreeze", "smartfrz"}
 
 
+def test_what_is_trained_is_known_by_its_network_and_data():
+    known = {}
+    for plan in PLANS.values():
+        for setup in (*plan.setups, *plan.small):
+            assert known.setdefault((setup.network, setup.data), setup) == setup
+
+
 def test_what_is_finished_is_not_run_again():
     plan = PLANS["table8"]
     every = list(runs.missing([plan], [], 2))
