@@ -86,8 +86,8 @@ _UPDATED = Diagnosis(
 _SCANNED = Diagnosis(
     "scan",
     "frozen and active blocks are stacked and run in one scan, whose backward pass computes the gradients of all rows",
-    "scan over the frozen blocks and over the active ones apart (in Flax NNX, smartfrz_jax.nnx.scan_blocks does so), "
-    "or run the blocks one by one",
+    "find the layers with rows=True if the weights are stacked before the step; else scan over the frozen blocks and "
+    "over the active ones apart (in Flax NNX, smartfrz_jax.nnx.scan_blocks does so), or run the blocks one by one",
 )
 _SCAN_INPUT = Diagnosis(
     "scan",

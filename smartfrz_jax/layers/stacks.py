@@ -1,7 +1,8 @@
 """Which parameters are the stacked weights of one block: a loop reads all of them row by row.
 
 ``nn.scan`` of Linen, ``nnx.scan`` and ``jax.lax.scan`` over a tree of weights run one block many times, each time with
-the next row. What is frozen of such a block is frozen in all of its rows.
+the next row. What is frozen of such a block is frozen in all of its rows, unless these are layers of their own
+(:mod:`smartfrz_jax.layers.row_layers`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Equal blocks in a row, run as one ``jax.lax.scan`` over their stacked weights: a body is traced and compiled once.
 
 Stacking is done inside the compiled step. Outside it, parameters, checkpoints and optimizer state keep one leaf per
-block, the same with and without the scan, so that layers freeze one by one. A ``jax.lax.scan`` over weights that are
-stacked outside, as ``nn.scan`` of Linen has them, cannot be split so: a leaf is frozen whole or not at all.
+block, the same with and without the scan, so that layers freeze one by one. Weights that are stacked outside, as
+``nn.scan`` of Linen has them, freeze row by row with ``find_layers(..., rows=True)``.
 """
 
 from __future__ import annotations
