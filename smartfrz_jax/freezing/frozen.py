@@ -159,6 +159,8 @@ class Frozen:
 
     def is_frozen(self, param: str) -> bool:
         """Whether a parameter is frozen, or a part of it; of one that has parts in several layers, all of it."""
+        if param in self.layers.stacks:  # of the state, too
+            return self.names.issuperset(self.layers.stacks[param].layers)
         if param in self.layers.arrays:
             return self.names.issuperset(self.layers.arrays[param])
         return self.layers.holding(param) in self.names
