@@ -81,7 +81,9 @@ def run(params, x, y, gather=lambda w: w):
 
 @functools.cache
 def run_alone():
-    return run(PARAMS, X, Y)
+    one = jax.make_mesh((1,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:1])
+    with jax.set_mesh(one):  # the test that asks first may be in the context of another
+        return run(PARAMS, X, Y)
 
 
 def moments(opt_state):
