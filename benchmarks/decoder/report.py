@@ -42,10 +42,18 @@ def page(rows: Sequence[Mapping[str, Any]], on_paper: Sequence[memory.Row]) -> s
         rows: The results, with their commits.
         on_paper: The memory of large decoders.
     """
+    return _HEAD + measured(rows) + _PAPER + memory.table(list(on_paper))
+
+
+def measured(rows: Sequence[Mapping[str, Any]]) -> str:
+    """What the results show.
+
+    Args:
+        rows: The results, with their commits.
+    """
     rows = [row for row in rows if not row["tiny"]]
     ended = [row for row in rows if not row["tune"]]
-    measured = _table(ended) + _tuning(rows) if ended else _NOTHING
-    return _HEAD + measured + _PAPER + memory.table(list(on_paper))
+    return _table(ended) + _tuning(rows) if ended else _NOTHING
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -77,6 +85,8 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
         "tokens each. The network has a head of its own. `lisa` also trains embeddings, norm and head,\n"
         "`lisa_blocks` two blocks alone, `badam` one block and the head. With `_kept`, blocks return\n"
         "with the moments they had, else with fresh ones. *Spread* is the largest less the smallest.\n"
+        "*In use* is the most that the process had, Python and the making of moments included: those of all\n"
+        "layers are made before the first set freezes. *Minutes* are of one core, beside other work.\n"
     )
     return text + f"\n{first['versions']}; commits {commits}.\n"
 

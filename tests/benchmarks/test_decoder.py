@@ -76,3 +76,12 @@ def test_page():
     assert "| `full` | 0.0001 | 2 | 21.00 | 2.00 | 1.00 | 2.00 | 2.0 | 2.0 | 1.0 | 1 |" in text
     assert "Not run yet" not in text
     assert "| nothing | 1.0 | 1.0 | 2.0 | 1.0 | 0.0 | 5.0 | 100% | 0.0 |" in text
+
+
+def test_page_and_guide_have_the_results():
+    text = report.measured(json_lines.read_with_commit(command.RESULTS))
+    assert text in command.PAGE.read_text()
+    guide = (command.PAGE.parents[1] / "guides/language-models.md").read_text()
+    shown = [line for line in guide.splitlines() if line.startswith("| `")]
+    assert len(shown) == 5
+    assert not set(shown) - set(text.splitlines())
