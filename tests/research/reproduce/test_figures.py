@@ -98,7 +98,7 @@ def test_the_figures_of_a_tiny_network(shared, tmp_path, monkeypatch, jax_defaul
     monkeypatch.setattr(networks, "deit_tiny", partial(deit_tiny, depth=1))
     options = ["--model", "deit-tiny", "--data", "cifar10", "--image-size", "16", "--epochs", "1", "--batch-size", "4"]
     options += ["--train-split", "train[:16]", "--evaluation-split", "test[:8]", "--mesh", "data=1", "--lead", "0"]
-    tiny = {"cpu": (Setup("tiny", "CIFAR-10", tuple(options), {}),)}
+    tiny = {"cpu": (Setup("tiny", "CIFAR-10", tuple(options), {}),), "paper": ()}
     for name in ("GRADIENTS", "SIMILARITIES", "MEMORY"):
         monkeypatch.setattr(f"research.reproduce.figures.work.{name}", tiny)
     half = {"half": ("--policy", "static_prefix", "--stages", "0.5:0.6")}
