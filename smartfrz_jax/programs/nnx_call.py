@@ -50,6 +50,7 @@ class Watch:
         self._sorted = [[(name, contents[name]) for name in _names(contents)] for contents in self._dicts]
         has_slots = _RAW_VALUE and _METADATA and all(issubclass(type(v), nnx.Variable) for v in self.variables)
         self._write = _RAW_VALUE.__set__ if has_slots else nnx.Variable.set_raw_value
+        self._get_raw_value = _RAW_VALUE.__get__ if has_slots else nnx.Variable.get_raw_value
         self._get_metadata = _METADATA.__get__ if has_slots else nnx.Variable.get_metadata
 
     def _add(self, node: Any) -> None:
@@ -74,7 +75,7 @@ class Watch:
 
     def raw_values(self) -> list[Any]:
         """The values of the variables, as ``get_raw_value`` gives them."""
-        return [variable.get_raw_value() for variable in self.variables]
+        return list(map(self._get_raw_value, self.variables))
 
     def set_raw_values(self, places: list[int], values: list[Any]) -> None:
         """Gives some variables new values, as ``set_raw_value`` does, but checks the trace for the first alone.
