@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 import time
@@ -125,8 +126,7 @@ def try_case(case: Case, kills: list[Moment], folder: pathlib.Path) -> Iterator[
     resume: tuple[str, ...] = ()
     output = folder / f"{names}-killed.txt"
     for moment in kills:
-        at = lambda: run(arguments(folder, killed, *changed, *resume), moment)  # noqa: E731, B023
-        code = in_process(at, output)
+        code = in_process(functools.partial(run, arguments(folder, killed, *changed, *resume), moment), output)
         done = {"code": code, "checkpoint": checkpoint_of(killed)}
         yield {"event": "kill", **case._asdict(), **moment._asdict(), **done}
         if code == 0:  # it was over before that moment

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import pathlib
 import signal
@@ -122,7 +123,7 @@ def _both(argv: list[str], kill: Kill | None) -> tuple[list[int], float]:
     children = []
     for number in range(PROCESSES):
         moment = kill.moment if kill is not None and number in kill.of else None
-        work = lambda number=number, moment=moment: _one(number, port, argv, moment)  # noqa: E731
+        work = functools.partial(_one, number, port, argv, moment)
         children.append(campaign.start(work, out.with_name(f"{out.name}-{number}.txt")))
     codes: dict[int, int] = {}
     ends: list[float] = []
