@@ -11,7 +11,7 @@ import optax
 from smartfrz_jax.cost.equations import Trace
 from smartfrz_jax.freezing import transform
 from smartfrz_jax.freezing.frozen import Frozen
-from smartfrz_jax.freezing.stacked.split_rows import split_rows
+from smartfrz_jax.freezing.parts.stop_gradient import stop_parts
 from smartfrz_jax.jaxprs import flops, inline, named_axes
 from smartfrz_jax.layers.layers import Layers
 from smartfrz_jax.layers.lookups import Lookup
@@ -43,7 +43,7 @@ def trace(
     def loss(active: PyTree, variables: PyTree, inputs: tuple[Any, ...]) -> tuple[Any, Any]:
         active = frozen.stop_gradient(active)
         whole = paths.tree_map(lambda name, leaf: active.get(name, leaf), variables)
-        out = split_rows(transform.stop_lookups(loss_fn, frozen), frozen)(whole, *inputs)
+        out = stop_parts(loss_fn, frozen)(whole, *inputs)
         return jax.tree.leaves(out)[0], out
 
     def step(variables: PyTree, params: PyTree, opt_state: Any, inputs: tuple[Any, ...]) -> Any:

@@ -13,7 +13,7 @@ from jax.tree_util import keystr, tree_leaves_with_path
 
 from smartfrz_jax.freezing.accumulation import WindowState, averages, clock_of, partial_sums, start_windows
 from smartfrz_jax.freezing.frozen import ACTIVE, FROZEN, Frozen, check_frozen
-from smartfrz_jax.freezing.stacked import rows, state_rows
+from smartfrz_jax.freezing.parts import rows, state_rows
 from smartfrz_jax.freezing.transform import freeze, unshared
 from smartfrz_jax.layers.layers import Layers, check_params
 from smartfrz_jax.pytrees import checks

@@ -19,9 +19,8 @@ import optax
 
 from smartfrz_jax.freezing.accumulation import with_own_windows
 from smartfrz_jax.freezing.frozen import ACTIVE, FROZEN, Frozen, check_frozen
-from smartfrz_jax.freezing.stacked import rows
-from smartfrz_jax.freezing.stacked.split_rows import split_rows
-from smartfrz_jax.layers.lookups import apart
+from smartfrz_jax.freezing.parts import rows
+from smartfrz_jax.freezing.parts.stop_gradient import stop_parts
 from smartfrz_jax.pytrees import checks, paths
 from smartfrz_jax.pytrees.types import PyTree
 
@@ -51,43 +50,12 @@ def value_and_grad(loss_fn: Callable[..., Any], frozen: Frozen, *, has_aux: bool
 
 def stopped(function: Callable[..., Any], frozen: Frozen) -> Callable[..., Any]:
     """A function of ``(params, *args, **kwargs)`` through which derivatives pass to what trains alone."""
-    split = split_rows(stop_lookups(function, frozen), frozen)
+    of_parts = stop_parts(function, frozen)
 
     def of_frozen(params: PyTree, *args: Any, **kwargs: Any) -> Any:
-        return split(frozen.stop_gradient(params), *args, **kwargs)
+        return of_parts(frozen.stop_gradient(params), *args, **kwargs)
 
     return of_frozen
-
-
-def stop_lookups(function: Callable[..., Any], frozen: Frozen) -> Callable[..., Any]:
-    """A function with ``stop_gradient`` on tables where lookups read them; or where others do, and lookups train.
-
-    It is traced once more than without; see :mod:`smartfrz_jax.layers.lookups`.
-
-    Args:
-        function: A JAX-traceable function of ``(params, *args, **kwargs)``.
-        frozen: The frozen set. Where it has no lookups without the rest of their table, or the other way round, the
-            function is as it was.
-
-    Returns:
-        A function of the same arguments.
-    """
-    if not frozen.lookups:
-        return function
-    run = apart(function, frozen.lookups)
-
-    def stopped(params: PyTree, *args: Any, **kwargs: Any) -> Any:
-        leaves = paths.flatten(params)
-        of_lookups = {
-            table: jax.lax.stop_gradient(leaves[table]) if is_frozen else leaves[table]
-            for table, is_frozen in frozen.lookups.items()
-        }
-        others = paths.tree_map(
-            lambda name, leaf: leaf if frozen.lookups.get(name, True) else jax.lax.stop_gradient(leaf), params
-        )
-        return run(others, of_lookups, *args, **kwargs)
-
-    return stopped
 
 
 def freeze(tx: optax.GradientTransformation, frozen: Frozen) -> optax.GradientTransformationExtraArgs:

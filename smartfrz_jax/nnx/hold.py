@@ -10,7 +10,7 @@ from flax import nnx
 
 from smartfrz_jax.freezing.frozen import Frozen
 from smartfrz_jax.layers.layers import Layers
-from smartfrz_jax.nnx.stacked.hold_rows import PASSING, Owners, evaluation, hold_rows
+from smartfrz_jax.nnx.parts.hold_rows import PASSING, Owners, evaluation, hold_rows
 from smartfrz_jax.pytrees import paths
 
 

@@ -18,7 +18,7 @@ from smartfrz_jax.layers.layers import Layers, check_layers
 from smartfrz_jax.layers.select import Selectors
 from smartfrz_jax.nnx.hold import hold
 from smartfrz_jax.nnx.layers import check_model
-from smartfrz_jax.nnx.stacked.split_rows import of_parts
+from smartfrz_jax.nnx.parts.stop_gradient import call_stopped
 from smartfrz_jax.programs.superseded import supersede
 from smartfrz_jax.pytrees import checks, paths
 from smartfrz_jax.pytrees.types import PyTree
@@ -132,7 +132,7 @@ class Optimizer(nnx.Optimizer):
             args, kwargs = _positional(loss_fn, args, kwargs)
             model = args[argnum]
             if self.frozen.reads_rows or self.frozen.lookups:
-                return of_parts(loss_fn, self.frozen, self.wrt, argnum, (args, kwargs))
+                return call_stopped(loss_fn, self.frozen, self.wrt, argnum, (args, kwargs))
             with hold(model, self.frozen):
                 nnx.update(model, self.frozen.stop_gradient(nnx.state(model, self.wrt)))
                 return loss_fn(*args, **kwargs)

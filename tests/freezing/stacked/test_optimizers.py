@@ -8,7 +8,7 @@ import pytest
 from jax.tree_util import keystr, tree_leaves_with_path, tree_map_with_path
 
 import smartfrz_jax as sfj
-from smartfrz_jax.freezing.stacked import state_rows
+from smartfrz_jax.freezing.parts import state_rows
 from tests.optimizers.network import arrays
 from tests.optimizers.table import CASES, Case
 

@@ -10,7 +10,7 @@ import pytest
 
 import smartfrz_jax as sfj
 from smartfrz_jax.cost.step_program import StepProgram
-from smartfrz_jax.freezing.stacked.split_rows import split_rows
+from smartfrz_jax.freezing.parts.stop_gradient import split_rows
 from tests.freezing.stacked.networks import LAYERS, PARAMS, SETS, UNROLLED, X, by_scan, loss, rows, unrolled_loss
 
 pytestmark = pytest.mark.usefixtures("jax_defaults")

@@ -1,4 +1,4 @@
-"""A loss of NNX modules whose jaxpr is changed: scans over stacked weights are split, lookups read other tables."""
+"""A loss of NNX modules through which no derivative passes to the frozen parts of arrays."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from smartfrz_jax.nnx.hold import hold
 from smartfrz_jax.pytrees.types import PyTree
 
 
-def of_parts(
+def call_stopped(
     loss_fn: Callable[..., Any],
     frozen: Frozen,
     wrt: nnx.filterlib.Filter,
     argnum: int,
     arguments: tuple[tuple[Any, ...], dict[str, Any]],
 ) -> Any:
-    """The value of a loss, of which parts of parameters are frozen; modules among the arguments are as it leaves them.
+    """Calls a loss of which parts of parameters are frozen; modules among the arguments are then as it leaves them.
 
     Args:
         loss_fn: The loss.
