@@ -136,7 +136,7 @@ def make_training(options: Options, data: Data, mesh: Mesh | None = None) -> Tra
         reference=reference,
         probe=sfj.nnx.probe(model, loss_fn, example, first.labels),
     )
-    optimizer = sfj.nnx.Optimizer(model, tx, layers=layers, returning=options.optimizer.returning)
+    optimizer = sfj.nnx.Optimizer(model, tx, layers=layers, returning=options.optimizer.returning, frozen=policy)
     if mesh is not None:
         place_module(optimizer, mesh)
     step = make_train_step(

@@ -61,18 +61,18 @@ def make(
     layers = sfj.nnx.find_layers(model, *inputs, granularity="block")
     name, kept, _ = name.partition("_kept")
     returning = "kept" if kept else "fresh"
-    optimizer = sfj.nnx.Optimizer(model, optax.adamw(rate), layers=layers, returning=returning)
     turn = max(1, steps // _TURNS)
-    policy = sfj.policies.never()
+    policy, frozen = sfj.policies.never(), ()
     match name:
         case "bottom_half":
-            optimizer.freeze(model, layers.names[: 1 + len(model.layers) // 2])
+            frozen = layers.names[: 1 + len(model.layers) // 2]
         case "lisa":
             policy = sfj.policies.lisa(_active(model), switch_every=turn, seed=seed)
         case "lisa_blocks":
             policy = sfj.policies.lisa(_active(model), switch_every=turn, rest="freeze", seed=seed, keep=())
         case "badam":
             policy = sfj.policies.badam(max(1, turn // 2), seed=seed)
+    optimizer = sfj.nnx.Optimizer(model, optax.adamw(rate), layers=layers, returning=returning, frozen=frozen or policy)
     train_step = sfj.TrainStep(make_step(loss_fn), donate=True, max_programs=2 * _TURNS + 2)
     freezer = sfj.nnx.Freezer(model, optimizer, policy, train_step=train_step)
     freezer.start()

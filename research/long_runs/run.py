@@ -100,8 +100,10 @@ class Runner:
         )
         self.model = bench.model(job.seed)
         tx, self._step = bench.step(strategy, self.total_steps, job.rate)
-        self.optimizer = sfj.nnx.Optimizer(self.model, tx, layers=bench.layers, returning=strategy.returning)
         policy = strategy.policy(self._situation(strategy))
+        self.optimizer = sfj.nnx.Optimizer(
+            self.model, tx, layers=bench.layers, returning=strategy.returning, frozen=policy if strategy.turns else ()
+        )
         self.freezer = sfj.nnx.Freezer(
             self.model,
             self.optimizer,
@@ -229,6 +231,8 @@ class Runner:
             nnx.update(self.optimizer, arrays["optimizer"])
             self.optimizer.freeze(self.model, self.freezer.frozen)
             self.tally = Tally.read(self._folder / "branch.json")
+        elif self.strategy.turns:
+            self.freezer.start()
         if (self._folder / "branch.json").exists():
             self.branched_at = Tally.read(self._folder / "branch.json").steps
 

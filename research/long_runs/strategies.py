@@ -49,6 +49,7 @@ class Strategy(NamedTuple):
         reference: Whether it needs a network trained to the end.
         apart: Share of the training examples that no step sees, the last ones: gradients are measured on them.
         returning: What the optimizer starts from for layers that train again.
+        turns: Whether layers take turns, most of them frozen from the beginning.
     """
 
     policy: Callable[[Situation], sfj.Policy]
@@ -58,11 +59,12 @@ class Strategy(NamedTuple):
     reference: bool = False
     apart: float = 0.0
     returning: Returning = "fresh"
+    turns: bool = False
 
     @property
     def follows_never(self) -> bool:
         """Whether it takes the very steps of ``never`` until something freezes."""
-        return self.freezeout is None and self.length == self.rate == 1.0 and not self.apart
+        return self.freezeout is None and self.length == self.rate == 1.0 and not (self.apart or self.turns)
 
 
 def _static(*stages: tuple[float, float]) -> Strategy:
@@ -95,6 +97,22 @@ def _autofreeze(evaluations: int) -> Strategy:
 
 def _never(length: float = 1.0, rate: float = 1.0) -> Strategy:
     return Strategy(lambda s: sfj.policies.never(), length=length, rate=rate)
+
+
+def _badam(returning: Returning = "fresh") -> Strategy:
+    return Strategy(lambda s: sfj.policies.badam(_turn(s), seed=s.seed), returning=returning, turns=True)
+
+
+def _lisa(returning: Returning = "fresh") -> Strategy:
+    def policy(s: Situation) -> sfj.Policy:
+        return sfj.policies.lisa(2, switch_every=_turn(s), rest="freeze", seed=s.seed)
+
+    return Strategy(policy, returning=returning, turns=True)
+
+
+def _turn(situation: Situation) -> int:
+    """Steps of a turn: of six blocks, each has five of one alone, and about ten of two together."""
+    return max(1, situation.total_steps // 30)
 
 
 _BATCHES = 5  # of an epoch, whose gradients the paper's relative norms are made of
@@ -133,6 +151,10 @@ STRATEGIES: dict[str, Strategy] = {
     "static:half,all:0.4": _static((0.0, 0.5), (0.4, 1.0)),
     "shorter:0.7": _never(0.7),
     "shorter:0.3": _never(0.3),
+    "badam": _badam(),
+    "badam,kept": _badam("kept"),
+    "lisa": _lisa(),
+    "lisa,kept": _lisa("kept"),
     # Of the paper's Tables 8 and 9.
     **{f"freezeout:{t0}": _freezeout(t0) for t0 in (0.3, 0.4, 0.6)},
     **{f"autofreeze:{m}": _autofreeze(m) for m in (2, 3, 5)},

@@ -1,4 +1,4 @@
-"""What was frozen, or returned to training, by hand in a run whose policy decides about the rest."""
+"""Who decides about a layer: the policy of the run, or somebody by hand, before the run or in it."""
 
 from __future__ import annotations
 
@@ -7,7 +7,10 @@ from typing import NamedTuple
 
 from smartfrz_jax.callbacks.base import FreezeEvent
 from smartfrz_jax.freezing.frozen import Frozen, check_frozen
+from smartfrz_jax.layers.layers import Layers
 from smartfrz_jax.layers.select import Selectors, select
+from smartfrz_jax.policies.base import Policy
+from smartfrz_jax.pytrees.types import PyTree
 
 
 class ByHand(NamedTuple):
@@ -40,6 +43,62 @@ class ByHand(NamedTuple):
         """The frozen layers of the network, where the policy names some, and what stands from then on."""
         active = self.active & names
         return names - active | self.frozen, ByHand(self.frozen, active)
+
+
+def beginning(frozen: Frozen | Selectors | Policy, layers: Layers, params: PyTree) -> tuple[Frozen, frozenset[str]]:
+    """The frozen set with which an optimizer is made.
+
+    Args:
+        frozen: The set; or the layers, as in ``Frozen(layers, frozen)``; or the policy of the run, for what it has
+            frozen from the beginning.
+        layers: The network's layers.
+        params: Its parameter pytree, or one of shapes, if no policy is given.
+
+    Returns:
+        The set, and those of its layers about which the policy goes on deciding: all, or none if no policy is given.
+
+    Raises:
+        TypeError: If ``frozen`` is none of these.
+        ValueError: If a layer is not one of the network's, or the set is of another network.
+    """
+    if isinstance(frozen, Policy):
+        if frozen.start is None:  # the state of some policies is large
+            return Frozen(layers), frozenset()
+        names = starting(frozen, frozen.init(layers, params), layers)
+        return Frozen(layers, names), names
+    if isinstance(frozen, Frozen):
+        check_frozen(frozen, layers)
+        return frozen, frozenset()
+    return Frozen(layers).changed(frozen), frozenset()
+
+
+def starting(policy: Policy, state: PyTree, layers: Layers) -> frozenset[str]:
+    """The layers that a policy has frozen before the first step.
+
+    Args:
+        policy: The policy.
+        state: Its first state.
+        layers: The network's layers.
+
+    Raises:
+        ValueError: If it names a layer that the network does not have.
+    """
+    if policy.start is None:
+        return frozenset()
+    return frozenset(layers.check(policy.start(state, layers), "policy's decision"))
+
+
+def check_beginning(names: frozenset[str], expected: frozenset[str]) -> None:
+    """Checks that a policy begins as the one for which an optimizer was made.
+
+    Raises:
+        ValueError: If it begins with other layers.
+    """
+    if names != expected:
+        raise ValueError(
+            f"policy: has {text(names)} frozen from the beginning, expected {text(expected)}, as the policy for which "
+            "the optimizer was made; pass the same policy to both, or make the optimizer anew"
+        )
 
 
 def to_unfreeze(names: Selectors | None, frozen: Frozen, events: Iterable[FreezeEvent]) -> frozenset[str]:

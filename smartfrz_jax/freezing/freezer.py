@@ -10,7 +10,6 @@ import optax
 
 from smartfrz_jax.callbacks.base import Callback, FreezeEvent, tell_step
 from smartfrz_jax.freezing import by_hand, saved_run
-from smartfrz_jax.freezing.by_hand import ByHand
 from smartfrz_jax.freezing.coming import Coming, NotCompiledError, Pending, Prepare, check_waiting, warn_refused
 from smartfrz_jax.freezing.frozen import Frozen, check_frozen, saving_of_names
 from smartfrz_jax.freezing.summary import Summary, summarise
@@ -87,7 +86,7 @@ class Freezer:
         self._coming: Coming | None = None
         self.steps = step
         self.frozen = Frozen(layers) if frozen is None else frozen
-        self._by_hand = ByHand(self.frozen.names)
+        self._by_hand = by_hand.ByHand(self.frozen.names)
         self.events: list[FreezeEvent] = []
         self.refused: tuple[Frozen, ...] = ()
         self.callbacks: tuple[Callback, ...] = ()
@@ -96,8 +95,7 @@ class Freezer:
         self._tx: optax.GradientTransformation | None = None
         self._account: Any = None
         self._params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
-        # What a checkpoint may hold: by then the state may have dropped what an earlier one had.
-        self._initial_state = checkpoint.outline(self.policy_state)
+        self._initial_state = checkpoint.outline(self.policy_state)  # later ones may lack what a checkpoint has
 
     def observe(
         self,
@@ -158,15 +156,22 @@ class Freezer:
     def start(self) -> Frozen:
         """Freezes what the policy has frozen from the beginning, such as ``lisa`` most blocks: call it before a run.
 
-        Else the first step trains all layers, with memory for their gradients and moments.
+        Else the first step trains all layers, unless the optimizer was made for the policy, with ``frozen=policy``.
 
         Returns:
             The frozen set from now on; unchanged in a run that has begun.
         """
         if self.policy.start is not None and not self.steps and not self.events:
-            names, self._by_hand = self._by_hand.decide(self.policy.start(self.policy_state, self.layers))
-            self._change_now(Frozen(self.layers, frozenset(self.layers.check(names, "policy's decision"))), None)
+            names, self._by_hand = self._by_hand.decide(by_hand.starting(self.policy, self.policy_state, self.layers))
+            self.frozen = Frozen(self.layers, self._by_hand.frozen)  # what an optimizer began with is an event, too
+            self._change_now(Frozen(self.layers, names), None)
         return self.frozen
+
+    def _begin(self, names: frozenset[str]) -> None:
+        """Leaves layers to the policy for which an optimizer was made without state for them."""
+        if names and not self.steps:
+            by_hand.check_beginning(by_hand.starting(self.policy, self.policy_state, self.layers), names)
+            self._by_hand = by_hand.ByHand(self.frozen.names - names)
 
     @property
     def pending(self) -> Pending | None:
@@ -263,9 +268,8 @@ class Freezer:
         )
 
     def _is_worth(self, wanted: Frozen) -> bool:
-        if self._saving is None or not self.frozen.names <= wanted.names:
-            return True
-        return self._saving(wanted, self.frozen) >= self._min_saving
+        returns = not self.frozen.names <= wanted.names
+        return returns or self._saving is None or self._saving(wanted, self.frozen) >= self._min_saving
 
     def _take_effect(self, frozen: Frozen) -> None:
         before, after = self.frozen.names, frozen.names

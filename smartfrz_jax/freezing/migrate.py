@@ -27,6 +27,7 @@ def migrate_opt_state(
     frozen: Frozen,
     *,
     kept: Mapping[str, Any] | None = None,
+    may_lack: bool = False,
 ) -> Any:
     """Optimizer state for a new frozen set, every value kept that the new state has a place for.
 
@@ -46,6 +47,7 @@ def migrate_opt_state(
         frozen: The new frozen set.
         kept: What :func:`dropped` gave when the layers that return froze. It is placed as fresh state would be: with
             the sharding of the parameter, as far as ``tx`` gives it that.
+        may_lack: Whether ``kept`` may lack state: of layers that were frozen from the beginning, which return afresh.
 
     Returns:
         State of ``freeze(tx, frozen)``.
@@ -60,6 +62,7 @@ def migrate_opt_state(
     check_params(params)
     if kept is not None:
         checks.by_name(kept, "kept", "what was dropped when the layers froze, by key path, or None")
+    checks.flag(may_lack, "may_lack")
     for leaf in jax.tree.leaves(opt_state):
         if not hasattr(leaf, "shape") and not isinstance(leaf, bool | int | float):
             raise TypeError(f"opt_state: got {checks.got(leaf)} in it, expected the state of tx, a pytree of arrays")
@@ -88,7 +91,10 @@ def migrate_opt_state(
         fresh = {path: leaf for path, leaf in by_path(freeze(tx, frozen).init(params)).items() if path in returning}
         if kept is not None:
             worth = _worth_keeping(abstract)
-            fresh |= {path: _put_back(kept, path, leaf, moves) for path, leaf in fresh.items() if path in worth}
+            put_back = {
+                path: _put_back(kept, path, leaf, moves, may_lack) for path, leaf in fresh.items() if path in worth
+            }
+            fresh |= put_back
         clocks = {path: old[clock] for path in fresh if (clock := clock_of(path)) in old}
         fresh |= {path: jnp.broadcast_to(clock, fresh[path].shape) for path, clock in clocks.items()}
     source = old | {path: leaf for path, leaf in fresh.items() if path not in old}
@@ -241,13 +247,17 @@ def _worth_keeping(opt_state: Any) -> set[str]:
     return {path for path in there if not path.startswith(waiting) and clock_of(path) not in there}
 
 
-def _put_back(kept: Mapping[str, Any], path: str, fresh: Any, moves: Mapping[str, rows.Move]) -> jax.Array:
+def _put_back(
+    kept: Mapping[str, Any], path: str, fresh: Any, moves: Mapping[str, rows.Move], may_lack: bool
+) -> jax.Array:
     """A value that was put aside, on the devices of a fresh one; of a stacked one, the rows that return."""
     if path in moves:
         move = moves[path]
         for row in move.returning:
             at = move.after.index(row)
-            fresh = move.with_row(fresh, at, _put_back(kept, f"{path}[{row}]", move.part(fresh, at), {}))
+            fresh = move.with_row(fresh, at, _put_back(kept, f"{path}[{row}]", move.part(fresh, at), {}, may_lack))
+        return fresh
+    if may_lack and path not in kept:
         return fresh
     if _text(kept.get(path)) != _text(fresh):
         raise ValueError(

@@ -42,7 +42,8 @@ class Kept:
     too small; only its clipping of each update's RMS, which is on by default, bounds the steps then. What an optimizer
     computes anew every so many steps of the run, such as GaLore's projection and Sophia's curvature, is for a fresh
     layer as at the start until the next time: with GaLore its kernels do not train until then. Gradients that wait for
-    an update, as in ``MultiSteps``, are never put aside.
+    an update, as in ``MultiSteps``, are never put aside. Nothing is there of layers that are frozen from the beginning,
+    if the optimizer was made so: their moments are fresh when they train first.
 
     Of several processes each puts aside all of it.
 
@@ -98,7 +99,7 @@ class Kept:
                 "from that one, restore a checkpoint, or let layers return afresh"
             )
         dropped = migrate.dropped(opt_state, tx, params, frozen)
-        migrated = migrate.migrate_opt_state(opt_state, tx, params, frozen, kept=self.arrays)
+        migrated = migrate.migrate_opt_state(opt_state, tx, params, frozen, kept=self.arrays, may_lack=True)
         # Copies: on a CPU, NumPy would otherwise hold on to the optimizer's own memory.
         now = self.arrays | {path: np.array(leaf) for path, leaf in hosts.fetch(dropped).items()}
         back = migrate.held(migrated, tx, params, frozen)

@@ -35,7 +35,8 @@ class Freezer(freezer.Freezer):
 
     Raises:
         TypeError: If ``state`` is a plain Flax ``TrainState``, or ``policy`` not a policy.
-        ValueError: If the policy needs gradients and the state does not keep them.
+        ValueError: If the policy needs gradients and the state does not keep them, or the state was created for a
+            policy that has other layers frozen from the beginning.
     """
 
     def __init__(
@@ -68,6 +69,7 @@ class Freezer(freezer.Freezer):
             min_saving=min_saving,
             saving=None if account is None else account.saving,
         )
+        self._begin(state.frozen_by_policy)
         self.callbacks = check_callbacks(callbacks)
         self._tx, self._account = state.unfrozen_tx, account
         if "grads" in policy.needs and not state.keep_grads:

@@ -13,11 +13,13 @@ from flax import struct
 from flax.training import train_state
 
 from smartfrz_jax.freezing import migrate, overwritten, transform
+from smartfrz_jax.freezing.by_hand import beginning
 from smartfrz_jax.freezing.frozen import Frozen
 from smartfrz_jax.freezing.returning import Kept, Returning, make_kept
 from smartfrz_jax.layers.layers import Layers, check_layers, check_params
 from smartfrz_jax.layers.select import Selectors
 from smartfrz_jax.linen.hold import hold
+from smartfrz_jax.policies.base import Policy
 from smartfrz_jax.pytrees import checks
 from smartfrz_jax.pytrees.types import PyTree
 
@@ -36,6 +38,7 @@ class TrainState(train_state.TrainState):
             return with fresh optimizer state. It belongs to the run and is on the host: of the states of one run, only
             the last that froze something or let it return can do so again.
         kept_version: Which contents of ``kept`` go with this state.
+        frozen_by_policy: Names of the layers that are frozen from the beginning, if it was created for a policy.
 
     Example:
         >>> from smartfrz_jax import find_layers
@@ -57,6 +60,7 @@ class TrainState(train_state.TrainState):
     grads: dict[str, jax.Array] = struct.field(kw_only=True, default_factory=dict)
     kept: Kept | None = struct.field(pytree_node=False, kw_only=True, default=None)
     kept_version: jax.Array | None = struct.field(kw_only=True, default=None)
+    frozen_by_policy: frozenset[str] = struct.field(pytree_node=False, kw_only=True, default=frozenset())
 
     @classmethod
     def create(
@@ -68,9 +72,10 @@ class TrainState(train_state.TrainState):
         layers: Layers,
         keep_grads: bool = False,
         returning: Returning = "fresh",
+        frozen: Frozen | Selectors | Policy = (),
         **kwargs: Any,
     ) -> TrainState:
-        """A state at step 0 with nothing frozen.
+        """A state at step 0.
 
         Args:
             apply_fn: Usually ``model.apply``.
@@ -81,10 +86,14 @@ class TrainState(train_state.TrainState):
             returning: What the optimizer starts from for layers that train again: ``"fresh"`` state, or what it
                 ``"kept"`` of them, on the host, from the moment at which they froze. See
                 :class:`smartfrz_jax.freezing.returning.Kept`, above all for Adam.
+            frozen: What is frozen before the first step, so that no optimizer state is made for it: layers, as of
+                :meth:`freeze`; or the policy of the run, such as ``lisa``, for what it has frozen from the beginning.
             **kwargs: Further fields, of a subclass.
 
         Raises:
-            ValueError: If a parameter belongs to none of the layers, or ``returning`` is unknown.
+            TypeError: If ``frozen`` is neither layers nor a policy.
+            ValueError: If a parameter belongs to none of the layers, one of ``frozen`` is not a layer of the network,
+                or ``returning`` is unknown.
         """
         if apply_fn is not None:
             checks.function(apply_fn, "apply_fn", "a function, such as model.apply, or None")
@@ -93,7 +102,7 @@ class TrainState(train_state.TrainState):
         check_params(params)
         checks.flag(keep_grads, "keep_grads")
         kept = make_kept(returning)
-        frozen = Frozen(layers)
+        frozen, frozen_by_policy = beginning(frozen, layers, params)
         frozen_tx = transform.freeze(tx, overwritten.optimized_frozen(frozen))
         leaves = frozen.active_leaves(params) if keep_grads else {}
         grads = {name: jnp.zeros_like(leaf) for name, leaf in leaves.items()}
@@ -104,6 +113,7 @@ class TrainState(train_state.TrainState):
             tx=frozen_tx,
             opt_state=frozen_tx.init(overwritten.optimized(params)),
             frozen=frozen,
+            frozen_by_policy=frozen_by_policy,
             unfrozen_tx=tx,
             keep_grads=keep_grads,
             grads=grads,

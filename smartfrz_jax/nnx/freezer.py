@@ -45,6 +45,7 @@ class Freezer(freezer.Freezer):
 
     Raises:
         TypeError: If ``optimizer`` is a plain ``nnx.Optimizer``, or ``policy`` not a policy.
+        ValueError: If the optimizer was made for a policy that has other layers frozen from the beginning.
     """
 
     def __init__(
@@ -80,6 +81,7 @@ class Freezer(freezer.Freezer):
             min_saving=min_saving,
             saving=None if account is None else account.saving,
         )
+        self._begin(optimizer.frozen_by_policy)
         self.callbacks = check_callbacks(callbacks)
         self._tx, self._account = optimizer.unfrozen_tx, account
         self.model, self.optimizer = model, optimizer

@@ -12,6 +12,7 @@ import optax
 from flax import nnx
 
 from smartfrz_jax.freezing import migrate, transform
+from smartfrz_jax.freezing.by_hand import beginning
 from smartfrz_jax.freezing.frozen import Frozen
 from smartfrz_jax.freezing.returning import Returning, make_kept
 from smartfrz_jax.layers.layers import Layers, check_layers
@@ -19,6 +20,7 @@ from smartfrz_jax.layers.select import Selectors
 from smartfrz_jax.nnx.hold import hold
 from smartfrz_jax.nnx.layers import check_model
 from smartfrz_jax.nnx.parts.stop_gradient import call_stopped
+from smartfrz_jax.policies.base import Policy
 from smartfrz_jax.programs.superseded import supersede
 from smartfrz_jax.pytrees import checks, paths
 from smartfrz_jax.pytrees.types import PyTree
@@ -40,14 +42,19 @@ class Optimizer(nnx.Optimizer):
         returning: What the optimizer starts from for layers that train again: ``"fresh"`` state, or what it ``"kept"``
             of them, on the host, from the moment at which they froze. See
             :class:`smartfrz_jax.freezing.returning.Kept`, above all for Adam.
+        frozen: What is frozen before the first step, so that no state is made for it: layers, as of :meth:`freeze`; or
+            the policy of the run, such as ``lisa``, for what it has frozen from the beginning.
 
     Attributes:
         frozen: The frozen set.
+        frozen_by_policy: Names of the layers that are frozen from the beginning, if ``frozen`` was a policy.
         kept: What was put aside of the frozen layers; ``None`` if they return with fresh state. Clones of an optimizer
             share it, and only the one that froze something last can do so again.
 
     Raises:
-        ValueError: If a parameter belongs to none of the layers, or ``returning`` is unknown.
+        TypeError: If ``frozen`` is neither layers nor a policy.
+        ValueError: If a parameter belongs to none of the layers, one of ``frozen`` is not a layer of the model, or
+            ``returning`` is unknown.
 
     Example:
         >>> from smartfrz_jax.nnx import find_layers
@@ -71,6 +78,7 @@ class Optimizer(nnx.Optimizer):
         wrt: nnx.filterlib.Filter = nnx.Param,
         layers: Layers,
         returning: Returning = "fresh",
+        frozen: Frozen | Selectors | Policy = (),
     ):
         check_model(model)
         checks.transformation(tx)
@@ -82,7 +90,7 @@ class Optimizer(nnx.Optimizer):
                 f"layers: got {foreign!r} of layer {layers.arrays[foreign][0]!r}, which is not in the model, expected "
                 "the layers of this model: sfj.nnx.find_layers(model, ...) with the same wrt"
             )
-        self.frozen = Frozen(layers)
+        self.frozen, self.frozen_by_policy = beginning(frozen, layers, nnx.as_pure(nnx.state(model, wrt)))
         self.unfrozen_tx = tx
         self.keep_grads = False
         self.grads = nnx.data({})

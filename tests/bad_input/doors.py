@@ -74,7 +74,7 @@ DOORS = [
     Door(
         "linen.TrainState.create",
         lambda: {"apply_fn": forward, "params": params(), "tx": TX, "layers": layers()},
-        unchecked={"apply_fn=None": "a loop need not call it"},
+        unchecked={"apply_fn=None": "a loop need not call it", "frozen=text": "the name of a layer"},
     ),
     Door("linen.TrainState.value_and_grad", lambda: {"loss_fn": loss}, on=scenes.train_state),
     Door("linen.TrainState.apply_gradients", lambda: {"grads": zeros()}, on=scenes.train_state),

@@ -55,7 +55,7 @@ DOORS = [
     Door(
         "nnx.Optimizer",
         lambda: {"model": scenes.module(), "tx": TX, "layers": scenes.nnx_layers()},
-        unchecked={"wrt": "a filter"},
+        unchecked={"wrt": "a filter", "frozen=text": "the name of a layer"},
     ),
     Door("nnx.Optimizer.value_and_grad", lambda: {"loss_fn": scenes.nnx_loss}, on=optimizer),
     Door("nnx.Optimizer.update", lambda: {"model": scenes.module(), "grads": grads()}, on=optimizer),

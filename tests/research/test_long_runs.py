@@ -116,6 +116,24 @@ def test_policies_that_measure_are_made_for_a_run(bench, name):
 
 
 @pytest.mark.slow
+def test_layers_that_take_turns_are_frozen_before_the_first_step(bench, tmp_path):
+    def make(**options):
+        return Runner(bench, _job("badam,kept"), STRATEGIES["badam,kept"], state=tmp_path, **options)
+
+    runner = make(deadline=0.0)
+    held = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(runner.optimizer.opt_state)))
+    assert held < 0.5 * sum(leaf.size for leaf in jax.tree.leaves(nnx.state(runner.model, nnx.Param)))
+    assert not runner.run()
+    begun = runner.freezer.events
+    assert [(event.step, event.returned) for event in begun] == [(0, ())]
+    assert runner.tally.steps == 1
+    again = make(deadline=0.0)
+    assert not again.run()
+    assert again.freezer.events == begun
+    assert again.tally.steps == 2
+
+
+@pytest.mark.slow
 def test_interrupted_never_is_never(bench, followed, tmp_path):
     _, arrays, row, _ = followed
     alone, alone_row = _finished(Runner(bench, _job("never"), STRATEGIES["never"], state=tmp_path))

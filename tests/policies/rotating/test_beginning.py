@@ -1,0 +1,160 @@
+"""An optimizer that is made with layers frozen: no state of them at any time, and the same run."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import smartfrz_jax as sfj
+
+pytestmark = pytest.mark.usefixtures("jax_defaults")
+
+X = jnp.ones((4, 8))
+TX = optax.adamw(0.1)
+POLICIES = {
+    "static_prefix": lambda: sfj.static_prefix([(0.0, 0.6)], total_steps=10),
+    "badam": lambda: sfj.policies.badam(2, order="descending", keep=()),
+    "lisa": lambda: sfj.policies.lisa(1, switch_every=2, keep=()),
+    "slimfit": lambda: sfj.policies.slimfit(0.5, switch_every=2),
+}
+every = pytest.mark.parametrize("make", POLICIES.values(), ids=POLICIES)
+kept_or_not = pytest.mark.parametrize("returning", ["fresh", "kept"])
+
+
+def nnx_run(policy, returning, *, begins):
+    model = nnx.Sequential(*[nnx.Linear(8, 8, rngs=nnx.Rngs(number)) for number in range(4)])
+    layers = sfj.nnx.find_layers(model, X)
+    optimizer = sfj.nnx.Optimizer(model, TX, layers=layers, returning=returning, frozen=policy if begins else ())
+    return model, optimizer, sfj.nnx.Freezer(model, optimizer, policy)
+
+
+def train(model, optimizer, freezer, steps=7):
+    for _ in range(steps):
+        _, grads = optimizer.value_and_grad(lambda model: (model(X) ** 2).mean())(model)
+        optimizer.update(model, grads)
+        freezer.step()
+
+
+def arrays(tree):
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(tree)]
+
+
+def elements(optimizer):
+    return sum(leaf.size for leaf in jax.tree.leaves(nnx.state(optimizer.opt_state)))
+
+
+@every
+@kept_or_not
+@pytest.mark.slow
+def test_the_run_is_that_of_an_optimizer_that_is_made_with_all(make, returning):
+    model, optimizer, freezer = nnx_run(make(), returning, begins=True)
+    other, whole, another = nnx_run(make(), returning, begins=False)
+    held = elements(optimizer)
+    assert freezer.start() == another.start() == optimizer.frozen
+    assert freezer.frozen.names
+    assert freezer.events == another.events
+    assert held == elements(optimizer) == elements(whole)
+    for each in ((model, optimizer, freezer), (other, whole, another)):
+        train(*each)
+    assert freezer.events == another.events
+    for got, expected in ((model, other), (optimizer.opt_state, whole.opt_state)):
+        for a, b in zip(arrays(nnx.state(got)), arrays(nnx.state(expected)), strict=True):
+            np.testing.assert_array_equal(a, b)
+
+
+@every
+def test_without_start_the_policy_goes_on_deciding(make):
+    model, optimizer, freezer = nnx_run(make(), "fresh", begins=True)
+    other, whole, another = nnx_run(make(), "fresh", begins=True)
+    another.start()
+    for each in ((model, optimizer, freezer), (other, whole, another)):
+        train(*each)
+    assert optimizer.frozen == whole.frozen
+    assert freezer.events == another.events[1:]
+    for a, b in zip(arrays(nnx.state(model)), arrays(nnx.state(other)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("begins", [["layers/0"], "layers/[01]", sfj.policies.badam(5, order="ascending", keep=())])
+def test_linen_and_nnx_begin_with_the_same(begins):
+    model, _, _ = nnx_run(sfj.policies.never(), "fresh", begins=False)
+    graphdef, params = nnx.split(model)
+    params = nnx.as_pure(params)
+    layers = sfj.nnx.find_layers(model, X)
+    optimizer = sfj.nnx.Optimizer(model, TX, layers=layers, frozen=begins)
+    state = sfj.linen.TrainState.create(
+        apply_fn=lambda params, x: nnx.merge(graphdef, params)(x), params=params, tx=TX, layers=layers, frozen=begins
+    )
+    assert optimizer.frozen == state.frozen
+    assert optimizer.frozen.names
+    made = jax.tree.leaves(nnx.as_pure(nnx.state(optimizer.opt_state)))
+    assert sum(leaf.size for leaf in made) == sum(leaf.size for leaf in jax.tree.leaves(state.opt_state))
+    # Two moments of each active parameter, and the count of adamw.
+    assert elements(optimizer) == 1 + 2 * sum(leaf.size for leaf in optimizer.frozen.active_leaves(params).values())
+
+
+def test_linen_goes_on_by_the_policy():
+    policy = sfj.policies.badam(1, order="descending", keep=())
+    params = {name: jnp.eye(8) for name in "abcd"}
+
+    def apply_fn(params, x):
+        return x @ params["a"] @ params["b"] @ params["c"] @ params["d"]
+
+    layers = sfj.find_layers(params, apply_fn, X)
+    state = sfj.linen.TrainState.create(apply_fn=apply_fn, params=params, tx=TX, layers=layers, frozen=policy)
+    assert state.frozen.names == set("abc")
+    freezer = sfj.linen.Freezer(state, policy)
+    state = freezer.start(state)
+    assert [event.names for event in freezer.events] == [("a", "b", "c")]
+    state = freezer.step(state.apply_gradients(grads=jax.tree.map(jnp.ones_like, params)))
+    assert state.frozen.names == set("abd")
+
+
+def test_layers_by_name_are_frozen_by_hand():
+    policy = sfj.policies.badam(1, order="descending", keep=())
+    model, _, _ = nnx_run(policy, "fresh", begins=False)
+    layers = sfj.nnx.find_layers(model, X)
+    optimizer = sfj.nnx.Optimizer(model, TX, layers=layers, frozen=["layers/3"])
+    freezer = sfj.nnx.Freezer(model, optimizer, policy)
+    assert freezer.start().names == set(layers.names)
+    train(model, optimizer, freezer, steps=1)
+    assert optimizer.frozen.names == {"layers/0", "layers/1", "layers/3"}
+
+
+def test_more_by_hand_stays_frozen():
+    policy = sfj.policies.badam(1, order="descending", keep=())
+    model, optimizer, _ = nnx_run(policy, "fresh", begins=True)
+    optimizer.freeze(model, ["layers/3"])
+    freezer = sfj.nnx.Freezer(model, optimizer, policy)
+    train(model, optimizer, freezer, steps=1)
+    assert optimizer.frozen.names == {"layers/0", "layers/1", "layers/3"}
+
+
+@pytest.mark.slow
+def test_a_checkpoint_goes_on(tmp_path):
+    policy = POLICIES["badam"]
+    model, optimizer, freezer = nnx_run(policy(), "kept", begins=True)
+    freezer.start()
+    train(model, optimizer, freezer, steps=3)
+    freezer.save(tmp_path / "run")
+    other, whole, another = nnx_run(policy(), "kept", begins=True)
+    another.start()
+    another.restore(tmp_path / "run")
+    for each in ((model, optimizer, freezer), (other, whole, another)):
+        train(*each, steps=6)
+    assert freezer.events == another.events
+    for a, b in zip(arrays(nnx.state(model)), arrays(nnx.state(other)), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_another_policy_is_refused():
+    model, optimizer, _ = nnx_run(POLICIES["badam"](), "fresh", begins=True)
+    other = sfj.policies.badam(2, order="ascending", keep=())
+    with pytest.raises(
+        ValueError, match=r"policy: has layers/1, layers/2, layers/3 frozen from the beginning, expected"
+    ):
+        sfj.nnx.Freezer(model, optimizer, other)
+    with pytest.raises(ValueError, match=r"policy: has nothing frozen from the beginning"):
+        sfj.nnx.Freezer(model, optimizer, sfj.policies.never())
