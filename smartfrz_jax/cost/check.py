@@ -243,9 +243,9 @@ def _state(account: Account, before: Measured, after: Measured) -> _Comparison:
     fall = _state_bytes(account, before.frozen) - now
     measured = before.cost.argument_bytes - after.cost.argument_bytes
     text = f"Predicted: {fall:,} bytes less of optimizer state; measured: {measured:,} bytes less of arguments"
-    # Each device may have a part only of what went, and all of what came where other layers train.
+    # Where other layers train, what came is not what stayed. Each device may have a part only of what went.
     came = now - _state_bytes(account, after.frozen.add(before.frozen.names))
-    return _Comparison(fall, (measured + came) * devices - came, 0.0, text)
+    return _Comparison(fall + came, (measured + came) * devices, 0.0, text)
 
 
 def _state_bytes(account: Account, frozen: Frozen) -> int:
