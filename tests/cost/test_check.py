@@ -184,6 +184,16 @@ def test_nothing_is_asked_of_layers_that_return():
     assert check_saving(account(), shared_program("ab"), shared_program("a")) is None
 
 
+def test_layers_that_change_places_while_a_counter_comes():
+    before, after = shared_program("bcd"), shared_program("acd")
+    counter, moments = 12, 8 * (32 * 32 + 32)  # of a dropout that is on; of b, beside those of a
+    costs = [after.cost._replace(argument_bytes=after.cost.argument_bytes + counter)]
+    costs.append(after.cost._replace(argument_bytes=before.cost.argument_bytes + moments))
+    found = [check_saving(account(), before, after._replace(cost=cost), notable=1.0) for cost in costs]
+    assert found[0] is None
+    assert found[1].cause == "optimizer"
+
+
 def test_a_frozen_set_of_another_network():
     other = sfj.Frozen(sfj.find_layers(STACK, scanned, X32))
     with pytest.raises(ValueError, match="frozen: got a frozen set of a network of 4 layers"):

@@ -62,14 +62,6 @@ def test_state_that_was_split_and_goes_while_other_state_comes_that_is_whole():
     assert check_saving(account(), before, after, notable=1.0) is None
 
 
-def test_layers_that_change_places_while_a_counter_comes():
-    before, after = (sharded_program(names) for names in ("acd", "bcd"))
-    more = after.cost._replace(argument_bytes=before.cost.argument_bytes + 12)  # of a dropout that is on
-    assert check_saving(account(), before, after._replace(cost=more), notable=1.0) is None
-    stays = after.cost._replace(argument_bytes=before.cost.argument_bytes + 8 * (24 * 32 + 32))
-    assert check_saving(account(), before, after._replace(cost=stays), notable=1.0).cause == "optimizer"
-
-
 def test_split_state_that_stays():
     before = sharded_program("", [WIDTHS["b"]])
     after = sharded_program("b", [WIDTHS["b"]], tx=optax.adam(1e-3))
