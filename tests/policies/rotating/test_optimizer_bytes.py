@@ -68,7 +68,17 @@ def live_bytes(*others):
     return sum(size for place, size in memory(jax.live_arrays()).items() if place not in places)
 
 
+@pytest.fixture
+def others_are_not_searched():
+    """Collecting garbage after each step takes long where earlier tests have left many objects."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("others_are_not_searched")
 @pytest.mark.parametrize(("policy", "network", "returning"), CASES)
 def test_bytes_over_a_whole_run(policy, network, returning):
     there = jax.live_arrays()  # of other tests; held, so that nothing else comes in their place
