@@ -174,8 +174,7 @@ def smartfrz(
     rule = _SmartFrz(
         predictor, total_steps, caution, order, times, _measured(predictor, times, probing), seed, kept(keep)
     )
-    phases = TwoPhase(rule.dispatch, rule.conclude)
-    return Policy(rule.init, phases.update, options=rule.options, phases=phases)
+    return TwoPhase(rule.dispatch, rule.conclude).policy(rule.init, rule.options)
 
 
 class _Times(NamedTuple):

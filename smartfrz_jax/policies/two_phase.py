@@ -5,13 +5,13 @@ Phase one has the device compute what is to be read; phase two decides by it, at
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import numpy as np
 
 from smartfrz_jax.layers.layers import Layers
-from smartfrz_jax.policies.base import Policy, decision
+from smartfrz_jax.policies.base import InitFn, Policy, decision
 from smartfrz_jax.pytrees import checks, hosts
 from smartfrz_jax.pytrees.types import PyTree
 
@@ -83,6 +83,16 @@ class TwoPhase(NamedTuple):
         if readings is None:
             return names, state
         return self.conclude(state, layers, hosts.fetch(dict(readings)), step=step)
+
+    def policy(self, init: InitFn, options: Mapping[str, Any], needs: Collection[str] = ()) -> Policy:
+        """The policy of these phases.
+
+        Args:
+            init: Makes the state.
+            options: As of :class:`~smartfrz_jax.Policy`.
+            needs: As of :class:`~smartfrz_jax.Policy`.
+        """
+        return Policy(init, self.update, frozenset(needs), options, self)
 
 
 class Reading(NamedTuple):

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 import smartfrz_jax as sfj
-from smartfrz_jax.policies.base import Policy
 from smartfrz_jax.policies.two_phase import TwoPhase
 from smartfrz_jax.pytrees import hosts
 from tests.policies.every_policy import CASES, LAYERS, PARAMS, STEPS, X, Y, outputs, train_step
@@ -82,8 +81,7 @@ def asking(every):
         state = np.asarray(state + 1, np.int32)
         return frozenset(["dense0"]), state
 
-    phases = TwoPhase(dispatch, conclude)
-    return Policy(lambda layers, params: np.zeros((), np.int32), phases.update, phases=phases)
+    return TwoPhase(dispatch, conclude).policy(lambda layers, params: np.zeros((), np.int32), {})
 
 
 @pytest.mark.parametrize(("every", "delay"), [(5, 0), (5, 1), (5, 4), (1, 3)])

@@ -21,8 +21,8 @@ from smartfrz_jax.policies.base import (
     freezable,
     kept,
     names_of,
-    require,
 )
+from smartfrz_jax.policies.gradients import signal
 from smartfrz_jax.policies.two_phase import Readings, TwoPhase
 from smartfrz_jax.pytrees import checks
 from smartfrz_jax.pytrees.types import PyTree
@@ -121,8 +121,7 @@ def autofreeze(
         state: AutoFreezeState, layers: Layers, *, step: int, params: Callable[[], PyTree], **signals: Any
     ) -> tuple[frozenset[str], AutoFreezeState, Readings | None]:
         check_update(state, AutoFreezeState, layers, step)
-        grads = require(signals, "grads", _NAME, "pass the gradients of the active layers by parameter name")
-        state, readings = _accumulate(state, layers, grads), None
+        state, readings = _accumulate(state, layers, signal.gradients(signals, _NAME)), None
         if step % evaluate_every == 0:
             sums = _l1_norms({p: state.accumulated[p] for p in _active_params(layers, state.frozen)})
             readings = sums | {_COUNTED: state.counted, _ERRORS: state.errors}
@@ -132,7 +131,7 @@ def autofreeze(
     named = {"name": _NAME, "evaluate_every": int(evaluate_every), "percentile": float(percentile)}
     rule = {"evaluate_every": evaluate_every, "percentile": percentile, "most": max_consecutive_errors, "keep": keep}
     phases = TwoPhase(dispatch, functools.partial(_conclude, **rule))
-    return Policy(init, phases.update, frozenset({"grads"}), named | {"keep": described(keep)}, phases)
+    return phases.policy(init, named | {"keep": described(keep)}, needs={"grads"})
 
 
 def _start(layers: Layers, leaves: Mapping[str, Any]) -> AutoFreezeState:
@@ -166,7 +165,6 @@ def _conclude(
 
 
 def _accumulate(state: AutoFreezeState, layers: Layers, grads: Mapping[str, Any]) -> AutoFreezeState:
-    checks.by_name(grads, "grads", "a dict from parameter names to gradients, such as Frozen.active_leaves(grads)")
     state = state._replace(frozen=state.frozen | _frozen_by_others(layers, grads, state.frozen))
     active = _active_params(layers, state.frozen)
     selected = _select(grads, active, state.accumulated)
@@ -220,10 +218,7 @@ def _active_params(layers: Layers, frozen: np.ndarray) -> list[str]:
 def _frozen_by_others(layers: Layers, grads: Mapping[str, Any], frozen: np.ndarray) -> np.ndarray:
     without = np.array([not any(param in grads for param in layer.params) for layer in layers], bool)
     if not frozen.all() and (frozen | without).all():
-        raise ValueError(
-            f"grads: none of the {len(grads)} gradients is of an active layer; pass a dict from parameter names to "
-            "gradients, such as Frozen.active_leaves(grads)"
-        )
+        raise signal.unknown(grads, "an active layer")
     return without
 
 
@@ -234,11 +229,7 @@ def _select(grads: Mapping[str, Any], params: list[str], like: Mapping[str, Any]
                 f"grads: {param!r} of an active layer is missing (got {len(grads)} gradients); pass a dict from "
                 "parameter names to gradients, such as Frozen.active_leaves(grads)"
             )
-        if np.shape(grads[param]) != np.shape(like[param]):
-            raise ValueError(
-                f"grads: {param!r} has shape {np.shape(grads[param])}, expected that of the parameter, "
-                f"{np.shape(like[param])}; pass the gradients of this network"
-            )
+        signal.check_shape(grads, param, like[param])
     return {param: grads[param] for param in params}
 
 

@@ -14,7 +14,8 @@ import numpy as np
 from smartfrz_jax.layers.layers import Layers
 from smartfrz_jax.layers.select import Selectors, described
 from smartfrz_jax.policies import snapshot
-from smartfrz_jax.policies.base import Policy, check_update, freezable, kept, names_of, require
+from smartfrz_jax.policies.base import Policy, check_update, freezable, kept, names_of
+from smartfrz_jax.policies.gradients import signal
 from smartfrz_jax.policies.two_phase import Readings, TwoPhase
 from smartfrz_jax.pytrees import checks
 from smartfrz_jax.pytrees.types import PyTree
@@ -94,8 +95,7 @@ def grades(
     ) -> tuple[frozenset[str], GradESState, Readings | None]:
         check_update(state, GradESState, layers, step)
         names_of(layers, state.frozen)  # raises, if it is of another network
-        grads = require(signals, "grads", _NAME, "pass the gradients of the active layers by parameter name")
-        checks.by_name(grads, "grads", "a dict from parameter names to gradients, such as Frozen.active_leaves(grads)")
+        grads = signal.gradients(signals, _NAME)
         changes = None
         if step % evaluate_every == 0 and step >= first:
             before = {name: grad for name, grad in state.before.held.items() if name in grads}
@@ -116,7 +116,7 @@ def grades(
         "keep": described(keep),
     }
     phases = TwoPhase(dispatch, functools.partial(_conclude, threshold=threshold, keep=keep))
-    return Policy(init, phases.update, frozenset({"grads"}), options, phases)
+    return phases.policy(init, options, needs={"grads"})
 
 
 def _conclude(
@@ -137,11 +137,8 @@ def _conclude(
 def _active(layers: Layers, frozen: Bool[np.ndarray, " layers"], grads: Mapping[str, Any]) -> dict[str, Any]:
     """Gradients of the kernels of active layers; those of layers that something else has frozen are not there."""
     active = snapshot.active_kernels(layers, frozen)
-    if grads and not any(kernel in grads for layer in layers for kernel in layer.kernels):
-        raise ValueError(
-            f"grads: none of the {len(grads)} gradients is of a layer's kernel; pass a dict from parameter names to "
-            "gradients, such as Frozen.active_leaves(grads)"
-        )
+    if grads:
+        signal.check_kernels(grads, layers)
     return {name: grads[name] for name in active if name in grads}
 
 

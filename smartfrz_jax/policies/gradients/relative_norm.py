@@ -12,7 +12,8 @@ import numpy as np
 
 from smartfrz_jax.layers.layers import Layers, check_params
 from smartfrz_jax.layers.select import Selectors, described
-from smartfrz_jax.policies.base import Policy, check_update, freezable, kept, names_of, require
+from smartfrz_jax.policies.base import Policy, check_update, freezable, kept, names_of
+from smartfrz_jax.policies.gradients import signal
 from smartfrz_jax.policies.two_phase import Readings, TwoPhase
 from smartfrz_jax.pytrees import checks
 from smartfrz_jax.pytrees.types import PyTree
@@ -102,8 +103,7 @@ def relative_gradient_norm(
     ) -> tuple[frozenset[str], RelativeNormState, Readings | None]:
         check_update(state, RelativeNormState, layers, step)
         names = names_of(layers, state.frozen)  # raises, if it is of another network
-        grads = require(signals, "grads", _NAME, "pass the gradients of the active layers by parameter name")
-        checks.by_name(grads, "grads", "a dict from parameter names to gradients, such as Frozen.active_leaves(grads)")
+        grads = signal.gradients(signals, _NAME)
         if (step - 1) % evaluate_every >= evaluate_every - batches:
             state = _accumulate(state, layers, grads, check_params(layers.unstacked(params())))
         if step % evaluate_every:
@@ -119,7 +119,7 @@ def relative_gradient_norm(
         "keep": described(keep),
     }
     phases = TwoPhase(dispatch, functools.partial(_conclude, threshold=threshold, keep=keep))
-    return Policy(init, phases.update, frozenset({"grads"}), options, phases)
+    return phases.policy(init, options, needs={"grads"})
 
 
 def _conclude(
@@ -142,19 +142,11 @@ def _conclude(
 def _accumulate(
     state: RelativeNormState, layers: Layers, grads: Mapping[str, Any], leaves: Mapping[str, Any]
 ) -> RelativeNormState:
+    signal.check_kernels(grads, layers)
     kernels = tuple(tuple(kernel for kernel in layer.kernels if kernel in grads) for layer in layers)
-    if not any(kernels):
-        raise ValueError(
-            f"grads: none of the {len(grads)} gradients is of a layer's kernel; pass a dict from parameter names to "
-            "gradients, such as Frozen.active_leaves(grads)"
-        )
     names = [kernel for some in kernels for kernel in some]
     for name in names:
-        if np.shape(grads[name]) != np.shape(leaves[name]):
-            raise ValueError(
-                f"grads: {name!r} has shape {np.shape(grads[name])}, expected that of the parameter, "
-                f"{np.shape(leaves[name])}; pass the gradients of this network"
-            )
+        signal.check_shape(grads, name, leaves[name])
     given = {name: grads[name] for name in names}, {name: leaves[name] for name in names}
     sums, counted = _add(state.sums, state.counted, *given, kernels)
     return state._replace(sums=sums, counted=counted)

@@ -8,20 +8,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from smartfrz_jax.layers.layers import Layers
-from smartfrz_jax.layers.select import Selectors, described
-from smartfrz_jax.policies.base import Policy, check_finite, check_update, freezable, kept, names_of
-from smartfrz_jax.policies.similarity import outputs
-from smartfrz_jax.policies.two_phase import Readings, TwoPhase
-from smartfrz_jax.pytrees import checks, hosts
-from smartfrz_jax.pytrees.types import PyTree
+from smartfrz_jax.layers.select import Selectors
+from smartfrz_jax.policies.base import Policy, kept
+from smartfrz_jax.policies.similarity.comparison import Comparison
+from smartfrz_jax.pytrees import checks
 
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float, Int
 
-    from smartfrz_jax.policies.similarity.outputs import Outputs
-
-_NAME = "simfreeze"
+    from smartfrz_jax.policies.similarity.comparison import Outputs
 
 
 class SimFreezeState(NamedTuple):
@@ -94,66 +89,33 @@ def simfreeze(
         >>> frozen
         frozenset({'a'})
     """
-    checks.count(evaluate_every, "evaluate_every")
-    checks.count(window, "window", least=2)
     checks.between(tolerance, "tolerance", "a relative change of 0 or more", 0, np.inf)
     checks.instance(reference, Mapping | Callable, "reference", "a dict from layer names to outputs, or a function")
-    keep = kept(keep)
-
-    def init(layers: Layers, params: PyTree) -> SimFreezeState:
-        return _start(layers, _read(reference), window, freezable(layers, keep))
-
-    def dispatch(
-        state: SimFreezeState, layers: Layers, *, step: int, params: Callable[[], PyTree], **signals: object
-    ) -> tuple[frozenset[str], SimFreezeState, Readings | None]:
-        check_update(state, SimFreezeState, layers, step)
-        features, may_freeze = outputs.features_of(signals, _NAME), freezable(layers, keep)
-        is_due = step % evaluate_every == 0 and may_freeze.any()
-        readings = {"cka": outputs.cka_of(layers, features(), _read(reference), may_freeze)} if is_due else None
-        return names_of(layers, state.frozen), state, readings
-
-    options = {
-        "name": _NAME,
-        "evaluate_every": int(evaluate_every),
-        "window": int(window),
-        "tolerance": float(tolerance),
-        "keep": described(keep),
-    }
-    phases = TwoPhase(dispatch, functools.partial(_conclude, tolerance=tolerance, keep=keep))
-    return Policy(init, phases.update, frozenset({"features"}), options, phases)
+    comparison = Comparison(
+        "simfreeze", SimFreezeState, reference, evaluate_every, window, tolerance, kept(keep), judges_frozen=True
+    )
+    return comparison.policy(_start, functools.partial(_decide, tolerance=tolerance))
 
 
-def _read(reference: Outputs | Callable[[], Outputs]) -> Outputs:
-    return reference() if callable(reference) else reference
+def _start(cka: Float[np.ndarray, "window layers"], frozen: Bool[np.ndarray, " layers"]) -> SimFreezeState:
+    return SimFreezeState(cka, np.zeros(len(frozen), np.int32), cka[0], frozen)
 
 
-def _start(layers: Layers, reference: Outputs, window: int, may_freeze: Bool[np.ndarray, " layers"]) -> SimFreezeState:
-    known = outputs.of_layers(reference, names_of(layers, may_freeze), "reference")
-    checks.finite(hosts.fetch(known), "reference", "take the outputs of a network that has not diverged")
-    zeros, count = np.zeros((window, len(layers)), np.float32), np.zeros(len(layers), np.int32)
-    return SimFreezeState(zeros, count, zeros[0], np.zeros(len(layers), bool))
-
-
-def _conclude(
+def _decide(
     state: SimFreezeState,
-    layers: Layers,
-    readings: Mapping[str, np.ndarray],
+    now: Float[np.ndarray, " layers"],
+    judged: Bool[np.ndarray, " layers"],
     *,
-    step: int,
     tolerance: float,
-    keep: Selectors | None,
-) -> tuple[frozenset[str], SimFreezeState]:
-    may_freeze, now = freezable(layers, keep), np.zeros(len(layers), np.float32)
-    now[may_freeze] = readings["cka"]
-    check_finite(layers, ~np.isfinite(now), what="features", policy=_NAME, step=step)
+) -> SimFreezeState:
     cka = np.concatenate([state.cka[1:], now[None]])
     returned = state.frozen & ~_near(now, state.at_freeze, tolerance)
     window = len(cka)
     count = np.where(state.frozen & ~returned, 0, np.minimum(np.where(returned, 0, state.evaluations) + 1, window))
-    freezes = may_freeze & (count == window) & _near(cka[1:], cka[:-1], tolerance).all(axis=0)
+    freezes = judged & (count == window) & _near(cka[1:], cka[:-1], tolerance).all(axis=0)
     frozen = (state.frozen & ~returned) | freezes
     at_freeze = np.where(frozen, np.where(freezes, now, state.at_freeze), 0).astype(np.float32)
-    return names_of(layers, frozen), SimFreezeState(cka, count.astype(np.int32), at_freeze, frozen)
+    return SimFreezeState(cka, count.astype(np.int32), at_freeze, frozen)
 
 
 def _near(values: np.ndarray, others: np.ndarray, tolerance: float) -> np.ndarray:

@@ -3,25 +3,19 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from smartfrz_jax.layers.layers import Layers
-from smartfrz_jax.layers.select import Selectors, described
-from smartfrz_jax.policies.base import Policy, check_finite, check_update, freezable, kept, names_of
-from smartfrz_jax.policies.similarity import outputs
-from smartfrz_jax.policies.two_phase import Readings, TwoPhase
+from smartfrz_jax.layers.select import Selectors
+from smartfrz_jax.policies.base import Policy, kept
+from smartfrz_jax.policies.similarity.comparison import Comparison
 from smartfrz_jax.predictor.cka import stabilised
-from smartfrz_jax.pytrees import checks, hosts
-from smartfrz_jax.pytrees.types import PyTree
+from smartfrz_jax.pytrees import checks
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
-
-
-_NAME = "similarity_guided"
 
 
 class SimilarityGuidedState(NamedTuple):
@@ -82,62 +76,34 @@ def similarity_guided(
         >>> frozen
         frozenset({'a'})
     """
-    checks.count(evaluate_every, "evaluate_every")
-    checks.count(window, "window", least=2)
     checks.by_name(reference, "reference", "a dict from layer names to the outputs of the well-trained network")
     checks.between(tolerance, "tolerance", "a difference in CKA of 0 or more", 0, np.inf)
-    keep = kept(keep)
-
-    def init(layers: Layers, params: PyTree) -> SimilarityGuidedState:
-        known = outputs.of_layers(reference, names_of(layers, freezable(layers, keep)), "reference")
-        checks.finite(hosts.fetch(known), "reference", "take the outputs of a network that has not diverged")
-        cka = np.zeros((window, len(layers)), np.float32)
-        return SimilarityGuidedState(cka, np.zeros((), np.int32), np.zeros(len(layers), bool))
-
-    def dispatch(
-        state: SimilarityGuidedState, layers: Layers, *, step: int, params: Callable[[], PyTree], **signals: Any
-    ) -> tuple[frozenset[str], SimilarityGuidedState, Readings | None]:
-        check_update(state, SimilarityGuidedState, layers, step)
-        features = outputs.features_of(signals, _NAME)
-        may_freeze = freezable(layers, keep)
-        judged = may_freeze & ~state.frozen
-        is_due = step % evaluate_every == 0 and judged.any()
-        readings = {"cka": outputs.cka_of(layers, features(), reference, may_freeze)} if is_due else None
-        return names_of(layers, state.frozen), state, readings
-
-    options = {
-        "name": _NAME,
-        "evaluate_every": int(evaluate_every),
-        "window": int(window),
-        "tolerance": float(tolerance),
-        "keep": described(keep),
-    }
-    phases = TwoPhase(dispatch, functools.partial(_conclude, tolerance=tolerance, keep=keep))
-    return Policy(init, phases.update, frozenset({"features"}), options, phases)
+    comparison = Comparison(
+        "similarity_guided",
+        SimilarityGuidedState,
+        reference,
+        evaluate_every,
+        window,
+        tolerance,
+        kept(keep),
+        judges_frozen=False,
+    )
+    return comparison.policy(_start, functools.partial(_decide, tolerance=tolerance))
 
 
-def _conclude(
+def _start(cka: Float[np.ndarray, "window layers"], frozen: Bool[np.ndarray, " layers"]) -> SimilarityGuidedState:
+    return SimilarityGuidedState(cka, np.zeros((), np.int32), frozen)
+
+
+def _decide(
     state: SimilarityGuidedState,
-    layers: Layers,
-    readings: Mapping[str, np.ndarray],
+    now: Float[np.ndarray, " layers"],
+    judged: Bool[np.ndarray, " layers"],
     *,
-    step: int,
     tolerance: float,
-    keep: Selectors | None,
-) -> tuple[frozenset[str], SimilarityGuidedState]:
-    may_freeze = freezable(layers, keep)
-    judged = may_freeze & ~state.frozen
-    cka = np.zeros(len(layers), np.float32)
-    cka[may_freeze] = readings["cka"]
-    check_finite(layers, judged & ~np.isfinite(cka), what="features", policy=_NAME, step=step)
-    state = _with_cka(state, np.where(judged, cka, 0.0))
-    window = len(state.cka)
-    if state.evaluations >= window:
-        flat = stabilised(state.cka, window=window, tolerance=tolerance)[-1]
-        state = state._replace(frozen=state.frozen | (judged & flat))
-    return names_of(layers, state.frozen), state
-
-
-def _with_cka(state: SimilarityGuidedState, cka: np.ndarray) -> SimilarityGuidedState:
-    recent = np.concatenate([state.cka[1:], cka[None]])
-    return SimilarityGuidedState(recent, np.asarray(state.evaluations + 1, np.int32), state.frozen)
+) -> SimilarityGuidedState:
+    cka, evaluations = np.concatenate([state.cka[1:], now[None]]), np.asarray(state.evaluations + 1, np.int32)
+    frozen, window = state.frozen, len(cka)
+    if evaluations >= window:
+        frozen = frozen | (judged & stabilised(cka, window=window, tolerance=tolerance)[-1])
+    return SimilarityGuidedState(cka, evaluations, frozen)
