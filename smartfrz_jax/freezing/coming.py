@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 
 from smartfrz_jax.freezing.by_hand import text
 from smartfrz_jax.freezing.frozen import Frozen
+from smartfrz_jax.layers.layers import Layers
+from smartfrz_jax.policies.base import Saving
 from smartfrz_jax.pytrees import checks
 
 # From a frozen set to a function that waits for its program, or to nothing.
@@ -26,6 +29,47 @@ class Pending(NamedTuple):
 
     due: int
     frozen: Frozen
+
+
+@dataclasses.dataclass(frozen=True)
+class MinSaving:
+    """How much a change must save to be made, see :class:`smartfrz_jax.Freezer`.
+
+    Attributes:
+        share: Share of a step's FLOPs.
+        saving: The share that going from the second frozen set to the first saves; ``None`` if nothing predicts it.
+
+    Raises:
+        TypeError: If ``share`` is no number, or ``saving`` no function.
+        ValueError: If ``share`` is none, or nothing predicts what is saved.
+    """
+
+    share: float
+    saving: Callable[[Frozen, Frozen], float] | None
+
+    def __post_init__(self) -> None:
+        expected = "a share of a step's FLOPs, from 0 to below 1"
+        if not 0 <= checks.number(self.share, "min_saving", expected) < 1:
+            raise ValueError(f"min_saving: got {self.share}, expected {expected}")
+        if self.saving is not None:
+            checks.function(self.saving, "saving", "a function of two frozen sets, such as the account's saving")
+        elif self.share:
+            raise ValueError(
+                f"min_saving: got {self.share}, but nothing predicts what freezing saves; give TrainStep the account"
+            )
+
+    def allows(self, wanted: Frozen, frozen: Frozen) -> bool:
+        """Whether a change to ``wanted`` saves as much; one by which layers train again is always made."""
+        if self.saving is None or not frozen.names <= wanted.names:
+            return True
+        return self.saving(wanted, frozen) >= self.share
+
+    def of_names(self, layers: Layers) -> Saving | None:
+        """What policies ask: the saving of names of layers."""
+        saving = self.saving
+        if saving is None:
+            return None
+        return lambda names, before: saving(*(Frozen(layers, frozenset(some)) for some in (names, before)))
 
 
 class NotCompiledError(Exception):
@@ -113,22 +157,3 @@ def warn_refused(refused: Frozen, frozen: Frozen, steps: int, error: BaseExcepti
         RuntimeWarning,
         stacklevel=4,
     )
-
-
-def check_waiting(lead: Any, min_saving: Any, saving: Any) -> None:
-    """Checks what makes a decision wait, see :class:`smartfrz_jax.Freezer`.
-
-    Raises:
-        TypeError: If ``min_saving`` is no number, or ``saving`` no function.
-        ValueError: If ``lead`` is no number of steps, ``min_saving`` no share, or nothing predicts what is saved.
-    """
-    checks.count(lead, "lead", least=0)
-    expected = "a share of a step's FLOPs, from 0 to below 1"
-    if not 0 <= checks.number(min_saving, "min_saving", expected) < 1:
-        raise ValueError(f"min_saving: got {min_saving}, expected {expected}")
-    if saving is not None:
-        checks.function(saving, "saving", "a function of two frozen sets, such as the account's saving")
-    elif min_saving:
-        raise ValueError(
-            f"min_saving: got {min_saving}, but nothing predicts what freezing saves; give TrainStep the account"
-        )

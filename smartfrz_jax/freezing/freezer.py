@@ -10,8 +10,8 @@ import optax
 
 from smartfrz_jax.callbacks.base import Callback, FreezeEvent, tell_step
 from smartfrz_jax.freezing import by_hand, saved_run
-from smartfrz_jax.freezing.coming import Coming, NotCompiledError, Pending, Prepare, check_waiting, warn_refused
-from smartfrz_jax.freezing.frozen import Frozen, check_frozen, saving_of_names
+from smartfrz_jax.freezing.coming import Coming, MinSaving, NotCompiledError, Pending, Prepare, warn_refused
+from smartfrz_jax.freezing.frozen import Frozen, check_frozen
 from smartfrz_jax.freezing.summary import Summary, summarise
 from smartfrz_jax.layers.layers import Layers, check_layers, check_of_layers, check_params
 from smartfrz_jax.layers.select import Selectors
@@ -75,14 +75,14 @@ class Freezer:
         check_policy(policy)
         check_layers(layers)
         checks.count(step, "step", least=0)
-        check_waiting(lead, min_saving, saving)
+        checks.count(lead, "lead", least=0)
+        self._lead, self._min_saving = int(lead), MinSaving(min_saving, saving)
         if frozen is not None:
             check_frozen(frozen, layers)
         check_of_layers(check_params(params), layers)
         self.policy = policy
         self.layers = layers
-        self._lead, self._min_saving, self._saving = int(lead), min_saving, saving
-        self._saving_of_names = saving_of_names(saving, layers)
+        self._saving_of_names = self._min_saving.of_names(layers)
         self._coming: Coming | None = None
         self.steps = step
         self.frozen = Frozen(layers) if frozen is None else frozen
@@ -140,7 +140,7 @@ class Freezer:
         names, self._by_hand = self._by_hand.decide(names)
         if self.pending is None and names != self.frozen.names:
             wanted = Frozen(self.layers, frozenset(self.layers.check(names, "policy's decision")))
-            if wanted not in self.refused and self._is_worth(wanted):
+            if wanted not in self.refused and self._min_saving.allows(wanted, self.frozen):
                 self._coming = Coming(Pending(self.steps + self._lead, wanted), is_prepared=self._lead == 0)
         if self._coming is not None:
             coming = self._coming.pending.frozen
@@ -266,10 +266,6 @@ class Freezer:
             step=self.steps,
             pending=None if self.pending is None else (self.pending.due, len(self.pending.frozen.names)),
         )
-
-    def _is_worth(self, wanted: Frozen) -> bool:
-        returns = not self.frozen.names <= wanted.names
-        return returns or self._saving is None or self._saving(wanted, self.frozen) >= self._min_saving
 
     def _take_effect(self, frozen: Frozen) -> None:
         before, after = self.frozen.names, frozen.names

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax
@@ -16,7 +16,6 @@ import numpy as np
 from smartfrz_jax.freezing.table import Table
 from smartfrz_jax.layers.layers import Layers, check_layers
 from smartfrz_jax.layers.select import Selectors, select
-from smartfrz_jax.policies.base import Saving
 from smartfrz_jax.pytrees import checks, paths, rows
 from smartfrz_jax.pytrees.types import PyTree
 
@@ -248,10 +247,3 @@ def check_frozen(frozen: Any, layers: Layers | None = None) -> None:
             f"...), expected one of the {len(layers)} layers of this network ({', '.join(layers.names[:2])}, ...); "
             "make it with Frozen(layers, names)"
         )
-
-
-def saving_of_names(saving: Callable[[Frozen, Frozen], float] | None, layers: Layers) -> Saving | None:
-    """What policies ask: ``saving`` as a function of names of layers."""
-    if saving is None:
-        return None
-    return lambda names, before: saving(*(Frozen(layers, frozenset(some)) for some in (names, before)))
