@@ -1,5 +1,6 @@
 """Two runs in one folder: the second is refused, unless the first is dead."""
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -38,5 +39,6 @@ def test_a_folder_is_held_until_its_run_ends_however_it_ends(tmp_path):
 
 
 def test_in_an_object_store_nothing_is_held():
-    with only_run_in(as_path("gs://bucket/run")):
-        pass
+    runs = [only_run_in(as_path("gs://bucket/run")) for _ in range(2)]
+    with contextlib.ExitStack() as stack:
+        assert [stack.enter_context(run) for run in runs] == [None, None]
