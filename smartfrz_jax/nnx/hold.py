@@ -10,7 +10,7 @@ from flax import nnx
 
 from smartfrz_jax.freezing.frozen import Frozen
 from smartfrz_jax.layers.layers import Layers
-from smartfrz_jax.nnx.parts.hold_rows import PASSING, Owners, evaluation, hold_rows
+from smartfrz_jax.nnx.parts.hold_rows import PASSING, Owners, evaluation, goes_on, hold_rows
 from smartfrz_jax.pytrees import paths
 
 
@@ -52,11 +52,7 @@ def hold(model: nnx.Module, frozen: Frozen) -> Iterator[None]:
             yield
         for name, (variable, value) in values.items():
             if id(variable) in statistics and variable.get_raw_value() is not value:
-                raise ValueError(
-                    f"loss_fn: calls the BatchNorm of {name!r} with use_running_average=False, so its statistics would "
-                    "go on changing although its layer is frozen; set the mode with model.train() and model.eval() "
-                    "instead"
-                )
+                raise goes_on(repr(name))
     finally:
         for module, name, before, value in modes:
             if getattr(module, name) is value:  # else the loss has set it

@@ -1,6 +1,7 @@
 """Blocks of an ``nnx.scan`` freeze row by row: BatchNorms and dropouts run in evaluation mode where they froze."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +29,9 @@ class Block(nnx.Module):
 
 
 class Net(nnx.Module):
-    def __init__(self, rngs, *, remat=False):
+    def __init__(self, rngs, *, remat=False, block: Any = Block):
         self.stem, self.head = nnx.Linear(WIDTH, WIDTH, rngs=rngs), nnx.Linear(WIDTH, 3, rngs=rngs)
-        self.blocks = nnx.split_rngs(splits=DEPTH)(nnx.vmap(Block))(rngs)
+        self.blocks = nnx.split_rngs(splits=DEPTH)(nnx.vmap(block))(rngs)
         self.remat = remat
 
     def __call__(self, x):
@@ -47,8 +48,8 @@ def loss_fn(model, x):
     return jnp.square(out).mean(), masks
 
 
-def created(*, remat=False):
-    model = Net(nnx.Rngs(0), remat=remat)
+def created(*, remat=False, block: Any = Block):
+    model = Net(nnx.Rngs(0), remat=remat, block=block)
     layers = sfj.nnx.find_layers(model, X, rows=True)
     return model, sfj.nnx.Optimizer(model, optax.adam(0.1), layers=layers)
 
@@ -58,6 +59,39 @@ def step(model, optimizer, x):
     (loss, masks), grads = optimizer.value_and_grad(loss_fn, has_aux=True)(model, x)
     optimizer.update(model, grads)
     return loss, masks, grads
+
+
+class Counting(nnx.Module):
+    """A block of the user's own with a mode, that counts its calls in either."""
+
+    def __init__(self, rngs):
+        self.dense, self.calls = nnx.Linear(WIDTH, WIDTH, rngs=rngs), nnx.BatchStat(jnp.zeros(()))
+        self.deterministic = False
+
+    def __call__(self, x):
+        self.calls[...] += 1
+        return (x if self.deterministic else self.dense(x)), x[0]
+
+
+class Training(Block):
+    """A block that says itself that its BatchNorm trains."""
+
+    def __call__(self, x):
+        return self.norm(self.dense(x), use_running_average=False), x[0]
+
+
+def test_a_module_that_runs_in_both_modes_writes_its_variables_once():
+    model, optimizer = created(block=Counting)
+    optimizer.freeze(model, FROZEN)
+    optimizer.with_frozen(loss_fn)(model, X)
+    assert model.blocks.calls[...].tolist() == [0, 1, 0, 1]
+
+
+def test_a_norm_of_frozen_rows_that_is_told_to_train_is_refused():
+    model, optimizer = created(block=Training)
+    optimizer.freeze(model, FROZEN)
+    with pytest.raises(ValueError, match=r"BatchNorm of stacked blocks with use_running_average=False"):
+        optimizer.with_frozen(loss_fn)(model, X)
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import operator
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, TypeAlias
 
@@ -67,19 +68,28 @@ def evaluation(module: nnx.Module) -> dict[str, Any]:
     return mode
 
 
+def goes_on(what: str) -> ValueError:
+    """The error that a BatchNorm of a frozen layer runs in training mode all the same."""
+    return ValueError(
+        f"loss_fn: calls the BatchNorm of {what} with use_running_average=False, so its statistics would go on "
+        "changing although its layer is frozen; set the mode with model.train() and model.eval() instead"
+    )
+
+
 @functools.cache
 def _class_of(kind: type, mode: Collection[tuple[str, Any]], frozen_rows: tuple[bool, ...]) -> type:
     """A class like that of a module, whose calls select by row; the same for the same arguments, as programs need."""
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
-        before = {name: getattr(self, name) for name, _ in mode}
+        copy = nnx.clone(self, graph=True)  # what is written in evaluation mode is not to count
         for name, value in mode:
-            setattr(self, name, value)
-        try:
-            evaluated = kind.__call__(self, *args, **kwargs)
-        finally:
-            for name, value in before.items():
-                setattr(self, name, value)
+            setattr(copy, name, value)
+        is_norm = issubclass(kind, nnx.BatchNorm)
+        statistics = [each for each in vars(copy).values() if is_norm and isinstance(each, nnx.BatchStat)]
+        before = [each.get_raw_value() for each in statistics]
+        evaluated = kind.__call__(copy, *args, **kwargs)
+        if any(map(operator.is_not, before, [each.get_raw_value() for each in statistics])):
+            raise goes_on("stacked blocks")
         variables = [each for _, each in nnx.iter_graph(self) if isinstance(each, nnx.Variable)]
         old = [each.get_raw_value() for each in variables]
         result = kind.__call__(self, *args, **kwargs)
