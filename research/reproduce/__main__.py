@@ -20,7 +20,7 @@ from train.command_line import local_path
 from train.log import write_whole
 
 FOLDER = Path(__file__).parent
-RESULTS = FOLDER / "results.jsonl"
+ROWS = "results.jsonl"  # of runs by train.finetune
 QUESTIONS = "questions"
 
 _DESCRIPTION = """\
@@ -48,9 +48,11 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--state", type=local_path, help="folder for unfinished runs")
     parser.add_argument("--seeds", type=int, default=3, help="of tables (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=60.0, help="after which no run begins (default: %(default)s)")
-    parser.add_argument("--results", type=local_path, help="finished runs of tables; default: those in the repository")
     parser.add_argument(
-        "--out", type=local_path, default=FOLDER, help="where pages are, and the rows of figures and predictors"
+        "--results", type=local_path, default=long_runs.RESULTS, help="finished long runs (default: the repository's)"
+    )
+    parser.add_argument(
+        "--out", type=local_path, default=FOLDER, help="where pages are, and the rows of all but the long runs"
     )
     args = parser.parse_args(argv)
     for name in args.names:
@@ -66,10 +68,9 @@ def main(argv: list[str] | None = None) -> int:
         except runs.InterruptedRunError as error:
             print(error, file=sys.stderr)
             code = error.code
-    cpu = args.results if args.results and args.scale == "cpu" else long_runs.RESULTS
-    paper = args.results if args.results and args.scale == "paper" else RESULTS
-    write_whole(args.out / "results.md", page(json_lines.read(cpu, dict), json_lines.read(paper, dict)))
-    write_whole(args.out / "regimes.md", regimes.page(json_lines.read(cpu, dict)))
+    of_long_runs = json_lines.read(args.results, dict)
+    write_whole(args.out / "results.md", page(of_long_runs, json_lines.read(args.out / ROWS, dict)))
+    write_whole(args.out / "regimes.md", regimes.page(of_long_runs))
     recorded = figures.recorded_curves()
     figures.write(args.out, recorded)
     predictors, shown = (json_lines.read(args.out / file, dict) for file in (make.ROWS, figures.ROWS))
@@ -97,12 +98,13 @@ def _run(args: argparse.Namespace) -> int:
     if QUESTIONS in args.names:
         make.work(workshop, LEARNED, results=args.out / make.ROWS, minutes=_left(end))
     for setting in dict.fromkeys(setting for plan in own for setting in plan.settings):
-        workshop.predictor(setting, LEARNED)
+        if _left(end):
+            workshop.predictor(setting, LEARNED)
     if own:
         codes.append(
             runs.work(
                 own,
-                results=args.results or RESULTS,
+                results=args.out / ROWS,
                 out=args.state,
                 data_dir=args.data_dir,
                 weights_dir=args.weights,
@@ -126,7 +128,7 @@ def _long_runs(args: argparse.Namespace, plans: list[Plan], minutes: float) -> i
     cases = dict.fromkeys(case for plan in plans for case in plan.cases)
     strategies = dict.fromkeys(name for plan in plans for name in ("never", *plan.strategies))
     options = ["--data-dir", args.data_dir, "--weights", args.weights, "--state", args.state]
-    options += ["--minutes", minutes, "--seeds", args.seeds, "--results", args.results or long_runs.RESULTS]
+    options += ["--minutes", minutes, "--seeds", args.seeds, "--results", args.results]
     return long_runs.main([*map(str, options), "--cases", *cases, "--strategies", *strategies])
 
 

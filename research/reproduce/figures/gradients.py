@@ -127,7 +127,7 @@ def distance(whole: Float[np.ndarray, " n"], sample: Float[np.ndarray, " size"])
 
 
 def histogram(whole: Float[np.ndarray, " n"], sample: Float[np.ndarray, " size"]) -> dict[str, Any]:
-    """Shares of both in bins of equal width, and the width of the whole range in standard deviations."""
+    """Shares of both in bins of equal width, and how many standard deviations these reach to either side."""
     scale = float(whole.std()) or 1.0
     edges = np.linspace(-_RANGE, _RANGE, _BINS + 1)
     shares = [np.histogram(np.clip(part / scale, -_RANGE, _RANGE), edges)[0] / len(part) for part in (whole, sample)]

@@ -1,5 +1,6 @@
 """The paper's tables: what it says, which runs make them again, and the page with both."""
 
+import argparse
 import re
 from functools import partial
 from pathlib import Path
@@ -87,9 +88,9 @@ def test_a_table_by_train_finetune_with_few_blocks_and_images(shared, tmp_path, 
     two = dict(list(plan.policies.items())[:2])
     plan = plan._replace(setups=(Setup("tiny", "CIFAR-10", tuple(options), {}),), policies=two)
     monkeypatch.setitem(PLANS, "table8", plan)
-    results = tmp_path / "results.jsonl"
+    results = tmp_path / script.ROWS
     argv = ["table8", "--scale", "paper", "--data-dir", str(shared / "data/tfds"), "--weights", str(tmp_path)]
-    argv += ["--state", str(tmp_path / "state"), "--seeds", "1", "--results", str(results), "--out", str(tmp_path)]
+    argv += ["--state", str(tmp_path / "state"), "--seeds", "1", "--out", str(tmp_path)]
     assert script.main(argv) == 0
     rows = json_lines.read(results, dict)
     assert [row["method"] for row in rows] == list(two)
@@ -105,10 +106,25 @@ def test_a_table_by_train_finetune_with_few_blocks_and_images(shared, tmp_path, 
 def test_what_cannot_run_is_said_and_the_rest_goes_on(tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(PLANS, "table9", PLANS["table9"]._replace(policies={"M 2": ("--policy", "never")}))
     argv = ["table9", "--scale", "paper", "--data-dir", str(tmp_path / "nowhere"), "--weights", str(tmp_path)]
-    argv += ["--state", str(tmp_path / "state"), "--seeds", "2", "--results", str(tmp_path / "results.jsonl")]
+    argv += ["--state", str(tmp_path / "state"), "--seeds", "2"]
     assert script.main([*argv, "--out", str(tmp_path)]) == 2
     assert capsys.readouterr().err.count("nowhere is not a directory") == 2
-    assert not (tmp_path / "results.jsonl").exists()
+    assert not (tmp_path / script.ROWS).exists()
+
+
+@pytest.mark.parametrize("minutes", [60.0, 0.0])
+def test_each_queue_has_rows_of_its_own_and_begins_nothing_when_the_time_is_up(minutes, tmp_path, monkeypatch):
+    asked, predictors = {}, []
+    monkeypatch.setattr(
+        script.long_runs, "main", lambda argv: asked.update(long=argv[argv.index("--results") + 1]) or 0
+    )
+    monkeypatch.setattr(script.runs, "work", lambda plans, *, results, **_: asked.update(own=results) or 0)
+    monkeypatch.setattr(script.make.Workshop, "predictor", lambda self, setting, names: predictors.append(setting))
+    folders = {"data_dir": tmp_path, "weights": tmp_path, "state": tmp_path, "out": tmp_path}
+    given = {"names": ["table2", "table4"], "scale": "cpu", "seeds": 1, "minutes": minutes}
+    assert script._run(argparse.Namespace(**folders, **given, results=tmp_path / "long.jsonl")) == 0
+    assert asked == {"long": str(tmp_path / "long.jsonl"), "own": tmp_path / script.ROWS}
+    assert predictors == (list(PLANS["table4"].settings) if minutes else [])
 
 
 def test_a_table_that_is_not_there(capsys):
@@ -118,5 +134,5 @@ def test_a_table_that_is_not_there(capsys):
 
 
 def test_the_page_is_that_of_the_results():
-    rows = (json_lines.read(LONG_RUNS, dict), json_lines.read(script.RESULTS, dict))
+    rows = (json_lines.read(LONG_RUNS, dict), json_lines.read(script.FOLDER / script.ROWS, dict))
     assert (script.FOLDER / "results.md").read_text() == page(*rows)
