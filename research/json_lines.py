@@ -10,12 +10,13 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 from research.results import commit
 from train.log import finite
 
 T = TypeVar("T")
+Row: TypeAlias = Mapping[str, Any]  # an object
 
 
 def read(file: Path, parse: Callable[[dict[str, Any]], T]) -> list[T]:

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 
+from research.json_lines import Row
 from research.long_runs.report import Line, lines
 from research.reproduce.paper import TABLES
 from research.reproduce.plans import PLANS, Plan, Setup
 from research.reproduce.tables import table
-
-Row = Mapping[str, Any]
 
 _HEAD = """\
 # The paper's tables again

@@ -2,20 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
+from research.json_lines import Row
 from research.reproduce.figures.gradients import by_kind
 from research.reproduce.figures.similarity import Curves
 from research.reproduce.predictors.settings import AVERAGED, JUDGED, LEARNED, LONG, PAPER, SCALE_FREE, WINDOWS, Setting
 from research.reproduce.tables import table
 from smartfrz_jax.learning.targets import settled
 from smartfrz_jax.predictor.cka import stabilised
-
-Row = Mapping[str, Any]
 
 RAW = Path(__file__).parents[2] / "benchmarks" / "predictors" / "tables.md"
 _STAGES = (120, 60, 24, 10, 4)  # freezing stages in a run
@@ -164,8 +162,9 @@ From the raw tables, by CKA with a trained network, on architectures that the pr
 
 {table(("what it reads", "AUC", "AUC, across layers", "worst family"), cells, text=1)}
 
-Raw weights do not. The progress of the run and the depth of the layer do, and more so with the *regime*: how far
-weights have moved, what layers have contributed, and how the loss falls."""
+Raw weights do not. The progress of the run and the depth of the layer do. With the *regime*, that is how far weights
+have moved, what layers have contributed and how the loss falls, the AUC rises, and most in the worst family. Between
+the layers at one moment it tells less well."""
 
 
 def raw_table(heading: str) -> list[list[str]]:

@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from research.json_lines import Row
 from research.long_runs.cases import CASES
 from research.long_runs.report import lines
 from research.reproduce.tables import table
 from research.trials.cases import CASES as SHORT_CASES
-
-Row = Mapping[str, Any]
 
 RAW = Path(__file__).parents[2] / "benchmarks" / "closed_loop" / "tables.md"
 _LOSS = 0.2  # points that may be lost

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 
+from research.json_lines import Row
+
 if TYPE_CHECKING:
     from jaxtyping import Int
-
-Row = Mapping[str, Any]
 
 
 def memory_over_time(row: Row) -> Int[np.ndarray, " steps"]:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, get_args
 
 import numpy as np
 
+from research.json_lines import Row
 from research.reproduce.figures.gradients import SIZE, by_kind
 from research.reproduce.figures.memory import memory_over_time, moments_of
 from research.reproduce.figures.similarity import Curves, Order, order_of, rank_correlation
 from research.reproduce.figures.work import FIGURES, missing
 from research.reproduce.plans import Scale
 from research.reproduce.tables import table
-
-Row = Mapping[str, Any]
 
 # The largest distance of Kolmogorov and Smirnov that 19 of 20 samples of one distribution stay below.
 _CHANCE = 1.358 / np.sqrt(SIZE)

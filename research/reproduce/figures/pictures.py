@@ -9,13 +9,13 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 
+from research.json_lines import Row
 from research.reproduce.figures.memory import memory_over_time, moments_of
 from research.reproduce.figures.similarity import Curves
 
 mpl.use("Agg")
 import matplotlib.pyplot as plt
 
-Row = Mapping[str, Any]
 _WHOLE, _SAMPLE = "#2e6f95", "#d1495b"
 _PANELS = 8  # of Figure 3
 _LAYERS = 5  # of Figure 4, as in the paper

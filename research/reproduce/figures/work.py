@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from research import json_lines
+from research.json_lines import Row
 from research.reproduce.figures import gradients, similarity
 from research.reproduce.figures.setups import (
     GRADIENT_STEPS,
@@ -21,7 +22,6 @@ from research.reproduce.runs import PaperRun, finished, row_of
 from train.options import parse
 
 FIGURES = ("figure3", "figure4", "figure5")
-Row = Mapping[str, Any]
 
 
 class Folders(NamedTuple):
