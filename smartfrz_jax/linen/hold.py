@@ -11,6 +11,7 @@ from typing import Any, TypeAlias
 
 import jax
 from flax import linen as nn
+from flax.core.scope import subtract_filters
 
 from smartfrz_jax.freezing.frozen import Frozen, check_frozen
 from smartfrz_jax.jaxprs import row_flags
@@ -113,11 +114,12 @@ class _Holder:
             held = flag is not None and self._frozen(module, _layers_of(module, readings) or last)
             if flag is None or not held:
                 result = next_fun(*args, **kwargs)
-            else:
+            elif held is True:
                 result = _call_with(module, flag, next_fun, args, kwargs)
-                if isinstance(held, tuple):  # in some rows of a stack
-                    object.__setattr__(module, "scope", module.scope.rewound())  # the same names are used again
-                    result = row_flags.selected(held, next_fun(*args, **kwargs), result)
+            else:  # in some rows of a stack
+                with _sowing_nothing(module):
+                    frozen = _call_with(module, flag, next_fun, args, kwargs)
+                result = row_flags.selected(held, next_fun(*args, **kwargs), frozen)
         finally:
             self._around = around
         after = _changeable(module)
@@ -247,6 +249,20 @@ def _trains(module: nn.Module, flag: str, args: Any, kwargs: Any) -> bool:
     given = _bind(module, args, kwargs).arguments.get(flag)
     rate = getattr(module, "rate", getattr(module, "dropout_rate", None))
     return rate != 0 and not (getattr(module, flag) if given is None else given)
+
+
+@contextlib.contextmanager
+def _sowing_nothing(module: nn.Module) -> Iterator[None]:
+    """Within it, a call of a module sows nothing, and takes no names that the next one needs."""
+    scope = module.scope
+    assert scope is not None
+    own = scope.rewound()
+    own.mutable = subtract_filters(scope.mutable, ["intermediates", "perturbations"])
+    object.__setattr__(module, "scope", own)
+    try:
+        yield
+    finally:
+        object.__setattr__(module, "scope", scope)
 
 
 def _call_with(module: nn.Module, flag: str, next_fun: Callable[..., Any], args: Any, kwargs: Any) -> Any:

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+import smartfrz_jax as sfj
 from smartfrz_jax import linen
 
 pytestmark = pytest.mark.usefixtures("jax_defaults")
@@ -79,6 +80,32 @@ def step(state, x):
 
 def rows_of(tree, axis):
     return [jax.tree.map(lambda leaf, row=row: jnp.take(leaf, row, axis), tree) for row in range(DEPTH)]
+
+
+class Attention(nn.Module):
+    """Keeps the weights of its attention."""
+
+    @nn.compact
+    def __call__(self, x, _):
+        attend = nn.MultiHeadDotProductAttention(2, dropout_rate=0.5, deterministic=False, name="attend")
+        return x + attend(x, sow_weights=True), None
+
+
+@pytest.mark.slow
+def test_what_a_module_sows_is_there_once_where_some_rows_are_frozen():
+    axes, streams = {"params": 0, "intermediates": 0}, {"params": True, "dropout": True}
+    net = nn.scan(Attention, variable_axes=axes, split_rngs=streams, length=2)()
+    x, streams = X[None], {"params": jax.random.key(1), "dropout": jax.random.key(2)}
+    params = net.init(streams, x, None)["params"]
+
+    def loss_fn(params, mutable=("intermediates",)):
+        (out, _), sown = net.apply({"params": params}, x, None, rngs=streams, mutable=mutable)
+        return jnp.square(out).mean(), sown
+
+    layers = sfj.find_layers(params, lambda params, x: loss_fn(params)[0], x, rows=True)
+    state = linen.TrainState.create(apply_fn=net.apply, params=params, tx=optax.sgd(0.1), layers=layers)
+    sown, held = (jax.eval_shape(each.with_frozen(loss_fn), params)[1] for each in (state, state.freeze("*/0")))
+    assert jax.tree.map(jnp.shape, held) == jax.tree.map(jnp.shape, sown)
 
 
 @pytest.mark.slow
