@@ -6,7 +6,7 @@ import collections
 import contextlib
 import inspect
 import operator
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any, TypeAlias
 
 import jax
@@ -117,7 +117,7 @@ class _Holder:
             elif held is True:
                 result = _call_with(module, flag, next_fun, args, kwargs)
             else:  # in some rows of a stack
-                with _sowing_nothing(module):
+                with _undone(module):
                     frozen = _call_with(module, flag, next_fun, args, kwargs)
                 result = row_flags.selected(held, next_fun(*args, **kwargs), frozen)
         finally:
@@ -222,14 +222,14 @@ def _params(root: Any) -> dict[str, Any]:
     return {paths.SEPARATOR.join((*root.path, name)): leaf for name, leaf in leaves.items()}
 
 
-def _changeable(module: nn.Module) -> dict[tuple[str, str], Any]:
+def _changeable(module: nn.Module, but: Collection[str] = _PASSING) -> dict[tuple[str, str], Any]:
     """Variables of a module and of those in it that its call may write, by collection and name."""
     assert module.scope is not None
     collections = module.scope.mutable_variables().items()
     return {
         (collection, name): jax.tree.map(lambda leaf: leaf, value)
         for collection, values in collections
-        if collection not in _PASSING
+        if collection not in but
         for name, value in values.items()
     }
 
@@ -252,9 +252,9 @@ def _trains(module: nn.Module, flag: str, args: Any, kwargs: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _sowing_nothing(module: nn.Module) -> Iterator[None]:
-    """Within it, a call of a module sows nothing, and takes no names that the next one needs."""
-    scope = module.scope
+def _undone(module: nn.Module) -> Iterator[None]:
+    """Within it, a call of a module sows nothing; afterwards variables and names are as if there had been none."""
+    scope, before = module.scope, _changeable(module, but=())
     assert scope is not None
     own = scope.rewound()
     own.mutable = subtract_filters(scope.mutable, ["intermediates", "perturbations"])
@@ -263,6 +263,8 @@ def _sowing_nothing(module: nn.Module) -> Iterator[None]:
         yield
     finally:
         object.__setattr__(module, "scope", scope)
+        for key, value in before.items():
+            scope.put_variable(*key, value)
 
 
 def _call_with(module: nn.Module, flag: str, next_fun: Callable[..., Any], args: Any, kwargs: Any) -> Any:
