@@ -44,6 +44,7 @@ def test_sigterm_in_a_step_is_taken_after_it_however_often_it_comes(tmp_path, ca
 
 _ENDLESS = """
 import signal, sys, threading, time
+from smartfrz_jax.pytrees import file_paths
 from train import command_line
 def work(interrupt):
     signal.raise_signal(signal.SIGTERM)
@@ -52,7 +53,7 @@ def work(interrupt):
     threading.Thread(target=time.sleep, args=(1000,)).start()
     interrupt.check()
 command_line.GRACE = 0.2
-command_line.leave(command_line.exit_code(work, command_line.file_path(sys.argv[1]), go_on="call again"))
+command_line.leave(command_line.exit_code(work, file_paths.as_path(sys.argv[1]), go_on="call again"))
 """
 
 
