@@ -123,11 +123,7 @@ class _Inliner:
 
     def run(self, jaxpr: Jaxpr, env: dict[Any, Any], call: Eqn | None = None) -> None:
         """Appends the equations of ``jaxpr``, whose inputs are found in ``env``; adds its other values to ``env``."""
-        outside = None if call is None else context(call)
-        for eqn in jaxpr.eqns:
-            if outside is not None:
-                stack = outside + eqn.source_info.name_stack
-                eqn = eqn.replace(source_info=eqn.source_info.replace(name_stack=stack))
+        for eqn in equations(jaxpr, call):
             invars = [lookup(env, var, var) for var in eqn.invars]
             name, body = eqn.primitive.name, body_of(eqn)
             if name in self._transparent and body is not None:
@@ -219,12 +215,18 @@ class _Inliner:
         return self._call(jax.make_jaxpr(function)(*shapes).jaxpr, invars, call)
 
 
-def context(call: Eqn) -> Any:
-    """Name stack for the equations of a call."""
-    stack = type(call.source_info.name_stack)()
+def equations(jaxpr: Jaxpr, call: Eqn | None) -> Iterator[Eqn]:
+    """The equations of a jaxpr; the name stacks of those of a call begin with the call's."""
+    if call is None:
+        yield from jaxpr.eqns
+        return
+    outside = type(call.source_info.name_stack)()
     for name in reversed(list(functions(call))):
-        stack = stack.extend(name)
-    return stack.extend(str(call.params.get("name", call.primitive.name)))
+        outside = outside.extend(name)
+    outside = outside.extend(str(call.params.get("name", call.primitive.name)))
+    for eqn in jaxpr.eqns:
+        stack = outside + eqn.source_info.name_stack
+        yield eqn.replace(source_info=eqn.source_info.replace(name_stack=stack))
 
 
 def _keeps_order(eqn: Eqn) -> bool:

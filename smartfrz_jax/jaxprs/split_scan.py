@@ -83,11 +83,7 @@ class _Splitter:
 
     def run(self, jaxpr: Jaxpr, env: dict[Any, Any], call: Eqn | None = None) -> None:
         """Appends the equations of ``jaxpr``, whose inputs are found in ``env``; adds its other values to ``env``."""
-        context = None if call is None else inline.context(call)
-        for eqn in jaxpr.eqns:
-            if context is not None:
-                stack = context + eqn.source_info.name_stack
-                eqn = eqn.replace(source_info=eqn.source_info.replace(name_stack=stack))
+        for eqn in inline.equations(jaxpr, call):
             invars = [lookup(env, var, var) for var in eqn.invars]
             name, body = eqn.primitive.name, inline.body_of(eqn)
             if name in _CALLS and body is not None and self._matters(invars):

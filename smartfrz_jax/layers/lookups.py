@@ -152,14 +152,10 @@ class _Body:
 
     def _read(self, closed: ClosedJaxpr, values: Sequence[Atom], call: Eqn | None) -> list[Atom]:
         """Appends the equations of a jaxpr of these values; its results."""
-        context = None if call is None else inline.context(call)
         constants = [jex.Var(var.aval) for var in closed.jaxpr.constvars]
         self.consts.update(zip(constants, closed.consts, strict=True))
         env = dict(zip((*closed.jaxpr.constvars, *closed.jaxpr.invars), (*constants, *values), strict=True))
-        for eqn in closed.jaxpr.eqns:
-            if context is not None:
-                stack = context + eqn.source_info.name_stack
-                eqn = eqn.replace(source_info=eqn.source_info.replace(name_stack=stack))
+        for eqn in inline.equations(closed.jaxpr, call):
             invars = [lookup(env, atom, atom) for atom in eqn.invars]
             if eqn.primitive.name in _CALLS and self._read_by(invars):
                 outvars = self._read(_closed(eqn.params.get("jaxpr", eqn.params.get("call_jaxpr"))), invars, eqn)
