@@ -80,6 +80,7 @@ class Training(Block):
         return self.norm(self.dense(x), use_running_average=False), x[0]
 
 
+@pytest.mark.slow
 def test_a_module_that_runs_in_both_modes_writes_its_variables_once():
     model, optimizer = created(block=Counting)
     optimizer.freeze(model, FROZEN)

@@ -51,7 +51,7 @@ class Comparison(Generic[_State]):
         window: Evaluations over which CKA must be flat.
         tolerance: How flat.
         keep: Layers never to freeze.
-        judges_frozen: Whether frozen layers are judged on.
+        judges_frozen: Whether frozen layers go on being judged.
     """
 
     name: str
