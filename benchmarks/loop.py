@@ -4,6 +4,9 @@ The bare loop hands arrays from call to call and waits at the end. The loop besi
 freezer, policy, log. Batches are ready for both. The policies are ``never``, and ``smartfrz`` at the pace of a run of
 2,000 steps and with such caution that it freezes nothing: five records and a decision in 80 steps.
 
+*Idle* is the share of time in which the device does nothing between the steps of a run, from a trace. The bare loop
+has its share, too: between two programs XLA wakes up a thread.
+
 Runs take turns, and a round has one of each. The figures are medians over the rounds of the quotient within a round:
 of seconds by the wall, and of processor seconds, which other programs on the machine disturb less. On one core nothing
 runs beside the step, so what the host does is never hidden. A JSON line for each case goes to ``--out``.
@@ -30,6 +33,7 @@ import optax
 from flax import nnx
 
 import smartfrz_jax as sfj
+from benchmarks.device_idle import executions, idle_share
 from benchmarks.networks import CLASSES, NETWORKS, train_step
 from benchmarks.networks import batch as random_batch
 from smartfrz_jax.programs.nnx_call import Watch
@@ -105,6 +109,11 @@ class Case:
         return run
 
 
+def idle(make: Callable[[], Callable[[], object]]) -> float:
+    """The median over three runs of the share of time in which the device does nothing."""
+    return float(np.median([idle_share(executions(make())) for _ in range(3)]))
+
+
 def measure(name: str, args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
     """The figures of a network, one line for each policy."""
     case = Case(name, args.batch, args.size)
@@ -127,12 +136,13 @@ def measure(name: str, args: argparse.Namespace, folder: Path) -> list[dict[str,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "versions": f"jax {jax.__version__}, Python {platform.python_version()}",
     }
-    lines = []
+    idle_bare, lines = idle(lambda: case.bare(args.steps)), []
     for policy, found in of_loops.items():
         over = [[(a - b) / b for a, b in zip(*pair, strict=True)] for pair in zip(found, bare, strict=True)]
         wall, processor = np.median(over, axis=0)
         milliseconds = 1e3 * float(np.median([one.processor for one in bare])) / args.steps
         figures = {"bare_processor_ms": milliseconds, "over_wall": float(wall), "over_processor": float(processor)}
+        figures |= {"idle": idle(lambda of=loops[policy]: of), "idle_bare": idle_bare}
         spread = [round(float(one[1]), 4) for one in over]
         lines.append(about | {"policy": policy} | figures | {"over_processor_of_rounds": spread})
     return lines
@@ -140,11 +150,11 @@ def measure(name: str, args: argparse.Namespace, folder: Path) -> list[dict[str,
 
 def table(lines: list[dict[str, Any]]) -> str:
     """A Markdown table."""
-    rows = ["| network | policy | bare step, ms of the processor | over it, processor | by the wall |",
-            "|---|---|--:|--:|--:|"]  # fmt: skip
+    head = ("network", "policy", "idle", "idle, bare", "bare step, ms of the processor", "over it", "by the wall")
+    rows = [f"| {' | '.join(head)} |", "|---|---|--:|--:|--:|--:|--:|"]
     rows += [
-        f"| {line['network']} | {line['policy']} | {line['bare_processor_ms']:.1f} | {line['over_processor']:+.1%} "
-        f"| {line['over_wall']:+.1%} |"
+        f"| {line['network']} | {line['policy']} | {line['idle']:.1%} | {line['idle_bare']:.1%} "
+        f"| {line['bare_processor_ms']:.1f} | {line['over_processor']:+.1%} | {line['over_wall']:+.1%} |"
         for line in lines
     ]
     return "\n".join(rows)

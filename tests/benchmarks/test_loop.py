@@ -2,10 +2,13 @@
 
 import json
 
+import jax
+import jax.numpy as jnp
 import pytest
 from flax import nnx
 
 from benchmarks import loop
+from benchmarks.device_idle import executions, idle_share
 from benchmarks.networks import Network
 
 pytestmark = pytest.mark.usefixtures("jax_defaults")
@@ -34,6 +37,8 @@ def test_a_tiny_network_is_measured(monkeypatch, tmp_path, capsys):
     for line in lines:
         assert line["bare_processor_ms"] > 0
         assert line["over_processor"] > -1
+        assert 0 <= line["idle"] < 1
+        assert 0 <= line["idle_bare"] < 1
         assert len(line["over_processor_of_rounds"]) == 2
     assert capsys.readouterr().out.count("| small |") == 2
 
@@ -45,3 +50,29 @@ def test_the_bare_loop_goes_on_from_the_model_and_leaves_it_alone(monkeypatch):
     case.bare(3)()
     assert (nnx.to_pure_dict(nnx.state(case.model))["head"]["bias"] == before).all()
     assert len(case.step.programs) == 1
+
+
+@pytest.mark.parametrize(
+    ("intervals", "share"),
+    [([(0, 4)], 0), ([(5, 6), (0, 1)], 4 / 6), ([(0, 10), (2, 3), (12, 20)], 0.1), ([(0, 5), (3, 8), (8, 10)], 0)],
+)
+def test_idle_is_what_no_interval_covers(intervals, share):
+    assert idle_share(intervals) == pytest.approx(share)
+
+
+def test_a_trace_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="intervals: got none"):
+        idle_share([])
+
+
+@pytest.mark.slow
+def test_each_call_of_a_program_is_in_the_trace():
+    program, x = jax.jit(jnp.sin), jnp.ones(100)
+    program(x).block_until_ready()
+
+    def run(calls):
+        for _ in range(calls):
+            program(x).block_until_ready()
+
+    few, more = (len(executions(lambda n=n: run(n))) for n in (2, 5))
+    assert 2 <= few < more
