@@ -18,7 +18,7 @@ from research import json_lines
 from research.long_runs.__main__ import RESULTS, best_rate, figure_of
 from research.long_runs.cases import CASES
 from research.long_runs.labels import label
-from research.long_runs.strategies import STRATEGIES
+from research.long_runs.strategies import KEPT, STRATEGIES
 from train.command_line import local_path
 from train.log import write_whole
 
@@ -122,7 +122,46 @@ def page(results: Sequence[Result]) -> str:
             text += f" Taken: {best_rate(rows, case):g}."
         found = lines(rows, case)
         parts.append(f"{text}\n\n{_table(found)}\n\n{_provenance(rows)}\n" if found else f"{text}\n")
+    if text := moments(results):
+        parts.append(text)
     return "\n".join(parts)
+
+
+_MOMENTS = """\
+## Fresh or kept moments
+
+Layers that take turns return with fresh moments, or with those that they had. Both runs of a pair have one seed, one
+learning rate (that of `never`) and the same sets at the same steps. *Kept less fresh* is the mean over the pairs with
+its standard error.
+
+| case | strategy | seeds | figure, fresh | kept | kept less fresh | loss, fresh | kept | kept less fresh |
+|---|---|--:|--:|--:|--:|--:|--:|--:|
+"""
+
+
+def moments(results: Iterable[Result]) -> str:
+    """A section on strategies that were run with fresh and with kept moments; empty if there are none."""
+    runs = {(row["case"], row["strategy"], row["seed"]): row for row in results}
+    pairs: dict[tuple[str, str], list[tuple[Result, Result]]] = {}
+    for (case, strategy, seed), kept in sorted(runs.items()):
+        fresh = runs.get((case, strategy.removesuffix(KEPT), seed))
+        if strategy.endswith(KEPT) and fresh is not None:
+            pairs.setdefault((case, strategy.removesuffix(KEPT)), []).append((fresh, kept))
+    rows = [
+        f"| {case} | {strategy} | {len(found)} | {_compared(found, figure_of(found[0][0]), 100, 2)} "
+        f"| {_compared(found, 'loss', 1, 4)} |"
+        for (case, strategy), found in pairs.items()
+    ]
+    return _MOMENTS + "\n".join(rows) + "\n" if rows else ""
+
+
+def _compared(pairs: Sequence[tuple[Result, Result]], name: str, factor: float, digits: int) -> str:
+    fresh, kept = factor * np.array([[run[name] for run in pair] for pair in pairs]).T
+    difference = kept - fresh
+    text = f"{fresh.mean():.{digits}f} | {kept.mean():.{digits}f} | {difference.mean():+.{digits}f}"
+    if len(pairs) > 1:
+        text += f" ± {difference.std(ddof=1) / np.sqrt(len(pairs)):.{digits}f}"
+    return text
 
 
 def _table(found: Sequence[Line]) -> str:

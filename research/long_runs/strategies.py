@@ -10,6 +10,7 @@ from smartfrz_jax.freezing.returning import Returning
 from smartfrz_jax.policies.gradients.gain import Gradients
 from smartfrz_jax.predictor.predictor import Pretrained
 
+KEPT = ",kept"  # ends the name of a strategy that is another one, but for the moments with which layers return
 _APART = 0.05  # share of the training examples on which gain is measured, where they are held out
 
 
@@ -152,9 +153,9 @@ STRATEGIES: dict[str, Strategy] = {
     "shorter:0.7": _never(0.7),
     "shorter:0.3": _never(0.3),
     "badam": _badam(),
-    "badam,kept": _badam("kept"),
+    f"badam{KEPT}": _badam("kept"),
     "lisa": _lisa(),
-    "lisa,kept": _lisa("kept"),
+    f"lisa{KEPT}": _lisa("kept"),
     # Of the paper's Tables 8 and 9.
     **{f"freezeout:{t0}": _freezeout(t0) for t0 in (0.3, 0.4, 0.6)},
     **{f"autofreeze:{m}": _autofreeze(m) for m in (2, 3, 5)},

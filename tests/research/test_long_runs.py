@@ -14,7 +14,7 @@ from research.long_runs.__main__ import RESULTS, best_rate, jobs
 from research.long_runs.bench import Bench
 from research.long_runs.cases import CASES, Case
 from research.long_runs.labels import label
-from research.long_runs.report import lines, page
+from research.long_runs.report import lines, moments, page
 from research.long_runs.run import LEAD, Job, Runner
 from research.long_runs.strategies import STRATEGIES, Strategy
 from research.recordings.architectures import ARCHITECTURES
@@ -201,6 +201,18 @@ def test_labels_of_points_that_coincide_are_apart():
     plt.close(figure)
     assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
     assert all(frame.x0 <= box.x0 and box.x1 <= frame.x1 and box.y1 <= frame.y1 for box in boxes)
+
+
+def test_moments_are_compared_within_a_seed():
+    figures = {("lisa", 0): (0.30, 0.5), ("lisa,kept", 0): (0.32, 0.4), ("lisa", 1): (0.40, 0.7),
+               ("lisa,kept", 1): (0.48, 0.5), ("lisa,kept", 2): (0.9, 0.1), ("badam", 0): (0.1, 0.9)}  # fmt: skip
+    rows = [
+        {"case": "minilm-cola", "strategy": name, "seed": seed, "matthews": figure, "loss": loss}
+        for (name, seed), (figure, loss) in figures.items()
+    ]
+    *_, found = moments(rows).splitlines()
+    assert found == ("| minilm-cola | lisa | 2 | 35.00 | 40.00 | +5.00 ± 3.00 | 0.6000 | 0.4500 | -0.1500 ± 0.0500 |")
+    assert not moments(rows[:1])
 
 
 def test_the_page_is_that_of_the_results():
