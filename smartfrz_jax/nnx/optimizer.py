@@ -137,7 +137,7 @@ class Optimizer(nnx.Optimizer):
 
         @functools.wraps(loss_fn)
         def of_frozen(*args: Any, **kwargs: Any) -> Any:
-            args, kwargs = _positional(loss_fn, args, kwargs)
+            args, kwargs = _positional(loss_fn, args, kwargs, argnum)
             model = args[argnum]
             if self.frozen.reads_rows or self.frozen.lookups:
                 return call_stopped(loss_fn, self.frozen, self.wrt, argnum, (args, kwargs))
@@ -195,7 +195,7 @@ class Optimizer(nnx.Optimizer):
 
         @functools.wraps(loss_fn)
         def of_arguments(*args: Any, **kwargs: Any) -> Any:
-            args, kwargs = _positional(loss_fn, args, kwargs)
+            args, kwargs = _positional(loss_fn, args, kwargs, model.argnum)
             return with_grads(*args, kwargs)
 
         return of_arguments
@@ -281,10 +281,15 @@ class Optimizer(nnx.Optimizer):
 
 
 def _positional(
-    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]
+    function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], argnum: int
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The arguments of a call, as many by position as can be."""
-    if not kwargs or isinstance(function, functools.partial):
-        return args, kwargs
-    bound = inspect.signature(function).bind(*args, **kwargs)
-    return bound.args, bound.kwargs
+    """The arguments of a call, as many by position as can be, the model's among them."""
+    if kwargs:
+        bound = inspect.signature(function).bind(*args, **kwargs)
+        args, kwargs = bound.args, bound.kwargs
+    if argnum >= len(args):
+        raise ValueError(
+            f"loss_fn: was called with {len(args)} arguments by position, expected the model as number {argnum}, "
+            "counted from 0; let it be an argument that can be given by position"
+        )
+    return args, kwargs

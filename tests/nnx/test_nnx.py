@@ -1,5 +1,7 @@
 """Freezing of NNX modules: layers, exact steps, features, and what is refused."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -290,3 +292,19 @@ def test_layers_frozen_by_hand_stay_frozen_under_a_policy(tmp_path):
     freezer.restore(tmp_path / "run")
     freezer.step()
     assert optimizer.frozen.names == {"stem", "blocks/0/b_first", "blocks/1/b_first"}
+
+
+def test_the_model_of_a_partial_loss_may_be_given_by_name():
+    model = nnx.Linear(2, 2, rngs=nnx.Rngs(0))
+    x = jnp.ones((1, 2))
+    optimizer = sfj.nnx.Optimizer(model, TX, layers=sfj.nnx.find_layers(model, x))
+
+    def loss_of(model, x, scale):
+        return scale * model(x).sum()
+
+    expected, _ = optimizer.value_and_grad(loss_of)(model, x, 3.0)
+    named = optimizer.value_and_grad(functools.partial(loss_of, scale=3.0))
+    for value, _ in (named(model, x), named(model, x=x), named(x=x, model=model)):
+        assert value == expected
+    with pytest.raises(ValueError, match=r"loss_fn: was called with 0 arguments by position, expected the model"):
+        optimizer.value_and_grad(lambda **given: given["model"](x).sum())(model=model)
