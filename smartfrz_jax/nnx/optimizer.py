@@ -265,7 +265,8 @@ class Optimizer(nnx.Optimizer):
             migrated, version = self.kept.migrate(version, old, self.unfrozen_tx, params, new)
             self.kept_version = nnx.OptState(version)
         tx = transform.freeze(self.unfrozen_tx, new)
-        opt_state = nnx.Optimizer(model, tx, wrt=self.wrt).opt_state  # for its Variables
+        # Variables without arrays: these would be in memory beside the old and the new ones.
+        opt_state = nnx.eval_shape(lambda model: nnx.Optimizer(model, tx, wrt=self.wrt).opt_state, model)
         nnx.update(opt_state, nnx.state(migrated))
         self.frozen, self.tx, self.opt_state = new, tx, nnx.data(opt_state)
         self.step = supersede(self.step)

@@ -132,6 +132,24 @@ def test_more_by_hand_stays_frozen():
     assert optimizer.frozen.names == {"layers/0", "layers/1", "layers/3"}
 
 
+def test_freezing_makes_no_arrays_for_layers_that_stay():
+    concrete = []
+
+    def init(params):
+        concrete.extend(not isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(params))
+        return TX.init(params)
+
+    model, _, _ = nnx_run(sfj.policies.never(), "fresh", begins=False)
+    tx = optax.GradientTransformationExtraArgs(init, TX.update)
+    optimizer = sfj.nnx.Optimizer(model, tx, layers=sfj.nnx.find_layers(model, X))
+    assert concrete
+    assert all(concrete)
+    concrete.clear()
+    optimizer.freeze(model, ["layers/0"])
+    assert concrete
+    assert not any(concrete)
+
+
 @pytest.mark.slow
 def test_a_checkpoint_goes_on(tmp_path):
     policy = POLICIES["badam"]
