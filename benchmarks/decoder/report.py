@@ -85,8 +85,8 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
         "tokens each. The network has a head of its own. `lisa` also trains embeddings, norm and head,\n"
         "`lisa_blocks` two blocks alone, `badam` one block and the head. With `_kept`, blocks return\n"
         "with the moments they had, else with fresh ones. *Spread* is the largest less the smallest.\n"
-        "*In use* is the most that the process had, Python and the making of moments included: those of all\n"
-        "layers are made before the first set freezes. *Minutes* are of one core, beside other work.\n"
+        "*In use* is the most that the process had, Python included. Optimizers are made with the first set\n"
+        "frozen. *Minutes* are of one core, beside other work.\n"
     )
     return text + f"\n{first['versions']}; commits {commits}.\n"
 
