@@ -112,6 +112,35 @@ def test_linen_goes_on_by_the_policy():
     assert state.frozen.names == set("abd")
 
 
+@kept_or_not
+@pytest.mark.slow
+def test_rows_of_stacked_blocks(returning):
+    def loss(params, x):
+        x, _ = jax.lax.scan(lambda x, row: (jnp.tanh(x @ row), None), x, params["blocks"])
+        return jnp.square(x @ params["head"]).mean()
+
+    params = {"blocks": jnp.stack([jnp.eye(8)] * 4), "head": jnp.ones((8, 8))}
+    layers = sfj.find_layers(params, loss, X, rows=True)
+    grads, runs = jax.tree.map(jnp.ones_like, params), []
+    for begins in (True, False):
+        policy = sfj.policies.badam(2, order="descending")
+        state = sfj.linen.TrainState.create(
+            apply_fn=loss, params=params, tx=TX, layers=layers, returning=returning, frozen=policy if begins else ()
+        )
+        freezer = sfj.linen.Freezer(state, policy)
+        held = sum(leaf.size for leaf in jax.tree.leaves(state.opt_state))
+        assert held == 1 + 2 * 64 * (2 if begins else 5)  # the count; two moments of the last row, or of all, and head
+        state = freezer.start(state)
+        for _ in range(9):
+            state = freezer.step(state.apply_gradients(grads=grads))
+        runs.append((arrays((state.params, state.opt_state)), freezer.events))
+    (got, events), (expected, others) = runs
+    assert events == others
+    assert len(events) > 4
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
 def test_layers_by_name_are_frozen_by_hand():
     policy = sfj.policies.badam(1, order="descending", keep=())
     model, _, _ = nnx_run(policy, "fresh", begins=False)
