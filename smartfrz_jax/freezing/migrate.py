@@ -16,7 +16,7 @@ from smartfrz_jax.freezing.frozen import ACTIVE, FROZEN, Frozen, check_frozen
 from smartfrz_jax.freezing.parts import rows, state_rows
 from smartfrz_jax.freezing.transform import freeze, unshared
 from smartfrz_jax.layers.layers import Layers, check_params
-from smartfrz_jax.pytrees import checks
+from smartfrz_jax.pytrees import checks, paths
 from smartfrz_jax.pytrees.types import PyTree
 
 
@@ -88,7 +88,7 @@ def migrate_opt_state(
     returning = {path for path in wanted if path not in old or (path in moves and moves[path].returning)}
     fresh: dict[str, Any] = {}
     if returning:  # a layer returns
-        fresh = {path: leaf for path, leaf in by_path(freeze(tx, frozen).init(params)).items() if path in returning}
+        fresh = _fresh(returning, tx, params, frozen)
         if kept is not None:
             worth = _worth_keeping(abstract)
             put_back = {
@@ -239,6 +239,24 @@ def _with_groups(opt_state: Any, tx: optax.GradientTransformation, params: PyTre
             {ACTIVE: optax.MaskedState(opt_state), FROZEN: optax.MaskedState(optax.EmptyState())}
         )
     return opt_state
+
+
+def _fresh(
+    returning: set[str], tx: optax.GradientTransformation, params: PyTree, frozen: Frozen
+) -> dict[str, jax.Array]:
+    """State of layers that return, by path, made without that of those that stay: this is in memory already."""
+    arrays = frozen.layers.arrays
+    # A path ends with the name of its parameter: the longest, as this may itself end with that of another.
+    names = (paths.of_keystr(path).split(paths.SEPARATOR) for path in returning)
+    endings = ((paths.SEPARATOR.join(name[start:]) for start in range(len(name))) for name in names)
+    found = [next((ending for ending in each if ending in arrays), None) for each in endings]
+    back = {layer for name in found if name is not None for layer in arrays[name]}
+    made: dict[str, Any] = {}
+    if None not in found:
+        made = by_path(freeze(tx, frozen.add([name for name in frozen.active if name not in back])).init(params))
+    if not returning <= made.keys():
+        made = by_path(freeze(tx, frozen).init(params))
+    return {path: leaf for path, leaf in made.items() if path in returning}
 
 
 def _worth_keeping(opt_state: Any) -> set[str]:

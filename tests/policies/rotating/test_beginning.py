@@ -8,6 +8,7 @@ import pytest
 from flax import nnx
 
 import smartfrz_jax as sfj
+from smartfrz_jax.freezing import migrate
 
 pytestmark = pytest.mark.usefixtures("jax_defaults")
 
@@ -177,6 +178,29 @@ def test_freezing_makes_no_arrays_for_layers_that_stay():
     optimizer.freeze(model, ["layers/0"])
     assert concrete
     assert not any(concrete)
+
+
+def test_layers_that_return_are_all_of_which_state_is_made():
+    sizes = []
+
+    def init(params):
+        leaves = jax.tree.leaves(params)
+        if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+            sizes.append(sum(leaf.size for leaf in leaves))
+        return TX.init(params)
+
+    model, _, _ = nnx_run(sfj.policies.never(), "fresh", begins=False)
+    tx = optax.GradientTransformationExtraArgs(init, TX.update)
+    layers = sfj.nnx.find_layers(model, X)
+    optimizer = sfj.nnx.Optimizer(model, tx, layers=layers, frozen=["layers/0", "layers/1"])
+    train(model, optimizer, sfj.nnx.Freezer(model, optimizer, sfj.policies.never()), steps=1)
+    before = dict(migrate.by_path(nnx.as_pure(nnx.state(optimizer.opt_state))))
+    optimizer.freeze(model, sfj.Frozen(layers, ["layers/0"]))
+    assert sizes == [2 * 72, 72]  # of two layers at first, of the one that returns then
+    after = migrate.by_path(nnx.as_pure(nnx.state(optimizer.opt_state)))
+    assert len(after) == len(before) + 4
+    for path, leaf in before.items():
+        np.testing.assert_array_equal(after[path], leaf)
 
 
 @pytest.mark.slow
