@@ -6,6 +6,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.core import Tracer
 
 import smartfrz_jax as sfj
 from smartfrz_jax.freezing import migrate
@@ -166,7 +167,7 @@ def test_freezing_makes_no_arrays_for_layers_that_stay():
     concrete = []
 
     def init(params):
-        concrete.extend(not isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(params))
+        concrete.extend(not isinstance(leaf, Tracer) for leaf in jax.tree.leaves(params))
         return TX.init(params)
 
     model, _, _ = nnx_run(sfj.policies.never(), "fresh", begins=False)
@@ -185,7 +186,7 @@ def test_layers_that_return_are_all_of_which_state_is_made():
 
     def init(params):
         leaves = jax.tree.leaves(params)
-        if not any(isinstance(leaf, jax.core.Tracer) for leaf in leaves):
+        if not any(isinstance(leaf, Tracer) for leaf in leaves):
             sizes.append(sum(leaf.size for leaf in leaves))
         return TX.init(params)
 
