@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import jax
@@ -14,6 +14,7 @@ from smartfrz_jax.freezing.frozen import Frozen
 from smartfrz_jax.layers.layers import Layers
 from smartfrz_jax.policies.base import Saving
 from smartfrz_jax.pytrees import checks
+from smartfrz_jax.pytrees.types import PyTree
 
 # From a frozen set to a function that waits for its program, or to nothing.
 Prepare = Callable[[Frozen], Callable[[], None] | None]
@@ -29,6 +30,20 @@ class Pending(NamedTuple):
 
     due: int
     frozen: Frozen
+
+
+def wait_for_all(waits: Iterable[Callable[[], None]]) -> None:
+    """Waits for programs, one after the other."""
+    for wait in waits:
+        wait()
+
+
+def not_known() -> PyTree:
+    """In place of the parameters after a step that is not done yet."""
+    raise ValueError(
+        "policy: looks at the weights, so what it will freeze is not known before; give the freezer a lead, and the "
+        "program of each decision is compiled ahead"
+    )
 
 
 @dataclasses.dataclass(frozen=True)

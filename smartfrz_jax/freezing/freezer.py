@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -10,7 +11,7 @@ import optax
 
 from smartfrz_jax.callbacks.base import Callback, FreezeEvent, tell_step
 from smartfrz_jax.freezing import by_hand, saved_run
-from smartfrz_jax.freezing.coming import Coming, MinSaving, NotCompiledError, Pending, Prepare, warn_refused
+from smartfrz_jax.freezing.coming import Coming, MinSaving, NotCompiledError, Pending, Prepare, not_known, warn_refused
 from smartfrz_jax.freezing.frozen import Frozen, check_frozen
 from smartfrz_jax.freezing.summary import Summary, summarise
 from smartfrz_jax.layers.layers import Layers, check_layers, check_of_layers, check_params
@@ -23,10 +24,7 @@ from smartfrz_jax.pytrees.types import PyTree
 
 
 class Freezer:
-    """A policy at work on one network.
-
-    The front doors ``smartfrz_jax.nnx.Freezer`` and ``smartfrz_jax.linen.Freezer`` drive it from a training loop; use
-    it directly in a loop of another form.
+    """A policy at work on one network; ``nnx.Freezer`` and ``linen.Freezer`` drive it, other loops use it directly.
 
     Args:
         policy: The policy.
@@ -167,6 +165,17 @@ class Freezer:
             self._change_now(Frozen(self.layers, names), None)
         return self.frozen
 
+    def sets_to_come(self, steps: int) -> list[Frozen]:
+        """The frozen sets of the next steps, in order, each once: known of policies that do not look at the network.
+
+        Raises:
+            ValueError: If the policy does, or ``steps`` is no number of steps.
+        """
+        checks.count(steps, "steps")
+        other = copy.copy(self)
+        other.events, other.callbacks, other._decisions = [], (), Decisions(self.policy)
+        return list(dict.fromkeys([self.frozen, *(other.observe(not_known) for _ in range(steps))]))
+
     def _begin(self, names: frozenset[str]) -> None:
         """Leaves layers to the policy for which an optimizer was made without state for them."""
         if names and not self.steps:
@@ -197,14 +206,12 @@ class Freezer:
     def unfreeze_layers(self, names: Selectors | None = None) -> Frozen:
         """Lets layers train again, at once: the opposite of :meth:`adopt`.
 
-        They train for as long as the policy goes on naming them, for with most policies what froze stays so. They
-        freeze again if it lets go of them after some step and names them anew, or by hand. About other layers it
-        decides as before.
+        They train for as long as the policy goes on naming them. They freeze again if it lets go of them after some
+        step and names them anew, or by hand. About other layers it decides as before.
 
         Args:
-            names: The layers: names, globs, regular expressions, predicates or NNX filters, see
-                :func:`smartfrz_jax.layers.select.select`. Those that train are among them if their freezing is pending,
-                which is taken back. ``None`` takes back the last freeze of which something is frozen still.
+            names: The layers, as of :func:`smartfrz_jax.layers.select.select`; a pending freeze of some is taken
+                back. ``None`` takes back the last freeze of which something is frozen still.
 
         Returns:
             The frozen set from now on.
@@ -224,8 +231,6 @@ class Freezer:
             <Frozen: 1 of 2 layers: 'a'>
             >>> freezer.unfreeze_layers()
             <Frozen: 0 of 2 layers>
-            >>> freezer.observe(lambda: params)
-            <Frozen: 0 of 2 layers>
         """
         back = by_hand.to_unfreeze(names, self.frozen, self.events)
         self._by_hand = self._by_hand.unfreeze(back)
@@ -242,9 +247,7 @@ class Freezer:
             self._coming = Coming(Pending(due.due, Frozen(self.layers, pending)))
 
     def summary(self, *, tx: optax.GradientTransformation | None = None, account: Any = None) -> Summary:
-        """What is frozen, since when, and what that saves: a table for ``print``, or ``rich.print``.
-
-        See :class:`smartfrz_jax.freezing.summary.Summary`. What was frozen by hand counts from the next step on.
+        """What is frozen, since when (by hand: since the next step), and what that saves, as a table.
 
         Args:
             tx: The optimizer, as it was given to ``freeze``, for the bytes of its state; by default that of the door.

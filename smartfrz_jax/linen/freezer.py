@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import jax
 
 from smartfrz_jax.callbacks.base import Callback, check_callbacks
 from smartfrz_jax.freezing import freezer
+from smartfrz_jax.freezing.coming import wait_for_all
 from smartfrz_jax.freezing.frozen import Frozen
 from smartfrz_jax.layers.select import Selectors
 from smartfrz_jax.linen.train_state import TrainState
@@ -90,6 +92,30 @@ class Freezer(freezer.Freezer):
         """
         checks.instance(state, TrainState, "state", "the smartfrz_jax.linen.TrainState before the first step")
         return state.freeze(super().start())
+
+    def compile_ahead(self, state: TrainState, steps: int) -> Callable[[], None]:
+        """Begins to compile the programs for all frozen sets of the next steps, one after the other in the background.
+
+        For policies that do not look at the network, such as ``lisa`` and ``badam``: a turn then waits for no program.
+        Call it after the first step, and give ``TrainStep`` as many ``max_programs`` as there are sets.
+
+        Args:
+            state: The state as it is.
+            steps: Train steps.
+
+        Returns:
+            A function without arguments that waits for all. It raises what kept one from being compiled.
+
+        Raises:
+            ValueError: If the policy looks at the network, the step was not called yet, or ``steps`` is no number of
+                steps.
+            TypeError: If the freezer has no ``TrainStep``.
+        """
+        checks.instance(state, TrainState, "state", "the smartfrz_jax.linen.TrainState as it is")
+        step: Any = self._train_step
+        checks.instance(step, TrainStep, "train_step", "a TrainStep; give the freezer the loop's")
+        new = [_abstract(state, each) for each in self.sets_to_come(steps)]
+        return functools.partial(wait_for_all, [step.prepare(state, one) for one in new])
 
     def step(
         self, state: TrainState, *, loss: jax.Array | None = None, metrics: Mapping[str, Any] | None = None

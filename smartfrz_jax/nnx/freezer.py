@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import weakref
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -13,6 +14,7 @@ from flax import nnx
 
 from smartfrz_jax.callbacks.base import Callback, check_callbacks
 from smartfrz_jax.freezing import freezer
+from smartfrz_jax.freezing.coming import wait_for_all
 from smartfrz_jax.freezing.frozen import Frozen
 from smartfrz_jax.freezing.saved_run import frozen_sets
 from smartfrz_jax.freezing.summary import Summary
@@ -96,6 +98,28 @@ class Freezer(freezer.Freezer):
         self.optimizer.freeze(self.model, super().start())
         self._last_step = weakref.ref(self.optimizer.step.get_raw_value())
         return self.frozen
+
+    def compile_ahead(self, steps: int) -> Callable[[], None]:
+        """Begins to compile the programs for all frozen sets of the next steps, one after the other in the background.
+
+        For policies that do not look at the network, such as ``lisa`` and ``badam``: a turn then waits for no program.
+        Call it after the first step, and give ``TrainStep`` as many ``max_programs`` as there are sets.
+
+        Args:
+            steps: Train steps.
+
+        Returns:
+            A function without arguments that waits for all. It raises what kept one from being compiled.
+
+        Raises:
+            ValueError: If the policy looks at the network, the step was not called yet, or ``steps`` is no number of
+                steps.
+            TypeError: If the freezer has no ``TrainStep``.
+        """
+        step: Any = self._train_step
+        checks.instance(step, TrainStep, "train_step", "a TrainStep; give the freezer the loop's")
+        new = [_abstract(self.model, self.optimizer, each) for each in self.sets_to_come(steps)]
+        return functools.partial(wait_for_all, [step.prepare(self.optimizer, one) for one in new])
 
     def step(self, *, loss: jax.Array | None = None, metrics: Mapping[str, Any] | None = None) -> Frozen:
         """Shows the policy the train step just done, and freezes what it decides.
