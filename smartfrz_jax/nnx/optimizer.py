@@ -7,6 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
@@ -265,8 +266,7 @@ class Optimizer(nnx.Optimizer):
             migrated, version = self.kept.migrate(version, old, self.unfrozen_tx, params, new)
             self.kept_version = nnx.OptState(version)
         tx = transform.freeze(self.unfrozen_tx, new)
-        # Variables without arrays: these would be in memory beside the old and the new ones.
-        opt_state = nnx.eval_shape(lambda model: nnx.Optimizer(model, tx, wrt=self.wrt).opt_state, model)
+        opt_state = nnx.Optimizer(model, _without_arrays(tx), wrt=self.wrt).opt_state  # for its Variables
         nnx.update(opt_state, nnx.state(migrated))
         self.frozen, self.tx, self.opt_state = new, tx, nnx.data(opt_state)
         self.step = supersede(self.step)
@@ -279,6 +279,16 @@ class Optimizer(nnx.Optimizer):
         self.keep_grads = True
         active = self.frozen.active_leaves(nnx.as_pure(nnx.state(model, self.wrt)))
         self.grads = nnx.data({name: nnx.Variable(jnp.zeros_like(leaf)) for name, leaf in active.items()})
+
+
+def _without_arrays(tx: optax.GradientTransformation) -> optax.GradientTransformation:
+    """It makes a state of shapes: arrays would be in memory beside the old state and the new one."""
+
+    def init(params: PyTree) -> Any:
+        leaves, structure = jax.tree.flatten(params)  # whose metadata may be nothing that JAX can compare
+        return jax.eval_shape(lambda *leaves: tx.init(jax.tree.unflatten(structure, leaves)), *leaves)
+
+    return optax.GradientTransformation(init, tx.update)
 
 
 def _positional(
