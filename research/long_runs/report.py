@@ -32,13 +32,16 @@ _COLOURS = (
     "#666666",
 )  # fmt: skip
 
+_STILL = 1.3  # times the processor's seconds, on one core
+
 _HEAD = """\
 # Long runs
 
 Fine-tunings of whole data sets. Every strategy is paired with `never` (full training) of the same seed. *FLOPs* and
 *time* are shares of those of `never`; time has the steps, the policy and the waiting for programs in it. *Processor*
-is the processor's time for the steps, which other work on the machine does not change. *Difference* is the mean over
-seeds with its standard error. `python -m research.long_runs.report` writes this page from `results.jsonl`.
+is the processor's time for the steps, which other work on the machine does not change. Where that made a run stand
+still, its steps took over 1.3 times as long, the time is left out. *Difference* is the mean over seeds with its
+standard error. `python -m research.long_runs.report` writes this page from `results.jsonl`.
 """
 
 
@@ -49,7 +52,7 @@ class Line(NamedTuple):
         strategy: Its name.
         seeds: Number of seeds.
         flops: Mean share of FLOPs.
-        time: Mean share of wall time.
+        time: Mean share of wall time, over the runs that did not stand still; NaN if all did.
         cpu: Mean share of processor time.
         figure: Mean of the case's figure, in percent.
         difference: Mean difference to ``never``, in points.
@@ -84,12 +87,13 @@ def _line(name: str, runs: Mapping[int, Result], never: Mapping[int, Result]) ->
     pairs = [(runs[seed], never[seed]) for seed in seeds]
     figure = figure_of(pairs[0][0])
     differences = 100 * np.array([run[figure] - full[figure] for run, full in pairs])
+    times = [_seconds(run) / _seconds(full) for run, full in pairs if not (_stood_still(run) or _stood_still(full))]
     first = [run["frozen"][0][0] / run["steps"] for run, _ in pairs if run["frozen"]]
     return Line(
         name,
         len(seeds),
         float(np.mean([run["flops"] / full["flops"] for run, full in pairs])),
-        float(np.mean([_seconds(run) / _seconds(full) for run, full in pairs])),
+        float(np.mean(times)) if times else float("nan"),
         float(np.mean([run["train_cpu_seconds"] / full["train_cpu_seconds"] for run, full in pairs])),
         100 * float(np.mean([run[figure] for run, _ in pairs])),
         float(differences.mean()),
@@ -100,6 +104,10 @@ def _line(name: str, runs: Mapping[int, Result], never: Mapping[int, Result]) ->
 
 def _seconds(row: Result) -> float:
     return row["train_seconds"] + row["decide_seconds"] + row["wait_seconds"]
+
+
+def _stood_still(row: Result) -> bool:
+    return row["train_seconds"] > _STILL * row["train_cpu_seconds"]
 
 
 def page(results: Sequence[Result]) -> str:
@@ -170,10 +178,15 @@ def _table(found: Sequence[Line]) -> str:
         "|---|--:|--:|--:|--:|--:|--:|--:|\n"
     )
     return head + "\n".join(
-        f"| {one.strategy} | {one.seeds} | {one.flops:.2f} | {one.time:.2f} | {one.cpu:.2f} | {one.figure:.2f} | "
-        f"{_points(one)} | {'-' if np.isnan(one.first) else f'{one.first:.2f}'} |"
+        f"| {one.strategy} | {one.seeds} | {one.flops:.2f} | {share(one.time)} | {one.cpu:.2f} | {one.figure:.2f} | "
+        f"{_points(one)} | {share(one.first)} |"
         for one in found
     )
+
+
+def share(value: float) -> str:
+    """A share as text; a dash where there is none."""
+    return "-" if np.isnan(value) else f"{value:.2f}"
 
 
 def _points(one: Line) -> str:
@@ -197,13 +210,11 @@ def picture(found: Sequence[Line], path: Path, title: str) -> None:
     """
     figure, axes = plt.subplots(1, 2, figsize=(14, 6), sharey=True, layout="constrained")
     figure.suptitle(title)
-    colours = [_colour(one.strategy) for one in found]
-    names = [one.strategy for one in found]
     for axis, name, text in zip(axes, ("time", "flops"), ("total time", "FLOPs"), strict=True):
         axis.axhline(0, color="#bbbbbb", linewidth=1, zorder=0)
-        for one, colour in zip(found, colours, strict=True):
+        for one in found:
             place = (getattr(one, name), one.difference)
-            axis.errorbar(*place, yerr=np.nan_to_num(one.error), fmt="o", capsize=3, color=colour)
+            axis.errorbar(*place, yerr=np.nan_to_num(one.error), fmt="o", capsize=3, color=_colour(one.strategy))
         axis.set_xlabel(f"{text}, share of full training")
         axis.grid(alpha=0.3)
         axis.margins(0.08)
@@ -211,7 +222,9 @@ def picture(found: Sequence[Line], path: Path, title: str) -> None:
     figure.canvas.draw()  # lays it out
     for axis, name in zip(axes, ("time", "flops"), strict=True):
         axis.autoscale(enable=False)
-        label(axis, [(getattr(one, name), one.difference) for one in found], names, colours)
+        shown = [one for one in found if not np.isnan(getattr(one, name))]
+        places = [(getattr(one, name), one.difference) for one in shown]
+        label(axis, places, [one.strategy for one in shown], [_colour(one.strategy) for one in shown])
     figure.savefig(path, dpi=100)
     plt.close(figure)
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from research.json_lines import Row
-from research.long_runs.report import Line, lines
+from research.long_runs.report import Line, lines, share
 from research.reproduce.paper import TABLES
 from research.reproduce.plans import PLANS, Plan, Setup
 from research.reproduce.tables import table
@@ -73,7 +73,7 @@ def _here(plan: Plan, results: Sequence[Row]) -> str:
 def _row(case: str, method: str, line: Line) -> tuple[str, ...]:
     error = "" if np.isnan(line.error) else f" ± {line.error:.2f}"
     change = "-" if line.strategy == "never" else f"{line.difference:+.2f}{error}"
-    return case, method, str(line.seeds), f"{line.figure:.2f}", change, f"{line.flops:.2f}", f"{line.time:.2f}"
+    return case, method, str(line.seeds), f"{line.figure:.2f}", change, f"{line.flops:.2f}", share(line.time)
 
 
 def _own(setups: Sequence[Setup], plan: Plan, results: Sequence[Row], title: str) -> str:

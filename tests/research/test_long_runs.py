@@ -203,6 +203,17 @@ def test_labels_of_points_that_coincide_are_apart():
     assert all(frame.x0 <= box.x0 and box.x1 <= frame.x1 and box.y1 <= frame.y1 for box in boxes)
 
 
+def test_the_time_of_a_run_that_stood_still_is_left_out():
+    run = {"case": "minilm-cola", "matthews": 0.3, "flops": 1.0, "decide_seconds": 0.0, "wait_seconds": 0.0,
+           "steps": 10, "frozen": [], "train_cpu_seconds": 100.0}  # fmt: skip
+    seconds = {("never", 0): 110.0, ("never", 1): 100.0, ("progress", 0): 55.0, ("progress", 1): 140.0}
+    rows = [run | {"strategy": name, "seed": seed, "train_seconds": s} for (name, seed), s in seconds.items()]
+    shares = {line.strategy: line.time for line in lines(rows, "minilm-cola")}
+    assert shares == {"never": 1.0, "progress": 0.5}
+    (alone,) = (line for line in lines(rows[1:2] + rows[3:], "minilm-cola") if line.strategy == "progress")
+    assert np.isnan(alone.time)
+
+
 def test_moments_are_compared_within_a_seed():
     figures = {("lisa", 0): (0.30, 0.5), ("lisa,kept", 0): (0.32, 0.4), ("lisa", 1): (0.40, 0.7),
                ("lisa,kept", 1): (0.48, 0.5), ("lisa,kept", 2): (0.9, 0.1), ("badam", 0): (0.1, 0.9)}  # fmt: skip
