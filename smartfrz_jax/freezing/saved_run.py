@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
 
 from smartfrz_jax.callbacks.base import FreezeEvent
 from smartfrz_jax.freezing.by_hand import ByHand
@@ -138,3 +142,18 @@ def _check_policy_of(path: PathLike, saved: Mapping[str, Any], own: Mapping[str,
             f"({len(differing)} options differ); make the policy as for the saved run, or begin a new run from its "
             "weights"
         )
+
+
+def kept_like(path: PathLike) -> dict[str, np.ndarray]:
+    """What a checkpoint has of frozen layers, to be read in place of: layers that trained once, which no new run knows.
+
+    Raises:
+        FileNotFoundError: If there is no such directory.
+        ValueError: If it is not a complete checkpoint.
+    """
+    prefix = "['run']['kept']["
+    return {
+        ast.literal_eval(name[len(prefix) : -1]): np.broadcast_to(np.zeros((), jnp.dtype(note["dtype"])), note["shape"])
+        for name, note in checkpoint.notes(path, KIND).items()
+        if name.startswith(prefix)
+    }

@@ -12,6 +12,7 @@ from smartfrz_jax.callbacks.base import Callback, check_callbacks
 from smartfrz_jax.freezing import freezer
 from smartfrz_jax.freezing.coming import wait_for_all
 from smartfrz_jax.freezing.frozen import Frozen
+from smartfrz_jax.freezing.saved_run import kept_like
 from smartfrz_jax.layers.select import Selectors
 from smartfrz_jax.linen.train_state import TrainState
 from smartfrz_jax.policies.base import Policy, check_features, check_policy
@@ -213,7 +214,8 @@ class Freezer(freezer.Freezer):
         if state.kept is None:
             return self.restore_run(path, state.freeze(self.saved_frozen(path)))
         with state.kept.unchanged_on_error():
-            saved = self.restore_run(path, _run(state.freeze(self.saved_frozen(path))))
+            like = {"state": state.freeze(self.saved_frozen(path)), "kept": kept_like(path)}
+            saved = self.restore_run(path, like)
         state.kept.load(saved["state"].kept_version, saved["kept"])
         return saved["state"]
 

@@ -16,7 +16,7 @@ from smartfrz_jax.callbacks.base import Callback, check_callbacks
 from smartfrz_jax.freezing import freezer
 from smartfrz_jax.freezing.coming import wait_for_all
 from smartfrz_jax.freezing.frozen import Frozen
-from smartfrz_jax.freezing.saved_run import frozen_sets
+from smartfrz_jax.freezing.saved_run import frozen_sets, kept_like
 from smartfrz_jax.freezing.summary import Summary
 from smartfrz_jax.layers.select import Selectors
 from smartfrz_jax.nnx.cached_step import CachedStep
@@ -235,7 +235,8 @@ class Freezer(freezer.Freezer):
         try:
             with optimizer.kept.unchanged_on_error() if optimizer.kept else contextlib.nullcontext():
                 optimizer.freeze(self.model, self.saved_frozen(path))
-                arrays = self.restore_run(path, self._arrays())
+                like = self._arrays() | ({"kept": kept_like(path)} if optimizer.kept else {})
+                arrays = self.restore_run(path, like)
         except Exception:  # not by freezing back, which would initialise returning layers afresh
             optimizer.frozen, optimizer.tx, opt_state, grads, optimizer.kept_version = before
             optimizer.opt_state, optimizer.grads = nnx.data(opt_state), nnx.data(grads)

@@ -205,11 +205,12 @@ def test_layers_that_return_are_all_of_which_state_is_made():
 
 
 @pytest.mark.slow
-def test_a_checkpoint_goes_on(tmp_path):
+@pytest.mark.parametrize("steps", [3, 5, 9])  # one turn, two, and all, so that some layers have trained, or all
+def test_a_checkpoint_goes_on(tmp_path, steps):
     policy = POLICIES["badam"]
     model, optimizer, freezer = nnx_run(policy(), "kept", begins=True)
     freezer.start()
-    train(model, optimizer, freezer, steps=3)
+    train(model, optimizer, freezer, steps=steps)
     freezer.save(tmp_path / "run")
     other, whole, another = nnx_run(policy(), "kept", begins=True)
     another.start()
