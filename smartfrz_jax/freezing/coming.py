@@ -41,7 +41,7 @@ def wait_for_all(waits: Iterable[Callable[[], None]]) -> None:
 def not_known() -> PyTree:
     """In place of the parameters after a step that is not done yet."""
     raise ValueError(
-        "policy: looks at the weights, so what it will freeze is not known before; give the freezer a lead, and the "
+        "policy: looks at the network, so what it will freeze is not known before; give the freezer a lead, and the "
         "program of each decision is compiled ahead"
     )
 

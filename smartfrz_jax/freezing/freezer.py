@@ -47,8 +47,8 @@ class Freezer:
         policy_state: The policy's state.
         callbacks: What is told of every step and of what freezes; see :mod:`smartfrz_jax.callbacks`.
         delay: Steps, 0 unless set, after which the policy reads what it had the device compute for a decision; ``lead``
-            counts from then. With 0 it waits for the step just dispatched; with 2 the device has the next one at hand
-            meanwhile. Policies without ``phases`` (``gain``, ``slimfit``, perhaps your own) wait all the same.
+            counts from then. With 0 it waits for the step just dispatched, with 2 the device has the next one at hand.
+            Policies without ``phases`` (``gain``, ``slimfit``, perhaps your own) wait all the same.
 
     Raises:
         TypeError: If ``policy`` is not a :class:`~smartfrz_jax.Policy`, ``layers`` no
@@ -78,8 +78,7 @@ class Freezer:
         if frozen is not None:
             check_frozen(frozen, layers)
         check_of_layers(check_params(params), layers)
-        self.policy = policy
-        self.layers = layers
+        self.policy, self.layers = policy, layers
         self._saving_of_names = self._min_saving.of_names(layers)
         self._coming: Coming | None = None
         self.steps = step
@@ -172,8 +171,11 @@ class Freezer:
             ValueError: If the policy does, or ``steps`` is no number of steps.
         """
         checks.count(steps, "steps")
-        other = copy.copy(self)
+        if self.policy.needs:
+            not_known()
+        other = copy.copy(self)  # its own of what changes in place
         other.events, other.callbacks, other._decisions = [], (), Decisions(self.policy)
+        other._coming = self.pending and Coming(self.pending)
         return list(dict.fromkeys([self.frozen, *(other.observe(not_known) for _ in range(steps))]))
 
     def _begin(self, names: frozenset[str]) -> None:
