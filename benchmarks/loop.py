@@ -22,7 +22,7 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -41,6 +41,7 @@ from train.log import Log, Run
 from train.loop import AHEAD, Loop
 
 PACE = 2000  # steps of the run at whose pace smartfrz records and decides
+TRACES = 3  # of each kind of run
 
 
 class Seconds(NamedTuple):
@@ -109,9 +110,9 @@ class Case:
         return run
 
 
-def idle(make: Callable[[], Callable[[], object]]) -> float:
-    """The median over three runs of the share of time in which the device does nothing."""
-    return float(np.median([idle_share(executions(make())) for _ in range(3)]))
+def idle(runs: Iterable[Callable[[], object]]) -> float:
+    """The median over some runs of the share of time in which the device does nothing."""
+    return float(np.median([idle_share(executions(run)) for run in runs]))
 
 
 def measure(name: str, args: argparse.Namespace, folder: Path) -> list[dict[str, Any]]:
@@ -136,13 +137,13 @@ def measure(name: str, args: argparse.Namespace, folder: Path) -> list[dict[str,
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "versions": f"jax {jax.__version__}, Python {platform.python_version()}",
     }
-    idle_bare, lines = idle(lambda: case.bare(args.steps)), []
+    idle_bare, lines = idle(case.bare(args.steps) for _ in range(TRACES)), []
     for policy, found in of_loops.items():
         over = [[(a - b) / b for a, b in zip(*pair, strict=True)] for pair in zip(found, bare, strict=True)]
         wall, processor = np.median(over, axis=0)
         milliseconds = 1e3 * float(np.median([one.processor for one in bare])) / args.steps
         figures = {"bare_processor_ms": milliseconds, "over_wall": float(wall), "over_processor": float(processor)}
-        figures |= {"idle": idle(lambda of=loops[policy]: of), "idle_bare": idle_bare}
+        figures |= {"idle": idle([loops[policy]] * TRACES), "idle_bare": idle_bare}
         spread = [round(float(one[1]), 4) for one in over]
         lines.append(about | {"policy": policy} | figures | {"over_processor_of_rounds": spread})
     return lines

@@ -39,8 +39,8 @@ _HEAD = """\
 
 Fine-tunings of whole data sets. Every strategy is paired with `never` (full training) of the same seed. *FLOPs* and
 *time* are shares of those of `never`; time has the steps, the policy and the waiting for programs in it. *Processor*
-is the processor's time for the steps, which other work on the machine does not change. Where that made a run stand
-still, its steps took over 1.3 times as long, the time is left out. *Difference* is the mean over seeds with its
+is the processor's time for the steps, which other work on the machine does not change. A run whose steps took over
+1.3 times as long stood still for such work, and its time is left out. *Difference* is the mean over seeds with its
 standard error. `python -m research.long_runs.report` writes this page from `results.jsonl`.
 """
 

@@ -81,14 +81,13 @@ class Freezer:
         self.policy, self.layers = policy, layers
         self._saving_of_names = self._min_saving.of_names(layers)
         self._coming: Coming | None = None
-        self.steps = step
         self.frozen = Frozen(layers) if frozen is None else frozen
         self._by_hand = by_hand.ByHand(self.frozen.names)
         self.events: list[FreezeEvent] = []
         self.refused: tuple[Frozen, ...] = ()
         self.callbacks: tuple[Callback, ...] = ()
         self.policy_state = policy.init(layers, params)
-        self.delay, self._decisions = 0, Decisions(policy)
+        self.steps, self.delay, self._decisions = step, 0, Decisions(policy)
         self._tx: optax.GradientTransformation | None = None
         self._account: Any = None
         self._params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)

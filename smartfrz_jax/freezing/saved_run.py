@@ -145,11 +145,19 @@ def _check_policy_of(path: PathLike, saved: Mapping[str, Any], own: Mapping[str,
 
 
 def kept_like(path: PathLike) -> dict[str, np.ndarray]:
-    """What a checkpoint has of frozen layers, to be read in place of: layers that trained once, which no new run knows.
+    """NumPy arrays in whose place :func:`checkpoint.read` reads the optimizer state of a checkpoint's frozen layers.
+
+    Only layers that have trained before have any, which a new run cannot know.
+
+    Args:
+        path: Directory of the checkpoint.
+
+    Returns:
+        Zeros, by key path in the optimizer's state, of the saved shapes and dtypes; none is held in memory.
 
     Raises:
         FileNotFoundError: If there is no such directory.
-        ValueError: If it is not a complete checkpoint.
+        ValueError: If it is not a complete checkpoint of a training run.
     """
     prefix = "['run']['kept']["
     return {

@@ -95,22 +95,13 @@ class Freezer(freezer.Freezer):
         return state.freeze(super().start())
 
     def compile_ahead(self, state: TrainState, steps: int) -> Callable[[], None]:
-        """Begins to compile the programs for all frozen sets of the next steps, one after the other in the background.
+        """Begins to compile the programs for all frozen sets of the next steps.
 
-        For policies that do not look at the network, such as ``lisa`` and ``badam``: a turn then waits for no program.
-        Call it after the first step, and give ``TrainStep`` as many ``max_programs`` as there are sets.
+        See :meth:`smartfrz_jax.nnx.Freezer.compile_ahead`, also for what it returns and raises.
 
         Args:
             state: The state as it is.
             steps: Train steps.
-
-        Returns:
-            A function without arguments that waits for all. It raises what kept one from being compiled.
-
-        Raises:
-            ValueError: If the policy looks at the network, the step was not called yet, or ``steps`` is no number of
-                steps.
-            TypeError: If the freezer has no ``TrainStep``.
         """
         checks.instance(state, TrainState, "state", "the smartfrz_jax.linen.TrainState as it is")
         step: Any = self._train_step

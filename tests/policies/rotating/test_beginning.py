@@ -231,3 +231,38 @@ def test_another_policy_is_refused():
         sfj.nnx.Freezer(model, optimizer, other)
     with pytest.raises(ValueError, match=r"policy: has nothing frozen from the beginning"):
         sfj.nnx.Freezer(model, optimizer, sfj.policies.never())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("steps", [1, 3, 6])
+def test_a_checkpoint_of_linen_goes_on(tmp_path, steps):
+    def apply_fn(params, x):
+        return x @ params["a"] @ params["b"] @ params["c"] @ params["d"]
+
+    params = {name: jnp.eye(8) for name in "abcd"}
+    layers = sfj.find_layers(params, apply_fn, X)
+    grads = jax.tree.map(jnp.ones_like, params)
+
+    def begun():
+        policy = sfj.policies.badam(1, order="descending", keep=())
+        state = sfj.linen.TrainState.create(
+            apply_fn=apply_fn, params=params, tx=TX, layers=layers, returning="kept", frozen=policy
+        )
+        freezer = sfj.linen.Freezer(state, policy)
+        return freezer, freezer.start(state)
+
+    def trained(freezer, state, steps):
+        for _ in range(steps):
+            state = freezer.step(state.apply_gradients(grads=grads))
+        return state
+
+    freezer, state = begun()
+    state = trained(freezer, state, steps)
+    freezer.save(tmp_path / "run", state)
+    again, other = begun()
+    other = again.restore(tmp_path / "run", other)
+    assert other.kept.arrays.keys() == state.kept.arrays.keys()
+    state, other = trained(freezer, state, 6), trained(again, other, 6)
+    assert freezer.events == again.events
+    for a, b in zip(arrays((state.params, state.opt_state)), arrays((other.params, other.opt_state)), strict=True):
+        np.testing.assert_array_equal(a, b)
