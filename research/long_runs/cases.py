@@ -64,7 +64,7 @@ CASES: dict[str, Case] = {
         _RESNET, "cifar100", None, 30, 32, "sgd", (0.02, 0.05, 0.1), _TUNED_IN, 5e-4, augment=True
     ),
     "resnet20-cifar10": Case(
-        _RESNET, "cifar10", "resnet20-cifar100", 10, 32, "sgd", (0.005, 0.015, 0.05), 10, 5e-4, augment=True
+        _RESNET, "cifar10", "resnet20-cifar100", 10, 32, "sgd", (0.005, 0.015, 0.05), _TUNED_IN, 5e-4, augment=True
     ),
     "resnet20-cifar10-scratch": Case(
         _RESNET, "cifar10", None, 20, 32, "sgd", (0.02, 0.05, 0.1), _TUNED_IN, 5e-4, augment=True
