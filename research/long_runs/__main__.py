@@ -24,7 +24,7 @@ import jax
 
 from research import json_lines
 from research.long_runs.bench import Bench
-from research.long_runs.cases import CASES
+from research.long_runs.cases import CASES, tuned_as
 from research.long_runs.run import Job, Runner, strategy_of
 from research.long_runs.strategies import FIRST, STRATEGIES
 from train.command_line import local_path
@@ -38,12 +38,11 @@ def jobs(
 ) -> Iterator[Job]:
     """What is missing, most valuable first: the first strategies seed by seed and case by case, then the others."""
     done = _done(rows)
-    tried = {(row["case"], row["rate"]) for row in rows if row["strategy"] == "tune"}
     every = list(strategies)
     for names, seed, case in product((every[:FIRST], every[FIRST:]), range(seeds), cases):
-        missing = [rate for rate in CASES[case].rates if (case, rate) not in tried]
+        missing = sorted(set(CASES[case].rates) - {row["rate"] for row in tried(rows, case)})
         if missing:
-            yield from (Job(case, "tune", 0, rate) for rate in missing)
+            yield from (Job(tuned_as(case), "tune", 0, rate) for rate in missing)
             return  # the rest depends on what comes out
         finished = [other for other in range(seeds) if other != seed and (case, "never", other) in done]
         for name in names:
@@ -54,8 +53,12 @@ def jobs(
 
 def best_rate(rows: Sequence[Row], case: str) -> float:
     """The learning rate with the best figure on held-out training examples."""
-    tried = [row for row in rows if row["case"] == case and row["strategy"] == "tune"]
-    return max(tried, key=lambda row: row[figure_of(row)])["rate"]
+    return max(tried(rows, case), key=lambda row: row[figure_of(row)])["rate"]
+
+
+def tried(rows: Sequence[Row], case: str) -> list[Row]:
+    """Results of the runs in which the learning rates of a case are tried."""
+    return [row for row in rows if row["strategy"] == "tune" and row["case"] == tuned_as(case)]
 
 
 def figure_of(row: Row) -> str:

@@ -50,23 +50,51 @@ _RESNET = Architecture(partial(ResNet, (3, 3, 3), (16, 32, 64), BasicBlock, stem
 # 80 tokens cut 1.6 % of MRPC's training pairs short, 24 tokens 1.1 % of CoLA's sentences; 15 to 25 minutes.
 _MINILM = Architecture(partial(minilm, pool="mean"), 0, (32,), (), {}, text=True, batch_norm=False, published="minilm")
 _TUNED_IN = 3
+_TEXT_RATES = (5e-5, 1e-4, 2e-4, 4e-4)
+_LITE_RATES = (0.001, 0.003, 0.01, 0.03)
+_RESNET_RATES = (0.005, 0.015, 0.05)
+
+
+def _resnet(data: str, weights: str | None, epochs: float, rates: tuple[float, ...]) -> Case:
+    return Case(_RESNET, data, weights, epochs, 32, "sgd", rates, min(_TUNED_IN, epochs), 5e-4, augment=True)
+
+
+def _lite(data: str) -> Case:
+    return Case(_LITE, data, "published", 10, 32, "sgd", _LITE_RATES, 2, 1e-4, augment=True)
+
+
+def _minilm(data: str, tokens: int) -> Case:
+    return Case(_MINILM, data, "published", 5, 32, "adamw", _TEXT_RATES, 2, 0.01, augment=False, tokens=tokens)
+
+
+def _shortened(case: Case, epochs: float) -> Case:
+    """The same in fewer epochs, with a learning rate of its own."""
+    return case._replace(epochs=epochs, tuning_epochs=min(case.tuning_epochs, epochs))
+
+
+_SCRATCH_RATES = (0.02, 0.05, 0.1)
+_WHOLE = {
+    "lite0-cifar10": _lite("cifar10"),
+    "lite0-cifar100": _lite("cifar100"),
+    "minilm-mrpc": _minilm("glue/mrpc", 80),
+    "minilm-cola": _minilm("glue/cola", 24),
+    "resnet20-cifar100": _resnet("cifar100", None, 30, _SCRATCH_RATES),
+    "resnet20-cifar10": _resnet("cifar10", "resnet20-cifar100", 10, _RESNET_RATES),
+    "resnet20-cifar10-weak": _resnet("cifar10", "resnet20-cifar100-1-epoch", 10, _RESNET_RATES),
+    "resnet20-cifar10-scratch": _resnet("cifar10", None, 20, _SCRATCH_RATES),
+}
+# Those that are run in one and in three epochs, too; of CIFAR-100 one epoch is a weak pre-training.
+_ALSO_SHORT = ("lite0-cifar10", "minilm-mrpc", "minilm-cola", "resnet20-cifar10", "resnet20-cifar10-weak")
 
 CASES: dict[str, Case] = {
-    "lite0-cifar10": Case(_LITE, "cifar10", "published", 10, 32, "sgd", (0.001, 0.003, 0.01), 2, 1e-4, augment=True),
-    "lite0-cifar100": Case(_LITE, "cifar100", "published", 10, 32, "sgd", (0.001, 0.003, 0.01), 2, 1e-4, augment=True),
-    "minilm-mrpc": Case(
-        _MINILM, "glue/mrpc", "published", 5, 32, "adamw", (5e-5, 1e-4, 2e-4, 4e-4), 2, 0.01, augment=False, tokens=80
-    ),
-    "minilm-cola": Case(
-        _MINILM, "glue/cola", "published", 5, 32, "adamw", (5e-5, 1e-4, 2e-4, 4e-4), 2, 0.01, augment=False, tokens=24
-    ),
-    "resnet20-cifar100": Case(
-        _RESNET, "cifar100", None, 30, 32, "sgd", (0.02, 0.05, 0.1), _TUNED_IN, 5e-4, augment=True
-    ),
-    "resnet20-cifar10": Case(
-        _RESNET, "cifar10", "resnet20-cifar100", 10, 32, "sgd", (0.005, 0.015, 0.05), _TUNED_IN, 5e-4, augment=True
-    ),
-    "resnet20-cifar10-scratch": Case(
-        _RESNET, "cifar10", None, 20, 32, "sgd", (0.02, 0.05, 0.1), _TUNED_IN, 5e-4, augment=True
-    ),
+    **_WHOLE,
+    "resnet20-cifar100-1-epoch": _shortened(_WHOLE["resnet20-cifar100"], 1),
+    **{f"{name}-1-epoch": _shortened(_WHOLE[name], 1) for name in _ALSO_SHORT},
+    **{f"{name}-3-epochs": _shortened(_WHOLE[name], 3) for name in _ALSO_SHORT},
 }
+
+
+def tuned_as(name: str) -> str:
+    """The first case whose learning rates are tried in the same runs."""
+    case = CASES[name]
+    return next(other for other in CASES if CASES[other]._replace(epochs=case.epochs) == case)

@@ -15,7 +15,7 @@ import matplotlib as mpl
 import numpy as np
 
 from research import json_lines
-from research.long_runs.__main__ import RESULTS, best_rate, figure_of
+from research.long_runs.__main__ import RESULTS, best_rate, figure_of, tried
 from research.long_runs.cases import CASES
 from research.long_runs.labels import label
 from research.long_runs.strategies import KEPT, STRATEGIES
@@ -117,17 +117,17 @@ def page(results: Sequence[Result]) -> str:
         rows = [row for row in results if row["case"] == case]
         if not rows:
             continue
-        tried = [row for row in rows if row["strategy"] == "tune"]
+        runs = tried(results, case)
         figure = figure_of(rows[0])
-        rates = ", ".join(f"{row['rate']:g}: {100 * row[figure]:.2f}" for row in tried)
+        rates = ", ".join(f"{row['rate']:g}: {100 * row[figure]:.2f}" for row in runs)
         text = (
             f"## {case}\n\n{setup.data}, {setup.epochs:g} epochs of batch {setup.batch_size}, {setup.optimizer}, "
             f"cosine. Figure: {figure}, percent."
         )
-        if tried:
+        if runs:
             text += f"\n\nLearning rates on held-out training examples, in {setup.tuning_epochs} epochs: {rates}."
-        if len(tried) == len(setup.rates):
-            text += f" Taken: {best_rate(rows, case):g}."
+        if {row["rate"] for row in runs} >= set(setup.rates):
+            text += f" Taken: {best_rate(results, case):g}."
         found = lines(rows, case)
         parts.append(f"{text}\n\n{_table(found)}\n\n{_provenance(rows)}\n" if found else f"{text}\n")
     if text := moments(results):

@@ -150,6 +150,7 @@ STRATEGIES: dict[str, Strategy] = {
         returning="kept",
     ),
     "static:half,all:0.4": _static((0.0, 0.5), (0.4, 1.0)),
+    "shorter:0.85": _never(0.85),
     "shorter:0.7": _never(0.7),
     "shorter:0.3": _never(0.3),
     "badam": _badam(),

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from research.json_lines import Row
-from research.long_runs.cases import CASES
+from research.long_runs.cases import CASES, Case
 from research.long_runs.report import lines
 from research.reproduce.tables import table
 from research.trials.cases import CASES as SHORT_CASES
@@ -68,7 +68,7 @@ def regimes(long_runs: Sequence[Row]) -> list[Regime]:
     """All cases, the least pre-trained first."""
     found = []
     for name, case in CASES.items():
-        level = {None: "none", "published": "strong"}.get(case.weights, "good")
+        level = _level(case)
         points = tuple(
             Point(one.strategy, one.flops, one.difference, one.error)
             for one in lines(long_runs, name)
@@ -80,6 +80,14 @@ def regimes(long_runs: Sequence[Row]) -> list[Regime]:
         epochs = setup.steps * setup.batch_size / setup.examples
         found.append(Regime(level, f"{name} (closed loop)", epochs, f"{setup.examples:,}", closed_loop(name)))
     return sorted(found, key=lambda one: (_LEVELS.index(one.level), -one.epochs))
+
+
+def _level(case: Case) -> str:
+    if case.weights is None:
+        return "none"
+    if case.weights == "published":
+        return "strong"
+    return "weak" if CASES[case.weights].epochs < 10 else "good"
 
 
 def closed_loop(case: str) -> tuple[Point, ...]:

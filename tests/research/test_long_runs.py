@@ -12,7 +12,7 @@ import smartfrz_jax as sfj
 from research import json_lines
 from research.long_runs.__main__ import RESULTS, best_rate, jobs
 from research.long_runs.bench import Bench
-from research.long_runs.cases import CASES, Case
+from research.long_runs.cases import CASES, Case, tuned_as
 from research.long_runs.labels import label
 from research.long_runs.report import lines, moments, page
 from research.long_runs.run import LEAD, Job, Runner
@@ -151,7 +151,7 @@ def test_who_never_leaves_has_the_row_of_never(followed):
 
 
 def test_the_rate_is_chosen_first_then_seed_by_seed():
-    case = "lite0-cifar10"
+    case = "resnet20-cifar10"
     rows = []
     tune = [job.rate for job in jobs(rows, [case], 2)]
     assert tune == list(CASES[case].rates)
@@ -166,6 +166,17 @@ def test_the_rate_is_chosen_first_then_seed_by_seed():
     rows.append({"case": case, "strategy": "never", "seed": 1, "rate": tune[1], "accuracy": 1})
     assert Job(case, "similarity_guided", 0, tune[1]) in list(jobs(rows, [case], 2))
     assert Job(case, "never", 1, tune[1]) not in list(jobs(rows, [case], 2))
+
+
+def test_runs_of_other_lengths_share_the_rates_that_were_tried():
+    rows = [
+        {"case": "resnet20-cifar10", "strategy": "tune", "seed": 0, "rate": rate, "accuracy": rate}
+        for rate in CASES["resnet20-cifar10"].rates
+    ]
+    assert next(jobs(rows, ["resnet20-cifar10-3-epochs"], 1)) == Job("resnet20-cifar10-3-epochs", "never", 0, 0.05)
+    assert tuned_as("resnet20-cifar10-1-epoch") == "resnet20-cifar10-1-epoch"  # tried in less
+    one = list(jobs(rows[1:], ["resnet20-cifar10-3-epochs"], 1))
+    assert one == [Job("resnet20-cifar10", "tune", 0, rows[0]["rate"])]
 
 
 def test_results_are_rows_of_known_cases_and_strategies():
