@@ -55,7 +55,7 @@ _LITE_RATES = (0.001, 0.003, 0.01, 0.03)
 _RESNET_RATES = (0.005, 0.015, 0.05)
 
 
-def _resnet(data: str, weights: str | None, epochs: float, rates: tuple[float, ...]) -> Case:
+def _resnet(data: str, weights: str | None, epochs: int, rates: tuple[float, ...]) -> Case:
     return Case(_RESNET, data, weights, epochs, 32, "sgd", rates, min(_TUNED_IN, epochs), 5e-4, augment=True)
 
 
@@ -67,7 +67,7 @@ def _minilm(data: str, tokens: int) -> Case:
     return Case(_MINILM, data, "published", 5, 32, "adamw", _TEXT_RATES, 2, 0.01, augment=False, tokens=tokens)
 
 
-def _shortened(case: Case, epochs: float) -> Case:
+def _shortened(case: Case, epochs: int) -> Case:
     """The same in fewer epochs, with a learning rate of its own."""
     return case._replace(epochs=epochs, tuning_epochs=min(case.tuning_epochs, epochs))
 
