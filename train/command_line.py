@@ -38,7 +38,7 @@ def check_least(config: object, **least: float) -> None:
     """Checks options that are numbers.
 
     Args:
-        config: What has them as attributes.
+        config: What has them as attributes; None where they were left out.
         **least: The smallest value of each.
 
     Raises:
@@ -46,7 +46,7 @@ def check_least(config: object, **least: float) -> None:
     """
     for name, smallest in least.items():
         got = getattr(config, name)
-        if not smallest <= got < float("inf"):
+        if got is not None and not smallest <= got < float("inf"):
             raise ValueError(f"--{name.replace('_', '-')}: got {got}, expected at least {smallest}")
 
 

@@ -99,6 +99,27 @@ def make_model(config: NetworkConfig, *, image_size: int, num_classes: int, seed
     return model
 
 
+def make_reference(options: Options, model: nnx.Module, mesh: Mesh | None, **sizes: int) -> nnx.Module | None:
+    """The network with whose outputs a policy compares those of the one that trains; None if it compares none.
+
+    Args:
+        options: The command line.
+        model: The network with the weights that it starts from, of a run that is resumed, too: ``simfreeze`` takes it.
+        mesh: The devices; None for one.
+        **sizes: Of the network; see :func:`train.networks.make_network`.
+    """
+    policy = options.policy
+    if policy.policy == "simfreeze":
+        return model
+    if policy.reference is None:
+        return None
+    known = make_network(options.network, **sizes)
+    weights.load(known, policy.reference)
+    if mesh is not None:
+        place_module(known, mesh)
+    return known
+
+
 def make_training(options: Options, data: Data, mesh: Mesh | None = None) -> Training:
     """All that a run trains with, from its options, its training set and the devices.
 
@@ -120,12 +141,8 @@ def make_training(options: Options, data: Data, mesh: Mesh | None = None) -> Tra
     tx = make_optimizer(options.optimizer, epochs=run.epochs, total_steps=total_steps, rates=rates)
     account = sfj.nnx.account(model, layers, loss_fn, example, first.labels, tx=tx)
     features, reference = None, None
-    if policy_config.reference is not None:
+    if (known := make_reference(options, model, mesh, **sizes)) is not None:
         outputs_of = sfj.nnx.features(model, layers, *example)
-        known = make_network(options.network, **sizes)
-        weights.load(known, policy_config.reference)
-        if mesh is not None:
-            place_module(known, mesh)
         features, reference = (lambda model: outputs_of(model, *example)), outputs_of(known, *example)
     policy = make_policy(
         policy_config,
@@ -136,7 +153,7 @@ def make_training(options: Options, data: Data, mesh: Mesh | None = None) -> Tra
         reference=reference,
         probe=sfj.nnx.probe(model, loss_fn, example, first.labels),
     )
-    optimizer = sfj.nnx.Optimizer(model, tx, layers=layers, returning=options.optimizer.returning, frozen=policy)
+    optimizer = sfj.nnx.Optimizer(model, tx, layers=layers, returning=options.returning, frozen=policy)
     if mesh is not None:
         place_module(optimizer, mesh)
     step = make_train_step(

@@ -31,8 +31,9 @@ class OptimizerConfig:
     """in which the learning rate rises from 0"""
     clip: float | None = None
     """largest norm of the gradients of active layers; any without it"""
-    returning: Returning = "fresh"
-    """what the optimizer holds of a layer that trains again: nothing, or what it held when the layer froze"""
+    returning: Returning | None = None
+    """what the optimizer holds of a layer that trains again: nothing, or what it held when the layer froze; without it
+    kept of hift, simfreeze and relative_gradient_norm, else fresh"""
 
     def __post_init__(self) -> None:
         check_least(self, learning_rate=0, momentum=0, weight_decay=0, warmup_epochs=0)

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 import tyro
 from tyro.constructors import ConstructorRegistry, PrimitiveConstructorSpec, PrimitiveTypeInfo
 
+from smartfrz_jax.freezing.returning import Returning
 from smartfrz_jax.pytrees.file_paths import Path, as_path
 from train.command_line import check_least
 from train.data.open import DataConfig
@@ -62,9 +63,7 @@ class RunConfig:
     """no progress bar"""
 
     def __post_init__(self) -> None:
-        check_least(self, epochs=1, batch_size=1, log_every=1, profile=0)
-        if self.evaluate_every is not None:
-            check_least(self, evaluate_every=1)
+        check_least(self, epochs=1, batch_size=1, evaluate_every=1, log_every=1, profile=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,7 +84,7 @@ class Options:
             raise ValueError(f"{keeps} --augment none, too: an augmented example is never the same")
         if self.run.keep_activations != "no" and self.network.scan:
             raise ValueError(f"{keeps} no --scan: of scanned blocks the FLOPs would not be known")
-        if self.recovery.unfreeze_on_regression and self.optimizer.returning != "kept":
+        if self.recovery.unfreeze_on_regression and self.returning != "kept":
             raise ValueError(
                 "--unfreeze-on-regression: got it with --returning fresh, expected --returning kept, so that the "
                 "optimizer goes on with what it held of layers that train again"
@@ -93,6 +92,11 @@ class Options:
 
         if self.run.keep_activations != "no" and (self.devices.remat or self.devices.accumulate > 1):
             raise ValueError(f"{keeps} neither --remat nor --accumulate: with them a step has no front of its own")
+
+    @property
+    def returning(self) -> Returning:
+        """What the optimizer holds of a layer that trains again."""
+        return self.optimizer.returning or self.policy.returning
 
     @property
     def has_loops(self) -> bool:

@@ -11,13 +11,14 @@ import jax
 import optax
 
 import smartfrz_jax as sfj
+from smartfrz_jax.freezing.returning import Returning
 from smartfrz_jax.predictor.probe import Probe
 from smartfrz_jax.pytrees.file_paths import Path
 from train.command_line import check_least
 
 PolicyName = Literal[
-    "never", "smartfrz", "progress", "freezeout", "autofreeze", "similarity_guided", "static_prefix", "random",
-    "lisa", "badam", "hift", "slimfit", "grades",
+    "never", "smartfrz", "progress", "freezeout", "autofreeze", "similarity_guided", "simfreeze", "static_prefix",
+    "random", "lisa", "badam", "hift", "slimfit", "grades", "relative_gradient_norm",
 ]  # fmt: skip
 
 _TURNS: dict[str, Callable[..., sfj.Policy]] = {
@@ -26,6 +27,8 @@ _TURNS: dict[str, Callable[..., sfj.Policy]] = {
     "hift": sfj.policies.hift,
     "slimfit": sfj.policies.slimfit,
 }
+_RETURNING_KEPT = frozenset({"hift", "simfreeze", "relative_gradient_norm"})
+_BATCHES = 5  # of an epoch, whose gradients relative norms are made of: the paper's
 Stages: TypeAlias = tuple[tuple[float, float], ...]
 
 
@@ -49,12 +52,12 @@ class PolicyConfig:
     """freezeout: share of training after which the first layer freezes"""
     spacing: Literal["linear", "cubic"] = "linear"
     """freezeout: of the moments of freezing"""
-    evaluations_per_epoch: int = 4
-    """autofreeze, similarity_guided: decisions in an epoch"""
+    evaluations_per_epoch: int | None = None
+    """autofreeze, similarity_guided, simfreeze: decisions in an epoch, 4 without it; relative_gradient_norm: 1"""
     percentile: float = 50.0
     """autofreeze: share of active layers taken as converged, in percent"""
-    tolerance: float = 0.02
-    """similarity_guided: change in CKA that counts as none"""
+    tolerance: float | None = None
+    """similarity_guided, simfreeze: change in CKA that counts as none; without it 0.02 and 0.01"""
     reference: Path | None = None
     """similarity_guided: model.safetensors of a finished run of that network"""
     stages: Stages = ((0.0, 0.5),)
@@ -73,8 +76,9 @@ class PolicyConfig:
     """lisa, badam, hift: what is in no block trains always, never, or in turn; without it train, freeze and turn"""
     freezing_rate: float = 0.5
     """slimfit: share of the layers to freeze"""
-    threshold: float = 0.01
-    """grades: change of a layer's gradients below which it freezes; to be tuned for each network"""
+    threshold: float | None = None
+    """grades: change of a layer's gradients below which it freezes; relative_gradient_norm: share of the largest norm;
+    to be tuned for each network, without it 0.01 and 0.1"""
     grace: float = 0.5
     """grades: share of training in which nothing freezes"""
     lead: int = 20
@@ -83,14 +87,17 @@ class PolicyConfig:
     """share of a step's FLOPs that a new program must save"""
 
     def __post_init__(self) -> None:
-        check_least(self, patience=1, window=1, evaluations_per_epoch=1, lead=0, min_saving=0)
-        if self.switch_every is not None:
-            check_least(self, switch_every=1)
+        check_least(self, patience=1, window=1, evaluations_per_epoch=1, switch_every=1, lead=0, min_saving=0)
         if (turns := _TURNS.get(self.policy)) is not None:  # else a set would be over before it took effect
             own = inspect.signature(turns).parameters["switch_every"].default
             object.__setattr__(self, "lead", min(self.lead, (self.switch_every or own) - 1))
         if self.policy == "similarity_guided" and self.reference is None:
             raise ValueError("--policy: got similarity_guided, expected --reference, too; see --help")
+
+    @property
+    def returning(self) -> Returning:
+        """What the optimizer holds of a layer that trains again, unless the user says."""
+        return "kept" if self.policy in _RETURNING_KEPT else "fresh"
 
 
 def make_policy(
@@ -111,7 +118,8 @@ def make_policy(
         steps_per_epoch: Train steps of an epoch.
         seed: Of policies that draw.
         costs: Forward FLOPs of each layer, for policies with a budget.
-        reference: Outputs of the reference network's layers on the probe batch, for ``similarity_guided``.
+        reference: Outputs on the probe batch of the reference network's layers, for ``similarity_guided``, or of this
+            network's before the run, for ``simfreeze``.
         probe: From parameters to the training loss on a fixed batch, for ``smartfrz``.
 
     Raises:
@@ -119,7 +127,8 @@ def make_policy(
         ValueError: If it is damaged, or an option is out of range.
     """
     total_steps = epochs * steps_per_epoch
-    evaluate_every = max(1, steps_per_epoch // config.evaluations_per_epoch)
+    own = 1 if config.policy == "relative_gradient_norm" else 4
+    evaluate_every = max(1, steps_per_epoch // (config.evaluations_per_epoch or own))
     caution: dict[str, Any] = {} if config.caution is None else {"caution": config.caution}
     match config.policy:
         case "never":
@@ -142,28 +151,36 @@ def make_policy(
             return sfj.autofreeze(evaluate_every, percentile=config.percentile)
         case "similarity_guided":
             assert reference is not None
-            return sfj.policies.similarity_guided(reference, evaluate_every, tolerance=config.tolerance)
+            return sfj.policies.similarity_guided(reference, evaluate_every, **_given(config, "tolerance"))
+        case "simfreeze":
+            assert reference is not None
+            return sfj.policies.simfreeze(reference, evaluate_every, **_given(config, "tolerance"))
         case "static_prefix":
             return sfj.static_prefix(config.stages, total_steps=total_steps, costs=costs)
         case "random":
             return sfj.policies.random(config.budget, total_steps=total_steps, seed=seed, costs=costs)
         case "lisa":
-            chosen = _chosen(config, active="active_blocks", max_sets="max_sets", rest="rest")
+            chosen = _given(config, "switch_every", "max_sets", "rest", active="active_blocks")
             return sfj.policies.lisa(**chosen, seed=seed)
         case "badam":
-            return sfj.policies.badam(**_chosen(config, order="block_order", rest="rest"), seed=seed)
+            return sfj.policies.badam(**_given(config, "switch_every", "rest", order="block_order"), seed=seed)
         case "hift":
-            chosen = _chosen(config, group="active_blocks", order="block_order", rest="rest")
+            chosen = _given(config, "switch_every", "rest", group="active_blocks", order="block_order")
             return sfj.policies.hift(**chosen, seed=seed)
         case "slimfit":
-            return sfj.policies.slimfit(config.freezing_rate, **_chosen(config), seed=seed)
+            return sfj.policies.slimfit(config.freezing_rate, **_given(config, "switch_every"), seed=seed)
         case "grades":
-            return sfj.policies.grades(config.threshold, total_steps=total_steps, grace=config.grace)
+            threshold = 0.01 if config.threshold is None else config.threshold
+            return sfj.policies.grades(threshold, total_steps=total_steps, grace=config.grace)
+        case "relative_gradient_norm":
+            threshold = 0.1 if config.threshold is None else config.threshold
+            batches = min(_BATCHES, evaluate_every)
+            return sfj.policies.relative_gradient_norm(threshold, evaluate_every, batches=batches)
 
 
-def _chosen(config: PolicyConfig, **names: str) -> dict[str, Any]:
-    """Arguments of a policy with turns that were given, by the names that they have in the configuration."""
-    values = {argument: getattr(config, name) for argument, name in {"switch_every": "switch_every", **names}.items()}
+def _given(config: PolicyConfig, *same: str, **renamed: str) -> dict[str, Any]:
+    """Arguments of a policy that were given: some by their names here, others by the names that they have here."""
+    values = {argument: getattr(config, name) for argument, name in ({name: name for name in same} | renamed).items()}
     return {argument: value for argument, value in values.items() if value is not None}
 
 

@@ -125,7 +125,7 @@ def test_a_warm_up_that_does_not_fit_is_refused(layers, changed):
 def test_every_policy_can_be_chosen(layers, name):
     changed = ["--policy", name, "--budget", "0.75", "--stages", "0.2:0.75", "--active-blocks", "1"]
     reference = None
-    if name == "similarity_guided":
+    if name in ("similarity_guided", "simfreeze"):
         changed += ["--reference", "model.safetensors"]
         reference = {"a": jnp.eye(3), "b": jnp.eye(3)}
     policy = policy_of(*changed, reference=reference)
@@ -147,11 +147,19 @@ def test_every_policy_can_be_chosen(layers, name):
         (["badam"], {"switch_every": 100, "order": "random", "rest": "freeze"}),
         (["hift", "--active-blocks", "2", "--block-order", "descending"], {"group": 2, "order": "descending"}),
         (["slimfit", "--freezing-rate", "0.9"], {"rate": 0.9, "switch_every": 50}),
+        (["grades"], {"threshold": 0.01}),
         (["grades", "--threshold", "0.3", "--grace", "0.2"], {"threshold": 0.3, "grace": 0.2, "total_steps": STEPS}),
+        (["autofreeze"], {"evaluate_every": 2}),
+        (["simfreeze"], {"tolerance": 0.01, "evaluate_every": 2}),
+        (["simfreeze", "--tolerance", "0", "--evaluations-per-epoch", "2"], {"tolerance": 0, "evaluate_every": 5}),
+        (["similarity_guided", "--reference", "r"], {"tolerance": 0.02, "evaluate_every": 2}),
+        (["relative_gradient_norm"], {"threshold": 0.1, "evaluate_every": 10, "batches": 5}),
+        (["relative_gradient_norm", "--threshold", "0", "--evaluations-per-epoch", "4"],
+         {"threshold": 0, "evaluate_every": 2, "batches": 2}),
     ],
 )  # fmt: skip
-def test_options_of_policies_with_turns(changed, expected):
-    options = policy_of("--policy", *changed).options
+def test_options_of_policies(changed, expected):
+    options = policy_of("--policy", *changed, reference={"a": jnp.eye(3)}).options
     assert {name: options[name] for name in expected} == expected
 
 

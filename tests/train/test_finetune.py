@@ -11,6 +11,7 @@ import safetensors.numpy
 
 from models.deit import deit_tiny
 from tests.support.tensorboard import read_tensorboard
+from tests.train.recovery.interrupts import Killed, interrupted_at, killed_at
 from train import command_line, finetune, log, networks, report
 
 pytestmark = pytest.mark.usefixtures("jax_defaults")
@@ -159,34 +160,6 @@ def test_the_loop_moves_nothing_between_host_and_device_unasked(few_blocks, monk
     assert finetune.main(few_blocks + arguments) == 0, capsys.readouterr().err
 
 
-class InterruptedAt(command_line.Interrupt):
-    """Ctrl-C before a certain step."""
-
-    at = 7  # in the second epoch, half of the layers frozen
-    checks = 0
-
-    def check(self, on_interrupt=None):
-        type(self).checks += 1
-        self._requested = self.checks == self.at
-        super().check(on_interrupt)
-
-
-class Killed(BaseException):
-    """In place of a kill, after which nothing is done."""
-
-
-class KilledAt(InterruptedAt):
-    """Killed before a certain step."""
-
-    at = 4  # in the first epoch, which ends with a checkpoint
-
-    def check(self, on_interrupt=None):
-        try:
-            super().check()
-        except KeyboardInterrupt:
-            raise Killed from None
-
-
 @pytest.mark.slow
 def test_a_run_killed_before_its_first_checkpoint_and_interrupted_goes_on_bit_for_bit(
     few_blocks, tmp_path, monkeypatch, capsys
@@ -195,12 +168,11 @@ def test_a_run_killed_before_its_first_checkpoint_and_interrupted_goes_on_bit_fo
                  "freezeout", "--t0", "0.3", "--lead", "1", "--min-saving", "0.2", "--log-every", "1",
                  "--keep-programs", str(tmp_path / "programs"), "--out"]  # fmt: skip
     assert finetune.main([*arguments, str(tmp_path / "straight")]) == 0
-    monkeypatch.setattr(command_line, "Interrupt", KilledAt)
+    monkeypatch.setattr(command_line, "Interrupt", killed_at(4))  # in the first epoch, which ends with a checkpoint
     with pytest.raises(Killed):
         finetune.main([*arguments, str(tmp_path / "stopped")])
     assert len(log.read(tmp_path / "stopped/log.jsonl").steps) == 1  # two were in flight
-    monkeypatch.setattr(command_line, "Interrupt", InterruptedAt)
-    monkeypatch.setattr(InterruptedAt, "checks", 0)
+    monkeypatch.setattr(command_line, "Interrupt", interrupted_at(7))  # in the second epoch, half of the layers frozen
     assert finetune.main([*arguments, str(tmp_path / "stopped"), "--resume"]) == 130
     said = capsys.readouterr()
     assert "--resume" in said.err
@@ -216,7 +188,7 @@ def test_a_run_killed_before_its_first_checkpoint_and_interrupted_goes_on_bit_fo
     straight, stopped = (log.read(tmp_path / name / "log.jsonl") for name in ("straight", "stopped"))
     assert [step.loss for step in straight.steps] == [step.loss for step in stopped.steps]
     assert straight.freezes == stopped.freezes != []
-    assert straight.freezes[0].step < InterruptedAt.at
+    assert straight.freezes[0].step < 7
     assert straight.evaluations == stopped.evaluations
     tensors = [safetensors.numpy.load_file(tmp_path / name / "model.safetensors") for name in ("straight", "stopped")]
     for name, tensor in tensors[0].items():

@@ -28,6 +28,7 @@ def options(*changed):
         (["--log", "paper"], "invalid choice 'paper' for argument '--log'"),
         (["--learning-rate", "fast"], "--learning-rate: could not convert string to float: 'fast'"),
         (["--workers", "-1"], "--workers: got -1, expected at least 0"),
+        (["--evaluations-per-epoch", "0"], "--evaluations-per-epoch: got 0, expected at least 1"),
         (["--lead", "-1"], "--lead: got -1, expected at least 0"),
         (["--clip", "0"], "--clip: got 0.0, expected a norm above 0"),
         (["--clip", "-1"], "--clip: got -1.0"),
