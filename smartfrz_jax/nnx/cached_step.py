@@ -134,7 +134,8 @@ class CachedStep:
     @property
     def wait_seconds(self) -> float:
         """Time that the loop stood still for tracing and compiling, and for making caches."""
-        return self._waited + self._plain.wait_seconds + (self._cached.wait_seconds if self._cached else 0.0)
+        steps = self._plain, self._cached, self._coming and self._coming.step
+        return self._waited + sum(step.wait_seconds for step in steps if step)
 
     def program(self, model: nnx.Module, optimizer: Optimizer, indices: Any, *inputs: Any) -> Program:
         """The program for these arguments, compiled now if it is new; see :meth:`smartfrz_jax.TrainStep.program`.
@@ -179,7 +180,8 @@ class CachedStep:
             return self._plain.compile_ahead(model, new, *inputs)
         step = self._step_from(cache)
         wait = step.compile_ahead(model, new, *_from_activations(cache, inputs, self._storage.dtype))
-        self._coming = _Coming(new.frozen, step)
+        before, self._coming = self._coming, _Coming(new.frozen, step)
+        self._waited += before.step.wait_seconds if before else 0.0
         return wait
 
     def __call__(
@@ -232,10 +234,9 @@ class CachedStep:
         for done, frozen in history:
             checks.count(done, "history", least=0)
             check_frozen(frozen)
-        if self._cached is not None:
-            self._waited += self._cached.wait_seconds
-        self._history = tuple(history)
+        before, self._history = self.wait_seconds, tuple(history)
         self._frozen, self._coming, self._cached, self.cache = None, None, None, None
+        self._waited += before - self.wait_seconds
 
     def _follow(self, model: nnx.Module, optimizer: Optimizer, inputs: tuple[Any, ...]) -> None:
         """Makes the cache and the step for the frozen set of the optimizer, if that has changed."""
@@ -245,9 +246,7 @@ class CachedStep:
             return
         if self._frozen is None:
             self._done = int(optimizer.step[...])
-        start = time.perf_counter()
-        if self._cached is not None:
-            self._waited += self._cached.wait_seconds
+        start, before = time.perf_counter(), self.wait_seconds
         coming, old = self._coming, self._rebuilt(model, inputs) if self._history else self.cache
         self._frozen, self._coming, self._cached, self.cache = optimizer.frozen, None, None, None
         same = old is not None and old.frozen == optimizer.frozen
@@ -256,7 +255,7 @@ class CachedStep:
             prepared = coming is not None and coming.frozen == optimizer.frozen
             self._cached = coming.step if coming and prepared else self._step_from(cache)
             self.cache = cache
-        self._waited += time.perf_counter() - start
+        self._waited += before + time.perf_counter() - start - self.wait_seconds
 
     def _rebuilt(self, model: nnx.Module, inputs: Sequence[Any]) -> PrefixCache | None:
         """The cache that the run had before it was interrupted, without its store."""

@@ -316,3 +316,25 @@ def test_wrong_arguments():
     training.optimizer.freeze(training.model, training.layers.names[:2])
     with pytest.raises(ValueError, match="indices"):
         step(*training.args, np.full(BATCH, EXAMPLES), IMAGES[:BATCH], LABELS[:BATCH])
+
+
+@pytest.mark.slow
+def test_what_is_traced_ahead_is_waited_for_once_and_at_once(monkeypatch):
+    class Slow(sfj.TrainStep):
+        def compile_ahead(self, *args):
+            self.wait_seconds += 1000
+            return super().compile_ahead(*args)
+
+    monkeypatch.setattr("smartfrz_jax.nnx.cached_step.TrainStep", Slow)
+    training, step = Training(), cached()
+    freezer = sfj.nnx.Freezer(*training.args, stages(), train_step=step, lead=2)
+    after = [0.0]
+    for indices in batches():
+        step(*training.args, indices, IMAGES[indices], LABELS[indices])
+        freezer.step()
+        after.append(step.wait_seconds)
+    ahead = [event.step - 2 for event in freezer.events]
+    assert [at for at, seconds in enumerate(np.diff(after), 1) if seconds > 900] == ahead
+    assert 2000 < step.wait_seconds < 2900
+    step.restored([])
+    assert step.wait_seconds == pytest.approx(after[-1])
