@@ -82,7 +82,24 @@ class Batches:
         if not self.augment:
             return batch
         rng = np.random.default_rng((self.seed, 1, step))
-        return Arrays((_augmented(rng, batch.inputs[0], self.shift),), batch.labels)
+        flipped = rng.random(len(batch)) < 0.5
+        down, right = rng.integers(0, 2 * self.shift + 1, (2, len(batch)))
+        return Arrays((_augmented(batch.inputs[0], flipped, down, right, self.shift),), batch.labels)
+
+    def view(self, step: int, view: int) -> Arrays:
+        """The batch of a step, each example in one of its views: the same whenever that is asked for.
+
+        Args:
+            step: The step, counted from 0.
+            view: Which view, from 0 up; without augmentation all are alike.
+        """
+        indices = self.indices(step)
+        batch = self.examples[indices]
+        if not self.augment:
+            return batch
+        flipped, down, right = _looks(self.seed, view, len(self.examples), self.shift)
+        drawn = flipped[indices], down[indices], right[indices]
+        return Arrays((_augmented(batch.inputs[0], *drawn, self.shift),), batch.labels)
 
     def indices(self, step: int) -> np.ndarray:
         """Which examples are in the batch of a step."""
@@ -96,12 +113,19 @@ def _order(seed: int, epoch: int, examples: int) -> np.ndarray:
     return np.random.default_rng((seed, 0, epoch)).permutation(examples)
 
 
-def _augmented(rng: np.random.Generator, images: np.ndarray, shift: int) -> np.ndarray:
+@functools.lru_cache(maxsize=4)
+def _looks(seed: int, view: int, examples: int, shift: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Of every example in a view: whether it is mirrored, and where in the padded image it begins; whatever follows."""
+    drawn = np.random.default_rng((seed, 2, view)).random((examples, 3))
+    down, right = (drawn[:, 1:] * (2 * shift + 1)).astype(np.int64).T
+    return drawn[:, 0] < 0.5, down, right
+
+
+def _augmented(images: np.ndarray, flipped: np.ndarray, down: np.ndarray, right: np.ndarray, shift: int) -> np.ndarray:
     n, height, width, _ = images.shape
-    flipped = np.where(rng.random(n)[:, None, None, None] < 0.5, images[:, :, ::-1], images)
-    padded = np.pad(flipped, ((0, 0), (shift, shift), (shift, shift), (0, 0)), "edge")
-    down, right = rng.integers(0, 2 * shift + 1, (2, n, 1))
-    rows, columns = down + np.arange(height), right + np.arange(width)
+    mirrored = np.where(flipped[:, None, None, None], images[:, :, ::-1], images)
+    padded = np.pad(mirrored, ((0, 0), (shift, shift), (shift, shift), (0, 0)), "edge")
+    rows, columns = down[:, None] + np.arange(height), right[:, None] + np.arange(width)
     return padded[np.arange(n)[:, None, None], rows[:, :, None], columns[:, None, :]]
 
 

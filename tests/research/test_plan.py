@@ -155,3 +155,48 @@ def test_fashion_mnist_is_split_so_that_pretraining_sees_other_images():
     np.testing.assert_array_equal(last.labels, fashion_mnist.load()[1].labels[-50:])
     seen = {image.tobytes() for image in own.train.inputs[0]}
     assert sum(image.tobytes() in seen for image in other.inputs[0]) <= 5  # the set itself has a few twice
+
+
+def _places(n=11):
+    """Images that say where a pixel comes from: 100 x example + 10 x row + column."""
+    example, row, column = np.ogrid[:n, :6, :6]
+    return Arrays(((100 * example + 10 * row + column)[..., None],), np.arange(n, dtype=np.int32))
+
+
+def _look(image):
+    """How an image of :func:`_places` is mirrored and shifted."""
+    return tuple(image[2, 2:4, 0] % 100)
+
+
+def test_augmentations_are_those_of_the_published_runs():
+    batches = Batches(_places(), 4, 7, augment=True, shift=1)
+    found = [batches(step).inputs[0][:, 2, 2:4, 0].tolist() for step in (0, 3)]
+    assert found == [
+        [[423, 424], [622, 621], [1023, 1022], [24, 23]],
+        [[322, 323], [733, 732], [14, 13], [1024, 1023]],
+    ]
+
+
+def test_a_view_of_an_example_is_the_same_in_every_batch():
+    looks = {}
+    for n, size, steps in ((11, 4, 8), (11, 3, 9), (6, 2, 9)):
+        batches = Batches(_places(n), size, 7, augment=True, shift=1)
+        for step in range(steps):
+            for view in range(3):
+                batch = batches.view(step, view)
+                np.testing.assert_array_equal(batch.labels, batches(step).labels)
+                for label, image in zip(batch.labels, batch.inputs[0], strict=True):
+                    looks.setdefault((int(label), view), set()).add(_look(image))
+    assert len(looks) == 33
+    assert all(len(found) == 1 for found in looks.values())
+    seen = {look for found in looks.values() for look in found}
+    assert len(seen) > 12  # of 2 x 9
+    other = Batches(_places(), 11, 8, augment=True, shift=1).view(0, 0)
+    assert any(
+        looks[int(label), 0] != {_look(image)} for label, image in zip(other.labels, other.inputs[0], strict=True)
+    )
+
+
+def test_without_augmentation_all_views_are_the_batch():
+    batches = Batches(_places(), 4, 7)
+    np.testing.assert_array_equal(batches.view(1, 2).inputs[0], batches(1).inputs[0])
