@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from flax import nnx
 
 import smartfrz_jax as sfj
 from models import weights
+from research.long_runs.activations import Feed
 from research.long_runs.cases import Case
 from research.long_runs.strategies import Situation, Strategy
 from research.recordings.pretraining import published_file
@@ -28,6 +29,9 @@ from train.optimizers import directions
 _PROBE = 128  # examples on which contributions are measured and layers' outputs compared
 _HELD_OUT = 0.1  # share of the training examples on which learning rates are chosen: the last ones
 _EVALUATION_BATCH = 250
+# Bytes for the activations of a frozen set; while they move to the next, both are there. A front that needs more, such
+# as the first convolution, goes on without until more is frozen.
+_ROOM = 6 * 2**30
 _OTHER_ORDER = 10_000  # added to the seed of the batches on which gradients are measured
 
 
@@ -138,18 +142,31 @@ class Bench:
         """Outputs of every layer on the probe batch."""
         return self._features(model, *self._probe)
 
-    def batches(
-        self, seed: int, start: int, stop: int, *, tuning: bool, apart: float = 0.0
-    ) -> Iterator[tuple[Any, ...]]:
-        """Inputs and labels of the steps from ``start`` (counted from 0) to before ``stop``."""
-        batches = self._batches(self.training_set(tuning=tuning, apart=apart), seed, self.case.batch_size)
-        for step in range(start, stop):
-            batch = batches(step)
-            yield batch.inputs, batch.labels
+    def feed(self, strategy: Strategy, seed: int, *, tuning: bool) -> Feed:
+        """What the steps of a run are called with."""
+        examples = self.training_set(tuning=tuning, apart=strategy.apart)
+        batches = self._batches(examples, seed, self.case.batch_size)
+        return Feed(batches, len(examples) // self.case.batch_size, self._views(strategy))
 
-    def step(self, strategy: Strategy, steps: int, rate: float) -> tuple[optax.GradientTransformation, sfj.TrainStep]:
-        """An optimizer and a compiled train step of ``(model, optimizer, inputs, labels)``."""
-        return self._optimizer(strategy, steps, rate), sfj.TrainStep(make_step(loss_fn), account=self.account)
+    def _views(self, strategy: Strategy) -> int:
+        return strategy.views if self.case.augment else min(strategy.views, 1)
+
+    def step(
+        self, strategy: Strategy, steps: int, rate: float
+    ) -> tuple[optax.GradientTransformation, sfj.TrainStep | sfj.nnx.CachedStep]:
+        """An optimizer and a compiled train step; it takes what :meth:`feed` gives."""
+        tx, views = self._optimizer(strategy, steps, rate), self._views(strategy)
+        if not views:
+            return tx, sfj.TrainStep(make_step(loss_fn), account=self.account)
+        return tx, sfj.nnx.CachedStep(
+            make_step,
+            loss_fn,
+            examples=len(self.training_set(tuning=False, apart=strategy.apart)),
+            storage=sfj.caching.Storage("host", budget=_ROOM),
+            views=views,
+            account=self.account,
+            total_steps=steps,
+        )
 
     def _optimizer(self, strategy: Strategy, steps: int, rate: float) -> optax.GradientTransformation:
         case = self.case

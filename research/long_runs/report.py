@@ -18,7 +18,7 @@ from research import json_lines
 from research.long_runs.__main__ import RESULTS, best_rate, figure_of, tried
 from research.long_runs.cases import CASES
 from research.long_runs.labels import label
-from research.long_runs.strategies import KEPT, STRATEGIES
+from research.long_runs.strategies import CACHED, KEPT, STRATEGIES
 from train.command_line import local_path
 from train.log import write_whole
 
@@ -41,7 +41,9 @@ Fine-tunings of whole data sets. Every strategy is paired with `never` (full tra
 *time* are shares of those of `never`; time has the steps, the policy and the waiting for programs in it. *Processor*
 is the processor's time for the steps, which other work on the machine does not change. A run whose steps took over
 1.3 times as long stood still for such work, and its time is left out. *Difference* is the mean over seeds with its
-standard error. `python -m research.long_runs.report` writes this page from `results.jsonl`.
+standard error. Strategies named `,cached` keep the activations of the frozen front, of three fixed views of every
+augmented image; computing them is counted. `python -m research.long_runs.report` writes this page from
+`results.jsonl`.
 """
 
 
@@ -214,7 +216,9 @@ def picture(found: Sequence[Line], path: Path, title: str) -> None:
         axis.axhline(0, color="#bbbbbb", linewidth=1, zorder=0)
         for one in found:
             place = (getattr(one, name), one.difference)
-            axis.errorbar(*place, yerr=np.nan_to_num(one.error), fmt="o", capsize=3, color=_colour(one.strategy))
+            axis.errorbar(
+                *place, yerr=np.nan_to_num(one.error), fmt=_mark(one.strategy), capsize=3, color=_colour(one.strategy)
+            )
         axis.set_xlabel(f"{text}, share of full training")
         axis.grid(alpha=0.3)
         axis.margins(0.08)
@@ -230,8 +234,17 @@ def picture(found: Sequence[Line], path: Path, title: str) -> None:
 
 
 def _colour(strategy: str) -> str:
-    kinds = list(dict.fromkeys(name.partition(":")[0] for name in STRATEGIES))
-    return _COLOURS[kinds.index(strategy.partition(":")[0]) % len(_COLOURS)]
+    kinds = list(dict.fromkeys(map(_kind, STRATEGIES)))
+    return _COLOURS[kinds.index(_kind(strategy)) % len(_COLOURS)]
+
+
+def _kind(strategy: str) -> str:
+    return strategy.removesuffix(CACHED).partition(":")[0]
+
+
+def _mark(strategy: str) -> str:
+    """A square where activations are kept."""
+    return "s" if strategy.endswith(CACHED) else "o"
 
 
 def main(argv: list[str] | None = None) -> int:

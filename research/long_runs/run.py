@@ -48,12 +48,12 @@ class Shadow:
     """A policy that watches a run of ``never``, and notes the moment at which it would leave it.
 
     Args:
-        name: Name of the strategy.
-        freezer: Its policy at work.
+        names: Names of the strategies that have it.
+        freezer: The policy at work.
     """
 
-    def __init__(self, name: str, freezer: sfj.Freezer):
-        self.name, self.freezer, self.seconds, self.left = name, freezer, 0.0, False
+    def __init__(self, names: list[str], freezer: sfj.Freezer):
+        self.names, self.freezer, self.seconds, self.left = names, freezer, 0.0, False
 
     def look(self, params: Callable[[], Any], **signals: Any) -> bool:
         """Shows it a step; whether it leaves now."""
@@ -113,6 +113,7 @@ class Runner:
             lead=LEAD,
             min_saving=MIN_SAVING,
         )
+        self._feed = bench.feed(strategy, job.seed, tuning=self.tuning)
         self.tally, self.shadows = Tally(), []
         self.branched_at: int | None = None
 
@@ -128,8 +129,12 @@ class Runner:
 
     def watch(self, strategies: Mapping[str, Strategy]) -> None:
         """Lets the policies that follow ``never`` at first watch this run of it."""
+        by_policy: dict[Any, Shadow] = {}
         for name, strategy in strategies.items():
             if name == "never" or not strategy.follows_never or (strategy.reference and self.reference() is None):
+                continue
+            if strategy.policy in by_policy:  # the same with activations kept, which begin to be where it leaves
+                by_policy[strategy.policy].names.append(name)
                 continue
             policy = strategy.policy(self._situation(strategy))
             if "grads" in policy.needs:  # keeping gradients is another program
@@ -137,16 +142,15 @@ class Runner:
             params = nnx.as_pure(nnx.state(self.model, nnx.Param))
             saving = self.bench.account.saving
             freezer = sfj.Freezer(policy, self.bench.layers, params, lead=LEAD, min_saving=MIN_SAVING, saving=saving)
-            self.shadows.append(Shadow(name, freezer))
+            by_policy[strategy.policy] = Shadow([name], freezer)
+        self.shadows = list(by_policy.values())
 
     def run(self) -> bool:
         """Trains to the end or the deadline; whether it is done."""
         self._resume()
         saved = time.monotonic()
-        for batch in self.bench.batches(
-            self.job.seed, self.freezer.steps, self.total_steps, tuning=self.tuning, apart=self.strategy.apart
-        ):
-            self._train(batch)
+        for step in range(self.freezer.steps, self.total_steps):
+            self._train(*self._feed(step, frozen=bool(self.freezer.frozen.names)))
             now = time.monotonic()
             if now > self._deadline or now - saved > self._save_every:
                 self._save()
@@ -156,10 +160,10 @@ class Runner:
                 return False
         return True
 
-    def _train(self, batch: tuple[Any, ...]) -> None:
+    def _train(self, args: tuple[Any, ...], options: Mapping[str, int]) -> None:
         waited, tally = self._step.wait_seconds, self.tally
         with Clock() as training:
-            loss = jax.block_until_ready(self._step(self.model, self.optimizer, *batch))
+            loss = jax.block_until_ready(self._step(self.model, self.optimizer, *args, **options))
         program = self._step.last
         assert program is not None
         stood_still = self._step.wait_seconds - waited
@@ -167,8 +171,13 @@ class Runner:
         # Before an interruption the run had this program, and did not wait for it; its processor time is left out too.
         tally.train_seconds += training.wall - stood_still
         tally.train_cpu_seconds += training.cpu - min(stood_still, training.cpu)
-        tally.flops += program.cost.flops
         tally.steps += 1
+        if isinstance(self._step, sfj.nnx.CachedStep):
+            cache = self._step.cache
+            tally.flops += self._step.flops
+            tally.add_kept(0 if cache is None or cache.store is None else cache.store.nbytes)
+        else:
+            tally.flops += program.cost.flops
         value = float(loss)
         if not np.isfinite(value):
             raise FloatingPointError(f"the loss of {self.job.key} is {value} after step {tally.steps}")
@@ -190,12 +199,13 @@ class Runner:
                 self._branch(shadow)
 
     def _branch(self, shadow: Shadow) -> None:
-        folder = self._state / self.job._replace(name=shadow.name).key
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
-        shadow.freezer.save_run(folder / "branch", self._arrays())
-        dataclasses.replace(self.tally, decide_seconds=shadow.seconds).write(folder / "branch.json")
-        self._say(f"{self.job.key}: {shadow.name} leaves after step {self.tally.steps}")
+        for name in shadow.names:
+            folder = self._state / self.job._replace(name=name).key
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.mkdir(parents=True)
+            shadow.freezer.save_run(folder / "branch", self._arrays())
+            dataclasses.replace(self.tally, decide_seconds=shadow.seconds).write(folder / "branch.json")
+            self._say(f"{self.job.key}: {name} leaves after step {self.tally.steps}")
 
     def _arrays(self) -> dict[str, Any]:
         """What a branch takes along: nothing is frozen, so nothing was put aside for layers that return."""
@@ -210,7 +220,9 @@ class Runner:
         self._folder.mkdir(parents=True, exist_ok=True)
         self.freezer.save(checkpoint / "run", overwrite=True)
         for shadow in self.shadows:
-            shadow.freezer.save_run(checkpoint / shadow.name, {"seconds": np.float64(shadow.seconds)}, overwrite=True)
+            shadow.freezer.save_run(
+                checkpoint / shadow.names[0], {"seconds": np.float64(shadow.seconds)}, overwrite=True
+            )
         self.tally.write(checkpoint / "tally.json")  # last: without it, the checkpoint does not count
         for other in self._folder.glob("step-*"):
             if other != checkpoint:
@@ -222,9 +234,10 @@ class Runner:
             checkpoint = whole[-1].parent
             self.freezer.restore(checkpoint / "run")
             for shadow in self.shadows:
-                run = shadow.freezer.restore_run(checkpoint / shadow.name, {"seconds": np.float64(0)})
+                run = shadow.freezer.restore_run(checkpoint / shadow.names[0], {"seconds": np.float64(0)})
                 shadow.seconds, shadow.left = float(run["seconds"]), bool(shadow.freezer.frozen.names)
             self.tally = Tally.read(whole[-1])
+            self._keep_again()
         elif (self._folder / "branch.json").exists():
             arrays = self.freezer.restore_run(self._folder / "branch", self._arrays())
             nnx.update(self.model, arrays["model"])
@@ -235,6 +248,16 @@ class Runner:
             self.freezer.start()
         if (self._folder / "branch.json").exists():
             self.branched_at = Tally.read(self._folder / "branch.json").steps
+
+    def _keep_again(self) -> None:
+        """Computes the activations anew that the run had kept.
+
+        Not where the frozen set has just changed: then the next step has them computed, and they are counted again.
+        """
+        step, begin, events = self._step, self.tally.kept_from, self.freezer.events
+        if isinstance(step, sfj.nnx.CachedStep) and begin is not None and events[-1].step < self.tally.steps:
+            begin = max([begin, *(event.step for event in events if event.returned)])  # what went back kept less
+            self._feed.keep_again(step, self.model, self.optimizer, begin, self.tally.steps)
 
     def result(self) -> dict[str, Any]:
         """The finished run as a row of results; keeps the weights of ``never``, drops what was needed to go on."""
@@ -250,8 +273,9 @@ class Runner:
         """Rows of the policies that followed ``never`` to its end."""
         followed = [shadow for shadow in self.shadows if not shadow.left]
         return [
-            {**row, "strategy": shadow.name, "decide_seconds": shadow.seconds, "branched_at": self.total_steps}
+            {**row, "strategy": name, "decide_seconds": shadow.seconds, "branched_at": self.total_steps}
             for shadow in followed
+            for name in shadow.names
         ]
 
     def _config(self) -> dict[str, Any]:
@@ -270,7 +294,7 @@ class Runner:
             self.bench.account.flops().total * self.bench.epochs_to_steps(self.bench.case.epochs, tuning=self.tuning)[0]
         )
         fields = dataclasses.asdict(tally)
-        del fields["losses"]
+        del fields["losses"], fields["kept_from"]
         return {
             "case": self.job.case,
             "strategy": self.job.name,

@@ -11,6 +11,8 @@ from smartfrz_jax.policies.gradients.gain import Gradients
 from smartfrz_jax.predictor.predictor import Pretrained
 
 KEPT = ",kept"  # ends the name of a strategy that is another one, but for the moments with which layers return
+CACHED = ",cached"  # ends the name of one that keeps the activations of its frozen front
+_VIEWS = 3  # of ten epochs
 _APART = 0.05  # share of the training examples on which gain is measured, where they are held out
 
 
@@ -51,6 +53,8 @@ class Strategy(NamedTuple):
         apart: Share of the training examples that no step sees, the last ones: gradients are measured on them.
         returning: What the optimizer starts from for layers that train again.
         turns: Whether layers take turns, most of them frozen from the beginning.
+        views: Augmented views of each example, of which the activations of the frozen front are kept; one where
+            nothing is augmented. 0 keeps none, and augments anew in every epoch.
     """
 
     policy: Callable[[Situation], sfj.Policy]
@@ -61,6 +65,7 @@ class Strategy(NamedTuple):
     apart: float = 0.0
     returning: Returning = "fresh"
     turns: bool = False
+    views: int = 0
 
     @property
     def follows_never(self) -> bool:
@@ -118,8 +123,8 @@ def _turn(situation: Situation) -> int:
 
 _BATCHES = 5  # of an epoch, whose gradients the paper's relative norms are made of
 
-# Most valuable first; the queue takes them in this order, and the first ones with all seeds before the others.
-STRATEGIES: dict[str, Strategy] = {
+# Most valuable first; the queue takes them in this order, and these with all seeds before the others.
+_FIRST: dict[str, Strategy] = {
     "never": _never(),
     "static:half": _static((0.0, 0.5)),
     "static:half,all:0.6": _static((0.0, 0.5), (0.6, 1.0)),
@@ -128,6 +133,13 @@ STRATEGIES: dict[str, Strategy] = {
     "shorter:0.5": _never(0.5),
     "gain:0.5": _gain(0.5),
     "progress": Strategy(lambda s: sfj.progress(total_steps=s.total_steps)),
+}
+FIRST = len(_FIRST)
+_WITH_ACTIVATIONS = ("static:half", "static:half,all:0.6", "progress", "smartfrz", "gain:0.5")
+
+STRATEGIES: dict[str, Strategy] = {
+    **_FIRST,
+    **{f"{name}{CACHED}": _FIRST[name]._replace(views=_VIEWS) for name in _WITH_ACTIVATIONS},
     "freezeout": _freezeout(0.5),
     "smartfrz:0.5": _smartfrz("default", caution=0.5),
     "progress:0.5": Strategy(lambda s: sfj.progress(total_steps=s.total_steps, caution=0.5)),
@@ -161,7 +173,6 @@ STRATEGIES: dict[str, Strategy] = {
     **{f"freezeout:{t0}": _freezeout(t0) for t0 in (0.3, 0.4, 0.6)},
     **{f"autofreeze:{m}": _autofreeze(m) for m in (2, 3, 5)},
 }
-FIRST = 8
 
 
 def _known(situation: Situation) -> Mapping[str, Any]:

@@ -28,9 +28,11 @@ class Tally:
         decide_seconds: Wall time of the policy, and of moving the optimizer state.
         wait_seconds: Wall time in which the run stood still for its programs; each counted once, however often the run
             was interrupted.
-        flops: FLOPs of the compiled programs, summed over the steps.
+        flops: FLOPs of the compiled programs, summed over the steps, and of computing activations that are kept.
         programs: For every frozen set that was used: number of layers, FLOPs of a step, peak bytes, seconds of tracing
             and compiling.
+        stored_bytes: Of the activations that were kept, at most.
+        kept_from: Steps done before the first whose activations are among those that are kept; None if none are.
         losses: Sum of the losses of each fiftieth of the run, and the number of steps in it.
     """
 
@@ -41,6 +43,8 @@ class Tally:
     wait_seconds: float = 0.0
     flops: float = 0.0
     programs: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    stored_bytes: int = 0
+    kept_from: int | None = None
     losses: list[list[float]] = dataclasses.field(default_factory=lambda: [[0.0, 0] for _ in range(_POINTS)])
 
     def add_program(self, program: sfj.Program, waited: float) -> None:
@@ -57,6 +61,14 @@ class Tally:
         point = self.losses[min(_POINTS - 1, (self.steps - 1) * _POINTS // total_steps)]
         point[0] += loss
         point[1] += 1
+
+    def add_kept(self, nbytes: int) -> None:
+        """Counts the bytes that the step just done had kept; 0 if it kept nothing."""
+        self.stored_bytes = max(self.stored_bytes, nbytes)
+        if not nbytes:
+            self.kept_from = None
+        elif self.kept_from is None:
+            self.kept_from = self.steps - 1
 
     @property
     def curve(self) -> list[float]:

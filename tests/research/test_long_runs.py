@@ -96,8 +96,9 @@ def test_what_is_held_out_for_measurements_is_not_trained_on(bench, monkeypatch)
     np.testing.assert_array_equal(kept.labels, train.labels[: len(kept)])
     assert len(kept) == round(0.75 * len(train))
     assert bench.epochs_to_steps(2, tuning=False, apart=share)[1] == len(kept) // 32
-    seen = next(bench.batches(0, 0, 1, tuning=False, apart=1 - 32 / len(train)))
-    assert sorted(seen[1]) == sorted(train.labels[:32])
+    strategy = STRATEGIES["gain:0.5,apart"]._replace(apart=1 - 32 / len(train))
+    (_, seen), _ = bench.feed(strategy, 0, tuning=False)(0, frozen=False)
+    assert sorted(seen) == sorted(train.labels[:32])
     few = 32 / len(train)
     for number in (0, 1):
         _, labels = bench.situation(0, 10, 5, None, few).gradients(number)
