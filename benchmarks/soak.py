@@ -35,6 +35,7 @@ import optax
 from flax import nnx
 
 import smartfrz_jax as sfj
+from train.loop import make_step
 
 CASES = ("programs", "released", "cached")
 EXAMPLES, BATCH = 128, 16
@@ -98,17 +99,6 @@ class Net(nnx.Module):
 def loss_fn(model: Net, images: jax.Array, labels: jax.Array) -> jax.Array:
     """Mean cross entropy."""
     return optax.softmax_cross_entropy_with_integer_labels(model(images), labels).mean()
-
-
-def make_step(loss_fn: Any) -> Any:
-    """A plain step for a loss."""
-
-    def train_step(model: Net, optimizer: sfj.nnx.Optimizer, *inputs: Any) -> jax.Array:
-        loss, grads = optimizer.value_and_grad(loss_fn)(model, *inputs)
-        optimizer.update(model, grads)
-        return loss
-
-    return train_step
 
 
 def in_turns(every: int) -> sfj.Policy:

@@ -25,6 +25,7 @@ from research.trials.classification import loss_fn
 from train.data.metrics import confusion, metrics_of
 from train.loop import make_step
 from train.optimizers import directions
+from train.policies import forward_flops
 
 _PROBE = 128  # examples on which contributions are measured and layers' outputs compared
 _HELD_OUT = 0.1  # share of the training examples on which learning rates are chosen: the last ones
@@ -99,7 +100,7 @@ class Bench:
     @functools.cached_property
     def costs(self) -> dict[str, float]:
         """Forward FLOPs of every layer."""
-        return {layer: parts.forward for layer, parts in self.account.flops().by_layer.items() if layer}
+        return forward_flops(self.account)
 
     def situation(self, seed: int, steps: int, epoch: int, reference: Path | None, apart: float = 0.0) -> Situation:
         """What the policies of a run can be made from.

@@ -70,14 +70,15 @@ def table(figures: Iterable[Figures]) -> str:
         seeds, folds = sorted({row.seed for row in rows}), sorted({row.fold for row in rows})
         cells = []
         for column in _COLUMNS:
-            means = [_mean([getattr(row, column) for row in rows if row.seed == seed]) for seed in seeds]
+            means = [finite_mean([getattr(row, column) for row in rows if row.seed == seed]) for seed in seeds]
             spread = f" +- {np.std(means, ddof=1):.3f}" if len(means) > 1 else ""
-            cells.append(f"{_mean(means):.3f}{spread}")
-        worst = min((_mean([row.auc for row in rows if row.fold == fold]), fold) for fold in folds)
+            cells.append(f"{finite_mean(means):.3f}{spread}")
+        worst = min((finite_mean([row.auc for row in rows if row.fold == fold]), fold) for fold in folds)
         lines.append(f"| {variant} | {len(seeds)} | {len(folds)} | {' | '.join(cells)} | {worst[0]:.3f} ({worst[1]}) |")
     return "\n".join(lines)
 
 
-def _mean(values: Iterable[float]) -> float:
+def finite_mean(values: Iterable[float]) -> float:
+    """Of those that are finite; NaN if none is."""
     known = [value for value in values if np.isfinite(value)]
     return float(np.mean(known)) if known else float("nan")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import fnmatch
+from collections.abc import Iterable
 from pathlib import Path
 
 from train.command_line import local_path
@@ -21,3 +23,8 @@ def make_parser(script: str, doc: str | None) -> argparse.ArgumentParser:
     parser.add_argument("--data-dir", type=local_path, required=True, help="folder of prepared TFDS data sets")
     parser.add_argument("--weights", type=local_path, help="folder of published weights")
     return parser
+
+
+def matches(name: str, patterns: Iterable[str]) -> bool:
+    """Whether one of the patterns, with ``*`` and ``?`` as in file names, is of the name."""
+    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)

@@ -17,7 +17,7 @@ import smartfrz_jax as sfj
 from research import json_lines
 from research.results import provenance, publish
 from research.trials.cases import CASES
-from research.trials.command_line import make_parser
+from research.trials.command_line import make_parser, matches
 from research.trials.kept import KeptRun, measure, report
 from research.trials.strategies import strategies
 from research.trials.trial import Bench
@@ -30,8 +30,8 @@ def compare(args: argparse.Namespace, interrupt: Interrupt) -> None:
     file, every = args.out / "runs.jsonl", strategies()
     runs = json_lines.read(file, KeptRun.parse)
     known = {(run.case, run.strategy, run.seed, run.kept) for run in runs}
-    names = ["never", *(name for name in every if name != "never" and _matches(name, args.strategies))]
-    for case in (case for case in CASES if _matches(case, args.cases)):
+    names = ["never", *(name for name in every if name != "never" and matches(name, args.strategies))]
+    for case in (case for case in CASES if matches(case, args.cases)):
         bench: Bench | None = None
         wanted = [
             (seed, name, kept)
@@ -53,10 +53,6 @@ def compare(args: argparse.Namespace, interrupt: Interrupt) -> None:
     publish(text, args.out / "runs.md", section="kept", results=args.results)
 
 
-def _matches(name: str, patterns: list[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = make_parser("kept_runs", __doc__)
@@ -73,7 +69,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         for pattern in getattr(args, argument):
             if not fnmatch.filter(names, pattern):
                 parser.error(f"argument --{argument}: {pattern!r} matches none of {', '.join(names)}")
-    needy = [name for name, one in strategies().items() if one.needs and _matches(name, args.strategies)]
+    needy = [name for name, one in strategies().items() if one.needs and matches(name, args.strategies)]
     if needy:
         parser.error(f"argument --strategies: {needy[0]} needs a predictor; choose others")
     if args.seeds < 1:

@@ -19,7 +19,7 @@ from research import json_lines
 from research.recordings.plan import runs
 from research.results import provenance, publish
 from research.trials.cases import CASES, Case
-from research.trials.command_line import make_parser
+from research.trials.command_line import make_parser, matches
 from research.trials.rehearsed import Plan, Rehearsed, report
 from research.trials.result import Result
 from research.trials.strategies import strategies
@@ -49,7 +49,7 @@ def compare(args: argparse.Namespace, interrupt: Interrupt) -> None:
     sfj.enable_compilation_cache(args.out / "programs")
     files = args.out / "rehearsals.jsonl", args.out / "results.jsonl"
     rehearsals, results = json_lines.read(files[0], Rehearsed.parse), json_lines.read(files[1], Result.parse)
-    for name in interrupt.checked(name for name in cases() if _matches(name, args.cases)):
+    for name in interrupt.checked(name for name in cases() if matches(name, args.cases)):
         measure(name, args, rehearsals, results, interrupt)
     origin = f"{provenance('research.trials.rehearsals')} {json_lines.commits(*files)}"
     text = f"{origin}\n\n{report(rehearsals, results, PLAN)}"
@@ -87,10 +87,6 @@ def wanted(args: argparse.Namespace) -> Iterator[tuple[int, float | str]]:
     yield from ((seed, name) for seed in range(args.full_seeds) for name in args.strategies)
 
 
-def _matches(name: str, patterns: list[str]) -> bool:
-    return any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)
-
-
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = make_parser("rehearsals", __doc__)
@@ -126,7 +122,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if not all(0 < share < 1 for share in args.shares):
         parser.error(f"argument --shares: got {args.shares}, expected shares above 0 and below 1")
     for name, case in known.items():
-        if _matches(name, args.cases) and not round(min(args.shares) * case.setup.steps):
+        if matches(name, args.cases) and not round(min(args.shares) * case.setup.steps):
             parser.error(
                 f"argument --shares: got {min(args.shares)}, which is none of the {case.setup.steps} steps of {name}; "
                 f"expected at least {1 / case.setup.steps:.2g}"

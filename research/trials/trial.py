@@ -29,6 +29,7 @@ from smartfrz_jax.pytrees import paths
 from train.log import Log, Run
 from train.loop import Loop, make_step
 from train.optimizers import directions
+from train.policies import forward_flops
 
 # Examples on which layers' outputs are compared, and contributions measured; as in recordings.
 _PROBE = 128
@@ -193,7 +194,7 @@ class Bench:
 
     def costs(self) -> dict[str, float]:
         """Forward FLOPs of every layer."""
-        return {layer: parts.forward for layer, parts in self.account.flops().by_layer.items() if layer}
+        return forward_flops(self.account)
 
     def compute(self, frozen: list[tuple[int, list[str]]], total_steps: int) -> tuple[float, float]:
         """FLOPs of a run as a share of the full run's: as it is, and with the frozen front's activations kept.

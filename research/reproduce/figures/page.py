@@ -8,6 +8,8 @@ from typing import Any, get_args
 import numpy as np
 
 from research.json_lines import Row
+from research.long_runs.report import share
+from research.predictors.figures import finite_mean
 from research.reproduce.figures.gradients import SIZE, by_kind
 from research.reproduce.figures.memory import memory_over_time, moments_of
 from research.reproduce.figures.similarity import Curves, Order, order_of, rank_correlation
@@ -97,13 +99,13 @@ within 0.02 of its last level."""
         orders.setdefault(network, []).append(order_of(one))
     rows = [
         (network, "yes" if found[0].residual else "no", str(len(found)), *(
-            _or_none(_mean([getattr(order, field) for order in found]))
+            share(finite_mean([getattr(order, field) for order in found]))
             for field in ("correlation", "overtaken", "unsettled")
         ))
         for network, found in sorted(orders.items())
     ]  # fmt: skip
     head = ("network", "residual", "runs", "rank correlation", "overtaken", "unsettled")
-    overtaken = {network: _mean([order.overtaken for order in found]) for network, found in orders.items()}
+    overtaken = {network: finite_mean([order.overtaken for order in found]) for network, found in orders.items()}
     with_residual, without = (
         {
             name: overtaken[name]
@@ -149,7 +151,7 @@ predictor, *default* the library's."""
                 row["network"], row["data"], row["method"], row["scale"], f"{held[0] / 1e6:.0f}",
                 f"{held[-1] / 1e6:.0f}", _percent(1 - held[-1] / held[0]), _percent(1 - held.mean() / held[0]),
                 f"{len(moments)} of {len(row['layers'])}", str(len({*moments.values()})),
-                _or_none(correlation),
+                share(correlation),
             )
         )  # fmt: skip
     head = (
@@ -181,15 +183,5 @@ def _not_run(rows: Sequence[Row]) -> str:
     return f"## Not run\n\n{listed}"
 
 
-def _percent(share: Any) -> str:
-    return f"{100 * float(share):.0f} %"
-
-
-def _mean(values: Sequence[float]) -> float:
-    """Of those that are numbers; NaN if none is."""
-    known = [value for value in values if not np.isnan(value)]
-    return float(np.mean(known)) if known else float("nan")
-
-
-def _or_none(value: float) -> str:
-    return "-" if np.isnan(value) else f"{value:.2f}"
+def _percent(of_all: Any) -> str:
+    return f"{100 * float(of_all):.0f} %"
