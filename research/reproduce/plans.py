@@ -99,11 +99,12 @@ _DEIT_SCRATCH = Setup(
      "--learning-rate", "2.5e-4", "--weight-decay", "0.05", "--warmup-epochs", "5"),
     {},
 )  # fmt: skip
+# CIFAR-10, as of so few examples of CIFAR-100 it learns next to nothing: 8 % of the test images.
 _LITE = Setup(
     "EfficientNet-Lite0",
-    "CIFAR-100",
-    ("--model", "efficientnet-lite0", "--data", "cifar100", "--image-size", "48", "--augment", "flip-crop", "--epochs",
-     "5", "--batch-size", "32", "--learning-rate", "0.01", "--train-split", "train[:2048]", "--evaluation-split",
+    "CIFAR-10",
+    ("--model", "efficientnet-lite0", "--data", "cifar10", "--image-size", "48", "--augment", "flip-crop", "--epochs",
+     "5", "--batch-size", "32", "--learning-rate", "0.01", "--train-split", "train[:4096]", "--evaluation-split",
      "test[:2000]", "--min-saving", "0.05"),
     {"--weights": "efficientnet_lite0.safetensors"},
 )  # fmt: skip
