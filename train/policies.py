@@ -61,7 +61,8 @@ class PolicyConfig:
     reference: Path | None = None
     """similarity_guided: model.safetensors of a finished run of that network"""
     stages: Stages = ((0.0, 0.5),)
-    """static_prefix: from which share of training on which share of the forward FLOPs is frozen, such as 0:0.5,0.5:1"""
+    """static_prefix: from which share of training on which share of the forward FLOPs is frozen, such as 0:0.5,0.5:1;
+    where the share falls, as in 0:0.5,0.4:0, layers train again"""
     budget: float = 0.5
     """random: share of the forward FLOPs to freeze"""
     switch_every: int | None = None

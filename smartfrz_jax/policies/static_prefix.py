@@ -3,25 +3,47 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from smartfrz_jax.layers.layers import Layers
+from smartfrz_jax.layers.layers import Layers, check_layers
 from smartfrz_jax.layers.select import Selectors, described
 from smartfrz_jax.policies.base import (
-    NEVER,
     Policy,
+    check_update,
     freezable,
     kept,
+    names_of,
     numbers_of,
-    scheduled,
     shares_of_cost,
 )
 from smartfrz_jax.pytrees import checks
+from smartfrz_jax.pytrees.types import PyTree
+
+if TYPE_CHECKING:
+    from jaxtyping import Bool, Int
 
 # Costs are added up in float64; a share that is met exactly must not be missed by the last bit.
 _ROUNDING = 1e-9
+
+
+class StagesState(NamedTuple):
+    """State of :func:`static_prefix`.
+
+    Attributes:
+        begins: Steps after which each stage begins, in order, int32 of shape ``(stages,)``.
+        frozen: Which layers are frozen in each, shape ``(stages, layers)``.
+    """
+
+    begins: Int[np.ndarray, " stages"]
+    frozen: Bool[np.ndarray, "stages layers"]
+
+    def at(self, step: int) -> Bool[np.ndarray, " layers"]:
+        """Which layers are frozen after a step; of stages that begin together, those of the last."""
+        stage = int(np.searchsorted(self.begins, step, side="right")) - 1
+        return self.frozen[stage] if stage >= 0 else np.zeros_like(self.frozen[0])
 
 
 def static_prefix(
@@ -35,11 +57,14 @@ def static_prefix(
 
     In a stage ``(at, share)``, from the share ``at`` of training on, the longest prefix is frozen whose part in the
     network's cost is at most ``share``. Kept layers inside the prefix are passed over. ``[(0.0, 0.5)]`` is the front
-    half from the start; ``[(0.0, 0.5), (0.5, 1.0)]`` from half time on also the rest, but for the head.
+    half from the start; ``[(0.0, 0.5), (0.5, 1.0)]`` from half time on also the rest, but for the head. Where the share
+    falls, layers train again: ``[(0.0, 0.5), (0.4, 0.0)]`` lets the front half wait until what is behind it has come
+    close, as gradual unfreezing (Howard and Ruder 2018, arXiv 1801.06146) and linear probing before fine-tuning (Kumar
+    et al. 2022, arXiv 2202.10054) do.
 
     Args:
-        stages: Moments, as shares of the run, with the share of the network's cost that is frozen from each on; neither
-            may fall. A moment of 0 is before the first step with :meth:`smartfrz_jax.Freezer.start`, else after it.
+        stages: Moments, as shares of the run, with the share of the network's cost that is frozen from each on; moments
+            may not fall. A moment of 0 is before the first step with :meth:`smartfrz_jax.Freezer.start`, else after it.
         total_steps: Train steps of the run.
         costs: Cost of each layer in any unit, by layer name; ``None`` makes all equal.
         keep: Layers never to freeze: names, globs, regular expressions, predicates or NNX filters (see
@@ -65,14 +90,22 @@ def static_prefix(
     costs = numbers_of(costs)
     keep = kept(keep)
 
-    def freeze_at(layers: Layers) -> np.ndarray:
+    begins = np.array([np.ceil(at * total_steps - _ROUNDING) for at, _ in stages], np.int32)
+
+    def init(layers: Layers, params: PyTree) -> StagesState:
+        check_layers(layers)
         may_freeze = freezable(layers, keep)
         prefix_share = np.cumsum(np.where(may_freeze, shares_of_cost(layers, costs), 0.0))
-        moments = np.full(len(layers), NEVER, np.float64)
-        for at, share in reversed(stages):
-            fits = may_freeze & (prefix_share <= share + _ROUNDING)
-            moments[fits] = np.ceil(at * total_steps - _ROUNDING)
-        return moments
+        return StagesState(begins, np.stack([may_freeze & (prefix_share <= share + _ROUNDING) for _, share in stages]))
+
+    def update(
+        state: StagesState, layers: Layers, *, step: int, params: Callable[[], PyTree], **signals: Any
+    ) -> tuple[frozenset[str], StagesState]:
+        check_update(state, StagesState, layers, step)
+        return names_of(layers, state.at(step)), state
+
+    def start(state: StagesState, layers: Layers) -> frozenset[str]:
+        return names_of(layers, state.at(0))
 
     options = {
         "name": "static_prefix",
@@ -81,7 +114,7 @@ def static_prefix(
         "costs": costs,
         "keep": described(keep),
     }
-    return scheduled(freeze_at, options)
+    return Policy(init, update, options=options, start=start)
 
 
 def _checked(stages: Sequence[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
@@ -97,8 +130,6 @@ def _checked(stages: Sequence[tuple[float, float]]) -> tuple[tuple[float, float]
     for at, share in pairs:
         checks.fraction(at, "stages: moment")
         checks.fraction(share, "stages: share of the cost")
-    if any(later < earlier for a, b in itertools.pairwise(pairs) for earlier, later in zip(a, b, strict=True)):
-        raise ValueError(
-            f"stages: got {stages}, expected moments and shares of the cost that do not fall; what is frozen stays so"
-        )
+    if any(later < earlier for (earlier, _), (later, _) in itertools.pairwise(pairs)):
+        raise ValueError(f"stages: got {stages}, expected moments that do not fall; put the stages in order")
     return pairs
