@@ -4,7 +4,7 @@
 
 Every finished run is a line of ``results.jsonl``, and is not run again. First the learning rate of a case is chosen on
 held-out training examples, then ``never`` runs with every policy watching, and then these run from where they leave
-it. Programs are compiled anew in every run, as that is part of what it takes.
+it. A rehearsal runs behind the first ones. Programs are compiled anew in every run, as that is part of what it takes.
 """
 
 from __future__ import annotations
@@ -25,17 +25,17 @@ import jax
 from research import json_lines
 from research.long_runs.bench import Bench
 from research.long_runs.cases import CASES, tuned_as
-from research.long_runs.run import Job, Runner, strategy_of
+from research.long_runs.rehearsal import PLAN, rehearse
+from research.long_runs.run import REHEARSAL, Job, Runner, strategy_of
 from research.long_runs.strategies import FIRST, STRATEGIES
 from train.command_line import local_path
 
+NAMES = (*list(STRATEGIES)[:FIRST], REHEARSAL, *list(STRATEGIES)[FIRST:])
 RESULTS = Path(__file__).parent / "results.jsonl"
 Row = Mapping[str, Any]
 
 
-def jobs(
-    rows: Sequence[Row], cases: Sequence[str], seeds: int, strategies: Sequence[str] = tuple(STRATEGIES)
-) -> Iterator[Job]:
+def jobs(rows: Sequence[Row], cases: Sequence[str], seeds: int, strategies: Sequence[str] = NAMES) -> Iterator[Job]:
     """What is missing, most valuable first: the first strategies seed by seed and case by case, then the others."""
     done = _done(rows)
     every = list(strategies)
@@ -46,7 +46,7 @@ def jobs(
             return  # the rest depends on what comes out
         finished = [other for other in range(seeds) if other != seed and (case, "never", other) in done]
         for name in names:
-            strategy = STRATEGIES[name]
+            strategy = STRATEGIES[PLAN.rehearsed if name == REHEARSAL else name]
             if (case, name, seed) not in done and (finished or not strategy.reference):  # else nothing to compare with
                 yield Job(case, name, seed, best_rate(rows, case) * strategy.rate)
 
@@ -80,23 +80,27 @@ def work(args: argparse.Namespace) -> None:
             benches = {job.case: _bench(args, job.case)}  # one at a time: each holds its data
         bench = benches[job.case]
         begin = time.perf_counter()
-        runner = Runner(bench, job, strategy_of(bench, job), state=args.state, deadline=deadline, say=_say)
-        if job.name == "never":
-            runner.watch(
-                {
-                    n: s
-                    for n, s in STRATEGIES.items()
-                    if n in args.strategies and (job.case, n, job.seed) not in _done(rows)
-                }
-            )
-        _say(f"{job.key}: {runner.total_steps} steps")
-        if not runner.run():
+        if job.name == REHEARSAL:
+            json_lines.append(args.results, rehearse(bench, job, state=args.state) | provenance())
+        elif not _run(args, bench, job, _done(rows), deadline):
             return
-        row = {**runner.result(), **provenance()}
-        for one in (row, *runner.rows_of_followers(row)):
-            json_lines.append(args.results, one)
-        runner.clean_up()
         _say(f"{job.key}: done in {(time.perf_counter() - begin) / 60:.1f} min here")
+
+
+def _run(args: argparse.Namespace, bench: Bench, job: Job, done: set[tuple[str, str, int]], deadline: float) -> bool:
+    """Runs a strategy, and writes what came out; whether there was time."""
+    runner = Runner(bench, job, strategy_of(bench, job), state=args.state, deadline=deadline, say=_say)
+    if job.name == "never":
+        missing = [name for name in args.strategies if (job.case, name, job.seed) not in done]
+        runner.watch({name: STRATEGIES[name] for name in missing if name in STRATEGIES})
+    _say(f"{job.key}: {runner.total_steps} steps")
+    if not runner.run():
+        return False
+    row = runner.result() | provenance()
+    for one in (row, *runner.rows_of_followers(row)):
+        json_lines.append(args.results, one)
+    runner.clean_up()
+    return True
 
 
 def _done(rows: Sequence[Row]) -> set[tuple[str, str, int]]:
@@ -129,8 +133,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--results", type=local_path, default=RESULTS, help="finished runs (default: %(default)s)")
     parser.add_argument("--minutes", type=float, default=60.0, help="after which it stops (default: %(default)s)")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES), help="default: all")
-    names = list(STRATEGIES)
-    parser.add_argument("--strategies", nargs="+", default=names, choices=names, help="default: all")
+    parser.add_argument("--strategies", nargs="+", default=NAMES, choices=NAMES, help="default: all")
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
     work(parser.parse_args(argv))
     return 0

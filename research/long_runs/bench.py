@@ -28,11 +28,12 @@ from train.optimizers import directions
 from train.policies import forward_flops
 
 _PROBE = 128  # examples on which contributions are measured and layers' outputs compared
-_HELD_OUT = 0.1  # share of the training examples on which learning rates are chosen: the last ones
+_HELD_OUT = 0.1  # share of the training examples on which learning rates and policies are chosen: the last ones
 _EVALUATION_BATCH = 250
 # Bytes for the activations of a frozen set; while they move to the next, both are there. A front that needs more, such
 # as the first convolution, goes on without until more is frozen.
 _ROOM = 6 * 2**30
+_EPOCHS_OF_A_VIEW = 3  # at least, as they are what pays for its activations
 _OTHER_ORDER = 10_000  # added to the seed of the batches on which gradients are measured
 
 
@@ -67,6 +68,11 @@ class Bench:
         self.account = sfj.nnx.account(model, self.layers, loss_fn, first.inputs, first.labels, tx=tx)
         self.metrics = metrics_of(case.data)
 
+    def config(self) -> dict[str, Any]:
+        """What rows of results say of the case."""
+        names = ("data", "weights", "batch_size", "optimizer", "weight_decay", "augment", "tokens")
+        return {"size": self.case.architecture.size} | {name: getattr(self.case, name) for name in names}
+
     def model(self, seed: int) -> nnx.Module:
         """The network before the first step, with a fresh head, in training mode."""
         case = self.case
@@ -80,11 +86,11 @@ class Bench:
         return model
 
     def training_set(self, *, tuning: bool, apart: float = 0.0) -> Arrays:
-        """The examples to train on: all but those held out where a learning rate is chosen, or the share ``apart``."""
+        """The examples to train on: all but those held out where something is chosen, or the share ``apart``."""
         return self._divided(_HELD_OUT if tuning else apart)[0]
 
     def held_out(self, *, tuning: bool) -> Arrays:
-        """The examples to judge by: the test set, or training examples where a learning rate is chosen."""
+        """The examples to judge by: the test set, or training examples where something is chosen."""
         return self._divided(_HELD_OUT)[1] if tuning else self.data.held_out
 
     def _divided(self, share: float) -> tuple[Arrays, Arrays]:
@@ -150,7 +156,8 @@ class Bench:
         return Feed(batches, len(examples) // self.case.batch_size, self._views(strategy))
 
     def _views(self, strategy: Strategy) -> int:
-        return strategy.views if self.case.augment else min(strategy.views, 1)
+        most = max(1, round(self.case.epochs) // _EPOCHS_OF_A_VIEW) if self.case.augment else 1
+        return min(strategy.views, most)
 
     def step(
         self, strategy: Strategy, steps: int, rate: float

@@ -18,6 +18,8 @@ from research import json_lines
 from research.long_runs.__main__ import RESULTS, best_rate, figure_of, tried
 from research.long_runs.cases import CASES
 from research.long_runs.labels import label
+from research.long_runs.rehearsal import PLAN, going_by, is_ready
+from research.long_runs.run import REHEARSAL
 from research.long_runs.strategies import CACHED, KEPT, STRATEGIES
 from train.command_line import local_path
 from train.log import write_whole
@@ -41,9 +43,9 @@ Fine-tunings of whole data sets. Every strategy is paired with `never` (full tra
 *time* are shares of those of `never`; time has the steps, the policy and the waiting for programs in it. *Processor*
 is the processor's time for the steps, which other work on the machine does not change. A run whose steps took over
 1.3 times as long stood still for such work, and its time is left out. *Difference* is the mean over seeds with its
-standard error. Strategies named `,cached` keep the activations of the frozen front, of three fixed views of every
-augmented image; computing them is counted. `python -m research.long_runs.report` writes this page from
-`results.jsonl`.
+standard error. Strategies named `,cached` keep the activations of the frozen front, of up to three fixed views of
+every augmented image; computing them is counted. `rehearsal` is the strategy that a rehearsal leads to, its price
+added. `python -m research.long_runs.report` writes this page from `results.jsonl`.
 """
 
 
@@ -77,8 +79,9 @@ def lines(results: Iterable[Result], case: str) -> list[Line]:
     """The strategies of a case, the most expensive first."""
     by_strategy: dict[str, dict[int, Result]] = {}
     for row in results:
-        if row["case"] == case and row["strategy"] in STRATEGIES:
+        if row["case"] == case and row["strategy"] in (*STRATEGIES, REHEARSAL):
             by_strategy.setdefault(row["strategy"], {})[row["seed"]] = row
+    by_strategy |= going_by(by_strategy.pop(REHEARSAL, {}), by_strategy)
     never = by_strategy.get("never", {})
     found = [_line(name, runs, never) for name, runs in by_strategy.items() if runs.keys() & never.keys()]
     return sorted(found, key=lambda line: (-line.flops, line.strategy))
@@ -116,7 +119,8 @@ def page(results: Sequence[Result]) -> str:
     """The whole page."""
     parts = [_HEAD]
     for case, setup in CASES.items():
-        rows = [row for row in results if row["case"] == case]
+        of_case = [row for row in results if row["case"] == case]
+        rows = [row for row in of_case if row["strategy"] != REHEARSAL]
         if not rows:
             continue
         runs = tried(results, case)
@@ -130,11 +134,24 @@ def page(results: Sequence[Result]) -> str:
             text += f"\n\nLearning rates on held-out training examples, in {setup.tuning_epochs} epochs: {rates}."
         if {row["rate"] for row in runs} >= set(setup.rates):
             text += f" Taken: {best_rate(results, case):g}."
-        found = lines(rows, case)
+        if rehearsals := [row for row in of_case if row["strategy"] == REHEARSAL]:
+            text += f"\n\n{_rehearsed(rehearsals)}"
+        found = lines(of_case, case)
         parts.append(f"{text}\n\n{_table(found)}\n\n{_provenance(rows)}\n" if found else f"{text}\n")
     if text := moments(results):
         parts.append(text)
     return "\n".join(parts)
+
+
+def _rehearsed(rows: Sequence[Result]) -> str:
+    """What rehearsals of a case told, in a sentence."""
+    ready, steps = sum(map(is_ready, rows)), rows[0]["steps"]
+    harms = [row["rehearsal"]["harms"][PLAN.rehearsed][0] for row in rows]
+    told = ", ".join("nothing learned" if harm is None else f"{100 * harm:+.1f} %" for harm in harms)
+    return (
+        f"Rehearsals of {steps} steps: `{PLAN.rehearsed}` is harmless with {ready} of {len(rows)} seeds (harm: {told});"
+        f" there `{PLAN.ready}` follows, elsewhere `{PLAN.otherwise}`."
+    )
 
 
 _MOMENTS = """\
@@ -234,7 +251,7 @@ def picture(found: Sequence[Line], path: Path, title: str) -> None:
 
 
 def _colour(strategy: str) -> str:
-    kinds = list(dict.fromkeys(map(_kind, STRATEGIES)))
+    kinds = list(dict.fromkeys(map(_kind, (*STRATEGIES, REHEARSAL))))
     return _COLOURS[kinds.index(_kind(strategy)) % len(_COLOURS)]
 
 

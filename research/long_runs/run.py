@@ -21,6 +21,7 @@ from research.long_runs.tally import Clock, Tally
 
 LEAD = 20  # steps from a decision to its effect, as of train.finetune
 MIN_SAVING = 0.05
+REHEARSAL = "rehearsal"
 
 
 class Job(NamedTuple):
@@ -28,7 +29,7 @@ class Job(NamedTuple):
 
     Attributes:
         case: Name of the case.
-        name: Name of the strategy; ``tune`` where a learning rate is tried.
+        name: Name of the strategy; ``tune`` where a learning rate is tried, ``rehearsal`` where a strategy is.
         seed: Of the head, the order of examples, augmentation and the policy.
         rate: Learning rate.
     """
@@ -42,6 +43,11 @@ class Job(NamedTuple):
     def key(self) -> str:
         """A name for files."""
         return f"{self.case}-{self.name}-{self.seed}" + (f"-{self.rate:g}" if self.name == "tune" else "")
+
+    @property
+    def tuning(self) -> bool:
+        """Whether it holds training examples out, and is judged by them."""
+        return self.name in ("tune", REHEARSAL)
 
 
 class Shadow:
@@ -78,6 +84,7 @@ class Runner:
         save_every: Seconds between checkpoints.
         deadline: Time, as of ``time.monotonic``, at which to stop.
         say: Prints.
+        lead: Steps from a decision to its effect.
     """
 
     def __init__(
@@ -90,11 +97,12 @@ class Runner:
         save_every: float = 300.0,
         deadline: float = float("inf"),
         say: Callable[[str], object] = print,
+        lead: int = LEAD,
     ):
         self.bench, self.job, self.strategy = bench, job, strategy
         self._state, self._save_every, self._deadline, self._say = state, save_every, deadline, say
         self._folder = state / job.key
-        self.tuning = job.name == "tune"
+        self.tuning = job.tuning
         self.total_steps, self._epoch = bench.epochs_to_steps(
             strategy.length * bench.case.epochs, tuning=self.tuning, apart=strategy.apart
         )
@@ -110,7 +118,7 @@ class Runner:
             policy,
             features=bench.features,
             train_step=self._step,
-            lead=LEAD,
+            lead=lead,
             min_saving=MIN_SAVING,
         )
         self._feed = bench.feed(strategy, job.seed, tuning=self.tuning)
@@ -278,11 +286,6 @@ class Runner:
             for name in shadow.names
         ]
 
-    def _config(self) -> dict[str, Any]:
-        case = self.bench.case
-        names = ("data", "weights", "batch_size", "optimizer", "weight_decay", "augment", "tokens")
-        return {"size": case.architecture.size} | {name: getattr(case, name) for name in names}
-
     def clean_up(self) -> None:
         """Removes what was needed to go on."""
         shutil.rmtree(self._folder, ignore_errors=True)
@@ -300,7 +303,7 @@ class Runner:
             "strategy": self.job.name,
             "seed": self.job.seed,
             "rate": self.job.rate,
-            "config": self._config(),
+            "config": self.bench.config(),
             "epochs": self.total_steps / self._epoch,
             **figures,
             **fields,

@@ -12,7 +12,7 @@ from smartfrz_jax.predictor.predictor import Pretrained
 
 KEPT = ",kept"  # ends the name of a strategy that is another one, but for the moments with which layers return
 CACHED = ",cached"  # ends the name of one that keeps the activations of its frozen front
-_VIEWS = 3  # of ten epochs
+_VIEWS = 3
 _APART = 0.05  # share of the training examples on which gain is measured, where they are held out
 
 
@@ -53,8 +53,8 @@ class Strategy(NamedTuple):
         apart: Share of the training examples that no step sees, the last ones: gradients are measured on them.
         returning: What the optimizer starts from for layers that train again.
         turns: Whether layers take turns, most of them frozen from the beginning.
-        views: Augmented views of each example, of which the activations of the frozen front are kept; one where
-            nothing is augmented. 0 keeps none, and augments anew in every epoch.
+        views: Augmented views of each example, of which the activations of the frozen front are kept, at most: fewer
+            in short runs, one where nothing is augmented. 0 keeps none, and augments anew in every epoch.
     """
 
     policy: Callable[[Situation], sfj.Policy]

@@ -10,13 +10,13 @@ from flax import nnx
 
 import smartfrz_jax as sfj
 from research import json_lines
-from research.long_runs.__main__ import RESULTS, best_rate, jobs
+from research.long_runs.__main__ import NAMES, RESULTS, best_rate, jobs
 from research.long_runs.bench import Bench
 from research.long_runs.cases import CASES, Case, tuned_as
 from research.long_runs.labels import label
 from research.long_runs.report import lines, moments, page
-from research.long_runs.run import LEAD, Job, Runner
-from research.long_runs.strategies import STRATEGIES, Strategy
+from research.long_runs.run import LEAD, REHEARSAL, Job, Runner
+from research.long_runs.strategies import FIRST, STRATEGIES, Strategy
 from research.recordings.architectures import ARCHITECTURES
 
 pytestmark = pytest.mark.usefixtures("jax_defaults")
@@ -162,7 +162,8 @@ def test_the_rate_is_chosen_first_then_seed_by_seed():
     wanted = list(jobs(rows, [case], 2))
     assert wanted[0] == Job(case, "never", 0, tune[1])
     names = [job.name for job in wanted if job.seed == 0]
-    assert names == [name for name in STRATEGIES if not STRATEGIES[name].reference]  # with nothing to refer to
+    assert names == [name for name in NAMES if not (name in STRATEGIES and STRATEGIES[name].reference)]  # with none yet
+    assert names[FIRST] == REHEARSAL
     assert {job.rate for job in wanted if job.name == "shorter:0.5,2"} == {2 * tune[1]}
     rows.append({"case": case, "strategy": "never", "seed": 1, "rate": tune[1], "accuracy": 1})
     assert Job(case, "similarity_guided", 0, tune[1]) in list(jobs(rows, [case], 2))
@@ -183,7 +184,7 @@ def test_runs_of_other_lengths_share_the_rates_that_were_tried():
 def test_results_are_rows_of_known_cases_and_strategies():
     rows = json_lines.read(RESULTS, dict)
     assert {row["case"] for row in rows} <= CASES.keys()
-    assert {row["strategy"] for row in rows} <= {*STRATEGIES, "tune"}
+    assert {row["strategy"] for row in rows} <= {*STRATEGIES, REHEARSAL, "tune"}
 
 
 def _row(strategy, seed, **fields):

@@ -1,26 +1,21 @@
 """Long runs that keep the activations of their frozen front: the results of runs that do not, for fewer FLOPs."""
 
-from functools import partial
-
 import jax
 import numpy as np
 import pytest
 from flax import nnx
 
 import smartfrz_jax as sfj
-from models.resnet import BasicBlock, ResNet
 from research.long_runs import bench as benches
-from research.long_runs.bench import Bench
-from research.long_runs.cases import Case
 from research.long_runs.run import LEAD, Job, Runner
 from research.long_runs.strategies import CACHED, FIRST, STRATEGIES, Strategy
-from research.recordings.architectures import Architecture
+from tests.research.tiny_bench import BATCH, EPOCHS, EXAMPLES, tiny_bench
 
 pytestmark = pytest.mark.usefixtures("jax_defaults")
 
 _NAME = f"static{CACHED}"
-_EXAMPLES, _BATCH, _EPOCHS, _VIEWS = 96, 32, 20, 3
-_STEPS = _EPOCHS * _EXAMPLES // _BATCH
+_VIEWS = 3
+_STEPS = EPOCHS * EXAMPLES // BATCH
 _STOPPED = 37  # when some activations are kept, others not yet
 _STRATEGY = Strategy(
     lambda s: sfj.static_prefix([(0.0, 0.4), (0.4, 0.7)], total_steps=s.total_steps, costs=s.costs), views=_VIEWS
@@ -39,12 +34,7 @@ class Stopping(Runner):
 
 @pytest.fixture(scope="module")
 def bench(tmp_path_factory):
-    architecture = Architecture(partial(ResNet, (1, 1), (4, 8), BasicBlock, stem="cifar"), 8, (32,), (), {})
-    case = Case(architecture, "fashion_mnist", None, _EPOCHS, _BATCH, "sgd", (0.05,), 1, 5e-4, augment=True)
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
-        made = Bench("tiny", case, state=tmp_path_factory.mktemp("state"), data_dir=None, weights_dir=None)
-    made.data = made.data._replace(train=made.data.train[:_EXAMPLES], held_out=made.data.held_out[:100])
-    return made
+    return tiny_bench(tmp_path_factory.mktemp("state"))
 
 
 def _runner(bench, name, strategy, folder, make=Runner):
@@ -85,7 +75,7 @@ def test_losses_are_those_of_the_same_batches_without_activations(bench, alone, 
     assert flops[:first] == plain_flops[:first]
     assert row["stored_bytes"] > 0 == plain["stored_bytes"]
     # Three epochs compute what the later ones look up, also of the next set.
-    per_view = _EXAMPLES // _BATCH
+    per_view = EXAMPLES // BATCH
     known = first + (_VIEWS + 1) * per_view
     assert known < second
     for step in (*range(first + per_view, first + _VIEWS * per_view), second):
@@ -111,7 +101,7 @@ def test_a_branch_that_is_interrupted_is_the_run_from_the_start(bench, alone, tm
 
 def test_an_epoch_has_one_view_of_every_example_once_something_is_frozen(bench):
     feed, plain = (bench.feed(_STRATEGY._replace(views=views), 1, tuning=False) for views in (_VIEWS, 0))
-    per_epoch = _EXAMPLES // _BATCH
+    per_epoch = EXAMPLES // BATCH
     assert [feed.view(step) for step in range(0, 5 * per_epoch, per_epoch)] == [0, 1, 2, 0, 1]
     for step in (0, 4):
         (_, *fresh), options = feed(step, frozen=False)
@@ -122,14 +112,15 @@ def test_an_epoch_has_one_view_of_every_example_once_something_is_frozen(bench):
         (indices, (images,), _), options = feed(step, frozen=True)
         for index, image in zip(indices, images, strict=True):
             looks.setdefault((index, options["view"]), set()).add(image.tobytes())
-    assert len(looks) == _EXAMPLES * _VIEWS
+    assert len(looks) == EXAMPLES * _VIEWS
     assert all(len(images) == 1 for images in looks.values())
 
 
-def test_where_nothing_is_augmented_one_view_is_enough(bench, monkeypatch):
-    monkeypatch.setattr(bench, "case", bench.case._replace(augment=False))
-    feed = bench.feed(_STRATEGY, 1, tuning=False)
-    assert [feed(step, frozen=True)[1] for step in (0, 30)] == [{"view": 0}] * 2
+def test_short_runs_and_those_without_augmentation_have_one_view(bench, monkeypatch):
+    for case in (bench.case._replace(augment=False), bench.case._replace(epochs=3)):
+        monkeypatch.setattr(bench, "case", case)
+        feed = bench.feed(_STRATEGY, 1, tuning=False)
+        assert [feed(step, frozen=True)[1] for step in (0, 30)] == [{"view": 0}] * 2
 
 
 def test_strategies_with_activations_are_the_others_behind_the_first():
