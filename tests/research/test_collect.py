@@ -22,6 +22,7 @@ from research.recordings.record import prepare, record
 from research.recordings.sets import Arrays, Batches
 from smartfrz_jax.learning import recording_files
 from tests.learning.test_recording import example
+from tests.research.small_recording import HELD_OUT
 
 TINY = next(run for run in runs() if run.name == "resnet8-fashion_mnist-scratch-0")
 
@@ -73,6 +74,7 @@ def recorded_run(tmp_path_factory):
     prepare_once = functools.cache(prepare)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(recording_of_a_run, "prepare", prepare_once)
+        patch.setattr(recording_of_a_run, "_HELD_OUT", HELD_OUT)
         with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
             return run, record(run, folder, folder, None, print), folder, prepare_once
 
@@ -155,17 +157,25 @@ def test_a_killed_collection_goes_on_where_it_was(tmp_path, capfd, monkeypatch):
     names = ["vgg9-fashion_mnist-scratch-0", "resnet8-fashion_mnist-scratch-0"]
     arguments = ["--only", "[rv]*[89]-fashion_mnist-scratch-0", "--steps", "4", "--data-dir", str(tmp_path)]
     arguments += ["--out", str(tmp_path / "out"), "--jobs", "2"]
-    started = subprocess.Popen(
+    killed = subprocess.Popen(
         [sys.executable, "-m", "research.recordings", names[0], *arguments[2:-2]],
         cwd=Path(collect.__file__).resolve().parents[2],
     )
     with pytest.raises(subprocess.TimeoutExpired):
-        started.wait(3)
-    started.kill()
-    started.wait()
+        killed.wait(3)
+    killed.kill()
+    killed.wait()
     assert not list((tmp_path / "out").glob("*.npz"))
+    in_process, started = subprocess.run, []
+
+    def with_few_examples(command, **options):
+        started.append(command[:3])
+        return in_process([*command[:2], "tests.research.small_recording", *command[3:]], **options)
+
+    monkeypatch.setattr(collect.subprocess, "run", with_few_examples)
     one = ["--only", names[0], *arguments[2:]]
     assert collect.main(one) == 0
+    assert started == [[sys.executable, "-m", "research.recordings"]]
     assert "1 runs, 0 of them" in capfd.readouterr().out
     (recorded,) = recording_files.load(tmp_path / "out")
     assert recorded.total_steps == 4
