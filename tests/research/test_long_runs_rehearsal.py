@@ -1,8 +1,12 @@
 """A rehearsal before a long run: what it trains on, what it costs, and what goes by it."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 
+from research import json_lines
+from research.long_runs import __main__ as queue
 from research.long_runs import rehearsal
 from research.long_runs.__main__ import jobs
 from research.long_runs.cases import CASES
@@ -125,3 +129,41 @@ def test_a_rehearsal_runs_once_at_the_rate_of_never():
     assert job == Job(_CASE, REHEARSAL, 0, max(CASES[_CASE].rates))
     assert job.tuning
     assert list(jobs([*rows, _rehearsal(0, None)], [_CASE], 1, [REHEARSAL])) == []
+
+
+def test_the_queue_runs_what_is_missing_once(tmp_path, monkeypatch):
+    watched, left = [], []
+
+    class Fake:
+        total_steps = 1
+
+        def __init__(self, bench, job, strategy, **options):
+            self._row = {"case": job.case, "strategy": job.name, "seed": job.seed, "rate": job.rate, "accuracy": 0.5}
+
+        def watch(self, strategies):
+            watched.append(list(strategies))
+
+        def run(self):
+            return True
+
+        def result(self):
+            return self._row
+
+        def rows_of_followers(self, row):
+            return [row | {"strategy": "gain:0.5"}] if row["strategy"] == "never" else []
+
+        def clean_up(self):
+            left.append(len(json_lines.read(results, dict)))
+
+    results = tmp_path / "results.jsonl"
+    monkeypatch.setattr(queue, "Runner", Fake)
+    monkeypatch.setattr(queue, "_bench", lambda args, case: SimpleNamespace(case=CASES[case]))
+    monkeypatch.setattr(queue, "rehearse", lambda bench, job, state: _rehearsal(job.seed, None))
+    wanted = ["never", "gain:0.5", REHEARSAL, "progress,cached"]
+    args = ["--data-dir", tmp_path, "--state", tmp_path, "--results", results, "--seeds", 1, "--cases", _CASE]
+    for _ in range(2):
+        assert queue.main([*map(str, args), "--strategies", *wanted]) == 0
+    rates = len(CASES[_CASE].rates)
+    assert [row["strategy"] for row in json_lines.read(results, dict)] == ["tune"] * rates + wanted
+    assert watched == [["never", "gain:0.5", "progress,cached"]]
+    assert left == [*range(1, rates + 1), rates + 2, rates + 4]  # cleaned up when all is written
