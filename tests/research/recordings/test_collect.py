@@ -22,7 +22,7 @@ from research.recordings.record import prepare, record
 from research.recordings.sets import Arrays, Batches
 from smartfrz_jax.learning import recording_files
 from tests.learning.test_recording import example
-from tests.research.small_recording import HELD_OUT
+from tests.research.recordings.small_recording import HELD_OUT
 
 TINY = next(run for run in runs() if run.name == "resnet8-fashion_mnist-scratch-0")
 
@@ -170,7 +170,7 @@ def test_a_killed_collection_goes_on_where_it_was(tmp_path, capfd, monkeypatch):
 
     def with_few_examples(command, **options):
         started.append(command[:3])
-        return in_process([*command[:2], "tests.research.small_recording", *command[3:]], **options)
+        return in_process([*command[:2], "tests.research.recordings.small_recording", *command[3:]], **options)
 
     monkeypatch.setattr(collect.subprocess, "run", with_few_examples)
     one = ["--only", names[0], *arguments[2:]]
