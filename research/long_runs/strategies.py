@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -52,7 +53,7 @@ class Strategy(NamedTuple):
         reference: Whether it needs a network trained to the end.
         apart: Share of the training examples that no step sees, the last ones: gradients are measured on them.
         returning: What the optimizer starts from for layers that train again.
-        turns: Whether layers take turns, most of them frozen from the beginning.
+        turns: Whether layers are frozen before the first step that train later.
         views: Augmented views of each example, of which the activations of the frozen front are kept, at most: fewer
             in short runs, one where nothing is augmented. 0 keeps none, and augments anew in every epoch.
     """
@@ -74,7 +75,8 @@ class Strategy(NamedTuple):
 
 
 def _static(*stages: tuple[float, float]) -> Strategy:
-    return Strategy(lambda s: sfj.static_prefix(stages, total_steps=s.total_steps, costs=s.costs))
+    falls = any(later < earlier for (_, earlier), (_, later) in itertools.pairwise(stages))
+    return Strategy(lambda s: sfj.static_prefix(stages, total_steps=s.total_steps, costs=s.costs), turns=falls)
 
 
 def _smartfrz(name: Pretrained, **options: Any) -> Strategy:
@@ -162,6 +164,9 @@ STRATEGIES: dict[str, Strategy] = {
         returning="kept",
     ),
     "static:half,all:0.4": _static((0.0, 0.5), (0.4, 1.0)),
+    "static:half,none:0.35": _static((0.0, 0.5), (0.35, 0.0)),
+    "static:half,none:0.35,half:0.75": _static((0.0, 0.5), (0.35, 0.0), (0.75, 0.5)),
+    "static:quarter": _static((0.0, 0.25)),
     "shorter:0.85": _never(0.85),
     "shorter:0.7": _never(0.7),
     "shorter:0.3": _never(0.3),
