@@ -164,6 +164,7 @@ def test_the_loop_moves_nothing_between_host_and_device_unasked(few_blocks, monk
 def test_a_run_killed_before_its_first_checkpoint_and_interrupted_goes_on_bit_for_bit(
     few_blocks, tmp_path, monkeypatch, capsys
 ):
+    monkeypatch.setattr(networks, "deit_tiny", partial(deit_tiny, dim=16, heads=2, depth=1, drop_path=0.2, dropout=0.1))
     arguments = [*few_blocks[:-2], "--train-split", "train[:40]", "--batch-size", "10", "--epochs", "2", "--policy",
                  "freezeout", "--t0", "0.3", "--lead", "1", "--min-saving", "0.2", "--log-every", "1",
                  "--keep-programs", str(tmp_path / "programs"), "--out"]  # fmt: skip
