@@ -31,6 +31,8 @@ CHANGED: dict[str, tuple[str, ...]] = {
     "hift": ("--switch-every", "6"),
     "slimfit": ("--switch-every", "6"),
     "grades": ("--threshold", "10", "--grace", "0.3"),
+    "simfreeze": ("--tolerance", "0.5"),
+    "relative_gradient_norm": ("--threshold", "0.9"),
 }
 
 

@@ -47,7 +47,11 @@ def examples_of(recordings: Sequence[Recording], setting: Setting) -> Examples:
 
 
 def fitted(setting: Setting, recordings: Sequence[Recording], *, seed: int = 0) -> sfj.Predictor:
-    """A predictor that has learned from recordings when CKA with a trained network settles."""
+    """A predictor that has learned from recordings when CKA with a trained network settles.
+
+    Both classes have the same weight: from scratch few layers settle, and a probability that is to be read as such
+    hardly ever reaches the 0.5 at which the paper's rule freezes.
+    """
     encoding = (
         PAPER
         if setting.weights == "raw"
@@ -56,7 +60,7 @@ def fitted(setting: Setting, recordings: Sequence[Recording], *, seed: int = 0) 
     kind = AveragingPredictor if setting.averaged else sfj.Predictor
     predictor = kind(sfj.predictor.PredictorConfig(size=setting.size, encoding=encoding), rngs=nnx.Rngs(seed))
     examples = examples_of(recordings, setting)
-    return sfj.learning.fit(predictor, examples, _SGD, held_out=None, class_weights=None, seed=seed).predictor
+    return sfj.learning.fit(predictor, examples, _SGD, held_out=None, seed=seed).predictor
 
 
 def judged(setting: Setting, predictor: sfj.Predictor, recordings: Sequence[Recording]) -> dict[str, float]:
