@@ -129,6 +129,11 @@ CASES = {
     "static_prefix": Case(
         lambda keep=None: policies.static_prefix([(0.25, 0.4), (0.5, 1.0)], total_steps=STEPS, keep=keep), {6, 12}
     ),
+    "static_prefix_at_first": Case(
+        lambda keep=None: policies.static_prefix([(0.0, 0.6), (0.25, 0.0), (0.5, 0.4)], total_steps=STEPS, keep=keep),
+        {1, 6, 12},
+        returns=True,
+    ),
     "gain": Case(lambda keep=None: gain_policy(keep), {step + 1 for step in every(4)}),
     "gain_returns": Case(
         lambda keep=None: gain_policy(keep, returns=True), {step + 1 for step in every(4)}, may_return=True
