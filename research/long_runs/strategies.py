@@ -164,7 +164,7 @@ STRATEGIES: dict[str, Strategy] = {
         returning="kept",
     ),
     "static:half,all:0.4": _static((0.0, 0.5), (0.4, 1.0)),
-    "static:half,none:0.35": _static((0.0, 0.5), (0.35, 0.0)),
+    **{f"static:half,none:{until}": _static((0.0, 0.5), (until, 0.0)) for until in (0.35, 0.6)},
     "static:half,none:0.35,half:0.75": _static((0.0, 0.5), (0.35, 0.0), (0.75, 0.5)),
     "static:quarter": _static((0.0, 0.25)),
     "shorter:0.85": _never(0.85),
