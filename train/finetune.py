@@ -31,7 +31,7 @@ from train.loop import AHEAD, Loop
 from train.networks import NetworkConfig, make_network
 from train.optimizers import make_optimizer
 from train.options import KeepActivations, Options, RunConfig, parse
-from train.policies import forward_flops, layer_rates, make_policy
+from train.policies import layer_rates, make_policy
 from train.prefetch import Prefetch
 from train.profile import profiled
 from train.recovery.checkpoints import make_checkpoints
@@ -149,7 +149,7 @@ def make_training(options: Options, data: Data, mesh: Mesh | None = None) -> Tra
         epochs=run.epochs,
         steps_per_epoch=data.steps_per_epoch,
         seed=run.seed,
-        costs=forward_flops(account),
+        costs=account.flops().forward_by_layer,
         reference=reference,
         probe=sfj.nnx.probe(model, loss_fn, example, first.labels),
     )

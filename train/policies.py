@@ -185,11 +185,6 @@ def _given(config: PolicyConfig, *same: str, **renamed: str) -> dict[str, Any]:
     return {argument: value for argument, value in values.items() if value is not None}
 
 
-def forward_flops(account: sfj.Account) -> dict[str, float]:
-    """What a policy with a budget counts as a layer's cost: forward FLOPs of every layer."""
-    return {layer: parts.forward for layer, parts in account.flops().by_layer.items() if layer}
-
-
 def layer_rates(
     config: PolicyConfig, layers: sfj.Layers, *, learning_rate: float, total_steps: int
 ) -> optax.GradientTransformation | None:

@@ -25,7 +25,6 @@ from research.trials.classification import loss_fn
 from train.data.metrics import confusion, metrics_of
 from train.loop import make_step
 from train.optimizers import directions
-from train.policies import forward_flops
 
 _PROBE = 128  # examples on which contributions are measured and layers' outputs compared
 _HELD_OUT = 0.1  # share of the training examples on which learning rates and policies are chosen: the last ones
@@ -106,7 +105,7 @@ class Bench:
     @functools.cached_property
     def costs(self) -> dict[str, float]:
         """Forward FLOPs of every layer."""
-        return forward_flops(self.account)
+        return self.account.flops().forward_by_layer
 
     def situation(self, seed: int, steps: int, epoch: int, reference: Path | None, apart: float = 0.0) -> Situation:
         """What the policies of a run can be made from.

@@ -110,7 +110,11 @@ class Runner:
         tx, self._step = bench.step(strategy, self.total_steps, job.rate)
         policy = strategy.policy(self._situation(strategy))
         self.optimizer = sfj.nnx.Optimizer(
-            self.model, tx, layers=bench.layers, returning=strategy.returning, frozen=policy if strategy.turns else ()
+            self.model,
+            tx,
+            layers=bench.layers,
+            returning=strategy.returning,
+            frozen=policy if strategy.begins_frozen else (),
         )
         self.freezer = sfj.nnx.Freezer(
             self.model,
@@ -252,7 +256,7 @@ class Runner:
             nnx.update(self.optimizer, arrays["optimizer"])
             self.optimizer.freeze(self.model, self.freezer.frozen)
             self.tally = Tally.read(self._folder / "branch.json")
-        elif self.strategy.turns:
+        elif self.strategy.begins_frozen:
             self.freezer.start()
         if (self._folder / "branch.json").exists():
             self.branched_at = Tally.read(self._folder / "branch.json").steps

@@ -53,7 +53,7 @@ class Strategy(NamedTuple):
         reference: Whether it needs a network trained to the end.
         apart: Share of the training examples that no step sees, the last ones: gradients are measured on them.
         returning: What the optimizer starts from for layers that train again.
-        turns: Whether layers are frozen before the first step that train later.
+        begins_frozen: Whether layers are frozen before the first step that train later.
         views: Augmented views of each example, of which the activations of the frozen front are kept, at most: fewer
             in short runs, one where nothing is augmented. 0 keeps none, and augments anew in every epoch.
     """
@@ -65,18 +65,18 @@ class Strategy(NamedTuple):
     reference: bool = False
     apart: float = 0.0
     returning: Returning = "fresh"
-    turns: bool = False
+    begins_frozen: bool = False
     views: int = 0
 
     @property
     def follows_never(self) -> bool:
         """Whether it takes the very steps of ``never`` until something freezes."""
-        return self.freezeout is None and self.length == self.rate == 1.0 and not (self.apart or self.turns)
+        return self.freezeout is None and self.length == self.rate == 1.0 and not (self.apart or self.begins_frozen)
 
 
 def _static(*stages: tuple[float, float]) -> Strategy:
     falls = any(later < earlier for (_, earlier), (_, later) in itertools.pairwise(stages))
-    return Strategy(lambda s: sfj.static_prefix(stages, total_steps=s.total_steps, costs=s.costs), turns=falls)
+    return Strategy(lambda s: sfj.static_prefix(stages, total_steps=s.total_steps, costs=s.costs), begins_frozen=falls)
 
 
 def _smartfrz(name: Pretrained, **options: Any) -> Strategy:
@@ -108,14 +108,14 @@ def _never(length: float = 1.0, rate: float = 1.0) -> Strategy:
 
 
 def _badam(returning: Returning = "fresh") -> Strategy:
-    return Strategy(lambda s: sfj.policies.badam(_turn(s), seed=s.seed), returning=returning, turns=True)
+    return Strategy(lambda s: sfj.policies.badam(_turn(s), seed=s.seed), returning=returning, begins_frozen=True)
 
 
 def _lisa(returning: Returning = "fresh") -> Strategy:
     def policy(s: Situation) -> sfj.Policy:
         return sfj.policies.lisa(2, switch_every=_turn(s), rest="freeze", seed=s.seed)
 
-    return Strategy(policy, returning=returning, turns=True)
+    return Strategy(policy, returning=returning, begins_frozen=True)
 
 
 def _turn(situation: Situation) -> int:

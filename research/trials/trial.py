@@ -29,7 +29,6 @@ from smartfrz_jax.pytrees import paths
 from train.log import Log, Run
 from train.loop import Loop, make_step
 from train.optimizers import directions
-from train.policies import forward_flops
 
 # Examples on which layers' outputs are compared, and contributions measured; as in recordings.
 _PROBE = 128
@@ -194,7 +193,7 @@ class Bench:
 
     def costs(self) -> dict[str, float]:
         """Forward FLOPs of every layer."""
-        return forward_flops(self.account)
+        return self.account.flops().forward_by_layer
 
     def compute(self, frozen: list[tuple[int, list[str]]], total_steps: int) -> tuple[float, float]:
         """FLOPs of a run as a share of the full run's: as it is, and with the frozen front's activations kept.
@@ -202,7 +201,7 @@ class Bench:
         With augmentation both are the same: an example is another one in each epoch.
         """
         epoch = self.setup.examples // self.setup.batch_size
-        forward = {name: parts.forward for name, parts in self.account.flops().by_layer.items()}
+        forward = self.costs()
         full = self.account.flops().total * self.setup.steps
         total, kept, since = 0.0, 0.0, 0
         names: frozenset[str] = frozenset()

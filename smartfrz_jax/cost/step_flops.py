@@ -58,6 +58,11 @@ class StepFlops:
         """All operations."""
         return self.parts.total
 
+    @property
+    def forward_by_layer(self) -> dict[str, float]:
+        """Forward FLOPs of every layer by its name, such as for the ``costs`` of :func:`smartfrz_jax.static_prefix`."""
+        return {layer: parts.forward for layer, parts in self.by_layer.items() if layer}
+
     def __str__(self) -> str:
         head = "GFLOP".ljust(16) + "".join(field.replace("_", " ").rjust(22) for field in Parts._fields)
         rows = [(kind, parts) for kind, parts in (*self.by_kind.items(), ("all", self.parts)) if parts.total]

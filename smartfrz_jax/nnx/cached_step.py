@@ -255,6 +255,7 @@ class CachedStep:
             prepared = coming is not None and coming.frozen == optimizer.frozen
             self._cached = coming.step if coming and prepared else self._step_from(cache)
             self.cache = cache
+        # So that all of it adds what just passed, whatever steps came and went.
         self._waited += before + time.perf_counter() - start - self.wait_seconds
 
     def _rebuilt(self, model: nnx.Module, inputs: Sequence[Any]) -> PrefixCache | None:

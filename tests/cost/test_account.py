@@ -75,6 +75,8 @@ def test_layers_and_kinds_add_up():
         np.testing.assert_allclose(np.sum(list(split.values()), axis=0), step.parts)
     assert step.total == step.parts.total == step.parts.needed
     assert tuple(step.by_layer) == ("", *layers.names)
+    # With the sum of both branches, and with that of all outputs.
+    assert step.forward_by_layer == {"a": MATMUL, "b": MATMUL + N * WIDTH, "c": MATMUL + N * WIDTH - 1}
     assert step.by_layer["b"].weight_gradients == 0
     assert step.by_layer["b"].update == 0
     assert step.by_layer["a"].weight_gradients == MATMUL

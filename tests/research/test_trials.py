@@ -82,8 +82,7 @@ class Account:
 
     class Flops:
         def __init__(self, total, by_layer):
-            self.total = total
-            self.by_layer = {name: type("Parts", (), {"forward": cost}) for name, cost in by_layer.items()}
+            self.total, self.forward_by_layer = total, by_layer
 
     def flops(self, frozen=None):
         names = frozen.names if frozen is not None else ()
