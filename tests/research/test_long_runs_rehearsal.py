@@ -88,7 +88,7 @@ def test_a_rehearsal_costs_both_runs_and_three_evaluations(bench, tmp_path, monk
     assert row["decide_seconds"] == row["wait_seconds"] == 20
     forward = sum(bench.costs.values()) / bench.case.batch_size
     assert row["flops"] == pytest.approx(20 + 3 * 7 * forward)
-    assert 20 < row["train_seconds"] < 21
+    assert 20 < row["train_seconds"] < 30  # two runs, and the seconds that judging takes here
 
 
 def _row(strategy, seed, accuracy=0.9, **fields):
