@@ -35,11 +35,13 @@ RESULTS = Path(__file__).parent / "results.jsonl"
 Row = Mapping[str, Any]
 
 
-def jobs(rows: Sequence[Row], cases: Sequence[str], seeds: int, strategies: Sequence[str] = NAMES) -> Iterator[Job]:
+def jobs(
+    rows: Sequence[Row], cases: Sequence[str], seeds: int, strategies: Sequence[str] = NAMES, first: int = FIRST
+) -> Iterator[Job]:
     """What is missing, most valuable first: the first strategies seed by seed and case by case, then the others."""
     done = _done(rows)
     every = list(strategies)
-    for names, seed, case in product((every[:FIRST], every[FIRST:]), range(seeds), cases):
+    for names, seed, case in product((every[:first], every[first:]), range(seeds), cases):
         missing = sorted(set(CASES[case].rates) - {row["rate"] for row in tried(rows, case)})
         if missing:
             yield from (Job(tuned_as(case), "tune", 0, rate) for rate in missing)
@@ -73,7 +75,7 @@ def work(args: argparse.Namespace) -> None:
     benches: dict[str, Bench] = {}
     while time.monotonic() < deadline:
         rows = json_lines.read(args.results, dict)
-        job = next(jobs(rows, args.cases, args.seeds, args.strategies), None)
+        job = next(jobs(rows, args.cases, args.seeds, args.strategies, args.first), None)
         if job is None:
             return
         if job.case not in benches:
@@ -134,6 +136,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=60.0, help="after which it stops (default: %(default)s)")
     parser.add_argument("--cases", nargs="+", default=list(CASES), choices=list(CASES), help="default: all")
     parser.add_argument("--strategies", nargs="+", default=NAMES, choices=NAMES, help="default: all")
+    parser.add_argument(
+        "--first",
+        type=int,
+        default=FIRST,
+        help="strategies that run with all seeds before the others (default: %(default)s)",
+    )
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
     work(parser.parse_args(argv))
     return 0
