@@ -58,6 +58,17 @@ def test_figures_of_a_question_are_those_of_the_raw_tables(page):
     assert not [figure for figure in figures if figure not in known]
 
 
+def test_figures_of_the_front_page_are_those_of_the_pages_it_links():
+    readme = (ROOT / "README.md").read_text()
+    section = re.search(r"^## What is saved$(.*?)^## ", readme, flags=re.S | re.M)[1]
+    pages = [ROOT / link for link in set(re.findall(r"\]\((\S+\.md)\)", section))]
+    known = {figure for page in pages for figure in FIGURE.findall(page.read_text())}
+    rows = re.findall(r"^\| (.*) \|$", section, flags=re.M)
+    figures = [figure for row in rows for figure in FIGURE.findall(row.partition(" | ")[2])]
+    assert len(figures) >= 20
+    assert not [figure for figure in figures if figure not in known]
+
+
 def test_the_front_page_can_be_read_in_three_minutes():
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 150
