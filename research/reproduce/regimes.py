@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
-
-import numpy as np
 
 from research.json_lines import Row
 from research.long_runs.cases import CASES, Case
@@ -18,15 +17,16 @@ RAW = Path(__file__).parents[2] / "benchmarks" / "closed_loop" / "tables.md"
 _LOSS = 0.2  # points that may be lost
 _EPOCHS = (1, 3, 10)
 _LEVELS = ("none", "weak", "good", "strong")
+_NOTHING = ("-", "-", "-")  # saved, time, points
 
 _HEAD = f"""\
 # What can be saved, and in which regime
 
 For every case that was run: the policy that saves most of the compute among those that lose at most {_LOSS} points
-against `never` in the mean over seeds, and the same of shorter schedules. *Saved* is a share of the FLOPs of all steps.
-A standard error above {_LOSS} means that the case cannot tell. Sources: the [long runs](../long_runs/results.md), and
-the closed loop in `benchmarks/closed_loop/tables.md`, whose runs have few examples. `python -m research.reproduce`
-writes this page.
+against `never` in the mean over seeds, and the same of shorter schedules. *Saved* is a share of the FLOPs of all steps,
+*time* of the processor's time for them, which only the long runs have free of other work. A standard error above
+{_LOSS} means that the case cannot tell. Sources: the [long runs](../long_runs/results.md), and the closed loop in
+`benchmarks/closed_loop/tables.md`, whose runs have few examples. `python -m research.reproduce` writes this page.
 """
 
 
@@ -38,12 +38,14 @@ class Point(NamedTuple):
         compute: Share of the FLOPs of ``never``.
         loss: Difference to ``never``, in points.
         error: Standard error of that; NaN with one seed.
+        time: Share of the processor's time of ``never``; NaN where that was not measured.
     """
 
     strategy: str
     compute: float
     loss: float
     error: float
+    time: float = math.nan
 
 
 class Regime(NamedTuple):
@@ -70,7 +72,7 @@ def regimes(long_runs: Sequence[Row]) -> list[Regime]:
     for name, case in CASES.items():
         level = _level(case)
         points = tuple(
-            Point(one.strategy, one.flops, one.difference, one.error)
+            Point(one.strategy, one.flops, one.difference, one.error, one.cpu)
             for one in lines(long_runs, name)
             if one.strategy != "never"
         )
@@ -118,11 +120,13 @@ def page(long_runs: Sequence[Row]) -> str:
     every = regimes(long_runs)
     rows = []
     for one in every:
-        cells = [
-            cell for shorter in (False, True) for cell in _cells(one.points, best(one.points, shorter=shorter), shorter)
-        ]
-        rows.append((one.level, one.case, one.examples, f"{one.epochs:.0f}", *cells))
-    head = ("pre-training", "case", "examples", "epochs", "policy", "saved", "points", "shorter", "saved", "points")
+        if one.points:
+            found = (best(one.points, shorter=False), best(one.points, shorter=True))
+            shorter = any(point.strategy.startswith("shorter") for point in one.points)
+            cells = (*_cells(found[0]), *(_cells(found[1]) if shorter else ("not run", *_NOTHING)))
+            rows.append((one.level, one.case, one.examples, f"{one.epochs:.0f}", *cells))
+    figures = ("saved", "time", "points")
+    head = ("pre-training", "case", "examples", "epochs", "policy", *figures, "shorter", *figures)
     grid = [(level, *(_runs(every, level, epochs) for epochs in _EPOCHS)) for level in _LEVELS]
     wanted = ("pre-training", *(f"epochs: {epochs}" for epochs in _EPOCHS))
     return (
@@ -131,13 +135,15 @@ def page(long_runs: Sequence[Row]) -> str:
     )
 
 
-def _cells(points: Sequence[Point], found: Point | None, shorter: bool) -> tuple[str, str, str]:
-    if not any(point.strategy.startswith("shorter") is shorter for point in points):
-        return "not run", "-", "-"
+def _cells(found: Point | None) -> tuple[str, ...]:
     if found is None:
-        return "none", "-", "-"
-    error = "" if np.isnan(found.error) else f" ± {found.error:.2f}"
-    return f"`{found.strategy}`", f"{100 * (1 - found.compute):.0f} %", f"{found.loss:+.2f}{error}"
+        return "none", *_NOTHING
+    error = "" if math.isnan(found.error) else f" ± {found.error:.2f}"
+    return f"`{found.strategy}`", _saved(found.compute), _saved(found.time), f"{found.loss:+.2f}{error}"
+
+
+def _saved(share: float) -> str:
+    return "-" if math.isnan(share) else f"{100 * (1 - share):.0f} %"
 
 
 def _runs(every: Sequence[Regime], level: str, epochs: int) -> str:

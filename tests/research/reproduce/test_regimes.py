@@ -23,13 +23,28 @@ def test_points_of_the_raw_table():
     assert len(found) == 25
 
 
-def test_cases_without_rows_are_not_run():
+def test_cases_without_rows_are_not_run_and_have_none():
     every = {one.case: one for one in regimes([])}
     assert (every["resnet20-cifar10"].level, every["resnet20-cifar10"].points) == ("good", ())
     assert every["resnet14-weak (closed loop)"].level == "weak"
     text = page([])
-    assert "| good | resnet20-cifar10 | all | 10 | not run | - | - | not run | - | - |" in text
+    assert "| resnet20-cifar10 |" not in text
+    assert "| resnet14-weak (closed loop) |" in text
     assert "| weak | not run | not run | not run |" in text
+
+
+def test_the_processors_time_of_a_long_run_is_told():
+    costs = {"train_seconds": 1.0, "decide_seconds": 0.0, "wait_seconds": 0.0, "steps": 10, "frozen": []}
+    rows = [
+        {"case": "resnet20-cifar10", "seed": 0, "strategy": name, "accuracy": 0.9, "flops": flops} | costs | cpu
+        for name, flops, cpu in (
+            ("never", 4.0, {"train_cpu_seconds": 1.0}),
+            ("progress", 3.0, {"train_cpu_seconds": 0.6}),
+        )
+    ]
+    assert "| good | resnet20-cifar10 | all | 10 | `progress` | 25 % | 40 % | +0.00 | not run | - | - | - |" in page(
+        rows
+    )
 
 
 def test_the_page_is_that_of_the_results():
