@@ -26,6 +26,7 @@ from smartfrz_jax.layers.find import find_layers as find_layers
 from smartfrz_jax.layers.layers import Layer as Layer
 from smartfrz_jax.layers.layers import Layers as Layers
 from smartfrz_jax.layers.outputs import layer_outputs as layer_outputs
+from smartfrz_jax.policies.auto import auto as auto
 from smartfrz_jax.policies.base import Policy as Policy
 from smartfrz_jax.policies.freezeout import freezeout as freezeout
 from smartfrz_jax.policies.gradients.autofreeze import autofreeze as autofreeze

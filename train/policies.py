@@ -17,7 +17,7 @@ from smartfrz_jax.pytrees.file_paths import Path
 from train.command_line import check_least
 
 PolicyName = Literal[
-    "never", "smartfrz", "progress", "freezeout", "autofreeze", "similarity_guided", "static_prefix", "random",
+    "never", "auto", "smartfrz", "progress", "freezeout", "autofreeze", "similarity_guided", "static_prefix", "random",
     "lisa", "badam", "hift", "slimfit", "grades", "simfreeze", "relative_gradient_norm",
 ]  # fmt: skip
 
@@ -109,6 +109,7 @@ def make_policy(
     seed: int,
     costs: Mapping[str, float],
     reference: Mapping[str, jax.Array] | None,
+    pretrained: bool,
     probe: Probe | None = None,
 ) -> sfj.Policy:
     """The policy.
@@ -121,6 +122,7 @@ def make_policy(
         costs: Forward FLOPs of each layer, for policies with a budget.
         reference: Outputs on the probe batch of the reference network's layers, for ``similarity_guided``, or of this
             network's before the run, for ``simfreeze``.
+        pretrained: Whether the network starts from trained weights, for ``auto``.
         probe: From parameters to the training loss on a fixed batch, for ``smartfrz``.
 
     Raises:
@@ -144,6 +146,8 @@ def make_policy(
                 probe=probe,
                 seed=seed,
             )
+        case "auto":
+            return sfj.auto(total_steps=total_steps, costs=costs, pretrained=pretrained)
         case "progress":
             return sfj.progress(total_steps=total_steps, **caution)
         case "freezeout":

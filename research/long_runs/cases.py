@@ -52,7 +52,7 @@ _MINILM = Architecture(partial(minilm, pool="mean"), 0, (32,), (), {}, text=True
 _TUNED_IN = 3
 _TEXT_RATES = (5e-5, 1e-4, 2e-4, 4e-4)
 _LITE_RATES = (0.001, 0.003, 0.01, 0.03)
-_RESNET_RATES = (0.005, 0.015, 0.05)
+_RESNET_RATES = (0.005, 0.015, 0.05, 0.15)
 
 
 def _resnet(data: str, weights: str | None, epochs: int, rates: tuple[float, ...]) -> Case:

@@ -1,5 +1,6 @@
 """Freezing policies: when to stop updating which layer."""
 
+from smartfrz_jax.policies.auto import auto as auto
 from smartfrz_jax.policies.base import Policy as Policy
 from smartfrz_jax.policies.freezeout import freezeout as freezeout
 from smartfrz_jax.policies.freezeout import freezeout_schedules as freezeout_schedules

@@ -17,6 +17,7 @@ from tests.bad_input.table import INF, NAN, Case, Door
 Probing, Schedule = sfj.policies.Probing, sfj.policies.Schedule
 
 DOORS = [
+    Door("auto", lambda: {"total_steps": 10}),
     Door("freezeout", lambda: {"total_steps": 10}),
     Door("progress", lambda: {"total_steps": 10}),
     Door("policies.random", lambda: {"budget": 0.2, "total_steps": 10}),

@@ -46,7 +46,7 @@ def optimizer_of(layers, *changed):
 def policy_of(*changed, steps_per_epoch=10, reference=None):
     costs, epochs = {"a": 3.0, "b": 1.0}, options().run.epochs
     config = options(*changed).policy
-    return make_policy(config, epochs=epochs, steps_per_epoch=steps_per_epoch, seed=0, costs=costs, reference=reference)
+    return make_policy(config, epochs=epochs, steps_per_epoch=steps_per_epoch, seed=0, costs=costs, reference=reference, pretrained=True)
 
 
 def trajectory(tx):
