@@ -151,6 +151,7 @@ def make_training(options: Options, data: Data, mesh: Mesh | None = None) -> Tra
         seed=run.seed,
         costs=account.flops().forward_by_layer,
         reference=reference,
+        pretrained=options.network.weights is not None,
         probe=sfj.nnx.probe(model, loss_fn, example, first.labels),
     )
     optimizer = sfj.nnx.Optimizer(model, tx, layers=layers, returning=options.returning, frozen=policy)

@@ -17,8 +17,8 @@ from smartfrz_jax.pytrees.file_paths import Path
 from train.command_line import check_least
 
 PolicyName = Literal[
-    "never", "auto", "smartfrz", "progress", "freezeout", "autofreeze", "similarity_guided", "static_prefix", "random",
-    "lisa", "badam", "hift", "slimfit", "grades", "simfreeze", "relative_gradient_norm",
+    "never", "auto", "smartfrz", "progress", "freezeout", "autofreeze", "similarity_guided", "static_prefix",
+    "random", "lisa", "badam", "hift", "slimfit", "grades", "simfreeze", "relative_gradient_norm",
 ]  # fmt: skip
 
 _TURNS: dict[str, Callable[..., sfj.Policy]] = {

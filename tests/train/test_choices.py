@@ -46,7 +46,15 @@ def optimizer_of(layers, *changed):
 def policy_of(*changed, steps_per_epoch=10, reference=None):
     costs, epochs = {"a": 3.0, "b": 1.0}, options().run.epochs
     config = options(*changed).policy
-    return make_policy(config, epochs=epochs, steps_per_epoch=steps_per_epoch, seed=0, costs=costs, reference=reference, pretrained=True)
+    return make_policy(
+        config,
+        epochs=epochs,
+        steps_per_epoch=steps_per_epoch,
+        seed=0,
+        costs=costs,
+        reference=reference,
+        pretrained=True,
+    )
 
 
 def trajectory(tx):
@@ -130,7 +138,7 @@ def test_every_policy_can_be_chosen(layers, name):
         reference = {"a": jnp.eye(3), "b": jnp.eye(3)}
     policy = policy_of(*changed, reference=reference)
     state = policy.init(layers, PARAMS)
-    if name in ("never", "static_prefix", "freezeout", "random", "progress"):
+    if name in ("never", "auto", "static_prefix", "freezeout", "random", "progress"):
         frozen = frozenset()
         for step in range(1, STEPS + 1):
             frozen, state = policy.update(state, layers, step=step, params=lambda: PARAMS)

@@ -1,0 +1,53 @@
+import jax.numpy as jnp
+import pytest
+
+from smartfrz_jax import Layer, Layers, policies
+
+NAMES = ("a", "b", "c", "d", "e")
+LAYERS = Layers(tuple(Layer(name, (name,), (name,)) for name in NAMES))
+PARAMS = {name: jnp.ones((2, 2)) for name in NAMES}
+
+
+def frozen_at(policy, step):
+    return "".join(sorted(policy.update(policy.init(LAYERS, PARAMS), LAYERS, step=step, params=lambda: PARAMS)[0]))
+
+
+def beginning(policy):
+    return "".join(sorted(policy.start(policy.init(LAYERS, PARAMS), LAYERS)))
+
+
+def test_the_front_waits_and_then_all_train():
+    policy = policies.auto(total_steps=100)
+    assert beginning(policy) == "ab"
+    assert [frozen_at(policy, step) for step in (1, 34, 35, 42)] == ["ab", "ab", "", ""]
+
+
+@pytest.mark.parametrize("pretrained", [False, True])
+def test_layers_stop_as_with_progress(pretrained):
+    policy, progress = policies.auto(total_steps=100, pretrained=pretrained), policies.progress(total_steps=100)
+    after = range(35, 101)
+    assert [frozen_at(policy, step) for step in after] == [frozen_at(progress, step) for step in after]
+    assert frozen_at(policy, 100) == "abc"
+
+
+def test_the_front_of_random_weights_does_not_wait():
+    policy = policies.auto(total_steps=100, pretrained=False)
+    assert beginning(policy) == frozen_at(policy, 1) == ""
+
+
+def test_the_front_is_half_of_the_cost():
+    policy = policies.auto(total_steps=100, costs={"a": 1, "b": 1, "c": 1, "d": 2, "e": 1})
+    assert beginning(policy) == "abc"
+    too_large = policies.auto(total_steps=100, costs={"a": 5, "b": 1, "c": 1, "d": 1, "e": 1})
+    assert beginning(too_large) == ""
+
+
+def test_kept_layers_neither_wait_nor_stop():
+    policy = policies.auto(total_steps=100, keep=["a"])
+    assert beginning(policy) == "bc"
+    assert frozen_at(policy, 100) == "bc"
+
+
+def test_pretrained_is_a_bool():
+    with pytest.raises(TypeError, match=r"pretrained: got str 'yes', expected True or False"):
+        policies.auto(total_steps=100, pretrained="yes")
