@@ -41,7 +41,7 @@ class PolicyConfig:
     predictor: str = "default"
     """smartfrz: default or paper, which come with the library, or the path of a checkpoint"""
     caution: float | None = None
-    """smartfrz, progress: from 0, save more, to 1, never lose; 0.95 without it"""
+    """auto, smartfrz, progress: from 0, save more, to 1, never lose; without it 1 for auto with --weights, else 0.95"""
     order: Literal["front_to_back", "any"] = "front_to_back"
     """smartfrz: whether a layer waits for those before it; the paper's is any"""
     patience: int = 2
@@ -147,7 +147,7 @@ def make_policy(
                 seed=seed,
             )
         case "auto":
-            return sfj.auto(total_steps=total_steps, costs=costs, pretrained=pretrained)
+            return sfj.auto(total_steps=total_steps, costs=costs, pretrained=pretrained, **caution)
         case "progress":
             return sfj.progress(total_steps=total_steps, **caution)
         case "freezeout":

@@ -79,8 +79,11 @@ def _static(*stages: tuple[float, float]) -> Strategy:
     return Strategy(lambda s: sfj.static_prefix(stages, total_steps=s.total_steps, costs=s.costs), begins_frozen=falls)
 
 
-def _auto() -> Strategy:
-    return Strategy(lambda s: sfj.auto(total_steps=s.total_steps, costs=s.costs), begins_frozen=True)
+def _auto(caution: float) -> Strategy:
+    def policy(s: Situation) -> sfj.Policy:
+        return sfj.auto(total_steps=s.total_steps, costs=s.costs, caution=caution)
+
+    return Strategy(policy, begins_frozen=True)
 
 
 def _smartfrz(name: Pretrained, **options: Any) -> Strategy:
@@ -139,7 +142,7 @@ _FIRST: dict[str, Strategy] = {
     "shorter:0.5": _never(0.5),
     "gain:0.5": _gain(0.5),
     "progress": Strategy(lambda s: sfj.progress(total_steps=s.total_steps)),
-    "auto": _auto(),
+    "auto:0.95": _auto(0.95),
 }
 FIRST = len(_FIRST)
 _WITH_ACTIVATIONS = ("static:half", "static:half,all:0.6", "progress", "smartfrz", "gain:0.5")

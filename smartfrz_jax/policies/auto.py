@@ -1,4 +1,4 @@
-"""The policy to begin with: a front that waits, and layers that stop when training is nearly done."""
+"""The policy to begin with: the front of a pre-trained network waits, and what must stop does so late."""
 
 from __future__ import annotations
 
@@ -16,6 +16,8 @@ from smartfrz_jax.pytrees.types import PyTree
 # Half of the cost waits for 35 % of the run: docs/results/long-runs.md.
 _FRONT = 0.5
 _WAIT = 0.35
+_NOTHING_STOPS = 1.0
+_FROM_SCRATCH = 0.95  # the default of progress
 
 
 class AutoState(NamedTuple):
@@ -35,6 +37,7 @@ def auto(
     total_steps: int,
     costs: Mapping[str, float] | None = None,
     pretrained: bool = True,
+    caution: float | None = None,
     keep: Selectors | None = None,
 ) -> Policy:
     """The policy that the long runs recommend for fine-tuning.
@@ -43,7 +46,7 @@ def auto(
        them moves furthest then, and the pre-trained front does not have to follow. Gradual unfreezing (Howard and
        Ruder 2018, arXiv 1801.06146) and linear probing before fine-tuning (Kumar et al. 2022, arXiv 2202.10054) do so.
     2. Then all layers train.
-    3. From a good half of the run on, layers stop front to back, as with :func:`smartfrz_jax.progress`.
+    3. With a ``caution`` below 1, layers stop front to back, as with :func:`smartfrz_jax.progress`.
 
     Nothing of this depends on what happens in the run.
 
@@ -53,6 +56,8 @@ def auto(
             makes all equal.
         pretrained: Whether the network starts from trained weights. The front of one that does not would wait with
             random weights, so nothing waits there.
+        caution: From 0, layers stop early, to 1, none stops: as of :func:`smartfrz_jax.progress`. ``None`` is 1 with
+            ``pretrained``, else 0.95. At 0.95 a ResNet-20 lost nothing, and an EfficientNet-Lite0 0.9 points.
         keep: Layers never to freeze: names, globs, regular expressions, predicates or NNX filters (see
             :func:`smartfrz_jax.layers.select.select`); ``None`` keeps the head, ``()`` nothing.
 
@@ -70,14 +75,16 @@ def auto(
         >>> layers = find_layers(params, lambda p, x: x @ p["a"]["kernel"] @ p["b"]["kernel"], jnp.ones((1, 2)))
         >>> policy = auto(total_steps=100)
         >>> state = policy.init(layers, params)
-        >>> [sorted(policy.update(state, layers, step=step, params=lambda: params)[0]) for step in (1, 40, 60)]
-        [['a'], [], ['a']]
+        >>> [sorted(policy.update(state, layers, step=step, params=lambda: params)[0]) for step in (1, 34, 35)]
+        [['a'], ['a'], []]
     """
     checks.instance(pretrained, bool, "pretrained", "True or False: whether the network starts from trained weights")
     costs, keep = numbers_of(costs), kept(keep)
     front = _FRONT if pretrained else 0.0
+    if caution is None:
+        caution = _NOTHING_STOPS if pretrained else _FROM_SCRATCH
     waiting = static_prefix([(0.0, front), (_WAIT, 0.0)], total_steps=total_steps, costs=costs, keep=keep)
-    stopping = progress(total_steps=total_steps, keep=keep)
+    stopping = progress(total_steps=total_steps, caution=caution, keep=keep)
 
     def init(layers: Layers, params: PyTree) -> AutoState:
         return AutoState(waiting.init(layers, params), stopping.init(layers, params))
@@ -99,6 +106,7 @@ def auto(
         "total_steps": int(total_steps),
         "costs": costs,
         "pretrained": pretrained,
+        "caution": float(caution),
         "keep": described(keep),
     }
     return Policy(init, update, options=options, start=start)

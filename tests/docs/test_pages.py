@@ -11,9 +11,7 @@ import smartfrz_jax
 
 ROOT = Path(__file__).parents[2]
 RESULTS = sorted(
-    path
-    for path in (ROOT / "docs" / "results").glob("*.md")
-    if path.stem not in {"index", "long-runs", "the-papers-tables"}
+    path for path in (ROOT / "docs" / "results").glob("*.md") if path.stem not in {"index", "the-papers-tables"}
 )
 MODULES = ("nnx", "linen", "policies", "cost", "caching", "predictor", "learning", "callbacks")
 
@@ -50,7 +48,9 @@ def test_every_name_at_the_top_is_in_the_table_and_described():
 @pytest.mark.parametrize("page", RESULTS, ids=lambda path: path.stem)
 def test_figures_of_a_question_are_those_of_the_raw_tables(page):
     text = page.read_text()
-    raw = "".join((page.parent / link).read_text() for link in set(re.findall(r"\]\((\S+/tables\.md)\)", text)))
+    raw = "".join(
+        (page.parent / link).read_text() for link in set(re.findall(r"\]\((\S+/(?:tables|results)\.md)\)", text))
+    )
     known = set(re.findall(r"[-+]?\d+(?:\.\d+)?", raw))
     rows = [row for row in re.findall(r"^\| (.*) \|$", text, flags=re.M) if "---" not in row]
     figures = [figure for row in rows for cell in row.split(" | ")[1:] for figure in FIGURE.findall(cell)]

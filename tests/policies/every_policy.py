@@ -90,7 +90,11 @@ class Case(NamedTuple):
 
 CASES = {
     "never": Case(lambda keep=None: policies.never(), set()),
-    "auto": Case(lambda keep=None: policies.auto(total_steps=STEPS, keep=keep), {1, 9, 11, 15, 19, 24}, returns=True),
+    "auto": Case(
+        lambda keep=None: policies.auto(total_steps=STEPS, caution=0.95, keep=keep),
+        {1, 9, 11, 15, 19, 24},
+        returns=True,
+    ),
     "freezeout": Case(
         lambda keep=None: policies.freezeout(total_steps=STEPS, t0=0.5, keep=keep), {12, 15, 17, 20, 22, 24}
     ),

@@ -22,9 +22,20 @@ def test_the_front_waits_and_then_all_train():
     assert [frozen_at(policy, step) for step in (1, 34, 35, 42)] == ["ab", "ab", "", ""]
 
 
-@pytest.mark.parametrize("pretrained", [False, True])
-def test_layers_stop_as_with_progress(pretrained):
-    policy, progress = policies.auto(total_steps=100, pretrained=pretrained), policies.progress(total_steps=100)
+def test_it_is_the_schedule_of_the_long_runs():
+    """Which have it by the name that their other schedules have: ``static:half,none:0.35``."""
+    policy, measured = policies.auto(total_steps=97), policies.static_prefix([(0, 0.5), (0.35, 0)], total_steps=97)
+    assert beginning(policy) == beginning(measured)
+    assert [frozen_at(policy, step) for step in range(1, 98)] == [frozen_at(measured, step) for step in range(1, 98)]
+
+
+def test_of_a_pretrained_network_nothing_stops():
+    assert frozen_at(policies.auto(total_steps=100), 100) == ""
+
+
+@pytest.mark.parametrize("options", [{"pretrained": False}, {"caution": 0.95}], ids=["from scratch", "caution"])
+def test_layers_stop_as_with_progress(options):
+    policy, progress = policies.auto(total_steps=100, **options), policies.progress(total_steps=100)
     after = range(35, 101)
     assert [frozen_at(policy, step) for step in after] == [frozen_at(progress, step) for step in after]
     assert frozen_at(policy, 100) == "abc"
@@ -43,7 +54,7 @@ def test_the_front_is_half_of_the_cost():
 
 
 def test_kept_layers_neither_wait_nor_stop():
-    policy = policies.auto(total_steps=100, keep=["a"])
+    policy = policies.auto(total_steps=100, caution=0.95, keep=["a"])
     assert beginning(policy) == "bc"
     assert frozen_at(policy, 100) == "bc"
 

@@ -142,13 +142,15 @@ def test_every_policy_can_be_chosen(layers, name):
         frozen = frozenset()
         for step in range(1, STEPS + 1):
             frozen, state = policy.update(state, layers, step=step, params=lambda: PARAMS)
-        assert frozen == (set() if name == "never" else {"a"})
+        assert frozen == (set() if name in ("never", "auto") else {"a"})
     assert policy.options["name"] == name
 
 
 @pytest.mark.parametrize(
     ("changed", "expected"),
     [
+        (["auto"], {"pretrained": True, "caution": 1, "costs": {"a": 3, "b": 1}, "total_steps": STEPS}),
+        (["auto", "--caution", "0.9"], {"caution": 0.9}),
         (["lisa"], {"active": 2, "switch_every": 20, "max_sets": None, "rest": "train"}),
         (["lisa", "--active-blocks", "3", "--max-sets", "4", "--switch-every", "7", "--rest", "freeze"],
          {"active": 3, "switch_every": 7, "max_sets": 4, "rest": "freeze"}),
