@@ -156,7 +156,7 @@ def test_the_rate_is_chosen_first_then_seed_by_seed():
     rows = []
     tune = [job.rate for job in jobs(rows, [case], 2)]
     assert tune == list(CASES[case].rates)
-    tried = zip(tune, (1, 3, 2), strict=True)
+    tried = zip(tune, (1, 3, 2, 0), strict=True)
     rows = [{"case": case, "strategy": "tune", "seed": 0, "rate": rate, "accuracy": right} for rate, right in tried]
     assert best_rate(rows, case) == tune[1]
     wanted = list(jobs(rows, [case], 2))
@@ -164,6 +164,11 @@ def test_the_rate_is_chosen_first_then_seed_by_seed():
     names = [job.name for job in wanted if job.seed == 0]
     assert names == [name for name in NAMES if not (name in STRATEGIES and STRATEGIES[name].reference)]  # with none yet
     assert names[FIRST] == REHEARSAL
+    assert [(job.seed, job.name) for job in jobs(rows, [case], 2, NAMES[:3], first=1)] == [
+        (0, NAMES[0]),
+        (1, NAMES[0]),
+        *((seed, name) for seed in range(2) for name in NAMES[1:3]),
+    ]
     assert {job.rate for job in wanted if job.name == "shorter:0.5,2"} == {2 * tune[1]}
     rows.append({"case": case, "strategy": "never", "seed": 1, "rate": tune[1], "accuracy": 1})
     assert Job(case, "similarity_guided", 0, tune[1]) in list(jobs(rows, [case], 2))
@@ -175,7 +180,8 @@ def test_runs_of_other_lengths_share_the_rates_that_were_tried():
         {"case": "resnet20-cifar10", "strategy": "tune", "seed": 0, "rate": rate, "accuracy": rate}
         for rate in CASES["resnet20-cifar10"].rates
     ]
-    assert next(jobs(rows, ["resnet20-cifar10-3-epochs"], 1)) == Job("resnet20-cifar10-3-epochs", "never", 0, 0.05)
+    first = Job("resnet20-cifar10-3-epochs", "never", 0, rows[-1]["rate"])
+    assert next(jobs(rows, ["resnet20-cifar10-3-epochs"], 1)) == first
     assert tuned_as("resnet20-cifar10-1-epoch") == "resnet20-cifar10-1-epoch"  # tried in less
     one = list(jobs(rows[1:], ["resnet20-cifar10-3-epochs"], 1))
     assert one == [Job("resnet20-cifar10", "tune", 0, rows[0]["rate"])]
