@@ -24,8 +24,8 @@ _HEAD = f"""\
 
 For every case that was run: the policy that saves most of the compute among those that lose at most {_LOSS} points
 against `never` in the mean over seeds, and the same of shorter schedules. *Saved* is a share of the FLOPs of all steps,
-*time* of the processor's time for them, which only the long runs have free of other work. A standard error above
-{_LOSS} means that the case cannot tell. Sources: the [long runs](../long_runs/results.md), and the closed loop in
+*time* of the processor's time for them, which only the long runs have. A standard error above {_LOSS} means that the
+case cannot tell. Sources: the [long runs](../long_runs/results.md), and the closed loop in
 `benchmarks/closed_loop/tables.md`, whose runs have few examples. `python -m research.reproduce` writes this page.
 """
 
@@ -121,9 +121,7 @@ def page(long_runs: Sequence[Row]) -> str:
     rows = []
     for one in every:
         if one.points:
-            found = (best(one.points, shorter=False), best(one.points, shorter=True))
-            shorter = any(point.strategy.startswith("shorter") for point in one.points)
-            cells = (*_cells(found[0]), *(_cells(found[1]) if shorter else ("not run", *_NOTHING)))
+            cells = (*_cells(one.points, shorter=False), *_cells(one.points, shorter=True))
             rows.append((one.level, one.case, one.examples, f"{one.epochs:.0f}", *cells))
     figures = ("saved", "time", "points")
     head = ("pre-training", "case", "examples", "epochs", "policy", *figures, "shorter", *figures)
@@ -135,7 +133,10 @@ def page(long_runs: Sequence[Row]) -> str:
     )
 
 
-def _cells(found: Point | None) -> tuple[str, ...]:
+def _cells(points: Sequence[Point], *, shorter: bool) -> tuple[str, ...]:
+    if not any(point.strategy.startswith("shorter") is shorter for point in points):
+        return "not run", *_NOTHING
+    found = best(points, shorter=shorter)
     if found is None:
         return "none", *_NOTHING
     error = "" if math.isnan(found.error) else f" ± {found.error:.2f}"

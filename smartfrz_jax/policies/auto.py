@@ -99,7 +99,8 @@ def auto(
 
     def start(state: AutoState, layers: Layers) -> frozenset[str]:
         assert waiting.start is not None
-        return waiting.start(state.waiting, layers)
+        assert stopping.start is not None
+        return waiting.start(state.waiting, layers) | stopping.start(state.stopping, layers)
 
     options = {
         "name": "auto",

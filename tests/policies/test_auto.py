@@ -46,6 +46,11 @@ def test_the_front_of_random_weights_does_not_wait():
     assert beginning(policy) == frozen_at(policy, 1) == ""
 
 
+def test_what_stops_at_once_is_frozen_before_the_first_step():
+    assert beginning(policies.auto(total_steps=100, caution=0.0)) == "abcd"
+    assert beginning(policies.auto(total_steps=100, caution=0.0, pretrained=False)) == "abcd"
+
+
 def test_the_front_is_half_of_the_cost():
     policy = policies.auto(total_steps=100, costs={"a": 1, "b": 1, "c": 1, "d": 2, "e": 1})
     assert beginning(policy) == "abc"
