@@ -73,7 +73,7 @@ class Moment(NamedTuple):
         kind: In the midst of setting up, a step, writing a checkpoint, compiling the next program, freezing, evaluating
             or writing the end's files.
         number: In which of them, counted from 1 in that process.
-        delay: Seconds after its begin.
+        delay: Seconds after its begin; with 0 nothing of it is done.
         signal: ``SIGKILL``, or ``SIGTERM``, after which it is to save and to exit with 75.
     """
 
@@ -132,7 +132,9 @@ def _arm(moment: Moment) -> None:
     def begin() -> None:
         nonlocal begun
         begun += 1
-        if begun == moment.number:
+        if begun == moment.number and not moment.delay:
+            kill()
+        elif begun == moment.number:
             threading.Thread(target=kill, daemon=True).start()
 
     def kill() -> None:

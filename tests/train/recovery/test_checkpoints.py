@@ -123,18 +123,20 @@ def emptied(checkpoint):
 
 
 @pytest.fixture
-def reads_left_behind():
-    """Where a read fails, Orbax leaves others running, which end in warnings: they are waited for."""
+def left_behind():
+    """Where a read or a write fails, Orbax leaves others running, which end in warnings: they are waited for."""
     yield
     time.sleep(1)
     gc.collect()
 
 
-_LEFT_BEHIND = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def _leaves_behind(test):
+    """Marks a test in which a read or a write of Orbax fails."""
+    ignored = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+    return ignored(pytest.mark.usefixtures("left_behind")(test))
 
 
-@_LEFT_BEHIND
-@pytest.mark.usefixtures("reads_left_behind")
+@_leaves_behind
 @pytest.mark.parametrize("damage", [None, truncated, flipped, foreign, emptied])
 def test_a_run_goes_on_from_the_newest_that_is_sound(tmp_path, ended, damage):
     assert_same(begun(tmp_path), ended)
@@ -156,8 +158,7 @@ def test_a_run_goes_on_from_the_newest_that_is_sound(tmp_path, ended, damage):
     assert steps_in(tmp_path / "checkpoints") == [STEPS]
 
 
-@_LEFT_BEHIND
-@pytest.mark.usefixtures("reads_left_behind")
+@_leaves_behind
 def test_where_none_is_sound_nothing_is_moved(tmp_path):
     begun(tmp_path)
     for checkpoint in (tmp_path / "checkpoints").iterdir():
@@ -204,7 +205,7 @@ def no_room(most):
         logging.disable(logging.NOTSET)
 
 
-@_LEFT_BEHIND
+@_leaves_behind
 @pytest.mark.parametrize("most", [0, 300, 1500])
 def test_where_there_is_no_room_it_says_so_and_earlier_checkpoints_stay(tmp_path, most):
     freezer = make()
@@ -217,13 +218,13 @@ def test_where_there_is_no_room_it_says_so_and_earlier_checkpoints_stay(tmp_path
         with pytest.raises(OSError, match=expected), no_room(most):  # noqa: PT012
             checkpoints.save(freezer)
             checkpoints.wait()
-    gc.collect()
     assert [path.name for path in (tmp_path / "run").iterdir() if path.name.isdigit()] == ["00000002"]
     restored = make()
     restored.restore(tmp_path / "run/00000002")
     assert restored.steps == 2
 
 
+@_leaves_behind
 def test_a_folder_that_is_gone_is_told(tmp_path):
     freezer = make()
 
