@@ -87,7 +87,7 @@ class Freezer:
         self.refused: tuple[Frozen, ...] = ()
         self.callbacks: tuple[Callback, ...] = ()
         self.policy_state = policy.init(layers, params)
-        self.steps, self.delay, self._decisions = step, 0, Decisions(policy)
+        self.steps, self.delay, self._decisions = int(step), 0, Decisions(policy)
         self._tx: optax.GradientTransformation | None = None
         self._account: Any = None
         self._params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
@@ -179,8 +179,10 @@ class Freezer:
 
     def _begin(self, names: frozenset[str]) -> None:
         """Leaves layers to the policy for which an optimizer was made without state for them."""
-        if names and not self.steps:
-            by_hand.check_beginning(by_hand.starting(self.policy, self.policy_state, self.layers), names)
+        begins = by_hand.starting(self.policy, self.policy_state, self.layers) if names else names
+        if not self.steps:
+            by_hand.check_beginning(begins, names)
+        if begins == names:  # later, another policy may follow on the one for which the optimizer was made
             self._by_hand = by_hand.ByHand(self.frozen.names - names)
 
     @property

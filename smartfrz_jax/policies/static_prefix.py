@@ -96,7 +96,9 @@ def static_prefix(
         check_layers(layers)
         may_freeze = freezable(layers, keep)
         prefix_share = np.cumsum(np.where(may_freeze, shares_of_cost(layers, costs), 0.0))
-        return StagesState(begins, np.stack([may_freeze & (prefix_share <= share + _ROUNDING) for _, share in stages]))
+        # At a share of 0 layers train that cost nothing, too, such as an embedding in which tokens are looked up.
+        stopped = [may_freeze & (share > 0) & (prefix_share <= share + _ROUNDING) for _, share in stages]
+        return StagesState(begins, np.stack(stopped))
 
     def update(
         state: StagesState, layers: Layers, *, step: int, params: Callable[[], PyTree], **signals: Any

@@ -231,6 +231,17 @@ def test_a_lead_of_numpy_can_be_saved(tmp_path):
     assert again.freezer.pending == run.freezer.pending
 
 
+@pytest.mark.parametrize("step", [np.int64(3), jnp.asarray(3)], ids=["NumPy", "JAX"])
+def test_a_step_of_an_array_can_be_saved(tmp_path, step):
+    policy = sfj.policies.lisa(1, max_sets=np.int64(2), keep=())
+    freezer = sfj.Freezer(policy, LAYERS, PARAMS, step=step)
+    freezer.observe(lambda: PARAMS)
+    freezer.save_run(tmp_path / "run", {"params": PARAMS})
+    again = sfj.Freezer(policy, LAYERS, PARAMS)
+    again.restore_run(tmp_path / "run", {"params": PARAMS})
+    assert again.steps == 4
+
+
 @both
 @pytest.mark.parametrize("before", [(), ("a",)])
 def test_layers_frozen_by_hand_do_not_hold_back_those_behind_them(monkeypatch, door, before):

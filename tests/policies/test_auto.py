@@ -58,6 +58,13 @@ def test_the_front_is_half_of_the_cost():
     assert beginning(too_large) == ""
 
 
+def test_a_layer_that_costs_nothing_waits_with_the_front_alone():
+    costs = dict.fromkeys(NAMES, 1) | {"a": 0}
+    waits, trains = (policies.auto(total_steps=100, costs=costs, pretrained=pretrained) for pretrained in (True, False))
+    assert [frozen_at(waits, step) for step in (1, 34, 35, 100)] == ["abc", "abc", "", ""]
+    assert beginning(trains) == frozen_at(trains, 1) == frozen_at(trains, 10) == ""
+
+
 def test_kept_layers_neither_wait_nor_stop():
     policy = policies.auto(total_steps=100, caution=0.95, keep=["a"])
     assert beginning(policy) == "bc"

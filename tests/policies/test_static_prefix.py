@@ -50,6 +50,12 @@ def test_costs():
     assert frozen_at(policies.static_prefix([(0.0, 0.7)], total_steps=10, costs=costs), 1) == "ab"
 
 
+def test_a_layer_that_costs_nothing_trains_where_the_share_is_0():
+    costs = dict.fromkeys(NAMES, 1) | {"a": 0}  # as an embedding in which tokens are looked up
+    policy = policies.static_prefix([(0.0, 0.5), (0.4, 0.0), (0.8, 0.2)], total_steps=10, costs=costs)
+    assert [frozen_at(policy, step) for step in (1, 3, 4, 7, 8)] == ["abc", "abc", "", "", "a"]
+
+
 def test_kept_layers_are_passed_over():
     assert frozen_at(policies.static_prefix([(0.0, 0.4)], total_steps=10, keep=["a"]), 1) == "bc"
     assert frozen_at(policies.static_prefix([(0.0, 1.0)], total_steps=10, keep=()), 1) == "abcde"

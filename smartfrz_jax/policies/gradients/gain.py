@@ -221,7 +221,7 @@ class _Gain:
             return names_of(layers, state.frozen), state
         if step % self.every == 0:
             state = state._replace(before=hosts.fetch(paths.flatten(params())))
-        elif step % self.every == 1 and step > self.every:
+        elif step % self.every == 1 and any(leaf.any() for leaf in state.before.values()):  # else the run began here
             state = self._measured(state, layers, params(), step)
             by_hand = np.array([name in signals.get("frozen", ()) for name in layers.names], bool)
             # The first agreement takes two measurements.

@@ -79,7 +79,7 @@ def lisa(
         "name": "lisa",
         "active": int(active),
         "switch_every": int(switch_every),
-        "max_sets": max_sets,
+        "max_sets": None if max_sets is None else int(max_sets),
         "rest": rest,
         "seed": int(seed),
         "keep": described(keep),

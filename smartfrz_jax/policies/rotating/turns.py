@@ -119,8 +119,7 @@ def rotating(
     ) -> tuple[frozenset[str], RotatingState]:
         check_update(state, RotatingState, layers, step)
         names_of(layers, state.frozen)  # raises, if it is of another network
-        if step % switch_every == 0:
-            state = RotatingState(frozen_at(layers, step))
+        state = RotatingState(frozen_at(layers, step))  # the run may have begun between two switches
         return names_of(layers, state.frozen), state
 
     def start(state: RotatingState, layers: Layers) -> frozenset[str]:

@@ -149,6 +149,22 @@ def test_gradients_are_checked(gradient, error, text):
         run(policy, None)
 
 
+@pytest.mark.parametrize("first", [1, 4, 5, 7])
+def test_a_run_that_begins_late_measures_from_its_first_whole_turn_on(first):
+    seen = []
+
+    def gradient(params, number):
+        seen.append(params)
+        return params
+
+    policy = sfj.policies.gain(gradient, total_steps=STEPS, measuring=Measuring(4, window=3))
+    state = policy.init(LAYERS, PARAMS)
+    for step in range(first, 14):
+        _, state = policy.update(state, LAYERS, step=step, params=lambda: PARAMS)
+    assert len(seen) == state.measurements == sum(step % 4 == 1 and step > first for step in range(5, 14))
+    assert all(leaf.all() for leaf in jax.tree.leaves(seen))
+
+
 def test_costs_and_keep_must_fit_the_network():
     with pytest.raises(ValueError, match="costs"):
         make({"a": 1.0, "b": 1.0, "c": 1.0}, costs={"a": 1.0}).init(LAYERS, PARAMS)

@@ -79,6 +79,34 @@ def test_without_start_the_policy_goes_on_deciding(make):
         np.testing.assert_array_equal(a, b)
 
 
+@every
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_a_freezer_that_is_made_later_goes_on_deciding(make, by_hand):
+    """As where a first step compiles, or a run goes on from a checkpoint that is not the library's."""
+    model, optimizer, freezer = nnx_run(make(), "fresh", begins=True)
+    other, later, _ = nnx_run(make(), "fresh", begins=True)
+    active = [layer.name for layer in optimizer.frozen.layers if layer.name not in optimizer.frozen.names]
+    if by_hand:  # of that it does not decide
+        optimizer.freeze(model, active[:1])
+        later.freeze(other, active[:1])
+    train(model, optimizer, freezer, steps=8)
+    for _ in range(3):
+        _, grads = later.value_and_grad(lambda model: (model(X) ** 2).mean())(other)
+        later.update(other, grads)
+    after = sfj.nnx.Freezer(other, later, make())
+    train(other, later, after, steps=5)
+    assert later.frozen == optimizer.frozen
+    assert not by_hand or active[0] in later.frozen.names
+
+
+def test_another_policy_may_follow_on_the_one_with_which_it_began():
+    model, optimizer, freezer = nnx_run(POLICIES["static_prefix"](), "fresh", begins=True)
+    train(model, optimizer, freezer, steps=2)
+    frozen = optimizer.frozen
+    train(model, optimizer, sfj.nnx.Freezer(model, optimizer, sfj.policies.never()), steps=2)
+    assert optimizer.frozen == frozen  # to the new one they are frozen by hand
+
+
 @pytest.mark.parametrize("begins", [["layers/0"], "layers/[01]", sfj.policies.badam(5, order="ascending", keep=())])
 def test_linen_and_nnx_begin_with_the_same(begins):
     model, _, _ = nnx_run(sfj.policies.never(), "fresh", begins=False)

@@ -41,6 +41,11 @@ def test_sets_are_no_more_than_asked_for_and_hold_every_block_alike(sets):
     assert max(count.values()) - min(count.get(block, 0) for block in range(BLOCKS)) <= 1
 
 
+def test_the_set_of_a_step_is_the_same_wherever_a_run_begins():
+    policy = policies.lisa(2, switch_every=4)
+    assert trained(policy, range(6, 30)) == trained(policy, range(30))[6:]
+
+
 def test_seeds_differ_and_repeat():
     one, again, other = (trained(policies.lisa(2, switch_every=1, seed=seed), range(30)) for seed in (0, 0, 1))
     assert one == again
