@@ -41,11 +41,11 @@ _HEAD = """\
 
 Fine-tunings of whole data sets. Every strategy is paired with `never` (full training) of the same seed. *FLOPs* and
 *time* are shares of those of `never`; time has the steps, the policy and the waiting for programs in it. *Processor*
-is the processor's time for the steps, which other work on the machine does not change. A run whose steps took over
-1.3 times as long stood still for such work, and its time is left out. *Difference* is the mean over seeds with its
-standard error. Strategies named `,cached` keep the activations of the frozen front, of up to three fixed views of
-every augmented image; computing them is counted. `rehearsal` is the strategy that a rehearsal leads to, its price
-added. `python -m research.long_runs.report` writes this page from `results.jsonl`.
+is the processor's time for the steps, which other work on the machine changes by up to a tenth. A run whose steps took
+over 1.3 times as long stood still for such work, and its time is left out. *Difference* is the mean over seeds. Both
+have their standard errors. Strategies named `,cached` keep the activations of the frozen front, of up to three fixed
+views of every augmented image; computing them is counted. `rehearsal` is the strategy that a rehearsal leads to, its
+price added. `python -m research.long_runs.report` writes this page from `results.jsonl`.
 """
 
 
@@ -58,6 +58,7 @@ class Line(NamedTuple):
         flops: Mean share of FLOPs.
         time: Mean share of wall time, over the runs that did not stand still; NaN if all did.
         cpu: Mean share of processor time.
+        cpu_error: Standard error of that; NaN with one seed.
         figure: Mean of the case's figure, in percent.
         difference: Mean difference to ``never``, in points.
         error: Standard error of the difference; NaN with one seed.
@@ -69,6 +70,7 @@ class Line(NamedTuple):
     flops: float
     time: float
     cpu: float
+    cpu_error: float
     figure: float
     difference: float
     error: float
@@ -93,18 +95,25 @@ def _line(name: str, runs: Mapping[int, Result], never: Mapping[int, Result]) ->
     figure = figure_of(pairs[0][0])
     differences = 100 * np.array([run[figure] - full[figure] for run, full in pairs])
     times = [_seconds(run) / _seconds(full) for run, full in pairs if not (_stood_still(run) or _stood_still(full))]
+    processor = np.array([run["train_cpu_seconds"] / full["train_cpu_seconds"] for run, full in pairs])
     first = [run["frozen"][0][0] / run["steps"] for run, _ in pairs if run["frozen"]]
     return Line(
         name,
         len(seeds),
         float(np.mean([run["flops"] / full["flops"] for run, full in pairs])),
         float(np.mean(times)) if times else float("nan"),
-        float(np.mean([run["train_cpu_seconds"] / full["train_cpu_seconds"] for run, full in pairs])),
+        float(processor.mean()),
+        _error(processor),
         100 * float(np.mean([run[figure] for run, _ in pairs])),
         float(differences.mean()),
-        float(differences.std(ddof=1) / np.sqrt(len(seeds))) if len(seeds) > 1 else float("nan"),
+        _error(differences),
         float(np.mean(first)) if first else float("nan"),
     )
+
+
+def _error(values: np.ndarray) -> float:
+    """Standard error of the mean."""
+    return float(values.std(ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
 
 
 def _seconds(row: Result) -> float:
@@ -197,8 +206,8 @@ def _table(found: Sequence[Line]) -> str:
         "|---|--:|--:|--:|--:|--:|--:|--:|\n"
     )
     return head + "\n".join(
-        f"| {one.strategy} | {one.seeds} | {one.flops:.2f} | {share(one.time)} | {one.cpu:.2f} | {one.figure:.2f} | "
-        f"{_points(one)} | {share(one.first)} |"
+        f"| {one.strategy} | {one.seeds} | {one.flops:.2f} | {share(one.time)} | {_processor(one)} | {one.figure:.2f} "
+        f"| {_points(one)} | {share(one.first)} |"
         for one in found
     )
 
@@ -206,6 +215,10 @@ def _table(found: Sequence[Line]) -> str:
 def share(value: float) -> str:
     """A share as text; a dash where there is none."""
     return "-" if np.isnan(value) else f"{value:.2f}"
+
+
+def _processor(one: Line) -> str:
+    return f"{one.cpu:.2f}" + ("" if np.isnan(one.cpu_error) or one.strategy == "never" else f" ± {one.cpu_error:.2f}")
 
 
 def _points(one: Line) -> str:

@@ -1,8 +1,8 @@
-"""How well a second measurement of the harm of freezing agrees with the first: what a perfect predictor could reach.
+"""How well a second measurement of the harm of freezing agrees with the first.
 
 Recorded runs are trained again, and their branches with other batches. How well the harm measured then tells the
-targets of the first measurement is as much as can be asked of a predictor; beside it stands what some reach on the same
-runs. Runs are drawn at random among those of networks that are trained from scratch here; the others are slow. Every
+targets of the first measurement stands beside what some predictors reach on the same runs. A perfect one, without the
+noise of the second measurement, could do better than it. Runs are drawn at random among those of networks that are trained from scratch here; the others are slow. Every
 run is a line of ``harm.jsonl`` in ``--out``; what is there is not run again.
 
     python -m research.recordings.repeat_harm --recordings runs/collection --data-dir data/tfds --out runs/repeat

@@ -25,8 +25,9 @@ _HEAD = f"""\
 For every case that was run: the policy that saves most of the compute among those that lose at most {_LOSS} points
 against `never` in the mean over seeds, and the same of shorter schedules. *Saved* is a share of the FLOPs of all steps,
 *time* of the processor's time for them, which only the long runs have. A standard error above {_LOSS} means that the
-case cannot tell. Sources: the [long runs](../long_runs/results.md), and the closed loop in
-`benchmarks/closed_loop/tables.md`, whose runs have few examples. `python -m research.reproduce` writes this page.
+case cannot tell; one seed, which has none, cannot either. *None* names the lengths that were run. Sources: the [long
+runs](../long_runs/results.md), and the closed loop in `benchmarks/closed_loop/tables.md`, whose runs have few examples.
+`python -m research.reproduce` writes this page.
 """
 
 
@@ -134,12 +135,13 @@ def page(long_runs: Sequence[Row]) -> str:
 
 
 def _cells(points: Sequence[Point], *, shorter: bool) -> tuple[str, ...]:
-    if not any(point.strategy.startswith("shorter") is shorter for point in points):
+    if not (kind := [point for point in points if point.strategy.startswith("shorter") is shorter]):
         return "not run", *_NOTHING
     found = best(points, shorter=shorter)
     if found is None:
-        return "none", *_NOTHING
-    error = "" if math.isnan(found.error) else f" ± {found.error:.2f}"
+        lengths = ", ".join(sorted({f"{point.compute:.2f}" for point in kind}))
+        return f"none of {lengths}" if shorter else "none", *_NOTHING
+    error = " (one seed)" if math.isnan(found.error) else f" ± {found.error:.2f}"
     return f"`{found.strategy}`", _saved(found.compute), _saved(found.time), f"{found.loss:+.2f}{error}"
 
 

@@ -28,15 +28,15 @@ def test_the_report_by_hand():
         run("static:half", 2, False, 0.10, 70.0, 6.0),  # no run of never with that seed
         run("static:half", 0, False, 0.10, 70.0, 6.0, case="another"),
     ]
-    head = "| strategy | activations | seeds | FLOPs | by account | time | waited, s | stored, MB | points | loss |"
+    head = "| strategy | activations | seeds | FLOPs | by account | time | first seed | stored, MB | points | loss |"
     assert report(measured).split("\n") == [
         "### small",
         "",
         head,
         "|---|---|--:|--:|--:|--:|--:|--:|--:|--:|",
-        "| never | - | 2 | 1.00 | 0.70 | 1.00 | 4 | 0.0 | +0.00 +- 0.00 | +0.000 +- 0.000 |",
-        "| static:half | - | 1 | 0.70 | 0.70 | 0.60 | 4 | 0.0 | -1.00 | +0.010 |",
-        "| static:half | kept | 2 | 0.42 | 0.70 | 0.40 | 4 | 8.0 | +1.00 +- 1.00 | -0.010 +- 0.010 |",
+        "| never | - | 2 | 1.00 | 0.70 | 1.00 | 1.00 | 0.0 | +0.00 +- 0.00 | +0.000 +- 0.000 |",
+        "| static:half | - | 1 | 0.70 | 0.70 | 0.71 | 0.71 | 0.0 | -1.00 | +0.010 |",
+        "| static:half | kept | 2 | 0.42 | 0.70 | 0.55 | 0.50 | 8.0 | +1.00 +- 1.00 | -0.010 +- 0.010 |",
     ]
 
 

@@ -25,7 +25,7 @@ def test_the_recommended_policy_loses_next_to_nothing(case):
 
 
 @pytest.mark.parametrize("case", RUN)
-def test_it_is_ahead_of_shorter_schedules(case):
+def test_it_is_ahead_of_the_shorter_schedules_that_were_run(case):
     shorter = [line for name, line in RUN[case].items() if name.startswith("shorter")]
     assert shorter
     assert all(line.difference < RUN[case][RECOMMENDED].difference for line in shorter)
