@@ -2,8 +2,9 @@
 
 Recorded runs are trained again, and their branches with other batches. How well the harm measured then tells the
 targets of the first measurement stands beside what some predictors reach on the same runs. A perfect one, without the
-noise of the second measurement, could do better than it. Runs are drawn at random among those of networks that are trained from scratch here; the others are slow. Every
-run is a line of ``harm.jsonl`` in ``--out``; what is there is not run again.
+noise of the second measurement, could do better than it. Runs are drawn at random among those of networks that are
+trained from scratch here; the others are slow. Every run is a line of ``harm.jsonl`` in ``--out``; what is there is not
+run again.
 
     python -m research.recordings.repeat_harm --recordings runs/collection --data-dir data/tfds --out runs/repeat
 """

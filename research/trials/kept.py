@@ -116,9 +116,9 @@ def _step(bench: Bench, steps: int) -> sfj.nnx.CachedStep:
 def report(runs: Sequence[KeptRun]) -> str:
     """Markdown tables, one for each case: every strategy with and without activations kept, beside ``never``.
 
-    Columns: seeds; FLOPs and total seconds relative to ``never`` with the same seed, the median over the seeds; FLOPs by
-    the account; the same seconds of the first seed, which compiles what the others load; stored bytes; and accuracy in
-    points and test loss, less those of ``never``, with the standard error over seeds.
+    Columns: seeds; FLOPs and total seconds relative to ``never`` with the same seed, the median over the seeds, and
+    between them FLOPs by the account; these seconds of the first seed, which compiles what the others load; stored
+    bytes; and accuracy in points and test loss, less those of ``never``, with the standard error over seeds.
 
     Args:
         runs: The runs; those without a run of ``never`` with their seed are left out.
@@ -141,9 +141,9 @@ def report(runs: Sequence[KeptRun]) -> str:
             stored = np.median([run.stored_bytes for _, run in pairs])
             first = min(pairs, key=lambda pair: pair[0].seed)
             shares = f"{_median(pairs, 'flops'):.2f} | {np.median([run.account for _, run in pairs]):.2f}"
-            time = f"{_median(pairs, 'total_seconds'):.2f} | {_median([first], 'total_seconds'):.2f} | {stored / 1e6:.1f}"
-            how = "kept" if kept else "-"
-            lines.append(f"| {strategy} | {how} | {len(pairs)} | {shares} | {time} | {points} | {loss} |")
+            time, compiling = (f"{_median(some, 'total_seconds'):.2f}" for some in (pairs, [first]))
+            times, how = f"{time} | {compiling} | {stored / 1e6:.1f}", "kept" if kept else "-"
+            lines.append(f"| {strategy} | {how} | {len(pairs)} | {shares} | {times} | {points} | {loss} |")
         tables.append("\n".join(lines))
     return "\n\n".join(tables)
 
