@@ -88,6 +88,27 @@ def starting(policy: Policy, state: PyTree, layers: Layers) -> frozenset[str]:
     return frozenset(layers.check(policy.start(state, layers), "policy's decision"))
 
 
+def begun(policy: Policy, state: PyTree, frozen: Frozen, names: frozenset[str], steps: int) -> ByHand:
+    """Who decides in a run for which an optimizer was made with layers that a policy has frozen from the beginning.
+
+    After the first step another policy may follow on that one: to it, these layers are frozen by hand.
+
+    Args:
+        policy: The policy.
+        state: Its first state.
+        frozen: The frozen set.
+        names: The layers with which the optimizer was made.
+        steps: Train steps done.
+
+    Raises:
+        ValueError: If the policy begins with other layers, and so does the run.
+    """
+    begins = starting(policy, state, frozen.layers) if names else names
+    if not steps:
+        check_beginning(begins, names)
+    return ByHand(frozen.names - names if begins == names else frozen.names)
+
+
 def check_beginning(names: frozenset[str], expected: frozenset[str]) -> None:
     """Checks that a policy begins as the one for which an optimizer was made.
 

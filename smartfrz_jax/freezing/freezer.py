@@ -179,11 +179,7 @@ class Freezer:
 
     def _begin(self, names: frozenset[str]) -> None:
         """Leaves layers to the policy for which an optimizer was made without state for them."""
-        begins = by_hand.starting(self.policy, self.policy_state, self.layers) if names else names
-        if not self.steps:
-            by_hand.check_beginning(begins, names)
-        if begins == names:  # later, another policy may follow on the one for which the optimizer was made
-            self._by_hand = by_hand.ByHand(self.frozen.names - names)
+        self._by_hand = by_hand.begun(self.policy, self.policy_state, self.frozen, names, self.steps)
 
     @property
     def pending(self) -> Pending | None:
@@ -342,7 +338,9 @@ class Freezer:
         policy = checkpoint.with_dropped(path, self._initial_state, saved_run.KIND, prefix="['policy']")
         metadata = checkpoint.read_metadata(path, saved_run.KIND)
         asked = metadata.get("readings", [])
-        like = {"run": run, "policy": policy} | ({"readings": outline(asked)} if asked else {})
+        like = {"run": saved_run.as_precise(path, run), "policy": policy} | (
+            {"readings": outline(asked)} if asked else {}
+        )
         saved = checkpoint.read(path, like, saved_run.KIND)
         progress = saved_run.Progress.of(metadata, self.layers)
         self._decisions.readings = restored(asked, saved.get("readings", []))

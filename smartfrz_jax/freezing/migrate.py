@@ -7,13 +7,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax.tree_util import keystr, tree_leaves_with_path
 
 from smartfrz_jax.freezing.accumulation import WindowState, averages, clock_of, partial_sums, start_windows
 from smartfrz_jax.freezing.frozen import ACTIVE, FROZEN, Frozen, check_frozen
-from smartfrz_jax.freezing.parts import rows, state_rows
+from smartfrz_jax.freezing.parts import fit, rows, state_rows
 from smartfrz_jax.freezing.transform import freeze, unshared
 from smartfrz_jax.layers.layers import Layers, check_params
 from smartfrz_jax.pytrees import checks, paths
@@ -53,9 +52,9 @@ def migrate_opt_state(
         State of ``freeze(tx, frozen)``.
 
     Raises:
-        ValueError: If a value is missing, left over, or has another shape or dtype than ``tx`` gives it for ``params``,
-            or ``tx`` keeps state that cannot be split by layer, as ``optax.flatten`` does, or, where rows of stacked
-            parameters freeze or return, by row, as ``optax.novograd`` does.
+        ValueError: If a value is missing, left over, or does not fit what ``tx`` gives for ``params``
+            (:func:`~smartfrz_jax.freezing.parts.fit.fits`), or ``tx`` keeps state that cannot be split by layer, as
+            ``optax.flatten`` does, or, where rows of stacked parameters change, by row, as ``optax.novograd`` does.
     """
     checks.transformation(tx)
     check_frozen(frozen)
@@ -74,9 +73,9 @@ def migrate_opt_state(
     abstract = _abstract(opt_state, tx, params, frozen)
     wanted = by_path(abstract)
     as_moved = old | {path: moves[path].shape(leaf) for path, leaf in old.items() if path in moves}
-    unfit = _unfit(as_moved, wanted, dropped=_masked(opt_state), absent=_masked(abstract))
+    unfit = fit.unfit(as_moved, wanted, dropped=fit.masked(opt_state), absent=fit.masked(abstract))
     if unfit is not None:
-        got = f"{unfit} is {_text(old.get(unfit))}, but tx makes it {_text(wanted.get(unfit))}"
+        got = f"{unfit} is {fit.text(old.get(unfit))}, but tx makes it {fit.text(wanted.get(unfit))}"
         if _is_of_all_layers(unfit, tx, params, frozen.layers):
             raise ValueError(
                 f"opt_state: {got} with this frozen set; state that is not shaped like the parameters cannot be split "
@@ -217,9 +216,9 @@ def _check_by_row(opt_state: Any, tx: optax.GradientTransformation, params: PyTr
         changes = of_state.get(array, every) != frozen.rows.get(array, every)
         if path in leaves and changes and not frozen.is_frozen(array):
             raise ValueError(
-                f"tx: keeps {path}, {_text(leaves[path])}, of all rows of {array!r} together, expected state of each "
-                "row, for some of them freeze or return; take an optimizer that has such, as optax.adamw, or find the "
-                "layers without rows=True"
+                f"tx: keeps {path}, {fit.text(leaves[path])}, of all rows of {array!r} together, expected state of "
+                "each row, for some of them freeze or return; take an optimizer that has such, as optax.adamw, or find "
+                "the layers without rows=True"
             )
 
 
@@ -273,28 +272,19 @@ def _put_back(
         move = moves[path]
         for row in move.returning:
             at = move.after.index(row)
-            fresh = move.with_row(fresh, at, _put_back(kept, f"{path}[{row}]", move.part(fresh, at), {}, may_lack))
+            part = _put_back(kept, f"{path}[{row}]", move.part(fresh, at), {}, may_lack)
+            fresh = move.with_row(fresh.astype(part.dtype), at, part)
         return fresh
     if may_lack and path not in kept:
         return fresh
-    if _text(kept.get(path)) != _text(fresh):
+    if not fit.fits(kept.get(path), fresh):
         raise ValueError(
-            f"kept: {path} is {_text(kept.get(path))}, but tx makes it {_text(fresh)}; pass all that was dropped when "
-            "the layers that return froze, or None to let them start afresh"
+            f"kept: {path} is {fit.text(kept.get(path))}, but tx makes it {fit.text(fresh)}; pass all that was dropped "
+            "when the layers that return froze, or None to let them start afresh"
         )
     # A copy: on a CPU the array could share its memory with NumPy's, which a step that donates it would write over.
     value = jnp.array(kept[path])
     return jax.device_put(value, fresh.sharding) if fresh.committed else value
-
-
-def _unfit(old: dict[str, Any], wanted: dict[str, Any], *, dropped: list[str], absent: list[str]) -> str | None:
-    """Path at which the two differ, beside the leaves of layers that return (``dropped``) or freeze (``absent``)."""
-    for path in [*wanted, *(path for path in old if path not in wanted)]:
-        got, expected = _text(old.get(path)), _text(wanted.get(path))
-        masked = dropped if path not in old else absent if path not in wanted else ()
-        if got != expected and not any(path.startswith(prefix) for prefix in masked):
-            return path
-    return None
 
 
 def _is_of_all_layers(path: str, tx: optax.GradientTransformation, params: PyTree, layers: Layers) -> bool:
@@ -303,17 +293,4 @@ def _is_of_all_layers(path: str, tx: optax.GradientTransformation, params: PyTre
         return False
     some = (Frozen(layers), Frozen(layers, frozenset(layers.names[:1])))
     values = [by_path(jax.eval_shape(freeze(tx, frozen).init, params)).get(path) for frozen in some]
-    return None not in values and _text(values[0]) != _text(values[1])
-
-
-def _masked(tree: Any) -> list[str]:
-    """Paths at which a transformation has dropped the state of a parameter."""
-
-    def is_masked(node: Any) -> bool:
-        return isinstance(node, optax.MaskedNode)
-
-    return [keystr(path) for path, node in tree_leaves_with_path(tree, is_leaf=is_masked) if is_masked(node)]
-
-
-def _text(leaf: Any) -> str:
-    return "missing" if leaf is None else f"{jnp.result_type(leaf)}{list(np.shape(leaf))}"
+    return None not in values and not fit.fits(*values)

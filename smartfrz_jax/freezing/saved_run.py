@@ -8,6 +8,7 @@ import operator
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -15,6 +16,7 @@ from smartfrz_jax.callbacks.base import FreezeEvent
 from smartfrz_jax.freezing.by_hand import ByHand
 from smartfrz_jax.freezing.coming import Pending
 from smartfrz_jax.freezing.frozen import Frozen
+from smartfrz_jax.freezing.parts import fit
 from smartfrz_jax.layers.layers import Layers
 from smartfrz_jax.policies.base import Policy
 from smartfrz_jax.pytrees import checkpoint, checks
@@ -105,6 +107,35 @@ def check_run(run: PyTree) -> None:
             f"run: got {checks.got(run)}, expected a pytree with arrays: parameters, optimizer state and whatever else "
             "the run goes on with"
         )
+
+
+def as_precise(path: PathLike, run: PyTree) -> PyTree:
+    """A run in whose place one can be read: optimizer state (``opt_state``) with the precision that was saved.
+
+    Updates may have made it higher than an optimizer begins with, see :func:`smartfrz_jax.freezing.parts.fit.fits`.
+
+    Args:
+        path: Directory of the checkpoint.
+        run: Pytree of arrays or ``jax.ShapeDtypeStruct``, of the structure that was saved.
+    """
+    notes = checkpoint.notes(path, KIND)
+
+    def precise(keys: Any, leaf: Any) -> Any:
+        note = notes.get(f"['run']{jax.tree_util.keystr(keys)}")
+        of_optimizer = any(getattr(key, "name", getattr(key, "key", None)) == "opt_state" for key in keys)
+        if note is None or not of_optimizer or not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+            return leaf
+        if note["dtype"] == str(leaf.dtype) or "value" in note or "numpy" in note:
+            return leaf
+        saved = jax.ShapeDtypeStruct(tuple(note["shape"]), note["dtype"], sharding=_sharding(leaf))
+        return saved if fit.fits(saved, leaf) else leaf
+
+    return jax.tree_util.tree_map_with_path(precise, run)
+
+
+def _sharding(leaf: Any) -> Any:
+    """Where an array is to come that comes in place of another; None if that is not committed."""
+    return leaf.sharding if isinstance(leaf, jax.ShapeDtypeStruct) or leaf.committed else None
 
 
 def frozen_sets(frozen: Frozen, events: Sequence[FreezeEvent]) -> list[tuple[int, Frozen]]:

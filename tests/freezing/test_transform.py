@@ -61,6 +61,31 @@ def test_optimizer_memory_of_adam_is_that_of_the_active_layers():
         assert nbytes(state) == (4 - frozen) * per_layer + 4
 
 
+MIXED = {
+    "inject_hyperparams": optax.inject_hyperparams(optax.adamw)(learning_rate=0.1, weight_decay=0.1),
+    "schedule_free": optax.contrib.schedule_free_adamw(0.1),
+    "adam": optax.adam(0.1),
+}
+
+
+@pytest.mark.parametrize("grads", [None, jnp.float32], ids=["grads as params", "float32 grads"])
+@pytest.mark.parametrize("tx", MIXED.values(), ids=MIXED)
+def test_precision_that_optax_changes_goes_on(tx, grads):
+    """What it makes depends on all parameters that are active, and what an update leaves on the gradients."""
+
+    own = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS) | {NAMES[1]: PARAMS[NAMES[1]]}
+    params, state, dtypes = own, tx.init(own), {}
+    for step, frozen in enumerate((set(), set(NAMES[:1]), set(NAMES[:2]), set(NAMES[:1]), set())):
+        now = Frozen(LAYERS, frozen)
+        state = migrate_opt_state(state, tx, params, now)
+        for path, leaf in tree_leaves_with_path(state):
+            assert leaf.dtype == dtypes.get(keystr(path), leaf.dtype), keystr(path)
+        gradients = jax.tree.map(lambda leaf, param: leaf.astype(grads or param.dtype), GRADS[step], own)
+        updates, state = freezing.freeze(tx, now).update(gradients, state, params)
+        params = freezing.apply_updates(params, updates, now)
+        dtypes = {keystr(path): leaf.dtype for path, leaf in tree_leaves_with_path(state)}
+
+
 @settings(max_examples=15, deadline=None)
 @given(st.lists(st.sets(st.sampled_from(NAMES)), max_size=5))
 def test_any_sequence_of_frozen_sets(sets):

@@ -1,11 +1,15 @@
 """Checkpoints of NNX runs: they go on bit for bit, and what does not fit changes nothing."""
 
+import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
 import smartfrz_jax as sfj
 from tests.nnx.network import TX, Net, X, Y, arrays, make, train_step
+
+X4 = jnp.arange(8.0).reshape(2, 4)
 
 pytestmark = pytest.mark.usefixtures("jax_defaults")
 
@@ -53,6 +57,40 @@ def test_a_restored_run_goes_on_bit_identically_across_a_freeze(tmp_path, name, 
             assert now.keys() == leaves.keys()
             for key, leaf in leaves.items():
                 np.testing.assert_array_equal(now[key], leaf, err_msg=key)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("returning", ["fresh", "kept"])
+def test_state_that_updates_have_made_more_precise_goes_on_bit_identically(tmp_path, returning):
+    """``inject_hyperparams`` makes the moments of bfloat16 weights float32 where others are float32."""
+
+    def start():
+        model = nnx.Sequential(
+            *(nnx.Linear(4, 4, param_dtype=jnp.bfloat16, rngs=nnx.Rngs(number)) for number in range(3)),
+            nnx.Linear(4, 4, rngs=nnx.Rngs(3)),
+        )
+        tx = optax.inject_hyperparams(optax.adamw)(learning_rate=0.01)
+        optimizer = sfj.nnx.Optimizer(model, tx, layers=sfj.nnx.find_layers(model, X4), returning=returning)
+        policy = sfj.static_prefix([(0.2, 0.5), (0.4, 0.0), (0.7, 0.5)], total_steps=10)
+        return model, optimizer, sfj.nnx.Freezer(model, optimizer, policy)
+
+    def run(model, optimizer, freezer, steps):
+        for _ in range(steps):
+            _, grads = optimizer.value_and_grad(lambda model: (model(X4) ** 2).mean())(model)
+            optimizer.update(model, grads)
+            freezer.step()
+        return arrays(model) | arrays(optimizer)
+
+    straight, first, again = start(), start(), start()
+    expected = run(*straight, 10)
+    assert {leaf.dtype.name for name, leaf in expected.items() if "mu" in name and leaf.size} == {"float32"}
+    run(*first, 3)
+    first[2].save(tmp_path / "run")
+    again[2].restore(tmp_path / "run")
+    now = run(*again, 7)
+    assert again[2].events == straight[2].events
+    for name, leaf in expected.items():
+        np.testing.assert_array_equal(now[name], leaf, err_msg=name)
 
 
 @pytest.mark.slow

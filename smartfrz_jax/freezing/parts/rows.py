@@ -125,7 +125,7 @@ class Move(NamedTuple):
             return fresh
         old = rows.take(leaf, [self.before.index(row) for row in staying], self.axis)
         at = [self.after.index(row) for row in staying]
-        return old if len(staying) == len(self.after) else rows.put(fresh, old, at, self.axis)
+        return old if len(staying) == len(self.after) else rows.put(fresh.astype(leaf.dtype), old, at, self.axis)
 
     def leaving(self, path: str, leaf: Any) -> dict[str, Any]:
         """The rows of an array that it is of before and not after, by path."""
