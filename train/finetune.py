@@ -59,8 +59,7 @@ def make_evaluation(data: Data, figures: dict[str, metrics.Metric]) -> Callable[
     def evaluate(model: nnx.Module) -> dict[str, float]:
         evaluated = nnx.merge(*nnx.split(model))  # shares the arrays, not the mode
         evaluated.eval()
-        parts = [hosts.fetch(sums_of(evaluated, *batch)) for batch in data.evaluation_batches()]
-        counts, sums = (metrics.total(of_batches) for of_batches in zip(*parts, strict=True))
+        counts, sums = metrics.total(hosts.fetch(sums_of(evaluated, *batch)) for batch in data.evaluation_batches())
         loss = metrics.mean_loss(sums)
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss on the evaluation split is {loss}; lower the learning rate")
