@@ -37,7 +37,7 @@ from train.profile import profiled
 from train.recovery.checkpoints import make_checkpoints
 from train.recovery.lock import only_run_in
 from train.recovery.regression import react
-from train.recovery.resume import read_baseline, read_started, restore_newest
+from train.recovery.resume import check_begun, read_baseline, read_started, restore_newest
 from train.train_step import loss_fn, make_train_step
 
 
@@ -332,6 +332,8 @@ def main(argv: list[str] | None = None) -> int:
     def work(interrupt: Interrupt) -> None:
         if options.devices.distributed:
             processes.start()
+        if options.recovery.resume:
+            check_begun(out)
         with only_run_in(out):
             if (out / "log.jsonl").exists() and not options.recovery.resume:
                 raise FileExistsError(f"out: {out} holds a run; go on with it with --resume, or choose another folder")

@@ -40,6 +40,22 @@ def test_a_run_is_resumed_as_it_was_started(tmp_path, capsys):
         resume.read_started(run, options(*arguments).settings(), said.append)
 
 
+def test_a_run_that_ended_before_its_log_starts_from_its_first_step(tmp_path, capsys):
+    run = tmp_path / "run"
+    arguments = ["--model", "resnet50", "--data", "x", "--data-dir", "y", "--out", str(run), "--resume"]
+    for others in ((), ("notes.txt", "checkpoints")) * 2:  # the first attempt makes the folder, none begins a run
+        for name in others:
+            (run / name).mkdir(exist_ok=True)
+        assert finetune.main(arguments) == 2
+        assert f"resume: {run} holds no run; start it without --resume" in capsys.readouterr().err
+    assert finetune.main(arguments[:-1]) == 2  # ends before its log
+    assert "y is not a directory" in capsys.readouterr().err
+    assert finetune.main(arguments) == 2
+    said = capsys.readouterr()
+    assert f"{run} holds no checkpoint yet: the run starts again from its first step" in said.out
+    assert "y is not a directory" in said.err
+
+
 def test_options_that_do_not_change_the_run_may_differ_and_are_said(tmp_path):
     said = []
     write_log(tmp_path / "run", options().settings())
