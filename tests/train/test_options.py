@@ -48,6 +48,7 @@ def options(*changed):
         (["--batch-norm", "fixed"], "--batch-norm: got fixed, which keeps the statistics of --weights, expected these"),
         (["--mesh", "model=2"], "--mesh: got 'model=2', expected numbers of devices for the axes data and fsdp"),
         (["--help"], "--evaluations-per-epoch"),
+        (["--help"], "keep only the inputs of blocks for the backward pass, and compute all else again"),
     ],
 )
 def test_the_command_line_is_checked(changed, message, capsys):
