@@ -1,5 +1,6 @@
 """What a run goes on from, and what it is compared with."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -65,6 +66,13 @@ def test_options_that_do_not_change_the_run_may_differ_and_are_said(tmp_path):
     for part in ("workers (was 0, is 4)", "checkpoint_every (was None, is 600s)", "keep_best (was 0, is 3)"):
         assert part in text
     assert "resume" not in text
+
+
+def test_the_page_has_every_option_that_may_differ():
+    text = (Path(__file__).parents[3] / "docs/guides/checkpoints.md").read_text()
+    rows = re.findall(r"^\| (`--.*) \|", text.partition("### Other options with `--resume`")[2], flags=re.MULTILINE)
+    named = re.findall(r"`--([\w-]+)`", " ".join(rows))
+    assert sorted(named) == sorted(name.replace("_", "-") for name in resume.FREE - {"resume", "out"})
 
 
 @pytest.mark.parametrize(("optimizer_steps", "log_steps"), [(7, 6), (6, 5)])
