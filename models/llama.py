@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike
 
-from models.layers.decoder import DecoderLayer, Linear, causal_mask, rms_norm, rotary_angles
+from models.layers.decoder import DecoderLayer, causal_mask, linear, rms_norm, rotary_angles
 from models.layers.torch_names import torch_name
 from models.layers.transformer import at_least_float32
 from smartfrz_jax.nnx.scan import is_live, scan_blocks
@@ -29,10 +29,12 @@ class Embedding(nnx.Module):
         frozen_params: Names of its frozen parameters; see :func:`smartfrz_jax.nnx.scan_blocks`.
     """
 
-    def __init__(self, vocab_size: int, dim: int, *, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs):
+    def __init__(
+        self, vocab_size: int, dim: int, *, init_std: float, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs
+    ):
         self.frozen_params: frozenset[str] = frozenset()
         self.dtype = dtype
-        init = nnx.initializers.normal(0.02)
+        init = nnx.initializers.normal(init_std)
         self.embedding = nnx.Param(init(rngs.params(), (vocab_size, dim), param_dtype))
 
     def __call__(self, input_ids: Int[Array, "n tokens"]) -> Float[Array, "n tokens dim"]:
@@ -66,6 +68,7 @@ class Llama(nnx.Module):
         tied: Whether the head is the embedding. The lookup of tokens freezes apart from the head then if the layers are
             found with ``lookups=True``. The head of an untied network starts as the embedding where a file of a tied
             one is loaded.
+        init_std: Standard deviation of the weights at the start.
         scan: Whether to run the blocks as a scan over their stacked weights, which compiles faster; see
             :func:`smartfrz_jax.nnx.scan_blocks`. It changes neither parameters nor results.
         dtype: Type to compute in, such as ``jnp.bfloat16``; ``param_dtype`` by default. Norms, rotations, softmax and
@@ -98,6 +101,7 @@ class Llama(nnx.Module):
         rope_theta: float = 10000.0,
         epsilon: float = 1e-5,
         tied: bool = False,
+        init_std: float = 0.02,
         scan: bool = False,
         dtype: DTypeLike | None = None,
         param_dtype: DTypeLike = jnp.float32,
@@ -113,15 +117,16 @@ class Llama(nnx.Module):
         self.rope_theta = rope_theta
         self.scan = scan
         dtypes: dict[str, Any] = {"dtype": dtype, "param_dtype": param_dtype}  # of every layer
-        self.embed_tokens = Embedding(vocab_size, dim, rngs=rngs, **dtypes)
+        drawn: dict[str, Any] = {"init_std": init_std, "rngs": rngs, **dtypes}
+        self.embed_tokens = Embedding(vocab_size, dim, **drawn)
         self.layers = nnx.List(
-            [DecoderLayer(dim, heads, kv_heads, hidden, epsilon=epsilon, rngs=rngs, **dtypes) for _ in range(depth)]
+            [DecoderLayer(dim, heads, kv_heads, hidden, epsilon=epsilon, **drawn) for _ in range(depth)]
         )
         self.norm = rms_norm(dim, epsilon=epsilon, rngs=rngs, **dtypes)
         self.tied = tied
         if not tied:
             out = at_least_float32(dtype)
-            self.lm_head = Linear(dim, vocab_size, preferred_element_type=out, rngs=rngs, **dtypes)
+            self.lm_head = linear(**drawn, preferred_element_type=out)(dim, vocab_size)
 
     def __call__(
         self, input_ids: Int[Array, "n tokens"], segment_ids: Int[Array, "n tokens"] | None = None
@@ -176,4 +181,5 @@ def smollm2_135m(**kwargs: Any) -> Llama:
         (30, (49152, 576))
     """
     sizes = {"vocab_size": 49152, "dim": 576, "depth": 30, "heads": 9, "kv_heads": 3, "hidden": 1536}
-    return Llama(**dict[str, Any](**sizes, rope_theta=100000.0, epsilon=1e-5, tied=True) | kwargs)
+    others = {"rope_theta": 100000.0, "epsilon": 1e-5, "tied": True, "init_std": 576**-0.5}
+    return Llama(**dict[str, Any](**sizes, **others) | kwargs)

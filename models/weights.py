@@ -39,7 +39,7 @@ _HEAD = re.compile(r"^(_?fc|head(_dist)?|classifier(\.[16])?|qa_outputs|lm_head)
 # Belongs to the head in so far as only one side may have it: files of masked language models and networks with
 # pool="mean" are without it.
 _POOLER = re.compile(r"^(bert\.)?pooler\.")
-_POSITIONS = "pos_embed"
+_POSITIONS, _DISTILLED = "pos_embed", "dist_token"
 _TODAY = {"gamma": "weight", "beta": "bias"}
 _METADATA = {"format": "pt"}  # transformers insists on it
 _WEIGHTS = (nnx.Param, nnx.BatchStat)
@@ -165,7 +165,8 @@ def set_tensors(
         own |= {tensor for tensor in found.keys() ^ expected.keys() if _POOLER.search(tensor)}
         found = {tensor: value for tensor, value in found.items() if tensor not in own}
         expected = {tensor: shape for tensor, shape in expected.items() if tensor not in own}
-    if resample and isinstance(model, DeiT) and _POSITIONS in found:
+    same_kind = (_DISTILLED in found) == (_DISTILLED in expected)
+    if resample and isinstance(model, DeiT) and _POSITIONS in found and same_kind:
         found[_POSITIONS] = _resampled(model, found[_POSITIONS])
     _check(found, expected, source, type(model).__name__)
     _check_values({name: found[tensor] for name, tensor in names.items() if tensor in expected}, names, source)
@@ -296,11 +297,22 @@ def _check(found: Mapping[str, np.ndarray], expected: Mapping[str, tuple[int, ..
         f"  other shape: {name} is {list(found[name].shape)}, expected {list(expected[name])}" for name in reshaped
     ]
     names = missing + surplus + reshaped
+    distilled = _DISTILLED in found
+    other_kind = distilled != (_DISTILLED in expected) and _POSITIONS in found.keys() & expected.keys()
+    if other_kind:
+        lines.append(
+            f"the file is of a network that is {'' if distilled else 'not '}distilled: build it with "
+            f"distilled={distilled} (of train.finetune: --model deit-tiny{'-distilled' if distilled else ''})"
+        )
+        names = [name for name in names if name not in (_DISTILLED, _POSITIONS) and not name.startswith("head_dist.")]
     heads = [name for name in names if _HEAD.search(name) or _POOLER.search(name)]
     if heads:
-        lines.append("to keep this network's own, freshly initialised head, pass new_head=True")
-    if _POSITIONS in reshaped:
-        lines.append("to resample the position embeddings of another image size, pass resample=True")
+        lines.append("to keep this network's own, fresh head, pass new_head=True (of train.finetune: --head new)")
+    if _POSITIONS in reshaped and not other_kind and found[_POSITIONS].shape[2:] == expected[_POSITIONS][2:]:
+        lines.append(
+            "to resample the position embeddings of another image size, pass resample=True (train.finetune does so "
+            "for --weights; for --reference, take the --image-size that it was trained with)"
+        )
     if set(names) - {_POSITIONS, *heads}:
         lines.append("build the network with the options that the file was made with, or choose another file")
     raise ValueError("\n".join(lines))

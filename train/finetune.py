@@ -37,7 +37,7 @@ from train.profile import profiled
 from train.recovery.checkpoints import make_checkpoints
 from train.recovery.lock import only_run_in
 from train.recovery.regression import react
-from train.recovery.resume import read_baseline, read_started, restore_newest
+from train.recovery.resume import check_begun, read_baseline, read_started, restore_newest
 from train.train_step import loss_fn, make_train_step
 
 
@@ -59,8 +59,7 @@ def make_evaluation(data: Data, figures: dict[str, metrics.Metric]) -> Callable[
     def evaluate(model: nnx.Module) -> dict[str, float]:
         evaluated = nnx.merge(*nnx.split(model))  # shares the arrays, not the mode
         evaluated.eval()
-        parts = [hosts.fetch(sums_of(evaluated, *batch)) for batch in data.evaluation_batches()]
-        counts, sums = (metrics.total(of_batches) for of_batches in zip(*parts, strict=True))
+        counts, sums = metrics.total(hosts.fetch(sums_of(evaluated, *batch)) for batch in data.evaluation_batches())
         loss = metrics.mean_loss(sums)
         if not math.isfinite(loss):
             raise FloatingPointError(f"the loss on the evaluation split is {loss}; lower the learning rate")
@@ -333,6 +332,8 @@ def main(argv: list[str] | None = None) -> int:
     def work(interrupt: Interrupt) -> None:
         if options.devices.distributed:
             processes.start()
+        if options.recovery.resume:
+            check_begun(out)
         with only_run_in(out):
             if (out / "log.jsonl").exists() and not options.recovery.resume:
                 raise FileExistsError(f"out: {out} holds a run; go on with it with --resume, or choose another folder")

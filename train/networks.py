@@ -128,6 +128,8 @@ def make_network(config: NetworkConfig, *, image_size: int, num_classes: int, se
         raise ValueError(f"scan: {config.model} has no stack of equal blocks; leave --scan out")
     if config.stem == "cifar" and (transformer or config.model.startswith("vgg")):
         raise ValueError(f"stem: {config.model} has no strided stem; leave --stem out")
+    if config.batch_norm == "fixed" and (transformer or config.model == "vgg11"):
+        raise ValueError(f"batch_norm: {config.model} has no BatchNorm; leave --batch-norm out")
     deit = partial(deit_tiny, image_size=image_size, scan=config.scan)
     text = {"vocab_size": VOCABULARY, "scan": config.scan}
     match config.model:

@@ -94,6 +94,11 @@ class PolicyConfig:
             object.__setattr__(self, "lead", min(self.lead, (self.switch_every or own) - 1))
         if self.policy == "similarity_guided" and self.reference is None:
             raise ValueError("--policy: got similarity_guided, expected --reference, too; see --help")
+        if self.policy != "similarity_guided" and self.reference is not None:
+            raise ValueError(
+                f"--reference: got {self.reference} for {self.policy}, which reads none, expected --policy "
+                "similarity_guided; or leave it out"
+            )
 
     @property
     def returning(self) -> Returning:

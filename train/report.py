@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from pathlib import PurePath
 
 import matplotlib as mpl
 import matplotlib.pyplot as plt
@@ -15,6 +16,25 @@ from train.log import Run
 mpl.use("Agg")
 
 _COLOURS = {"never": "#4d4d4d", "smartfrz": "#d1495b", "progress": "#3a8f5c", "freezeout": "#2e86ab"}
+_COLOURS_OF_OTHERS = ("#e09f3e", "#7b5ea7", "#c77dba")  # of runs of a policy that has its colour already
+
+
+def _labels(runs: Sequence[Run]) -> list[str]:
+    """Names of the policies; behind those that repeat, the folders of the runs, as ``progress (p95)``."""
+    names, outs = [run.name for run in runs], [PurePath(run.settings.get("out", "")) for run in runs]
+    short = [out.name or str(out) for out in outs]
+    folders = short if len(set(short)) == len(short) else map(str, outs)
+    return [
+        f"{name} ({folder})" if names.count(name) > 1 else name for name, folder in zip(names, folders, strict=True)
+    ]
+
+
+def _colours(runs: Sequence[Run]) -> list[str | None]:
+    names = [run.name for run in runs]
+    return [
+        _COLOURS_OF_OTHERS[number % 3] if name in names[:number] else _COLOURS.get(name)
+        for number, name in enumerate(names)
+    ]
 
 
 def table(runs: Sequence[Run]) -> str:
@@ -32,7 +52,7 @@ def table(runs: Sequence[Run]) -> str:
         return text if value == of_full else f"{text} ({value / of_full - 1:+.0%})"
 
     rows = [
-        ("", [run.name for run in runs]),
+        ("", _labels(runs)),
         *((f"{metric}, evaluation split", [_figure(run, metric) for run in runs]) for metric in full.metrics),
         ("training, seconds", [saved(run.seconds, full.seconds, f"{run.seconds:.1f}") for run in runs]),
         (f"{_flops_of(runs)}, TFLOPs", [saved(run.tflops, full.tflops, f"{run.tflops:.3f}") for run in runs]),
@@ -88,12 +108,15 @@ def picture(runs: Sequence[Run], path: Path, title: str) -> None:
         path: PNG file to write.
         title: Title of the picture.
     """
-    shown = runs[1:] or runs
+    shown = list(zip(runs, _labels(runs), _colours(runs), strict=True))
+    shown = shown[1:] or shown
     figure = plt.figure(figsize=(max(9.0, 6.2 * len(shown)), 9.5), layout="constrained")
     figure.suptitle(title)
     grid = figure.add_gridspec(2, len(shown), height_ratios=(1.25, 1))
-    for column, run in enumerate(shown):
-        _draw_freezing(figure.add_subplot(grid[0, column]), run, labels=column == 0)
+    for column, (run, label, colour) in enumerate(shown):
+        axes = figure.add_subplot(grid[0, column])
+        axes.set_title(f"{label}: trains (grey: frozen)")
+        _draw_freezing(axes, run, colour or "#888888", labels=column == 0)
     cost = grid[1, :].subgridspec(1, 3)
     _draw_cost(
         figure.add_subplot(cost[0]),
@@ -121,10 +144,10 @@ def _flops_of(runs: Sequence[Run]) -> str:
     return " or ".join(sorted({run.flops_of for run in runs}))
 
 
-def _draw_freezing(axes: Axes, run: Run, *, labels: bool) -> None:
+def _draw_freezing(axes: Axes, run: Run, colour: str, *, labels: bool) -> None:
     steps = len(run.steps)
     for row, layer in enumerate(run.layers):
-        axes.barh(row, steps, color=_COLOURS.get(run.name, "#888888"), height=0.8)
+        axes.barh(row, steps, color=colour, height=0.8)
         since = None
         for event in run.freezes:
             if layer in event.names:
@@ -137,13 +160,12 @@ def _draw_freezing(axes: Axes, run: Run, *, labels: bool) -> None:
     axes.set_ylim(len(run.layers) - 0.4, -0.6)
     axes.set_xlim(0, steps)
     axes.set_yticks(range(len(run.layers)), run.layers if labels else [""] * len(run.layers), fontsize=8)
-    axes.set_title(f"{run.name}: trains (grey: frozen)")
     axes.set_xlabel("train step")
 
 
 def _draw_cost(axes: Axes, runs: Sequence[Run], label: str, values: Callable[[Run], np.ndarray]) -> None:
-    for run in runs:
-        axes.plot(values(run), label=run.name, color=_COLOURS.get(run.name), drawstyle="steps-post")
+    for run, name, colour in zip(runs, _labels(runs), _colours(runs), strict=True):
+        axes.plot(values(run), label=name, color=colour, drawstyle="steps-post")
     axes.set_ylim(bottom=0)
     axes.set_xlabel("train step")
     axes.set_ylabel(label)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,10 @@ from models.layers.transformer import at_least_float32, attend
 if TYPE_CHECKING:
     from jaxtyping import Array, Bool, Float, Int
 
-Linear = partial(nnx.Linear, use_bias=False, kernel_init=nnx.initializers.normal(0.02))
+
+def linear(init_std: float, **options: Any) -> Callable[[int, int], nnx.Linear]:
+    """Makes linear layers of given widths, without bias; their weights are drawn with this standard deviation."""
+    return partial(nnx.Linear, use_bias=False, kernel_init=nnx.initializers.normal(init_std), **options)
 
 
 def rms_norm(dim: int, *, epsilon: float, dtype: DTypeLike, param_dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.RMSNorm:
@@ -72,13 +76,14 @@ def causal_mask(tokens: int, segment_ids: Int[Array, "n tokens"] | None = None) 
 class Attention(nnx.Module):
     """Self-attention with rotary positions, in which groups of queries share keys and values."""
 
-    def __init__(self, dim: int, heads: int, kv_heads: int, *, rngs: nnx.Rngs, **dtypes: Any):
+    def __init__(self, dim: int, heads: int, kv_heads: int, *, init_std: float, rngs: nnx.Rngs, **dtypes: Any):
         d = dim // heads
         self.d = d
-        self.q_proj = Linear(dim, heads * d, rngs=rngs, **dtypes)
-        self.k_proj = Linear(dim, kv_heads * d, rngs=rngs, **dtypes)
-        self.v_proj = Linear(dim, kv_heads * d, rngs=rngs, **dtypes)
-        self.o_proj = Linear(heads * d, dim, rngs=rngs, **dtypes)
+        projection = linear(init_std, rngs=rngs, **dtypes)
+        self.q_proj = projection(dim, heads * d)
+        self.k_proj = projection(dim, kv_heads * d)
+        self.v_proj = projection(dim, kv_heads * d)
+        self.o_proj = projection(heads * d, dim)
 
     def __call__(
         self,
@@ -96,10 +101,11 @@ class Attention(nnx.Module):
 class GatedMLP(nnx.Module):
     """SwiGLU (Shazeer 2020, arXiv 2002.05202)."""
 
-    def __init__(self, dim: int, hidden: int, *, rngs: nnx.Rngs, **dtypes: Any):
-        self.gate_proj = Linear(dim, hidden, rngs=rngs, **dtypes)
-        self.up_proj = Linear(dim, hidden, rngs=rngs, **dtypes)
-        self.down_proj = Linear(hidden, dim, rngs=rngs, **dtypes)
+    def __init__(self, dim: int, hidden: int, *, init_std: float, rngs: nnx.Rngs, **dtypes: Any):
+        projection = linear(init_std, rngs=rngs, **dtypes)
+        self.gate_proj = projection(dim, hidden)
+        self.up_proj = projection(dim, hidden)
+        self.down_proj = projection(hidden, dim)
 
     def __call__(self, x: Float[Array, "n tokens dim"]) -> Float[Array, "n tokens dim"]:
         """Applies the layers to the last axis."""
@@ -114,13 +120,22 @@ class DecoderLayer(nnx.Module):
     """
 
     def __init__(
-        self, dim: int, heads: int, kv_heads: int, hidden: int, *, epsilon: float, rngs: nnx.Rngs, **dtypes: Any
+        self,
+        dim: int,
+        heads: int,
+        kv_heads: int,
+        hidden: int,
+        *,
+        epsilon: float,
+        init_std: float,
+        rngs: nnx.Rngs,
+        **dtypes: Any,
     ):
         self.frozen_params: frozenset[str] = frozenset()
         self.input_layernorm = rms_norm(dim, epsilon=epsilon, rngs=rngs, **dtypes)
-        self.self_attn = Attention(dim, heads, kv_heads, rngs=rngs, **dtypes)
+        self.self_attn = Attention(dim, heads, kv_heads, init_std=init_std, rngs=rngs, **dtypes)
         self.post_attention_layernorm = rms_norm(dim, epsilon=epsilon, rngs=rngs, **dtypes)
-        self.mlp = GatedMLP(dim, hidden, rngs=rngs, **dtypes)
+        self.mlp = GatedMLP(dim, hidden, init_std=init_std, rngs=rngs, **dtypes)
 
     def __call__(
         self,

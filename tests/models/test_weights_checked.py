@@ -1,5 +1,7 @@
 """Files of weights whose names have a prefix, or whose values no training gives, are refused with what to do."""
 
+import re
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -7,7 +9,7 @@ from safetensors.numpy import save_file
 
 from models import weights
 
-from .test_weights import HEADS, NETWORKS, assert_same, values
+from .test_weights import HEADS, NETWORKS, assert_same, deit, values
 
 
 def prefixed(model, prefix):
@@ -102,3 +104,28 @@ def test_every_negative_variance_is_named(name):
     zero = {tensor: np.zeros_like(tensors[tensor]) for tensor in variances}
     weights.set_tensors(model, tensors | zero)  # of channels that are always the same
     assert variances
+
+
+@pytest.mark.parametrize("resample", [False, True])
+@pytest.mark.parametrize(
+    ("distilled", "network"),
+    [
+        (True, "that is distilled: build it with distilled=True (of train.finetune: --model deit-tiny-distilled)"),
+        (False, "that is not distilled: build it with distilled=False (of train.finetune: --model deit-tiny)"),
+    ],
+)
+def test_weights_of_the_other_kind_of_deit_name_the_network_to_take(distilled, network, resample, tmp_path):
+    model, other = deit(seed=1, distilled=not distilled), deit(seed=2, distilled=distilled)
+    weights.save(other, tmp_path / "file")
+    before, message = values(model), "path: .*file: (.|\n)*" + re.escape(f"\nthe file is of a network {network}")
+    with pytest.raises(ValueError, match=message + "$"):  # nothing else is to be done
+        weights.load(model, tmp_path / "file", resample=resample)
+    with pytest.raises(ValueError, match=message):
+        weights.load(model, tmp_path / "file", resample=resample, new_head=True)
+    assert_same(values(model), before)
+
+
+def test_a_head_of_another_width_names_the_options_that_make_a_new_one():
+    tensors = values(NETWORKS["resnet"](num_classes=2))
+    with pytest.raises(ValueError, match=r"pass new_head=True \(of train.finetune: --head new\)$"):
+        weights.set_tensors(NETWORKS["resnet"](), tensors)

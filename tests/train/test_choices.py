@@ -134,7 +134,7 @@ def test_every_policy_can_be_chosen(layers, name):
     changed = ["--policy", name, "--budget", "0.75", "--stages", "0.2:0.75", "--active-blocks", "1"]
     reference = None
     if name in ("similarity_guided", "simfreeze"):
-        changed += ["--reference", "model.safetensors"]
+        changed += ["--reference", "model.safetensors"] if name == "similarity_guided" else []
         reference = {"a": jnp.eye(3), "b": jnp.eye(3)}
     policy = policy_of(*changed, reference=reference)
     state = policy.init(layers, PARAMS)

@@ -1,18 +1,24 @@
 """``python -m train.finetune``: real runs on real data, resumed bit for bit, and what it says when it cannot run."""
 
 import importlib.util
+import weakref
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 import safetensors.numpy
+from flax import nnx
 
 from models.deit import deit_tiny
 from tests.support.tensorboard import read_tensorboard
 from tests.train.recovery.interrupts import Killed, interrupted_at, killed_at
 from train import command_line, finetune, log, networks, report
+from train.data import metrics
+from train.data.batch import Batch
 
 pytestmark = pytest.mark.usefixtures("jax_defaults")
 
@@ -194,6 +200,31 @@ def test_a_run_killed_before_its_first_checkpoint_and_interrupted_goes_on_bit_fo
     tensors = [safetensors.numpy.load_file(tmp_path / name / "model.safetensors") for name in ("straight", "stopped")]
     for name, tensor in tensors[0].items():
         np.testing.assert_array_equal(tensor, tensors[1][name], err_msg=name)
+
+
+def test_an_evaluation_adds_up_as_it_goes(monkeypatch):
+    """And keeps no confusion matrices of single batches, which take megabytes each where there are many classes."""
+    parts, held = [], []
+    fetch = finetune.hosts.fetch
+
+    def watched(tree):
+        held.append(sum(part() is not None for part in parts))
+        fetched = fetch(tree)
+        parts.extend(weakref.ref(array) for array in fetched[:1])
+        return fetched
+
+    monkeypatch.setattr(finetune.hosts, "fetch", watched)
+    rng = np.random.default_rng(0)
+    inputs, labels = rng.standard_normal((5, 8, 4), np.float32), rng.integers(0, 3, (5, 8)).astype(np.int32)
+    batches = [Batch((jnp.asarray(x),), jnp.asarray(y), jnp.ones(8)) for x, y in zip(inputs, labels, strict=True)]
+    data = SimpleNamespace(prepare=lambda inputs: inputs, evaluation_batches=lambda: iter(batches))
+    model = nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    found = finetune.make_evaluation(data, {"accuracy": metrics.accuracy})(model)
+    assert max(held) <= 1
+    logits = np.asarray(model(jnp.asarray(inputs)), np.float64)
+    chosen = np.take_along_axis(logits, labels[..., None], -1)[..., 0]
+    loss = (np.log(np.exp(logits).sum(-1)) - chosen).mean()
+    assert found == {"accuracy": (logits.argmax(-1) == labels).mean(), "loss": pytest.approx(loss, rel=1e-5)}
 
 
 @pytest.mark.parametrize(

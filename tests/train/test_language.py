@@ -80,6 +80,11 @@ def test_a_policy_with_turns_freezes_before_the_first_step(folder, tmp_path, cap
         (["--batch-size", "100"], "batch_size: got 100, expected at most"),
         (["--train-split", "train[:5]"], "train_split: got 'train.:5.' of the file texts.txt, which is read whole"),
         (["--evaluation-split", "other.txt"], "evaluation_split: .*other.txt is not there"),
+        (
+            ["--evaluation-split", "texts.txt"],
+            "evaluation_split: got texts.txt, which is trained on; name another file",
+        ),
+        (["--evaluation-split", "none/../texts.txt"], "evaluation_split: got .*texts.txt, which is trained on"),
         (["--data", "none.txt"], "data: .*none.txt is not there"),
     ],
 )

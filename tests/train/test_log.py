@@ -63,6 +63,27 @@ def test_phases_are_steps_with_the_same_layers_frozen(tmp_path):
     assert (tmp_path / "run.png").stat().st_size > 10_000
 
 
+@pytest.mark.parametrize(
+    ("runs", "labels"),
+    [
+        ((("never", "a/full"), ("progress", "a/p95")), ["never", "progress"]),
+        ((("progress", "a/p95"), ("progress", "a/p50")), ["progress (p95)", "progress (p50)"]),
+        ((("progress", "a/run"), ("progress", "b/run")), ["progress (a/run)", "progress (b/run)"]),
+    ],
+)
+def test_runs_of_one_policy_are_told_apart(runs, labels, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(report.plt, "close", drawn.append)
+    steps = [Step(1, 1.0, 1.0, 0.0, 0, 10.0, 80)]
+    runs = [Run(name, ("a",), {"out": out}, steps) for name, out in runs]
+    assert [cell.strip() for cell in report.table(runs).splitlines()[0].split("|")[2:-1]] == labels
+    report.picture(runs, tmp_path / "runs.png", "runs")
+    (figure,) = drawn
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == labels
+    assert figure.axes[0].get_title() == f"{labels[1]}: trains (grey: frozen)"
+    assert len({line.get_color() for line in figure.axes[-1].lines}) == 2
+
+
 def test_a_log_continues_from_a_step(path):
     run = read(path, until=2)
     assert [step.step for step in run.steps] == [1, 2]

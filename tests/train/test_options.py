@@ -10,6 +10,7 @@ import pytest
 import smartfrz_jax as sfj
 from tests.support.boxes import unboxed
 from train import finetune
+from train.networks import make_network
 from train.options import parse
 
 
@@ -23,6 +24,8 @@ def options(*changed):
         (["--epochs", "0"], "--epochs: got 0, expected at least 1"),
         (["--learning-rate", "-1"], "--learning-rate: got -1.0"),
         (["--policy", "similarity_guided"], "--policy: got similarity_guided, expected --reference, too"),
+        (["--reference", "r"], "--reference: got r for never, which reads none, expected --policy similarity_guided"),
+        (["--policy", "simfreeze", "--reference", "r"], "--reference: got r for simfreeze, which reads none"),
         (["--model", "resnet51"], "invalid choice 'resnet51' for argument '--model'. Expected one of ('resnet50',"),
         (["--epoch", "3"], "Unrecognized options: --epoch"),
         (["--log", "paper"], "invalid choice 'paper' for argument '--log'"),
@@ -48,6 +51,7 @@ def options(*changed):
         (["--batch-norm", "fixed"], "--batch-norm: got fixed, which keeps the statistics of --weights, expected these"),
         (["--mesh", "model=2"], "--mesh: got 'model=2', expected numbers of devices for the axes data and fsdp"),
         (["--help"], "--evaluations-per-epoch"),
+        (["--help"], "keep only the inputs of blocks for the backward pass, and compute all else again"),
     ],
 )
 def test_the_command_line_is_checked(changed, message, capsys):
@@ -55,6 +59,13 @@ def test_the_command_line_is_checked(changed, message, capsys):
         finetune.main(["--model", "resnet50", "--data", "x", "--data-dir", "y", "--out", "z", *changed])
     output = capsys.readouterr()
     assert message in unboxed(output.out + output.err)
+
+
+@pytest.mark.parametrize("model", ["vgg11", "deit-tiny", "deit-tiny-distilled", "bert-base", "minilm"])
+def test_statistics_are_not_kept_where_there_are_none(model):
+    config = options("--model", model, "--weights", "w.safetensors", "--batch-norm", "fixed").network
+    with pytest.raises(ValueError, match=f"batch_norm: {model} has no BatchNorm; leave --batch-norm out"):
+        make_network(config, image_size=32, num_classes=2, seed=0)
 
 
 def test_every_option_is_in_the_settings_and_on_the_command_line_once(capsys):

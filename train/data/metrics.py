@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
+from smartfrz_jax.pytrees.types import PyTree
 from train.data.language.perplexity import log_likelihood, perplexity, token_sums
 
 if TYPE_CHECKING:
@@ -102,10 +103,18 @@ def mean_loss(sums: np.ndarray) -> float:
     return -log_likelihood(sums)
 
 
-def total(parts: Iterable[np.ndarray]) -> np.ndarray:
-    """The sum of what :func:`counts` or :func:`loss_sums` gives for each batch, in 64 bits."""
-    arrays = list(parts)
-    return np.asarray(np.sum(arrays, axis=0, dtype=np.int64 if arrays[0].dtype.kind == "i" else np.float64))
+def total(parts: Iterable[PyTree]) -> PyTree:
+    """The sum of what :func:`counts`, :func:`loss_sums` or both give for each batch, in 64 bits, added up as they come.
+
+    Args:
+        parts: Pytrees of NumPy arrays; at least one.
+    """
+    wide = {"i": np.int64, "f": np.float64}
+    rest = iter(parts)
+    sums = jax.tree.map(lambda array: array.astype(wide[array.dtype.kind]), next(rest))
+    for part in rest:
+        sums = jax.tree.map(lambda whole, array: np.add(whole, array, out=whole), sums, part)
+    return sums
 
 
 def metrics_of(name: str, task: Literal["classify", "lm"] = "classify") -> dict[str, Metric]:

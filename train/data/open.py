@@ -172,9 +172,16 @@ def _files(config: DataConfig) -> tuple[texts.Texts, texts.Texts]:
         raise ValueError(
             f"train_split: got {config.train_split!r} of the file {config.data}, which is read whole; leave it out"
         )
-    found = texts.read_file(config.data_dir / config.data)
+    file = config.data_dir / config.data
+    found = texts.read_file(file)
     if config.evaluation_split is not None:
-        return found, texts.read_file(config.data_dir / config.evaluation_split, "evaluation_split")
+        other = config.data_dir / config.evaluation_split
+        if other.resolve() == file.resolve():
+            raise ValueError(
+                f"evaluation_split: got {config.evaluation_split}, which is trained on; name another file, or leave it "
+                "out for the last tenth"
+            )
+        return found, texts.read_file(other, "evaluation_split")
     held_out = -(-len(found.texts) // 10)
     if held_out == len(found.texts):
         raise ValueError(

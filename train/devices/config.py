@@ -20,7 +20,7 @@ class DeviceConfig:
     accumulate: int = 1
     """parts in which a step takes its batch, one after the other, to need less memory"""
     remat: bool = False
-    """keep products with weights only for the backward pass, and compute all else again, to need less memory"""
+    """keep only the inputs of blocks for the backward pass, and compute all else again, to need less memory"""
 
     def __post_init__(self) -> None:
         check_least(self, accumulate=1)

@@ -12,6 +12,8 @@ import jax
 
 from smartfrz_jax.pytrees.file_paths import Path, is_remote
 
+LOCK = ".lock"
+
 
 @contextlib.contextmanager
 def only_run_in(out: Path) -> Iterator[None]:
@@ -30,7 +32,7 @@ def only_run_in(out: Path) -> Iterator[None]:
     if is_remote(out) or jax.process_index() > 0:
         yield
         return
-    with (out / ".lock").open("a+") as file:
+    with (out / LOCK).open("a+") as file:
         try:
             fcntl.flock(file.fileno(), fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -12,12 +12,30 @@ from jax.experimental import multihost_utils
 import smartfrz_jax as sfj
 from smartfrz_jax.pytrees.file_paths import Path
 from train.log import Run, read
+from train.recovery.lock import LOCK
 
 # Options of which a run that goes on may have others than it was started with: what is computed is the same.
 FREE = frozenset(
     {"resume", "baseline", "quiet", "workers", "out", "data_dir", "keep_programs", "log", "log_every", "profile",
      "checkpoint_every", "keep_last", "keep_best", "on_nan", "max_skipped", "mesh", "distributed"}
 )  # fmt: skip
+
+
+def check_begun(out: Path) -> None:
+    """Checks that a run was begun in ``--out``; called before the folder is locked, too, which begins one.
+
+    Raises:
+        FileNotFoundError: If there is none.
+    """
+    if not (_checkpoints(out) or any((out / name).exists() for name in ("log.jsonl", LOCK))):
+        raise FileNotFoundError(
+            f"resume: {out} holds no run; start it without --resume, or name the folder of one with --out"
+        )
+
+
+def _checkpoints(out: Path) -> list[Path]:
+    found = [path for path in (out / "checkpoints").glob("*") if path.name.isdigit()]
+    return sorted(found, key=lambda path: int(path.name), reverse=True)
 
 
 def read_started(out: Path, settings: dict[str, Any], say: Callable[[str], None]) -> list[Path]:
@@ -35,16 +53,13 @@ def read_started(out: Path, settings: dict[str, Any], say: Callable[[str], None]
         FileNotFoundError: If there is no run.
         ValueError: If the log is damaged, or the run was started with other options.
     """
-    found = [path for path in (out / "checkpoints").glob("*") if path.name.isdigit()]
-    file = out / "log.jsonl"
-    if not found and not file.exists():
-        raise FileNotFoundError(
-            f"resume: {out} holds no run; start it without --resume, or name the folder of one with --out"
-        )
-    check_same(read(file, argument="resume").settings, settings, say)
+    check_begun(out)
+    found, file = _checkpoints(out), out / "log.jsonl"
+    if found or file.exists():
+        check_same(read(file, argument="resume").settings, settings, say)
     if not found:
         say(f"{out} holds no checkpoint yet: the run starts again from its first step")
-    return sorted(found, key=lambda path: int(path.name), reverse=True)
+    return found
 
 
 def restore_newest(freezer: sfj.nnx.Freezer, out: Path, checkpoints: Sequence[Path], say: Callable[[str], None]) -> Run:

@@ -95,6 +95,21 @@ def test_published_number_of_parameters_and_names_of_layers_and_tensors():
     assert {Llama.tensor_name(name) for name in paths.flatten(nnx.state(one, nnx.Param))} == names
 
 
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [
+        (partial(tiny_llama, dim=64, tied=False), 0.02),
+        (partial(tiny_llama, dim=64, tied=False, init_std=0.1), 0.1),
+        (partial(smollm2_135m, dim=72, depth=1, hidden=64, vocab_size=128, rngs=nnx.Rngs(0)), 1 / 24),  # as published
+    ],
+)
+def test_weights_are_drawn_with_one_standard_deviation(make, expected):
+    drawn = {name: leaf for name, leaf in paths.flatten(nnx.state(make(), nnx.Param)).items() if leaf.ndim > 1}
+    assert {name: float(jnp.std(leaf)) for name, leaf in drawn.items()} == dict.fromkeys(
+        drawn, pytest.approx(expected, rel=0.15)
+    )
+
+
 def matrix_products(tied, frozen):
     """Matrix products of loss and gradients with some front layers frozen, without those that nothing depends on."""
     model = nnx.eval_shape(partial(tiny_llama, tied=tied))

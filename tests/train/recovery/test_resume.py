@@ -1,5 +1,6 @@
 """What a run goes on from, and what it is compared with."""
 
+import re
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,22 @@ def test_a_run_is_resumed_as_it_was_started(tmp_path, capsys):
         resume.read_started(run, options(*arguments).settings(), said.append)
 
 
+def test_a_run_that_ended_before_its_log_starts_from_its_first_step(tmp_path, capsys):
+    run = tmp_path / "run"
+    arguments = ["--model", "resnet50", "--data", "x", "--data-dir", "y", "--out", str(run), "--resume"]
+    for others in ((), ("notes.txt", "checkpoints")) * 2:  # the first attempt makes the folder, none begins a run
+        for name in others:
+            (run / name).mkdir(exist_ok=True)
+        assert finetune.main(arguments) == 2
+        assert f"resume: {run} holds no run; start it without --resume" in capsys.readouterr().err
+    assert finetune.main(arguments[:-1]) == 2  # ends before its log
+    assert "y is not a directory" in capsys.readouterr().err
+    assert finetune.main(arguments) == 2
+    said = capsys.readouterr()
+    assert f"{run} holds no checkpoint yet: the run starts again from its first step" in said.out
+    assert "y is not a directory" in said.err
+
+
 def test_options_that_do_not_change_the_run_may_differ_and_are_said(tmp_path):
     said = []
     write_log(tmp_path / "run", options().settings())
@@ -49,6 +66,13 @@ def test_options_that_do_not_change_the_run_may_differ_and_are_said(tmp_path):
     for part in ("workers (was 0, is 4)", "checkpoint_every (was None, is 600s)", "keep_best (was 0, is 3)"):
         assert part in text
     assert "resume" not in text
+
+
+def test_the_page_has_every_option_that_may_differ():
+    text = (Path(__file__).parents[3] / "docs/guides/checkpoints.md").read_text()
+    rows = re.findall(r"^\| (`--.*) \|", text.partition("### Other options with `--resume`")[2], flags=re.MULTILINE)
+    named = re.findall(r"`--([\w-]+)`", " ".join(rows))
+    assert sorted(named) == sorted(name.replace("_", "-") for name in resume.FREE - {"resume", "out"})
 
 
 @pytest.mark.parametrize(("optimizer_steps", "log_steps"), [(7, 6), (6, 5)])
