@@ -36,17 +36,17 @@ Row = Mapping[str, Any]
 
 
 def jobs(
-    rows: Sequence[Row], cases: Sequence[str], seeds: int, strategies: Sequence[str] = NAMES, first: int = FIRST
+    rows: Sequence[Row], cases: Sequence[str], seeds: range, strategies: Sequence[str] = NAMES, first: int = FIRST
 ) -> Iterator[Job]:
     """What is missing, most valuable first: the first strategies seed by seed and case by case, then the others."""
     done = _done(rows)
     every = list(strategies)
-    for names, seed, case in product((every[:first], every[first:]), range(seeds), cases):
+    for names, seed, case in product((every[:first], every[first:]), seeds, cases):
         missing = sorted(set(CASES[case].rates) - {row["rate"] for row in tried(rows, case)})
         if missing:
             yield from (Job(tuned_as(case), "tune", 0, rate) for rate in missing)
             return  # the rest depends on what comes out
-        finished = [other for other in range(seeds) if other != seed and (case, "never", other) in done]
+        finished = [other for other in seeds if other != seed and (case, "never", other) in done]
         for name in names:
             strategy = STRATEGIES[PLAN.rehearsed if name == REHEARSAL else name]
             if (case, name, seed) not in done and (finished or not strategy.reference):  # else nothing to compare with
@@ -75,7 +75,7 @@ def work(args: argparse.Namespace) -> None:
     benches: dict[str, Bench] = {}
     while time.monotonic() < deadline:
         rows = json_lines.read(args.results, dict)
-        job = next(jobs(rows, args.cases, args.seeds, args.strategies, args.first), None)
+        job = next(jobs(rows, args.cases, range(args.from_seed, args.seeds), args.strategies, args.first), None)
         if job is None:
             return
         if job.case not in benches:
@@ -143,6 +143,7 @@ def main(argv: list[str] | None = None) -> int:
         help="strategies that run with all seeds before the others (default: %(default)s)",
     )
     parser.add_argument("--seeds", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--from-seed", type=int, default=0, help="the first of them (default: %(default)s)")
     work(parser.parse_args(argv))
     return 0
 

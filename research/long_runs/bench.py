@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ _EVALUATION_BATCH = 250
 # as the first convolution, goes on without until more is frozen.
 _ROOM = 6 * 2**30
 _EPOCHS_OF_A_VIEW = 3  # at least, as they are what pays for its activations
+_TRAINED = Path(__file__).parent / "weights"  # what cases of results.jsonl came to that others start from
 _OTHER_ORDER = 10_000  # added to the seed of the batches on which gradients are measured
 
 
@@ -70,7 +72,15 @@ class Bench:
     def config(self) -> dict[str, Any]:
         """What rows of results say of the case."""
         names = ("data", "weights", "batch_size", "optimizer", "weight_decay", "augment", "tokens")
-        return {"size": self.case.architecture.size} | {name: getattr(self.case, name) for name in names}
+        config = {"size": self.case.architecture.size} | {name: getattr(self.case, name) for name in names}
+        return config if (own := self._trained_here()) is None else config | {"start": zlib.crc32(own.read_bytes())}
+
+    def _trained_here(self) -> Path | None:
+        """The weights that it starts from, if another case has trained them."""
+        if self.case.weights in (None, "published"):
+            return None
+        own = self._state / f"{self.case.weights}-never-0.safetensors"
+        return own if own.exists() else _TRAINED / f"{self.case.weights}.safetensors"
 
     def model(self, seed: int) -> nnx.Module:
         """The network before the first step, with a fresh head, in training mode."""
@@ -79,8 +89,8 @@ class Bench:
         model = case.architecture.make(num_classes=self.data.num_classes, rngs=rngs)
         if case.weights == "published":
             weights.load(model, published_file(case.architecture, self._weights_dir), new_head=True)
-        elif case.weights is not None:
-            weights.load(model, self._state / f"{case.weights}-never-0.safetensors", new_head=True)
+        elif (own := self._trained_here()) is not None:
+            weights.load(model, own, new_head=True)
         model.train()
         return model
 

@@ -18,7 +18,8 @@ class Case(NamedTuple):
     Attributes:
         architecture: The network, and the size at which it reads its images.
         data: Name of the TFDS set.
-        weights: Where its weights come from: ``published``; the name of the case that trained them; None from scratch.
+        weights: Where its weights come from: ``published``; the name of the case that trained them (its weights are in
+            the folder ``weights``, unless it has run here); None from scratch.
         epochs: Times that every example is seen.
         batch_size: Examples of a step.
         optimizer: ``sgd`` has momentum 0.9.

@@ -78,19 +78,23 @@ class Line(NamedTuple):
 
 
 def lines(results: Iterable[Result], case: str) -> list[Line]:
-    """The strategies of a case, the most expensive first."""
+    """The strategies of a case, the most expensive first; pairs start from the same weights."""
     by_strategy: dict[str, dict[int, Result]] = {}
     for row in results:
         if row["case"] == case and row["strategy"] in (*STRATEGIES, REHEARSAL):
             by_strategy.setdefault(row["strategy"], {})[row["seed"]] = row
     by_strategy |= going_by(by_strategy.pop(REHEARSAL, {}), by_strategy)
     never = by_strategy.get("never", {})
-    found = [_line(name, runs, never) for name, runs in by_strategy.items() if runs.keys() & never.keys()]
+    paired = {
+        name: {seed: run for seed, run in runs.items() if seed in never and _start(run) == _start(never[seed])}
+        for name, runs in by_strategy.items()
+    }
+    found = [_line(name, runs, never) for name, runs in paired.items() if runs]
     return sorted(found, key=lambda line: (-line.flops, line.strategy))
 
 
 def _line(name: str, runs: Mapping[int, Result], never: Mapping[int, Result]) -> Line:
-    seeds = sorted(runs.keys() & never.keys())
+    seeds = sorted(runs)
     pairs = [(runs[seed], never[seed]) for seed in seeds]
     figure = figure_of(pairs[0][0])
     differences = 100 * np.array([run[figure] - full[figure] for run, full in pairs])
@@ -109,6 +113,11 @@ def _line(name: str, runs: Mapping[int, Result], never: Mapping[int, Result]) ->
         _error(differences),
         float(np.mean(first)) if first else float("nan"),
     )
+
+
+def _start(row: Result) -> int | None:
+    """Checksum of the weights that a run began with, where another case has trained them."""
+    return row.get("config", {}).get("start")
 
 
 def _error(values: np.ndarray) -> float:

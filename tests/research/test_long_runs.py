@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 import smartfrz_jax as sfj
+from models import weights
 from research import json_lines
 from research.long_runs.__main__ import NAMES, RESULTS, best_rate, jobs
 from research.long_runs.bench import Bench
@@ -154,25 +155,25 @@ def test_who_never_leaves_has_the_row_of_never(followed):
 def test_the_rate_is_chosen_first_then_seed_by_seed():
     case = "resnet20-cifar10"
     rows = []
-    tune = [job.rate for job in jobs(rows, [case], 2)]
+    tune = [job.rate for job in jobs(rows, [case], range(2))]
     assert tune == list(CASES[case].rates)
     tried = zip(tune, (1, 3, 2, 0), strict=True)
     rows = [{"case": case, "strategy": "tune", "seed": 0, "rate": rate, "accuracy": right} for rate, right in tried]
     assert best_rate(rows, case) == tune[1]
-    wanted = list(jobs(rows, [case], 2))
+    wanted = list(jobs(rows, [case], range(2)))
     assert wanted[0] == Job(case, "never", 0, tune[1])
     names = [job.name for job in wanted if job.seed == 0]
     assert names == [name for name in NAMES if not (name in STRATEGIES and STRATEGIES[name].reference)]  # with none yet
     assert names[FIRST] == REHEARSAL
-    assert [(job.seed, job.name) for job in jobs(rows, [case], 2, NAMES[:3], first=1)] == [
+    assert [(job.seed, job.name) for job in jobs(rows, [case], range(2), NAMES[:3], first=1)] == [
         (0, NAMES[0]),
         (1, NAMES[0]),
         *((seed, name) for seed in range(2) for name in NAMES[1:3]),
     ]
     assert {job.rate for job in wanted if job.name == "shorter:0.5,2"} == {2 * tune[1]}
     rows.append({"case": case, "strategy": "never", "seed": 1, "rate": tune[1], "accuracy": 1})
-    assert Job(case, "similarity_guided", 0, tune[1]) in list(jobs(rows, [case], 2))
-    assert Job(case, "never", 1, tune[1]) not in list(jobs(rows, [case], 2))
+    assert Job(case, "similarity_guided", 0, tune[1]) in list(jobs(rows, [case], range(2)))
+    assert Job(case, "never", 1, tune[1]) not in list(jobs(rows, [case], range(2)))
 
 
 def test_runs_of_other_lengths_share_the_rates_that_were_tried():
@@ -181,9 +182,9 @@ def test_runs_of_other_lengths_share_the_rates_that_were_tried():
         for rate in CASES["resnet20-cifar10"].rates
     ]
     first = Job("resnet20-cifar10-3-epochs", "never", 0, rows[-1]["rate"])
-    assert next(jobs(rows, ["resnet20-cifar10-3-epochs"], 1)) == first
+    assert next(jobs(rows, ["resnet20-cifar10-3-epochs"], range(1))) == first
     assert tuned_as("resnet20-cifar10-1-epoch") == "resnet20-cifar10-1-epoch"  # tried in less
-    one = list(jobs(rows[1:], ["resnet20-cifar10-3-epochs"], 1))
+    one = list(jobs(rows[1:], ["resnet20-cifar10-3-epochs"], range(1)))
     assert one == [Job("resnet20-cifar10", "tune", 0, rows[0]["rate"])]
 
 
@@ -208,6 +209,19 @@ def test_a_line_is_the_mean_of_paired_differences():
     assert (progress.seeds, progress.flops, progress.time, progress.first) == (2, 0.6, pytest.approx(0.9), 0.2)
     assert progress.difference == pytest.approx(0, abs=1e-9)  # -1 and +1
     assert progress.error == pytest.approx(1)
+
+
+def test_only_runs_that_start_from_the_same_weights_are_paired():
+    starts = {0: ({}, {}), 1: ({"start": 7}, {"start": 7}), 2: ({}, {"start": 7}), 3: ({"start": 7}, {"start": 8})}
+    rows = [_row("never", seed, config=before) for seed, (before, _) in starts.items()]
+    rows += [_row("progress", seed, accuracy=0.8, config=after) for seed, (_, after) in starts.items()]
+    never, progress = lines(rows, "lite0-cifar10")
+    assert (never.seeds, progress.seeds) == (4, 2)
+
+
+def test_the_weights_from_which_other_cases_start_fit_their_network():
+    model = CASES["resnet20-cifar10"].architecture.make(num_classes=100, rngs=nnx.Rngs(0))
+    weights.load(model, RESULTS.with_name("weights") / f"{CASES['resnet20-cifar10'].weights}.safetensors")
 
 
 def test_labels_of_points_that_coincide_are_apart():

@@ -125,10 +125,10 @@ def test_a_rehearsal_runs_once_at_the_rate_of_never():
     rows = [
         {"case": _CASE, "strategy": "tune", "seed": 0, "rate": rate, "accuracy": rate} for rate in CASES[_CASE].rates
     ]
-    (job,) = jobs(rows, [_CASE], 1, [REHEARSAL])
+    (job,) = jobs(rows, [_CASE], range(1), [REHEARSAL])
     assert job == Job(_CASE, REHEARSAL, 0, max(CASES[_CASE].rates))
     assert job.tuning
-    assert list(jobs([*rows, _rehearsal(0, None)], [_CASE], 1, [REHEARSAL])) == []
+    assert list(jobs([*rows, _rehearsal(0, None)], [_CASE], range(1), [REHEARSAL])) == []
 
 
 def test_the_queue_runs_what_is_missing_once(tmp_path, monkeypatch):
