@@ -217,7 +217,8 @@ class SplitLoss:
         def complete(name: str, shape: Any) -> Any:
             if name in given:
                 return _shape(given[name])
-            counts = shape.shape[:1] == (self._examples,)
+            is_state = int(name.split(paths.SEPARATOR)[0]) in self._state_inputs
+            counts = not is_state and shape.shape[:1] == (self._examples,)
             return jax.ShapeDtypeStruct((examples, *shape.shape[1:]) if counts else shape.shape, shape.dtype)
 
         return paths.tree_map(complete, self._inputs), inputs
