@@ -63,10 +63,11 @@ class SplitLoss:
                     f"{frozen.layers.owner[table]!r}, so that what they give changes in every step; freeze that layer "
                     "too, or give the network a head of its own"
                 )
-        if frozen.layers.array_of:
+        self.frozen = frozen
+        if frozen.layers.array_of:  # what is traced has a leaf for every row and lookup
             adapter = adapter if isinstance(adapter, PartsLoss) else PartsLoss(adapter, frozen.layers)
             frozen = Frozen(frozen.layers.of_parts, frozen.names)
-        self.frozen = frozen
+        self._frozen = frozen
         self._structure: Any = None
         self._loss_fn, self._adapter, self._state_inputs = loss_fn, adapter, frozenset(state_inputs)
         self._inputs = jax.tree.map(_shape_and_sharding, inputs)
@@ -96,7 +97,7 @@ class SplitLoss:
         static, variables = self._adapter.split(params)
         structure = jax.tree.structure(variables)
         if self._structure is None or structure != self._structure:
-            check_of_layers(check_leaves(variables, "params"), self.frozen.layers)
+            check_of_layers(check_leaves(variables, "params"), self._frozen.layers)
             self._structure = structure
         return static, variables
 
@@ -158,8 +159,8 @@ class SplitLoss:
 
     def _state(self, variables: PyTree, inputs: tuple[Any, ...]) -> Mapping[str, str | None]:
         """Layers of the variables and inputs that are no parameters."""
-        state: dict[str, str | None] = {name: layer.name for layer in self.frozen.layers for name in layer.state}
-        modules = {_module(param): layer for param, layer in self.frozen.layers.owner.items()}
+        state: dict[str, str | None] = {name: layer.name for layer in self._frozen.layers for name in layer.state}
+        modules = {_module(param): layer for param, layer in self._frozen.layers.owner.items()}
         for name in paths.flatten(inputs):
             at, *rest = name.split(paths.SEPARATOR)
             if int(at) in self._state_inputs:
@@ -169,9 +170,9 @@ class SplitLoss:
 
     def _split_for(self, static: Any, variables: PyTree, inputs: tuple[Any, ...]) -> Split:
         variables, inputs = jax.tree.map(_shape, (variables, inputs))
-        traced = loss_jaxpr.trace(self._adapter.traceable(self._loss_fn, self.frozen, static), variables, inputs)
+        traced = loss_jaxpr.trace(self._adapter.traceable(self._loss_fn, self._frozen, static), variables, inputs)
         examples = example_axis.count(inputs, self._state_inputs)
-        return partial_eval(traced, self.frozen, examples, self._state(variables, inputs))
+        return partial_eval(traced, self._frozen, examples, self._state(variables, inputs))
 
     def _activations(self, static: Any, variables: PyTree, inputs: tuple[Any, ...]) -> tuple[jax.Array, ...]:
         split = self._checked(self._split_for(static, variables, inputs))
