@@ -14,25 +14,13 @@ from jax.typing import DTypeLike
 from smartfrz_jax.caching.fill import Base, Source, missing
 from smartfrz_jax.caching.loss_adapter import Hold, PytreeLoss
 from smartfrz_jax.caching.split_loss import Grown, SplitLoss
-from smartfrz_jax.caching.store import ActivationCache, Place, check_place, narrowed
+from smartfrz_jax.caching.store import ActivationCache, Place, check_place, check_views, narrowed
 from smartfrz_jax.freezing.frozen import Frozen, check_frozen
 from smartfrz_jax.pytrees import checks
 from smartfrz_jax.pytrees.types import PyTree
 
 if TYPE_CHECKING:
     from jaxtyping import Int
-
-
-def check_views(views: int, *, augmented: bool) -> None:
-    """Raises if no activations can be kept because an example looks different in every epoch."""
-    checks.flag(augmented, "augmented")
-    checks.count(views, "views")
-    if augmented and views == 1:
-        raise ValueError(
-            "augmented: an example looks different in every epoch, so its activations are never the same; let the "
-            "loader draw from a fixed number of augmented views of each example and pass that number (views), or "
-            "augment nothing"
-        )
 
 
 class PrefixCache:
@@ -235,9 +223,10 @@ class PrefixCache:
             Arrays of shape ``(n, ...)``, as in :attr:`frontier`, in the dtype in which they are kept.
 
         Raises:
-            ValueError: If :meth:`keep` was not called, or an index is wrong.
+            ValueError: If :meth:`keep` was not called, an index is wrong, or there is not one for each example.
         """
         store, indices = self._checked_store(), np.asarray(indices)
+        self._loss.check_batch(inputs, indices.size)
         if self._source is not None and self._source.needs_no_inputs:
             self._source.grow_into(store, params, self._loss.part)
             self._source = None

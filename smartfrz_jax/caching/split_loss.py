@@ -23,6 +23,15 @@ class BatchSizeError(ValueError):
     """A batch of another size would give other activations for the same examples."""
 
 
+def check_each(indices: int, examples: int) -> None:
+    """Raises ``ValueError`` unless there are as many indices as examples in a batch."""
+    if indices != examples:
+        raise ValueError(
+            f"indices: got {indices} for a batch of {examples} examples, expected one index for each; pass "
+            "those of the whole batch, on every process"
+        )
+
+
 class SplitLoss:
     """A loss in two parts, for batches of any size; :class:`smartfrz_jax.PrefixCache` adds a store between them.
 
@@ -117,14 +126,29 @@ class SplitLoss:
             return self._examples
         return quarter
 
+    def check_batch(self, inputs: tuple[Any, ...], n: int) -> None:
+        """Raises ``ValueError`` if there are too many inputs, or not ``n`` examples in those of the first part."""
+        if len(inputs) > len(self._inputs):
+            raise ValueError(
+                f"inputs: got {len(inputs)}, expected {len(self._inputs)}, as many as the cache was made with; leave "
+                "out the others, or make a new PrefixCache"
+            )
+        for name, leaf in paths.flatten(inputs).items():
+            counts = loss_jaxpr.INPUTS + name in self._read and not self._is_state(name)
+            if leaf is not None and counts and np.shape(leaf):
+                check_each(n, np.shape(leaf)[0])
+
+    @functools.cached_property
+    def _read(self) -> frozenset[str]:
+        return self.split.read
+
     def rows_of(self, inputs: tuple[Any, ...], rows: np.ndarray, n: int) -> tuple[Any, ...]:
         """Some examples of a batch of ``n``."""
         if np.array_equal(rows, np.arange(n)):
             return inputs
 
         def some(name: str, leaf: Any) -> Any:
-            is_state = int(name.split(paths.SEPARATOR)[0]) in self._state_inputs
-            if leaf is None or is_state or shapes[name].shape[:1] != (self._examples,):
+            if leaf is None or self._is_state(name) or shapes[name].shape[:1] != (self._examples,):
                 return leaf
             return exchange.some_rows(leaf, rows)
 
@@ -167,6 +191,9 @@ class SplitLoss:
                 ends = (_module(paths.SEPARATOR.join(rest[start:])) for start in range(len(rest)))
                 state[loss_jaxpr.INPUTS + name] = next((modules[end] for end in ends if end in modules), None)
         return state
+
+    def _is_state(self, name: str) -> bool:
+        return int(name.split(paths.SEPARATOR)[0]) in self._state_inputs
 
     def _split_for(self, static: Any, variables: PyTree, inputs: tuple[Any, ...]) -> Split:
         variables, inputs = jax.tree.map(_shape, (variables, inputs))
@@ -218,8 +245,7 @@ class SplitLoss:
         def complete(name: str, shape: Any) -> Any:
             if name in given:
                 return _shape(given[name])
-            is_state = int(name.split(paths.SEPARATOR)[0]) in self._state_inputs
-            counts = not is_state and shape.shape[:1] == (self._examples,)
+            counts = not self._is_state(name) and shape.shape[:1] == (self._examples,)
             return jax.ShapeDtypeStruct((examples, *shape.shape[1:]) if counts else shape.shape, shape.dtype)
 
         return paths.tree_map(complete, self._inputs), inputs

@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from smartfrz_jax.caching.break_even import break_even
 from smartfrz_jax.caching.exchange import divided, rows_sharding
 from smartfrz_jax.caching.loss_jaxpr import INPUTS
-from smartfrz_jax.caching.split_loss import BatchSizeError
+from smartfrz_jax.caching.split_loss import BatchSizeError, check_each
 from smartfrz_jax.caching.store import Storage, check_indices, check_room, stored_shapes
 from smartfrz_jax.cost.account import Account
 from smartfrz_jax.cost.check import SavingWarning
@@ -197,10 +197,11 @@ class CachedStep:
             view: Which view of the examples it is.
 
         Raises:
-            ValueError: If an index is wrong.
+            ValueError: If an index is wrong, or there is not one for each example.
         """
         _check_loop(model, optimizer)
         indices = check_indices(indices, view, self._examples, self._views)
+        check_each(len(indices), example_axis.count(inputs))
         self._follow(model, optimizer, inputs)
         self._done += 1
         if self.cache is not None and self._cached is not None:
