@@ -275,8 +275,9 @@ class PrefixCache:
             The new cache; this one if the frozen set is the same.
 
         Raises:
-            ValueError: As for :class:`PrefixCache` and :meth:`keep`. This cache stays as it was then.
-            FileExistsError: If the directory is not empty. So it does then.
+            ValueError: As for :class:`PrefixCache` and :meth:`keep`. This cache stays as it was then if the new set
+                has all its layers; else some train from now on, and what is stored is forgotten.
+            FileExistsError: If the directory is not empty. So it is with the cache then.
         """
         check_frozen(frozen, self.frozen.layers)
         if place is not None:
@@ -284,8 +285,14 @@ class PrefixCache:
         if frozen == self.frozen:
             return self
         new = copy.copy(self)
-        new._begin(self._loss.with_frozen(params, frozen), self.views)
-        new.take_over(self, place=place)
+        try:
+            new._begin(self._loss.with_frozen(params, frozen), self.views)
+            new.take_over(self, place=place)
+        except (ValueError, OSError):
+            if self.store is not None and not self.frozen.names <= frozen.names:
+                self.store.clear()  # layers that it is of train until they are frozen again
+                self._source = None
+            raise
         return new
 
     def take_over(self, old: PrefixCache, *, place: Place | str | None = None) -> None:
