@@ -53,16 +53,21 @@ def changed_variables(traced: LossJaxpr, params: Iterable[Any], data: Iterable[A
 
 
 def _unstacked(maker: Mapping[Any, Any], var: Var) -> Any:
-    """The value that was stacked to be sliced out as ``var``, as a loop over blocks does with what it does not use."""
+    """The value that was stacked to be cut out as ``var``, as a loop over blocks does with what it does not use."""
     squeeze = lookup(maker, var)
     cut = None if squeeze is None or squeeze.primitive.name != "squeeze" else maker.get(squeeze.invars[0])
-    stack = None if cut is None or cut.primitive.name != "slice" else maker.get(cut.invars[0])
-    if cut is None or stack is None or cut.outvars[0].aval.shape[:1] != (1,):
+    stack = None if cut is None else lookup(maker, cut.invars[0])
+    if cut is None or stack is None:
         return var
-    row = cut.params["start_indices"][0]
-    if stack.primitive.name == "stack" and stack.params["axis"] == 0:
+    if cut.primitive.name == "slice" and cut.outvars[0].aval.shape[:1] == (1,):
+        axis, row = 0, cut.params["start_indices"][0]
+    elif cut.primitive.name == "split" and set(cut.params["sizes"]) == {1}:
+        axis, row = cut.params["axis"], cut.outvars.index(squeeze.invars[0])
+    else:
+        return var
+    if stack.primitive.name == "stack" and stack.params["axis"] == axis:
         return _unstacked(maker, stack.invars[row])
-    if stack.primitive.name == "concatenate" and len(stack.invars) == stack.outvars[0].aval.shape[0]:
+    if stack.primitive.name == "concatenate" and len(stack.invars) == stack.outvars[0].aval.shape[axis]:
         part = maker.get(stack.invars[row])
         if part is not None and part.primitive.name in ("broadcast_in_dim", "reshape"):
             return _unstacked(maker, part.invars[0])

@@ -61,6 +61,11 @@ class Split:
         """Bytes of the frontier for one example."""
         return sum(math.prod(value.shape) * value.dtype.itemsize for value in self.frontier)
 
+    @property
+    def read(self) -> frozenset[str]:
+        """Names of the inputs that the first part reads."""
+        return frozenset(name for name in self._reads(self._cut, ()) if name.startswith(INPUTS))
+
     def frozen_part(self, variables: PyTree, inputs: tuple[Any, ...]) -> tuple[jax.Array, ...]:
         """The values at the frontier; the first axis of each counts the examples."""
         return self._run_to_cut((), (), (variables, inputs))

@@ -14,25 +14,13 @@ from jax.typing import DTypeLike
 from smartfrz_jax.caching.fill import Base, Source, missing
 from smartfrz_jax.caching.loss_adapter import Hold, PytreeLoss
 from smartfrz_jax.caching.split_loss import Grown, SplitLoss
-from smartfrz_jax.caching.store import ActivationCache, Place, check_place, narrowed
+from smartfrz_jax.caching.store import ActivationCache, Place, check_place, check_views, narrowed
 from smartfrz_jax.freezing.frozen import Frozen, check_frozen
 from smartfrz_jax.pytrees import checks
 from smartfrz_jax.pytrees.types import PyTree
 
 if TYPE_CHECKING:
     from jaxtyping import Int
-
-
-def check_views(views: int, *, augmented: bool) -> None:
-    """Raises if no activations can be kept because an example looks different in every epoch."""
-    checks.flag(augmented, "augmented")
-    checks.count(views, "views")
-    if augmented and views == 1:
-        raise ValueError(
-            "augmented: an example looks different in every epoch, so its activations are never the same; let the "
-            "loader draw from a fixed number of augmented views of each example and pass that number (views), or "
-            "augment nothing"
-        )
 
 
 class PrefixCache:
@@ -235,9 +223,10 @@ class PrefixCache:
             Arrays of shape ``(n, ...)``, as in :attr:`frontier`, in the dtype in which they are kept.
 
         Raises:
-            ValueError: If :meth:`keep` was not called, or an index is wrong.
+            ValueError: If :meth:`keep` was not called, an index is wrong, or there is not one for each example.
         """
         store, indices = self._checked_store(), np.asarray(indices)
+        self._loss.check_batch(inputs, indices.size)
         if self._source is not None and self._source.needs_no_inputs:
             self._source.grow_into(store, params, self._loss.part)
             self._source = None
@@ -286,8 +275,9 @@ class PrefixCache:
             The new cache; this one if the frozen set is the same.
 
         Raises:
-            ValueError: As for :class:`PrefixCache` and :meth:`keep`. This cache stays as it was then.
-            FileExistsError: If the directory is not empty. So it does then.
+            ValueError: As for :class:`PrefixCache` and :meth:`keep`. This cache stays as it was then if the new set
+                has all its layers; else some train from now on, and what is stored is forgotten.
+            FileExistsError: If the directory is not empty. So it is with the cache then.
         """
         check_frozen(frozen, self.frozen.layers)
         if place is not None:
@@ -295,8 +285,14 @@ class PrefixCache:
         if frozen == self.frozen:
             return self
         new = copy.copy(self)
-        new._begin(self._loss.with_frozen(params, frozen), self.views)
-        new.take_over(self, place=place)
+        try:
+            new._begin(self._loss.with_frozen(params, frozen), self.views)
+            new.take_over(self, place=place)
+        except (ValueError, OSError):
+            if self.store is not None and not self.frozen.names <= frozen.names:
+                self.store.clear()  # layers that it is of train until they are frozen again
+                self._source = None
+            raise
         return new
 
     def take_over(self, old: PrefixCache, *, place: Place | str | None = None) -> None:

@@ -23,6 +23,15 @@ class BatchSizeError(ValueError):
     """A batch of another size would give other activations for the same examples."""
 
 
+def check_each(indices: int, examples: int) -> None:
+    """Raises ``ValueError`` unless there are as many indices as examples in a batch."""
+    if indices != examples:
+        raise ValueError(
+            f"indices: got {indices} for a batch of {examples} examples, expected one index for each; pass "
+            "those of the whole batch, on every process"
+        )
+
+
 class SplitLoss:
     """A loss in two parts, for batches of any size; :class:`smartfrz_jax.PrefixCache` adds a store between them.
 
@@ -63,10 +72,11 @@ class SplitLoss:
                     f"{frozen.layers.owner[table]!r}, so that what they give changes in every step; freeze that layer "
                     "too, or give the network a head of its own"
                 )
-        if frozen.layers.array_of:
+        self.frozen = frozen
+        if frozen.layers.array_of:  # what is traced has a leaf for every row and lookup
             adapter = adapter if isinstance(adapter, PartsLoss) else PartsLoss(adapter, frozen.layers)
             frozen = Frozen(frozen.layers.of_parts, frozen.names)
-        self.frozen = frozen
+        self._frozen = frozen
         self._structure: Any = None
         self._loss_fn, self._adapter, self._state_inputs = loss_fn, adapter, frozenset(state_inputs)
         self._inputs = jax.tree.map(_shape_and_sharding, inputs)
@@ -96,7 +106,7 @@ class SplitLoss:
         static, variables = self._adapter.split(params)
         structure = jax.tree.structure(variables)
         if self._structure is None or structure != self._structure:
-            check_of_layers(check_leaves(variables, "params"), self.frozen.layers)
+            check_of_layers(check_leaves(variables, "params"), self._frozen.layers)
             self._structure = structure
         return static, variables
 
@@ -116,14 +126,29 @@ class SplitLoss:
             return self._examples
         return quarter
 
+    def check_batch(self, inputs: tuple[Any, ...], n: int) -> None:
+        """Raises ``ValueError`` if there are too many inputs, or not ``n`` examples in those of the first part."""
+        if len(inputs) > len(self._inputs):
+            raise ValueError(
+                f"inputs: got {len(inputs)}, expected {len(self._inputs)}, as many as the cache was made with; leave "
+                "out the others, or make a new PrefixCache"
+            )
+        for name, leaf in paths.flatten(inputs).items():
+            counts = loss_jaxpr.INPUTS + name in self._read and not self._is_state(name)
+            if leaf is not None and counts and np.shape(leaf):
+                check_each(n, np.shape(leaf)[0])
+
+    @functools.cached_property
+    def _read(self) -> frozenset[str]:
+        return self.split.read
+
     def rows_of(self, inputs: tuple[Any, ...], rows: np.ndarray, n: int) -> tuple[Any, ...]:
         """Some examples of a batch of ``n``."""
         if np.array_equal(rows, np.arange(n)):
             return inputs
 
         def some(name: str, leaf: Any) -> Any:
-            is_state = int(name.split(paths.SEPARATOR)[0]) in self._state_inputs
-            if leaf is None or is_state or shapes[name].shape[:1] != (self._examples,):
+            if leaf is None or self._is_state(name) or shapes[name].shape[:1] != (self._examples,):
                 return leaf
             return exchange.some_rows(leaf, rows)
 
@@ -158,8 +183,8 @@ class SplitLoss:
 
     def _state(self, variables: PyTree, inputs: tuple[Any, ...]) -> Mapping[str, str | None]:
         """Layers of the variables and inputs that are no parameters."""
-        state: dict[str, str | None] = {name: layer.name for layer in self.frozen.layers for name in layer.state}
-        modules = {_module(param): layer for param, layer in self.frozen.layers.owner.items()}
+        state: dict[str, str | None] = {name: layer.name for layer in self._frozen.layers for name in layer.state}
+        modules = {_module(param): layer for param, layer in self._frozen.layers.owner.items()}
         for name in paths.flatten(inputs):
             at, *rest = name.split(paths.SEPARATOR)
             if int(at) in self._state_inputs:
@@ -167,11 +192,14 @@ class SplitLoss:
                 state[loss_jaxpr.INPUTS + name] = next((modules[end] for end in ends if end in modules), None)
         return state
 
+    def _is_state(self, name: str) -> bool:
+        return int(name.split(paths.SEPARATOR)[0]) in self._state_inputs
+
     def _split_for(self, static: Any, variables: PyTree, inputs: tuple[Any, ...]) -> Split:
         variables, inputs = jax.tree.map(_shape, (variables, inputs))
-        traced = loss_jaxpr.trace(self._adapter.traceable(self._loss_fn, self.frozen, static), variables, inputs)
+        traced = loss_jaxpr.trace(self._adapter.traceable(self._loss_fn, self._frozen, static), variables, inputs)
         examples = example_axis.count(inputs, self._state_inputs)
-        return partial_eval(traced, self.frozen, examples, self._state(variables, inputs))
+        return partial_eval(traced, self._frozen, examples, self._state(variables, inputs))
 
     def _activations(self, static: Any, variables: PyTree, inputs: tuple[Any, ...]) -> tuple[jax.Array, ...]:
         split = self._checked(self._split_for(static, variables, inputs))
@@ -217,7 +245,7 @@ class SplitLoss:
         def complete(name: str, shape: Any) -> Any:
             if name in given:
                 return _shape(given[name])
-            counts = shape.shape[:1] == (self._examples,)
+            counts = not self._is_state(name) and shape.shape[:1] == (self._examples,)
             return jax.ShapeDtypeStruct((examples, *shape.shape[1:]) if counts else shape.shape, shape.dtype)
 
         return paths.tree_map(complete, self._inputs), inputs

@@ -67,6 +67,18 @@ def check_room(examples: Any, views: Any, budget: Any) -> None:
         checks.count(budget, "budget", least=0, most=sys.maxsize)
 
 
+def check_views(views: int, *, augmented: bool) -> None:
+    """Raises if no activations can be kept because an example looks different in every epoch."""
+    checks.flag(augmented, "augmented")
+    checks.count(views, "views")
+    if augmented and views == 1:
+        raise ValueError(
+            "augmented: an example looks different in every epoch, so its activations are never the same; let the "
+            "loader draw from a fixed number of augmented views of each example and pass that number (views), or "
+            "augment nothing"
+        )
+
+
 def check_place(place: Any) -> None:
     """Raises ``TypeError`` or ``ValueError`` unless activations can be kept there, by its type."""
     if place not in ("device", "host"):

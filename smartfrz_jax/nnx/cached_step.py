@@ -14,7 +14,7 @@ from jax.typing import DTypeLike
 from smartfrz_jax.caching.break_even import break_even
 from smartfrz_jax.caching.exchange import divided, rows_sharding
 from smartfrz_jax.caching.loss_jaxpr import INPUTS
-from smartfrz_jax.caching.split_loss import BatchSizeError
+from smartfrz_jax.caching.split_loss import BatchSizeError, check_each
 from smartfrz_jax.caching.store import Storage, check_indices, check_room, stored_shapes
 from smartfrz_jax.cost.account import Account
 from smartfrz_jax.cost.check import SavingWarning
@@ -148,7 +148,7 @@ class CachedStep:
         """
         _check_loop(model, optimizer)
         self._follow(model, optimizer, inputs)
-        if self.cache is None or self._cached is None:
+        if self.cache is None or self._cached is None or example_axis.count(inputs) < 2:
             return self._listed(self._plain.program(model, optimizer, *inputs))
         args = _from_activations(self.cache, inputs, self._storage.dtype)
         return self._listed(self._cached.program(model, optimizer, *args))
@@ -193,17 +193,19 @@ class CachedStep:
             model: The model.
             optimizer: Its optimizer.
             indices: Which examples of the data set the batch has; on the host.
-            *inputs: The batch; at least two examples.
+            *inputs: The batch. One example alone is not looked up, as the plain step takes it.
             view: Which view of the examples it is.
 
         Raises:
-            ValueError: If an index is wrong.
+            ValueError: If an index is wrong, or there is not one for each example.
         """
         _check_loop(model, optimizer)
         indices = check_indices(indices, view, self._examples, self._views)
+        examples = example_axis.count(inputs)
+        check_each(len(indices), examples)
         self._follow(model, optimizer, inputs)
         self._done += 1
-        if self.cache is not None and self._cached is not None:
+        if self.cache is not None and self._cached is not None and examples > 1:
             try:
                 fetching = self.cache.fetch_flops(indices, view)
                 activations = self.cache.fetch(model, indices, *inputs, view=view)
@@ -242,6 +244,7 @@ class CachedStep:
         """Makes the cache and the step for the frozen set of the optimizer, if that has changed."""
         if self._usual is None:
             self._usual = arguments.of((model, *inputs))
+        inputs = self._usual[1:]  # what comes just now may be the rest of an epoch
         if optimizer.frozen == self._frozen:
             return
         if self._frozen is None:

@@ -10,6 +10,7 @@ from flax import nnx
 
 from smartfrz_jax.caching import prefix_cache
 from smartfrz_jax.caching.split_loss import SplitLoss
+from smartfrz_jax.caching.store import check_views
 from smartfrz_jax.freezing.frozen import Frozen
 from smartfrz_jax.nnx.hold import hold
 from smartfrz_jax.nnx.layers import check_model
@@ -86,5 +87,5 @@ class PrefixCache(prefix_cache.PrefixCache):
         views: int = 1,
     ):
         check_model(model)
-        prefix_cache.check_views(views, augmented=augmented)
+        check_views(views, augmented=augmented)
         self._begin(SplitLoss(model, frozen, loss_fn, inputs, ModelLoss()), views)

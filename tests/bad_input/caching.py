@@ -150,6 +150,9 @@ CASES = [
     Case("activations-of-another", "params", ValueError, ("'a/kernel'",), lambda: computed(of_another_network())),
     Case("loss-of-another-set", "activations", ValueError, ("(3,)", "(2,)"), lambda: cache().loss(params(), rows(), X)),
     Case("fetch-beyond", "indices", ValueError, ("5", "0 to 3"), lambda: kept().fetch(params(), INDICES + 2, X)),
+    Case("fetch-fewer", "indices", ValueError, ("4", "2 examples"), lambda: kept().fetch(params(), INDICES, X[:2])),
+    Case("fetch-more", "indices", ValueError, ("2", "4 examples"), lambda: kept().fetch(params(), INDICES[:2], X)),
+    Case("fetch-inputs", "inputs", ValueError, ("2", "1", "as many"), lambda: kept().fetch(params(), INDICES, X, X)),
     Case("follow-another", "frozen", ValueError, ("3 layers",), lambda: followed(sfj.Frozen(other_layers()))),
     Case("follow-names", "frozen", TypeError, ("['a', 'b']",), lambda: followed(["a", "b"])),
     Case("nnx-prefix-params", "model", TypeError, ("dict", "nnx.Module"), lambda: of_model(params())),
@@ -165,6 +168,7 @@ CASES = [
         lambda: cached(storage=sfj.caching.Storage("kept/activations")),
     ),
     Case("cached-beyond", "indices", ValueError, ("5", "0 to 3"), lambda: called(INDICES + 2)),
+    Case("cached-fewer", "indices", ValueError, ("2", "4 examples"), lambda: called(INDICES[:2])),
     Case(
         "cached-plain-optimizer",
         "optimizer",

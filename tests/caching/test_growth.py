@@ -42,12 +42,35 @@ def test_when_the_prefix_grows_only_the_new_layers_are_run():
 def test_a_cache_stays_as_it_was_if_the_next_cannot_be(tmp_path):
     cache = cached(mlp, PARAMS, (X, Y), ["w0"])
     store = cache.keep(N, place=tmp_path / "first")
+    run_epoch(cache, PARAMS, X, Y)
     with pytest.raises(FileExistsError, match="place"):  # without a place, it would be the same directory
         cache.follow(PARAMS, cache.frozen.add(["w1"]))
     assert cache.store is store
+    assert cache.fetch_flops(np.arange(N)) == 0
     new = cache.follow(PARAMS, cache.frozen.add(["w1"]), place=tmp_path / "second")
     assert cache.store is None
     assert new._source.store is store
+
+
+@pytest.mark.parametrize(
+    ("names", "place", "message"),
+    [
+        ([], None, "nothing is worth keeping"),
+        (["w1"], None, "nothing is worth keeping"),
+        (["w0"], "/proc/activations", "place"),
+    ],
+)
+def test_what_is_stored_is_forgotten_if_its_layers_train_and_the_next_cannot_be(names, place, message):
+    cache = cached(mlp, PARAMS, (X, Y), ["w0", "w1"])
+    cache.keep(N)
+    run_epoch(cache, PARAMS, X, Y)
+    frozen, fewer = cache.frozen, sfj.Frozen(cache.frozen.layers, frozenset(names))
+    with pytest.raises((ValueError, OSError), match=message):
+        cache.follow(PARAMS, fewer, place=place)
+    changed = {**PARAMS, "w1": 2 * PARAMS["w1"]}  # by a plain step
+    same = cache.follow(changed, frozen)
+    assert same is cache
+    assert_close(run_epoch(same, changed, X, Y), np.tanh(np.tanh(X @ PARAMS["w0"]) @ changed["w1"]))
 
 
 @pytest.mark.slow

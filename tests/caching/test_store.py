@@ -277,21 +277,24 @@ def test_where_inputs_are_needed_too_activations_grow_batch_by_batch():
     assert new.store.filled.sum() == 16
 
 
-def test_variables_among_the_inputs_are_not_taken_for_examples():
+@pytest.mark.parametrize("use", [jnp.mean, jnp.atleast_2d], ids=["of the network", "of each feature"])
+def test_variables_among_the_inputs_are_not_taken_for_examples(use):
     def scaled(params, variables, x, y):
-        hidden = jnp.tanh((x @ params["a"]["kernel"]) * variables["a"]["scale"].mean())
+        hidden = jnp.tanh((x @ params["a"]["kernel"]) * use(variables["a"]["scale"]))
         return jnp.square(hidden @ params["b"]["kernel"] - y).mean()
 
-    params = {"a": {"kernel": WEIGHTS["a"]}, "b": {"kernel": WEIGHTS["b"] @ WEIGHTS["c"]}}
+    params = {"a": {"kernel": DATA[:16].T}, "b": {"kernel": TARGETS[:16]}}
     scale = np.linspace(0, 2, 16, dtype=np.float32) ** 2  # as many as examples in a batch
     inputs = {"a": {"scale": scale}}, DATA[:16], TARGETS[:16]
     frozen = Frozen(find_layers(params, scaled, *inputs), frozenset({"a"}))
     cache = PrefixCache(params, frozen, scaled, *inputs, state_inputs=[0])
     cache.keep(32)
-    for indices in (np.arange(16), np.arange(2, 18)):
-        (got,) = cache.fetch(params, indices, inputs[0], DATA[indices], TARGETS[indices])
-        expected = np.tanh(DATA[indices] @ WEIGHTS["a"] * scale.mean())
-        np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-6)
+    for indices in (np.arange(16), np.arange(2, 18), np.arange(4)):
+        x, y = DATA[indices], TARGETS[indices]
+        (got,) = cache.fetch(params, indices, inputs[0], x, y)
+        np.testing.assert_allclose(got, np.tanh(x @ DATA[:16].T * use(scale)), rtol=1e-5, atol=1e-6)
+        loss = cache.loss(params, (got,), None, None, y)
+        np.testing.assert_allclose(loss, scaled(params, inputs[0], x, y), rtol=1e-5)
     assert cache.store.filled.sum() == 18
 
 

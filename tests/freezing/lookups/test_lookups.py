@@ -129,6 +129,19 @@ def test_activations_behind_lookups_in_a_table_that_trains_are_not_kept():
         sfj.PrefixCache(tied.params, sfj.Frozen(tied.layers, front), tied.loss, IDS)
 
 
+@pytest.mark.slow
+def test_a_cache_of_layers_with_lookups_follows_and_is_priced():
+    tied = case(bare, True)
+    first = sfj.Frozen(tied.layers, ("embed", *tied.layers.names[:2]))
+    cache = sfj.PrefixCache(tied.params, first, tied.loss, IDS)
+    assert cache.frozen == first
+    assert cache.follow(tied.params, first) is cache
+    new = cache.follow(tied.params, first.add(tied.layers.names[2:3]))
+    loss = new.loss(tied.params, new.activations(tied.params, IDS))
+    np.testing.assert_allclose(loss, tied.loss(tied.params, IDS), rtol=1e-6)
+    assert sfj.caching.break_even(tied.account, new, examples=80, steps=99).steps == 11
+
+
 def test_a_loss_without_the_lookups_of_its_layers_is_refused():
     tied = case(bare, True)
     frozen = sfj.Frozen(tied.layers, tied.front)

@@ -29,6 +29,7 @@ from tests.freezing.stacked.networks import (
     unrolled,
     unrolled_loss,
 )  # fmt: skip
+from tests.support.train_steps import make_step
 
 pytestmark = pytest.mark.usefixtures("jax_defaults")
 
@@ -171,3 +172,42 @@ def test_the_prefix_is_cached_up_to_the_first_row_that_trains():
     whole, expected = sfj.value_and_grad(simple, frozen)(params, X)
     np.testing.assert_allclose(value, whole, rtol=1e-6)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), grads, expected)
+
+
+class Scanned(nnx.Module):
+    """A scan over the rows of one variable, which are along any axis."""
+
+    def __init__(self, axis):
+        rows = jnp.stack([PARAMS["stem"]] * 4, axis)
+        self.axis, self.w, self.head = axis, nnx.Param(rows), nnx.Param(PARAMS["head"])
+
+    def __call__(self, x):
+        rows = jnp.moveaxis(self.w[...], self.axis, 0)
+        return jax.lax.scan(lambda x, row: (jnp.tanh(x @ row), None), x, rows)[0] @ self.head[...]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_cached_step_follows_rows_that_freeze_and_return(axis):
+    def loss_fn(model, x):
+        return jnp.square(model(x)).mean()
+
+    losses = {}
+    for keeps in (False, True):
+        model = Scanned(axis)
+        layers = sfj.nnx.find_layers(model, X, rows=True)
+        optimizer = sfj.nnx.Optimizer(model, optax.sgd(0.1), layers=layers)
+        step = sfj.TrainStep(make_step(loss_fn))
+        if keeps:
+            account = sfj.nnx.account(model, layers, loss_fn, X[:16])
+            step = sfj.nnx.CachedStep(make_step, loss_fn, examples=len(X), account=account, total_steps=99)
+        losses[keeps] = []
+        for number in (0, 1, 3, 2):
+            optimizer.freeze(model, sfj.Frozen(layers, layers.names[:number]))
+            for indices in (np.arange(16), np.arange(16, 32), np.arange(8, 24)):
+                given = (indices, X[indices]) if keeps else (X[indices],)
+                losses[keeps].append(float(step(model, optimizer, *given)))
+            if keeps and number:
+                assert step.cache.frozen == optimizer.frozen
+                assert step.cache.store.is_complete
+    np.testing.assert_allclose(losses[True], losses[False], rtol=1e-5)
