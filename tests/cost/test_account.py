@@ -94,6 +94,18 @@ def test_saving_is_relative():
     assert 0 < account.saving(some) < account.saving(more) < 2 / 3
 
 
+def test_saving_with_a_cumulative_sum_over_a_long_axis():
+    def loss(params, x):
+        return jnp.mean((jnp.cumsum(jax.nn.relu(x @ params["a"]), axis=1) @ params["b"]) ** 2)
+
+    params, x = {name: PARAMS[name] for name in "ab"}, shape(2, 1024, WIDTH)
+    layers = sfj.find_layers(params, loss, x)
+    account = sfj.account(params, layers, loss, x)
+    for some in (frozen(layers), frozen(layers, "a")):
+        program = sfj.program_cost(jax.jit(sfj.value_and_grad(loss, some)), params, x)
+        assert account.flops(some).total == pytest.approx(program.flops, rel=0.02)
+
+
 def test_optimizers_with_state_and_clipping():
     layers = sfj.find_layers(PARAMS, chain, X)
     adam = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, weight_decay=0.1))
