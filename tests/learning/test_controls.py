@@ -72,8 +72,9 @@ def test_without_weights_they_are_the_same_or_refuse(examples):
     ]
     for name, control in CONTROLS.items():
         if name in controls.READING_WEIGHTS:
-            with pytest.raises(ValueError, match="examples: come from recordings without weights"):
-                control(*small)
+            for parts in (small, (small[0], test), (train, small[1])):
+                with pytest.raises(ValueError, match="examples: come from recordings without weights"):
+                    control(*parts)
         else:
             np.testing.assert_array_equal(control(*small), control(train, test))
 
