@@ -140,6 +140,21 @@ def test_errors():
         sfj.account(PARAMS, layers, chain, X, tx=optax.lbfgs())
 
 
+def linear_mean_pool(h):
+    return jnp.einsum("btd,t->bd", h, jnp.arange(h.shape[1], dtype=h.dtype))
+
+
+def test_a_pooling_without_inputs_has_no_elements():
+    params, x = {name: PARAMS[name] for name in "ab"}, shape(4, 5, WIDTH)
+
+    def loss(params, x):
+        return jnp.sum(linear_mean_pool(x @ params["a"]) @ params["b"])
+
+    account = sfj.account(params, sfj.find_layers(params, loss, x), loss, x)
+    assert account.elements["pooling"] == 0
+    assert account.counted["linear"] == 5 * WIDTH**2 + 5 * WIDTH + WIDTH**2
+
+
 def test_multiply_adds_are_not_changed_by_padding():
     model = nnx.eval_shape(lambda: nnx.Conv(3, 5, (3, 3), padding=1, rngs=nnx.Rngs(0)))
     images = shape(2, 8, 8, 3)
