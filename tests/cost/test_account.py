@@ -134,8 +134,11 @@ def test_errors():
     with pytest.raises(ValueError, match="loss_fn: the loss depends on no parameter"):
         sfj.account(PARAMS, layers, lambda params, x: x.sum(), X)
     other = sfj.find_layers({"z": PARAMS["a"]}, lambda params, x: x @ params["z"], X)
-    with pytest.raises(ValueError, match="frozen: got a frozen set of a network of 1 layers"):
+    with pytest.raises(ValueError, match="frozen: got a set of a network of 1 layers"):
         sfj.account(PARAMS, layers, chain, X).flops(frozen(other, "z"))
+    for call in ("flops", "saving", "trace", "reached_through"):
+        with pytest.raises(TypeError, match=r"frozen: got .*list.*, expected a smartfrz_jax.Frozen; make it with"):
+            getattr(sfj.account(PARAMS, layers, chain, X), call)(["a"])
     with pytest.raises(ValueError, match=r"tx: cannot be priced, as it asks for more than gradients.*value_fn"):
         sfj.account(PARAMS, layers, chain, X, tx=optax.lbfgs())
 
