@@ -1,4 +1,4 @@
-"""What a train step costs for any frozen set, predicted from one trace of the loss and without compiling.
+"""What a train step costs for any frozen set, predicted from one trace of the loss, without compiling it.
 
 Every equation of the loss belongs to a layer and depends on the parameters of some. Its forward pass is always run; the
 gradients of its weights are computed if its layer is active; those of its other inputs, if an active layer lies
@@ -19,7 +19,7 @@ import optax
 from smartfrz_jax.cost import equations, kinds, step_trace
 from smartfrz_jax.cost.equations import Equation, Equations, Input, Trace
 from smartfrz_jax.cost.step_flops import Parts, StepFlops
-from smartfrz_jax.freezing.frozen import Frozen
+from smartfrz_jax.freezing.frozen import Frozen, check_frozen
 from smartfrz_jax.jaxprs import example_axis, flops
 from smartfrz_jax.jaxprs.flops import Flops
 from smartfrz_jax.layers.layers import Layers, check_layers, check_params
@@ -92,6 +92,7 @@ class Account:
             The FLOPs, in all, by layer and by kind of operation.
 
         Raises:
+            TypeError: If ``frozen`` is no frozen set.
             ValueError: If the frozen set is of another network, or a name of ``stopped`` is none of its layers.
         """
         frozen = self._checked(frozen)
@@ -111,6 +112,7 @@ class Account:
             are used again behind the frozen layers, as an embedding that is the classifier too.
 
         Raises:
+            TypeError: If ``frozen`` is no frozen set.
             ValueError: If the frozen set is of another network.
         """
         mask, n = self._checked(frozen).mask, len(self.layers)
@@ -137,6 +139,7 @@ class Account:
             A ``ClosedJaxpr`` of ``(variables, params, opt_state, inputs)``, flattened.
 
         Raises:
+            TypeError: If ``frozen`` is no frozen set.
             ValueError: If the frozen set is of another network.
         """
         return self._traced.step(self._checked(frozen))
@@ -182,12 +185,7 @@ class Account:
 
     def _checked(self, frozen: Frozen | None) -> Frozen:
         frozen = Frozen(self.layers) if frozen is None else frozen
-        if frozen.layers != self.layers:
-            raise ValueError(
-                f"frozen: got a frozen set of a network of {len(frozen.layers)} layers "
-                f"({', '.join(frozen.layers.names[:2])}, ...), expected one of the {len(self.layers)} layers of this "
-                f"account ({', '.join(self.layers.names[:2])}, ...); make it with Frozen(account.layers, names)"
-            )
+        check_frozen(frozen, self.layers)
         return frozen
 
     def _bits(self, frozen: Frozen, stopped: Collection[str]) -> int:
@@ -272,7 +270,8 @@ def account(
         backend: Platform that the step will run on; JAX's default.
 
     Returns:
-        The account. It is traced here, once; for a frozen set it takes milliseconds.
+        The account. It is traced here, once; for a frozen set it takes milliseconds, or as long as its cumulative sums
+        and products take to compile, once.
 
     Raises:
         ValueError: If there are no inputs, or none counts examples, the loss is not a scalar or depends on no

@@ -115,5 +115,5 @@ def elements(equations: Iterable[tuple[Any, str]]) -> dict[str, int]:
     counts: collections.Counter[str] = collections.Counter()
     for kind, group in itertools.groupby(equations, key=lambda equation: equation[1]):
         operands = [var for eqn, _ in group for var in (eqn.invars if kind == POOLING else eqn.outvars)]
-        counts[kind] += max(math.prod(var.aval.shape) for var in operands)
+        counts[kind] += max((math.prod(var.aval.shape) for var in operands), default=0)
     return dict(counts)

@@ -1,9 +1,10 @@
-"""Floating-point operations of single equations of a jaxpr, as XLA counts them, without compiling anything.
+"""Floating-point operations of single equations of a jaxpr, as XLA counts them, almost without compiling.
 
 XLA counts 2 for a multiply-add, 1 for every element of an elementwise result, and keeps transcendental functions
 (exponentials, logarithms, square roots, error functions) apart; so they are 0 here. In a convolution it leaves out the
 positions that fall on padding. What is neither of these, nor a reduction, is a few primitives (random bits, sorting,
-``erfc``) that XLA expands into many operations: for them its own count of the lowered primitive is asked for.
+``erfc``) that XLA expands into many operations: for them its own count of the lowered primitive is asked for. Only
+cumulative sums and the like are compiled: before, they are windows as long as the axis, of which XLA makes a tree.
 """
 
 from __future__ import annotations
@@ -43,6 +44,7 @@ EXCHANGES = frozenset({
 # fmt: on
 REDUCTIONS = frozenset({"reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or"})
 _WINDOWS = frozenset({"reduce_window_sum", "reduce_window_max", "reduce_window_min"})
+_CUMULATIVE = frozenset({"cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum"})
 _PARTS = frozenset({"broadcast_in_dim", "convert_element_type", "pad", "reshape", "slice", "squeeze", "transpose"})
 _NOT_DIFFERENTIABLE = frozenset({"stop_gradient", "sign", "floor", "ceil", "round"})
 
@@ -109,7 +111,7 @@ def of_equation(eqn: Eqn, backend: str) -> Flops:
     if name == "cond":
         return max(of_jaxpr(branch.jaxpr, backend) for branch in params["branches"])
     body = inline.body_of(eqn)
-    return of_jaxpr(body, backend) if hasattr(body, "eqns") else _lowered(eqn)
+    return of_jaxpr(body, backend) if hasattr(body, "eqns") else _asked(eqn, signature(eqn), *_by_position(eqn))
 
 
 def of_jaxpr(jaxpr: Jaxpr, backend: str) -> Flops:
@@ -184,6 +186,9 @@ def of_gradient(eqn: Eqn, wanted: Collection[int], backend: str) -> Flops:
         ]
         return outs, pull(cotangents)
 
+    if eqn.primitive.name in _CUMULATIVE:
+        both = _asked(eqn, ("with gradient", signature(eqn)), with_gradient, shapes, cotangents)
+        return both - of_equation(eqn, backend)
     closed = inline.inline(named_axes.make_jaxpr(with_gradient)(shapes, cotangents), (), ())
     used = inline.needed(closed.jaxpr, closed.jaxpr.outvars)
     return _sum(used, backend) - of_equation(eqn, backend)
@@ -259,15 +264,14 @@ def _valid_positions(size: int, kernel: int, outs: int, stride: int, low: int, h
 
 
 # With the equation, whose identity may be its signature.
-_lowered_flops: dict[Any, tuple[Flops, Any]] = {}
+_asked_flops: dict[Any, tuple[Flops, Any]] = {}
 
 
-def _lowered(eqn: Eqn) -> Flops:
-    """XLA's count of an equation, lowered but not compiled."""
-    key = signature(eqn)
-    if key not in _lowered_flops:
-        run, shapes = _by_position(eqn)
-        analysis = jax.jit(run).lower(shapes).cost_analysis()
+def _asked(eqn: Eqn, key: Any, function: Callable[..., Any], *shapes: Any) -> Flops:
+    """XLA's count of an equation or its gradient as a function, lowered; compiled only if it is a cumulative one."""
+    if key not in _asked_flops:
+        stage = jax.jit(function).lower(*shapes)
+        analysis = (stage.compile() if eqn.primitive.name in _CUMULATIVE else stage).cost_analysis()
         properties = (analysis[0] if isinstance(analysis, list) else analysis) or {}
-        _lowered_flops[key] = Flops(float(properties.get("flops", 0.0))), eqn
-    return _lowered_flops[key][0]
+        _asked_flops[key] = Flops(float(properties.get("flops", 0.0))), eqn
+    return _asked_flops[key][0]

@@ -98,9 +98,10 @@ def update_norm(train: Examples, test: Examples) -> Float[np.ndarray, " n"]:
         test: The test examples.
 
     Raises:
-        ValueError: If their recordings hold no weights.
+        ValueError: If the recordings of either hold no weights.
     """
     train.check_reads(_ALL)
+    test.check_reads(_ALL)
     return _regression(train, test, ("step",))
 
 
@@ -112,9 +113,10 @@ def context(train: Examples, test: Examples) -> Float[np.ndarray, " n"]:
         test: The test examples.
 
     Raises:
-        ValueError: If their recordings hold no weights.
+        ValueError: If the recordings of either hold no weights.
     """
     train.check_reads(_ALL)
+    test.check_reads(_ALL)
     return _regression(train, test, context_names(_ALL))
 
 

@@ -30,7 +30,7 @@ from smartfrz_jax.pytrees.types import PyTree
 if TYPE_CHECKING:
     from jaxtyping import Bool, Float
 
-ClassWeights = Literal["balanced"] | tuple[float, float] | None
+ClassWeights = Literal["balanced"] | tuple[float, float] | np.ndarray | None
 
 
 class Fit(NamedTuple):
@@ -287,12 +287,12 @@ def class_factors(target: np.ndarray, class_weights: ClassWeights) -> np.ndarray
             "record runs to their end and from their start, or change the criterion, for example "
             "make_examples(recordings, criterion=Settled('cka', tolerance=0.05))"
         )
-    if class_weights == "balanced":
+    is_text = isinstance(class_weights, str)
+    if is_text and class_weights == "balanced":
         return len(target) / (2 * counts)
     expected = "'balanced', None or two numbers above 0, for keep and for freeze"
     weights = (1.0, 1.0) if class_weights is None else class_weights
     checks.instance(weights, Sequence | np.ndarray, "class_weights", expected)
-    is_text = isinstance(weights, str)
     if (
         is_text
         or len(weights) != 2

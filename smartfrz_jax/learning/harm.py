@@ -90,7 +90,7 @@ def swap_harm(
     layer_of = {name: owner(name) for name in paths.flatten(final)}
     layers.check(layer_of.values(), "owner")
     cells = [(step, front) for step, front in _cells(layers, steps, snapshots, depths) if front]
-    base, losses, read = checks.number(loss(final), "loss", _SCALAR), {}, _ReadOnce(snapshots)
+    base, losses, read = _finite(loss(final), "loss", "of final"), {}, _ReadOnce(snapshots)
     for step, front in (progress or iter)(cells):
         swapped = set(layers.names[:front])
         then = paths.flatten(read[step])
@@ -101,7 +101,7 @@ def swap_harm(
                 "same variables at every moment"
             )
         changed = paths.tree_map(lambda name, end, s=swapped, t=then: t[name] if layer_of[name] in s else end, final)
-        losses[step, front] = checks.number(loss(changed), "loss", _SCALAR)
+        losses[step, front] = _finite(loss(changed), "loss", f"with the first {front} layers of step {step}")
     return _matrix(layers, steps, losses, dict.fromkeys(snapshots, base))
 
 
@@ -139,7 +139,7 @@ def branch_harm(
 
     Raises:
         ValueError: If there are no snapshots, one is of a step that was not recorded, a depth is no layer, or a loss is
-            NaN or infinite.
+            NaN or infinite (such a loss is not put into ``known``).
 
     Example:
         >>> import jax.numpy as jnp
@@ -155,12 +155,16 @@ def branch_harm(
     checks.function(train_branch, "train_branch", "a function from a snapshot and a frozen set to the held-out loss")
     known = {} if known is None else known
     checks.instance(known, MutableMapping, "known", "a dict from (step, frozen layers) to losses")
-    losses, read = {}, _ReadOnce(snapshots)
-    for step, front in (progress or iter)(_cells(layers, steps, snapshots, depths)):
-        if (step, front) not in known:
+    cells, losses, read = _cells(layers, steps, snapshots, depths), {}, _ReadOnce(snapshots)
+    for cell in cells:
+        if cell in known:
+            losses[cell] = _finite(known[cell], "known", f"for {cell}", "take it out to measure it again")
+    for step, front in (progress or iter)(cells):
+        if (step, front) not in losses:
             loss = train_branch(read[step], Frozen(layers, frozenset(layers.names[:front])))
-            known[step, front] = checks.number(loss, "train_branch", _SCALAR)
-        losses[step, front] = known[step, front]
+            known[step, front] = losses[step, front] = _finite(
+                loss, "train_branch", f"with the first {front} layers frozen from step {step}"
+            )
     base = {step: losses.pop((step, 0)) for step in snapshots}
     return _matrix(layers, steps, losses, base)
 
@@ -273,19 +277,22 @@ def _cells(layers: Layers, steps: np.ndarray, snapshots: Mapping[int, Any], dept
     return [(step, front) for step in sorted(snapshots) for front in fronts]
 
 
+def _finite(
+    loss: Any, argument: str, where: str, way_out: str = "if the training diverged, lower its learning rate"
+) -> float:
+    value = checks.number(loss, argument, _SCALAR)
+    if not np.isfinite(value):
+        raise ValueError(f"{argument}: got {value} {where}, expected a finite number; {way_out}")
+    return value
+
+
 def _matrix(
-    layers: Layers, steps: np.ndarray, losses: Mapping[Cell, Any], base: Mapping[int, float]
+    layers: Layers, steps: np.ndarray, losses: Mapping[Cell, float], base: Mapping[int, float]
 ) -> Float[np.ndarray, "records layers"]:
     harm = np.full((len(steps), len(layers)), np.nan, np.float32)
     row = {step: index for index, step in enumerate(np.asarray(steps).tolist())}
     for (step, front), loss in losses.items():
-        difference = float(loss) - base[step]
-        if not np.isfinite(difference):
-            raise ValueError(
-                f"loss: got {float(loss)} with the first {front} layers of step {step} frozen or swapped and "
-                f"{base[step]} without, expected finite numbers; if the training diverged, lower its learning rate"
-            )
-        harm[row[step], front - 1] = difference
+        harm[row[step], front - 1] = loss - base[step]
     return harm
 
 

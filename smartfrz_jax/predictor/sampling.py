@@ -25,6 +25,9 @@ if TYPE_CHECKING:
     from jaxtyping import Array, Float
 
 
+_MOST = int(np.iinfo(np.int32).max)  # JAX draws below this, and has indices up to it
+
+
 class Tailoring(struct.PyTreeNode):
     """Positions of the sampled weights of every layer; a pytree.
 
@@ -65,8 +68,8 @@ class Tailoring(struct.PyTreeNode):
 
         Raises:
             TypeError: If ``layers`` are no :class:`~smartfrz_jax.Layers`, or ``size`` or ``seed`` is no number.
-            ValueError: If ``size`` is not positive, ``params`` is empty or lacks a parameter of ``layers``, or a layer
-                has no weights.
+            ValueError: If ``size`` is not positive, ``params`` is empty or lacks a parameter of ``layers``, a layer has
+                no weights, or a kernel has more positions along an axis than an int32 counts.
         """
         check_layers(layers)
         checks.count(size, "size")
@@ -83,6 +86,12 @@ class Tailoring(struct.PyTreeNode):
                 )
             arrays |= {name: tuple(shapes[name].shape) for name in own}
             sizes = [int(np.prod(leaves[name].shape)) for name in layer.kernels]
+            for name in layer.kernels:
+                if max(leaves[name].shape, default=0) > _MOST:
+                    raise ValueError(
+                        f"params: {name!r} of layer {layer.name!r} has shape {leaves[name].shape}, expected at most "
+                        f"{_MOST} positions along an axis, which is what JAX indexes; give it another axis"
+                    )
             if not sum(sizes):
                 raise ValueError(
                     f"params: layer {layer.name!r} has no weights to sample ({', '.join(layer.kernels)} of size 0); "
@@ -126,13 +135,20 @@ def _draw(key: jax.Array, n: int, size: int) -> np.ndarray:
     layers.
     """
     if n < size:
-        return np.asarray(jax.random.choice(key, n, (size,)), np.int64)
+        return _repeated(key, n, size)
     distinct = np.zeros(0, np.int64)
     while len(distinct) < size:
         key, subkey = jax.random.split(key)
-        drawn = np.concatenate([distinct, np.asarray(jax.random.choice(subkey, n, (2 * size,)), np.int64)])
+        drawn = np.concatenate([distinct, _repeated(subkey, n, 2 * size)])
         distinct = drawn[np.sort(np.unique(drawn, return_index=True)[1])]
     return distinct[:size]
+
+
+def _repeated(key: jax.Array, n: int, size: int) -> np.ndarray:
+    if n <= _MOST:
+        return np.asarray(jax.random.choice(key, n, (size,)), np.int64)
+    # random_raw, as the streams of NumPy's generators may change.
+    return (np.random.PCG64(np.asarray(jax.random.key_data(key))).random_raw(size) % np.uint64(n)).astype(np.int64)
 
 
 def _along_axes(positions: np.ndarray, shape: tuple[int, ...]) -> jax.Array:

@@ -60,7 +60,7 @@ CASES = [
         "account-other-set",
         "frozen",
         ValueError,
-        ("3 layers", "this account"),
+        ("3 layers", "this network"),
         lambda: scenes.account().flops(sfj.Frozen(other_layers())),
     ),
     Case("check-percent", "notable", ValueError, ("10", "up to 1"), lambda: check(notable=10)),

@@ -264,7 +264,7 @@ CASES = [
     Case("swap-loss-vector", "loss", ValueError, ("(2,)", "a scalar"), lambda: swap(loss=lambda params: np.ones(2))),
     Case("swap-loss-none", "loss", TypeError, ("None", "a scalar"), lambda: swap(loss=lambda params: None)),
     Case("branch-none", "train_branch", TypeError, ("None",), lambda: branch(train_branch=lambda *_: None)),
-    Case("branch-nan", "loss", ValueError, ("nan",), lambda: branch(train_branch=lambda *_: NAN)),
+    Case("branch-nan", "train_branch", ValueError, ("nan",), lambda: branch(train_branch=lambda *_: NAN)),
 ]
 
 ZERO = np.zeros(1, bool)

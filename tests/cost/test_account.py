@@ -94,6 +94,18 @@ def test_saving_is_relative():
     assert 0 < account.saving(some) < account.saving(more) < 2 / 3
 
 
+def test_saving_with_a_cumulative_sum_over_a_long_axis():
+    def loss(params, x):
+        return jnp.mean((jnp.cumsum(jax.nn.relu(x @ params["a"]), axis=1) @ params["b"]) ** 2)
+
+    params, x = {name: PARAMS[name] for name in "ab"}, shape(2, 1024, WIDTH)
+    layers = sfj.find_layers(params, loss, x)
+    account = sfj.account(params, layers, loss, x)
+    for some in (frozen(layers), frozen(layers, "a")):
+        program = sfj.program_cost(jax.jit(sfj.value_and_grad(loss, some)), params, x)
+        assert account.flops(some).total == pytest.approx(program.flops, rel=0.02)
+
+
 def test_optimizers_with_state_and_clipping():
     layers = sfj.find_layers(PARAMS, chain, X)
     adam = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-3, weight_decay=0.1))
@@ -122,10 +134,28 @@ def test_errors():
     with pytest.raises(ValueError, match="loss_fn: the loss depends on no parameter"):
         sfj.account(PARAMS, layers, lambda params, x: x.sum(), X)
     other = sfj.find_layers({"z": PARAMS["a"]}, lambda params, x: x @ params["z"], X)
-    with pytest.raises(ValueError, match="frozen: got a frozen set of a network of 1 layers"):
+    with pytest.raises(ValueError, match="frozen: got a set of a network of 1 layers"):
         sfj.account(PARAMS, layers, chain, X).flops(frozen(other, "z"))
+    for call in ("flops", "saving", "trace", "reached_through"):
+        with pytest.raises(TypeError, match=r"frozen: got .*list.*, expected a smartfrz_jax.Frozen; make it with"):
+            getattr(sfj.account(PARAMS, layers, chain, X), call)(["a"])
     with pytest.raises(ValueError, match=r"tx: cannot be priced, as it asks for more than gradients.*value_fn"):
         sfj.account(PARAMS, layers, chain, X, tx=optax.lbfgs())
+
+
+def linear_mean_pool(h):
+    return jnp.einsum("btd,t->bd", h, jnp.arange(h.shape[1], dtype=h.dtype))
+
+
+def test_a_pooling_without_inputs_has_no_elements():
+    params, x = {name: PARAMS[name] for name in "ab"}, shape(4, 5, WIDTH)
+
+    def loss(params, x):
+        return jnp.sum(linear_mean_pool(x @ params["a"]) @ params["b"])
+
+    account = sfj.account(params, sfj.find_layers(params, loss, x), loss, x)
+    assert account.elements["pooling"] == 0
+    assert account.counted["linear"] == 5 * WIDTH**2 + 5 * WIDTH + WIDTH**2
 
 
 def test_multiply_adds_are_not_changed_by_padding():

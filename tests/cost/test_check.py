@@ -196,7 +196,7 @@ def test_layers_that_change_places_while_a_counter_comes():
 
 def test_a_frozen_set_of_another_network():
     other = sfj.Frozen(sfj.find_layers(STACK, scanned, X32))
-    with pytest.raises(ValueError, match="frozen: got a frozen set of a network of 4 layers"):
+    with pytest.raises(ValueError, match="frozen: got a set of a network of 4 layers"):
         check_saving(account(), unfrozen()._replace(frozen=other), unfrozen())
 
 

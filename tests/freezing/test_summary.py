@@ -147,7 +147,7 @@ def test_refuses_what_is_none(options, error, message):
 
 
 def test_refuses_the_account_of_another_network(account):
-    with pytest.raises(ValueError, match="frozen: got a frozen set of a network of 1 layers"):
+    with pytest.raises(ValueError, match="frozen: got a set of a network of 1 layers"):
         sfj.Freezer(decided(), OTHERS, {"x": jnp.ones((2, 2))}).summary(account=account)
 
 

@@ -15,8 +15,8 @@ def shape(*dims: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(dims, dtype)
 
 
-def compiled(function, *shapes) -> float:
-    analysis = jax.jit(function, compiler_options=AS_FOR_USERS).lower(*shapes).compile().cost_analysis()
+def compiled(function, *shapes, options=AS_FOR_USERS) -> float:
+    analysis = jax.jit(function, compiler_options=options).lower(*shapes).compile().cost_analysis()
     return (analysis[0] if isinstance(analysis, list) else analysis).get("flops", 0.0)
 
 
@@ -195,6 +195,25 @@ def test_the_unknown_is_asked_of_xla():
         price = flops.of_equation(equation(function, shape(64)), "cpu").needed
         assert price == pytest.approx(compiled(function, shape(64)), rel=tolerance)
         assert price > 5 * 64
+
+
+@pytest.mark.parametrize(("length", "reverse"), [(12, True), (300, False)])
+@pytest.mark.parametrize("name", ["cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum"])
+def test_cumulative_ones_cost_what_they_are_compiled_to(name, length, reverse):
+    def run(x):
+        return jax.vmap(lambda x: getattr(lax, name)(x, axis=0, reverse=reverse))(x)
+
+    def with_gradient(x, cotangent):
+        out, pull = jax.vjp(run, x)
+        return out, pull(cotangent)
+
+    x = shape(2, length, 8)
+    eqn = equation(run, x)
+    price = flops.of_equation(eqn, "cpu")
+    assert total(price) == compiled(run, x, options={})
+    assert total(price + flops.of_gradient(eqn, {0}, "cpu")) == compiled(with_gradient, x, x, options={})
+    repeated = equation(lambda x: lax.scan(lambda x, _: (run(x), None), x, None, length=7)[0], x)
+    assert flops.of_equation(repeated, "cpu") == price.times(7)
 
 
 def test_gradients_of_nothing_cost_nothing():

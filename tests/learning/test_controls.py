@@ -72,8 +72,9 @@ def test_without_weights_they_are_the_same_or_refuse(examples):
     ]
     for name, control in CONTROLS.items():
         if name in controls.READING_WEIGHTS:
-            with pytest.raises(ValueError, match="examples: come from recordings without weights"):
-                control(*small)
+            for parts in (small, (small[0], test), (train, small[1])):
+                with pytest.raises(ValueError, match="examples: come from recordings without weights"):
+                    control(*parts)
         else:
             np.testing.assert_array_equal(control(*small), control(train, test))
 
@@ -113,10 +114,11 @@ def test_logistic_regression_is_that_of_scikit_learn(class_weights, separable):
     np.testing.assert_allclose(got, [*reference.coef_[0], reference.intercept_[0]], rtol=1e-4, atol=1e-5)
 
 
-def test_gradient_is_zero_at_the_minimum():
+@pytest.mark.parametrize("class_weights", [(1.0, 3.0), np.array([1.0, 3.0])])
+def test_gradient_is_zero_at_the_minimum(class_weights):
     rng = np.random.default_rng(1)
     x, target = rng.standard_normal((40, 4)), rng.random(40) < 0.3
-    w = logistic_regression(x, target, ridge=1e-8, class_weights=(1.0, 3.0))
+    w = logistic_regression(x, target, ridge=1e-8, class_weights=class_weights)
     factor = np.where(target, 3.0, 1.0) / 40
     p = 1 / (1 + np.exp(-(x @ w[:-1] + w[-1])))
     np.testing.assert_allclose(x.T @ (factor * (p - target)) + 1e-8 * w[:-1], 0, atol=1e-10)

@@ -113,8 +113,12 @@ class TestSwap:
 
     def test_loss_that_is_not_finite(self):
         bad = {30: FINAL | {"b": jnp.full((1, 1), jnp.nan)}}
-        with pytest.raises(ValueError, match=r"loss: got nan with the first 2 layers of step 30 .* and 0.5 without"):
-            swap_harm(LAYERS, STEPS, bad, FINAL, distance)
+        seen = []
+        with pytest.raises(ValueError, match=r"loss: got nan with the first 2 layers of step 30, expected a finite"):
+            swap_harm(LAYERS, STEPS, bad, FINAL, lambda params: seen.append(params) or distance(params))
+        assert len(seen) == 3  # of final and of two fronts: there it ends
+        with pytest.raises(ValueError, match=r"loss: got nan of final, expected a finite"):
+            swap_harm(LAYERS, STEPS, SNAPSHOTS, bad[30], lambda params: np.nan)
 
 
 class Branches:
@@ -195,8 +199,24 @@ class TestBranch:
             branch_harm(LAYERS, STEPS, {10: 10}, Branches(), depths=["z"])
         with pytest.raises(ValueError, match="depths: got no layers"):
             branch_harm(LAYERS, STEPS, {10: 10}, Branches(), depths=[])
-        with pytest.raises(ValueError, match=r"loss: got inf with the first 0 layers|loss: got .* and inf without"):
-            branch_harm(LAYERS, STEPS, {10: 10}, lambda snapshot, frozen: np.inf)
+
+    @pytest.mark.parametrize("bad", [np.nan, np.inf])
+    def test_a_loss_that_is_not_finite_ends_it_and_is_not_kept(self, bad):
+        known, calls = {}, []
+
+        def diverging(snapshot, frozen):
+            calls.append(len(frozen.names))
+            return bad if len(frozen.names) == 2 else 1.0
+
+        with pytest.raises(ValueError, match=f"train_branch: got {bad} with the first 2 layers frozen from step 10"):
+            branch_harm(LAYERS, STEPS, {10: 10, 30: 30}, diverging, known=known)
+        assert calls == [0, 1, 2]
+        assert known == {(10, 0): 1.0, (10, 1): 1.0}
+        got = branch_harm(LAYERS, STEPS, {10: 10, 30: 30}, lambda snapshot, frozen: 1.0, known=known)
+        assert np.nansum(np.abs(got)) == 0
+        with pytest.raises(ValueError, match=rf"known: got {bad} for \(10, 2\), .* take it out to measure it again"):
+            branch_harm(LAYERS, STEPS, {10: 10}, diverging, known={(10, 2): bad})
+        assert calls == [0, 1, 2]
 
 
 def closest_monotone(grid):

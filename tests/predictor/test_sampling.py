@@ -102,6 +102,36 @@ def test_known_draw():
     np.testing.assert_array_equal(got, [[1964, 653, 930, 1590], [53159, 89248, 64231, 82428]])
 
 
+@pytest.mark.parametrize("shapes", [((50_000, 30_000),) * 2, ((50_000, 60_000),), ((3, 50_000, 30_000), (8, 8))])
+def test_layers_of_more_weights_than_an_int32_counts(shapes):
+    names = tuple(f"w{i}" for i in range(len(shapes)))
+    params = {name: jax.ShapeDtypeStruct(shape, jnp.bfloat16) for name, shape in zip(names, shapes, strict=True)}
+    sample = Tailoring.create(Layers((Layer("a", names, names),)), params)
+    assert jax.eval_shape(sample, params).shape == (1, 1024)
+    for index, shape in zip(sample.leaf_positions[0], shapes, strict=True):
+        flat = np.ravel_multi_index(np.asarray(index), shape)
+        assert len(set(flat.tolist())) == len(flat)
+        # As many as a kernel has its share of, from its beginning to its end.
+        assert len(flat) == pytest.approx(1024 * np.prod(shape) / sum(np.prod(s) for s in shapes), rel=0.2, abs=1)
+        if len(flat) > 1:
+            np.testing.assert_allclose(np.quantile(flat / np.prod(shape), [0.01, 0.5, 0.99]), [0, 0.5, 1], atol=0.08)
+
+
+@pytest.mark.parametrize(
+    ("size", "distinct", "first"), [(64, 64, [205, 454, 130, 360]), (600, 350, [489, 305, 108, 460])]
+)
+def test_large_layers_are_sampled_as_small_ones_are(monkeypatch, size, distinct, first):
+    monkeypatch.setattr(sampling, "_MOST", 99)
+    layers, params = made_of(a=((20, 5), (40, 10)))
+    got = positions(Tailoring.create(layers, params, size=size), params)[0]
+    assert len(set(got.tolist())) == pytest.approx(distinct, abs=0 if size < 500 else 25)
+    assert 0 <= got.min() < 50
+    assert 450 < got.max() < 500
+    np.testing.assert_array_equal(got[:4], first)  # a run must be the same again with another version
+    with pytest.raises(ValueError, match=r"params: 'b/w0' of layer 'b' has shape \(100,\), expected at most 99"):
+        Tailoring.create(*made_of(b=((100,),)))
+
+
 @pytest.mark.parametrize("shapes", [((3, 4), (5, 6, 2), (7,)), ((300, 200), (1, 1), (200, 100)), ((1,), (2,), (3,))])
 def test_a_block_is_sampled_as_if_it_were_one_kernel(shapes):
     """The weights' values are positions in the whole block, so the block must give what one long kernel gives."""
