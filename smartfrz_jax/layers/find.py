@@ -66,7 +66,7 @@ def find_layers(
         The layers, front to back.
 
     Raises:
-        ValueError: If ``params`` has no leaves, or ``granularity`` is not one of the above.
+        ValueError: If ``params`` has no leaves, or one without a name, or ``granularity`` is not one of the above.
         TypeError: If a leaf of ``params`` is not an array of floating-point numbers.
 
     Example:
