@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-import shutil
-from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import optax
+from etils import epath
 from flax import nnx
 
 from smartfrz_jax.freezing.frozen import Frozen
 from smartfrz_jax.nnx.freezer import Freezer
+from smartfrz_jax.pytrees.file_paths import as_path
 
 
 class Checkpoints:
@@ -26,7 +27,8 @@ class Checkpoints:
     def __init__(self, trainer: Any, freezer: Freezer, tx: optax.GradientTransformation):
         self._trainer, self._manager, self._freezer, self._tx = trainer, trainer.checkpoint_manager, freezer, tx
         root = trainer.config.checkpoint_root_directory
-        self._folder = None if root is None else Path(f"{str(root).rstrip('/')}-freezing")
+        beside = None if root is None else as_path(f"{str(root).rstrip('/')}-freezing", "checkpoint_root_directory")
+        self._folder = None if beside is None else epath.Path(beside)
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._manager, name)
@@ -41,9 +43,10 @@ class Checkpoints:
             self._freezer.save_run(self._folder / str(step), {"step": np.int64(step)}, overwrite=True)
         saved = self._manager.save(step, model, None if optimizer is None else self._plain(model), **options)
         there = {str(one) for one in inner.all_steps()}
-        for other in self._folder.iterdir():
-            if other.name not in there:
-                shutil.rmtree(other)
+        if jax.process_index() == 0 and self._folder.exists():
+            for other in self._folder.iterdir():
+                if other.name not in there:
+                    other.rmtree(missing_ok=True)
         return saved
 
     def restore(self) -> Frozen:

@@ -21,7 +21,7 @@ from smartfrz_jax.pytrees.types import PyTree
 Granularity = Literal["layer", "block"] | Callable[[str], str]
 
 # Leaves with these names are never kernels, whatever their rank (stacked blocks have biases of rank 2).
-_VECTOR_NAMES = frozenset({"bias", "scale", "gamma", "beta"})
+_VECTOR_NAMES = frozenset({"bias", "scale", "offset", "gamma", "beta"})
 
 # Rank of a parameter that the forward pass does not use: before all others, for it never trains.
 _UNUSED = (-1,)
@@ -66,7 +66,7 @@ def find_layers(
         The layers, front to back.
 
     Raises:
-        ValueError: If ``params`` has no leaves, or ``granularity`` is not one of the above.
+        ValueError: If ``params`` has no leaves, or one without a name, or ``granularity`` is not one of the above.
         TypeError: If a leaf of ``params`` is not an array of floating-point numbers.
 
     Example:

@@ -273,7 +273,7 @@ def check_params(params: PyTree) -> dict[str, Any]:
     """Leaves of a parameter pytree by name.
 
     Raises:
-        ValueError: If there are none.
+        ValueError: If there are none, or one has no name.
         TypeError: If a leaf is not an array of floating-point, or complex, numbers.
     """
     leaves = paths.flatten(params)
@@ -293,4 +293,8 @@ def check_params(params: PyTree) -> dict[str, Any]:
                 "differentiates nothing else, frozen or not; let the function close over it, or make it an input (in "
                 "NNX, an nnx.Variable that is no nnx.Param)"
             )
+    if "" in leaves:
+        raise ValueError(
+            f"params: got {checks.got(leaves[''])} without a name, expected one for each array; put it in a dict"
+        )
     return leaves

@@ -86,7 +86,8 @@ def apart(function: Callable[..., Any], tables: Collection[str]) -> Callable[...
 def with_lookups(closed: ClosedJaxpr, tables: Sequence[Var]) -> tuple[ClosedJaxpr, list[Var]]:
     """The same jaxpr with inputs of their own for what lookups read.
 
-    Lookups inside loops other than scans, and inside calls with a differentiation rule of their own, are none.
+    Lookups inside loops other than scans, in what a scan carries or takes a row of, and inside calls with a
+    differentiation rule of their own, are none.
 
     Args:
         closed: A ``ClosedJaxpr``.
@@ -176,11 +177,11 @@ class _Body:
         elif len(read) == 1 and name in _TAKING and eqn.invars[0] is read[0]:
             return _Node(eqn, self.tables[read[0]])
         elif read:
-            return _Node(eqn, bodies=[self._inner(closed, _of_body(eqn)) for closed in _bodies(eqn)])
+            return _Node(eqn, bodies=[self._inner(closed, _unchanged(eqn)) for closed in _bodies(eqn)])
         return _Node(eqn)
 
     def _inner(self, closed: ClosedJaxpr, values: Sequence[Atom]) -> _Body:
-        pairs = zip(closed.jaxpr.invars, values, strict=True)
+        pairs = zip(closed.jaxpr.invars, values, strict=False)
         return _Body.of(closed, {var: self.tables[atom] for var, atom in pairs if self._read_by([atom])})
 
     def mark(self, behind: Sequence[_Tables]) -> list[_Tables]:
@@ -199,6 +200,8 @@ class _Body:
             outs = [reached.get(var, _NONE) for var in eqn.outvars]
             if node.bodies:
                 _add(reached, _of_body(eqn), _through(node, outs))
+                used = self._read_by(_of_body(eqn)[len(_unchanged(eqn)) :])
+                _add(reached, eqn.invars, [frozenset(self.tables[var] for var in used)] * len(eqn.invars))
                 continue
             node.is_lookup = node.taken is not None and node.taken in _NONE.union(*outs)
             used = [] if node.is_lookup or self._read_by(eqn.outvars) else self._read_by(eqn.invars)
@@ -260,6 +263,11 @@ def _closed(jaxpr: ClosedJaxpr | Jaxpr) -> ClosedJaxpr:
 def _of_body(eqn: Eqn) -> list[Atom]:
     """The inputs of an equation that are those of the jaxprs in it."""
     return eqn.invars[eqn.primitive.name == "cond" :]
+
+
+def _unchanged(eqn: Eqn) -> list[Atom]:
+    """Those of them, the first ones, that are the same whenever the jaxprs run."""
+    return eqn.invars[: _scan_sizes(eqn)[0]] if eqn.primitive.name == "scan" else _of_body(eqn)
 
 
 def _through(node: _Node, outs: list[_Tables]) -> list[_Tables]:

@@ -21,9 +21,9 @@ def name(path: KeyPath) -> str:
     """Name of a leaf, from its key path.
 
     The ``value`` that a Flax NNX ``Variable`` adds below its own name is left out, so that an ``nnx.State`` and the
-    plain arrays inside it have the same names.
+    plain arrays inside it have the same names; not where it is all of the name.
     """
-    if path and isinstance(path[-1], GetAttrKey) and path[-1].name == "value":
+    if len(path) > 1 and isinstance(path[-1], GetAttrKey) and path[-1].name == "value":
         path = path[:-1]
     return keystr(path, simple=True, separator=SEPARATOR)
 

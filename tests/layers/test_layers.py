@@ -227,6 +227,19 @@ def test_norm_before_the_first_kernel_joins_it():
     assert layers[0].kernels == ("fc/kernel",)
 
 
+@pytest.mark.parametrize(("scale", "offset"), [("scale", "offset"), ("gamma", "beta")])
+def test_norm_with_the_rank_of_its_input_is_no_kernel(scale, offset):
+    norm = dict.fromkeys([scale, offset], jnp.ones((1, 2)))  # as Haiku's BatchNorm has them
+    params = {"conv": {"w": jnp.eye(2)}, "norm": norm, "head": {"w": jnp.eye(2)}}
+
+    def forward(p, x):
+        return (x @ p["conv"]["w"] * p["norm"][scale] + p["norm"][offset]) @ p["head"]["w"]
+
+    layers = find_layers(params, forward, ROW)
+    assert layers.names == ("conv", "head")
+    assert layers[0].kernels == ("conv/w",)
+
+
 @st.composite
 def networks(draw):
     """A nested parameter tree with unlike leaves, and the order in which its modules are used."""

@@ -74,6 +74,12 @@ def test_empty_pytree():
         find_layers({}, lambda p, x: x, ROW)
 
 
+@pytest.mark.parametrize("params", [jnp.eye(2), {"": jnp.eye(2)}])
+def test_an_array_without_a_name(params):
+    with pytest.raises(ValueError, match=r"params: got float32\[2, 2\] without a name, .*; put it in a dict"):
+        find_layers(params, lambda p, x: x @ jax.tree.leaves(p)[0], ROW)
+
+
 @pytest.mark.parametrize("leaf", ["relu", 3, 0.5])
 def test_leaf_that_is_no_array(leaf):
     with pytest.raises(TypeError, match=r"params: leaf 'b' is (str|int|float), expected an array"):

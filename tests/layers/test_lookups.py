@@ -93,9 +93,25 @@ def penalised(of_lookup, of_head, params, ids):
     return plain(of_lookup, of_head, params, ids) + jnp.square(of_head).sum()
 
 
+def carried(of_lookup, of_head, params, ids):
+    """A scan changes the table that it carries: what it takes of it is no lookup."""
+
+    def step(carry, _):
+        table, x = carry
+        return (0.5 * table + x.mean(), x + table[ids]), None
+
+    (table, x), _ = jax.lax.scan(step, (of_head, body(params, of_lookup[ids])), None, length=2)
+    return loss_of(x @ table.T, ids)
+
+
+def head_by_row(of_lookup, of_head, params, ids):
+    x = body(params, of_lookup[ids])
+    return loss_of(jnp.moveaxis(jax.lax.scan(lambda _, row: (None, x @ row), None, of_head)[1], 0, -1), ids)
+
+
 FORMS = (
     plain, cast, labels_gathered, encoder_and_decoder, checkpointed, in_parts, head_in_parts, on_condition,
-    head_with_a_rule, penalised,
+    head_with_a_rule, penalised, carried, head_by_row,
 )  # fmt: skip
 
 
@@ -141,7 +157,25 @@ def labels_alone(p, ids):
     return ((p["body"][0] + p["body"].sum(0)) * p["embed"][ids]).sum() + (p["body"] @ p["embed"].T).sum()
 
 
-@pytest.mark.parametrize("forward", [one_hot, lookup_alone, labels_alone])
+def changed_by_a_scan(p, ids):
+    def step(carry, _):
+        table, x = carry
+        return (0.5 * table + x.mean(), x + table[ids]), None
+
+    (_, x), _ = jax.lax.scan(step, (p["embed"], jnp.zeros((*ids.shape, WIDTH))), None, length=3)
+    return x @ p["body"] @ p["embed"].T
+
+
+def rows_that_are_tables(p, ids):
+    """As residual vector quantisation has them."""
+
+    def step(x, book):
+        return x - book[jnp.argmax(x @ book.T, axis=-1)], None
+
+    return jax.lax.scan(step, p["body"], p["embed"][:6].reshape(2, 3, WIDTH))[0]
+
+
+@pytest.mark.parametrize("forward", [one_hot, lookup_alone, labels_alone, changed_by_a_scan, rows_that_are_tables])
 def test_what_is_no_lookup_of_a_tied_table_is_no_layer(forward):
     params = {"embed": jnp.ones((WORDS, WIDTH)), "body": jnp.ones((WIDTH, WIDTH))}
     apart = sfj.find_layers(params, forward, IDS, lookups=True)

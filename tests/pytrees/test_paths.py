@@ -39,6 +39,14 @@ def test_root_leaf_and_empty_tree():
     assert paths.flatten({}) == {}
 
 
+def test_value_is_left_out_below_a_name_alone():
+    class Module(struct.PyTreeNode):
+        value: Any
+
+    assert paths.flatten(Module(1)) == {"value": 1}
+    assert paths.flatten({"a": Module(1)}) == {"a": 1}
+
+
 def test_nnx_state_pure_state_and_dict_have_the_same_names():
     class Net(nnx.Module):
         def __init__(self, rngs: nnx.Rngs):
