@@ -75,7 +75,7 @@ def test_on_this_scale_the_queue_has_the_strategies_of_the_table():
         for rate in CASES["resnet20-cifar10"].rates
     ]
     names = ("never", *PLANS["table9"].strategies)
-    assert [job.name for job in jobs(rows, ["resnet20-cifar10"], 1, names)] == list(names)
+    assert [job.name for job in jobs(rows, ["resnet20-cifar10"], range(1), names)] == list(names)
 
 
 @pytest.mark.slow
