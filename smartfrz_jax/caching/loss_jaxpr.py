@@ -57,7 +57,7 @@ def _unstacked(maker: Mapping[Any, Any], var: Var) -> Any:
     squeeze = lookup(maker, var)
     cut = None if squeeze is None or squeeze.primitive.name != "squeeze" else maker.get(squeeze.invars[0])
     stack = None if cut is None else lookup(maker, cut.invars[0])
-    if cut is None or stack is None:
+    if squeeze is None or cut is None or stack is None:
         return var
     if cut.primitive.name == "slice" and cut.outvars[0].aval.shape[:1] == (1,):
         axis, row = 0, cut.params["start_indices"][0]
