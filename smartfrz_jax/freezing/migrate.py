@@ -73,10 +73,10 @@ def migrate_opt_state(
     abstract = _abstract(opt_state, tx, params, frozen)
     wanted = by_path(abstract)
     as_moved = old | {path: moves[path].shape(leaf) for path, leaf in old.items() if path in moves}
-    unfit = fit.unfit(as_moved, wanted, dropped=fit.masked(opt_state), absent=fit.masked(abstract))
-    if unfit is not None:
-        got = f"{unfit} is {fit.text(old.get(unfit))}, but tx makes it {fit.text(wanted.get(unfit))}"
-        if _is_of_all_layers(unfit, tx, params, frozen.layers):
+    differs = fit.mismatch(as_moved, wanted, dropped=fit.masked(opt_state), absent=fit.masked(abstract))
+    if differs is not None:
+        got = f"{differs} is {fit.text(old.get(differs))}, but tx makes it {fit.text(wanted.get(differs))}"
+        if _is_of_all_layers(differs, tx, params, frozen.layers):
             raise ValueError(
                 f"opt_state: {got} with this frozen set; state that is not shaped like the parameters cannot be split "
                 "by layer. Leave out of tx what joins them: optax.flatten(optax.adam(0.1)) is optax.adam(0.1)"

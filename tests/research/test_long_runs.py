@@ -19,6 +19,8 @@ from research.long_runs.report import lines, moments, page
 from research.long_runs.run import LEAD, REHEARSAL, Job, Runner
 from research.long_runs.strategies import FIRST, STRATEGIES, Strategy
 from research.recordings.architectures import ARCHITECTURES
+from research.recordings.sets import open_set
+from research.trials.classification import losses_on
 
 pytestmark = pytest.mark.usefixtures("jax_defaults")
 
@@ -219,9 +221,13 @@ def test_only_runs_that_start_from_the_same_weights_are_paired():
     assert (never.seeds, progress.seeds) == (4, 2)
 
 
-def test_the_weights_from_which_other_cases_start_fit_their_network():
-    model = CASES["resnet20-cifar10"].architecture.make(num_classes=100, rngs=nnx.Rngs(0))
+def test_the_weights_from_which_other_cases_start_are_those_of_a_trained_network(shared):
+    case = CASES[CASES["resnet20-cifar10"].weights]
+    data = open_set(case.data, case.architecture, shared / "data/tfds", 1, held_out=slice(1000))
+    model = case.architecture.make(num_classes=100, rngs=nnx.Rngs(0))
     weights.load(model, RESULTS.with_name("weights") / f"{CASES['resnet20-cifar10'].weights}.safetensors")
+    _, right = losses_on(model, data.held_out)
+    assert right.mean() == pytest.approx(0.591, abs=0.04)  # of 10,000; this is two and a half standard errors
 
 
 def test_labels_of_points_that_coincide_are_apart():

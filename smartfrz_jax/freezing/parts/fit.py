@@ -10,7 +10,7 @@ import optax
 from jax.tree_util import keystr, tree_leaves_with_path
 
 
-def unfit(old: dict[str, Any], wanted: dict[str, Any], *, dropped: list[str], absent: list[str]) -> str | None:
+def mismatch(old: dict[str, Any], wanted: dict[str, Any], *, dropped: list[str], absent: list[str]) -> str | None:
     """Path at which the two differ, beside the leaves of layers that return (``dropped``) or freeze (``absent``)."""
     for path in [*wanted, *(path for path in old if path not in wanted)]:
         masked = dropped if path not in old else absent if path not in wanted else ()
