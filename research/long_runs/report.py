@@ -214,11 +214,19 @@ def _table(found: Sequence[Line]) -> str:
         "| strategy | seeds | FLOPs | time | processor | figure | difference | first freeze |\n"
         "|---|--:|--:|--:|--:|--:|--:|--:|\n"
     )
-    return head + "\n".join(
-        f"| {one.strategy} | {one.seeds} | {one.flops:.2f} | {share(one.time)} | {_processor(one)} | {one.figure:.2f} "
-        f"| {_points(one)} | {share(one.first)} |"
-        for one in found
-    )
+    rows = []
+    for one in found:
+        processor, points = (
+            _with_error(f"{one.cpu:.2f}", one.cpu_error),
+            _with_error(f"{one.difference:+.2f}", one.error),
+        )
+        if one.strategy == "never":
+            processor, points = "1.00", "-"
+        rows.append(
+            f"| {one.strategy} | {one.seeds} | {one.flops:.2f} | {share(one.time)} | {processor} | {one.figure:.2f} "
+            f"| {points} | {share(one.first)} |"
+        )
+    return head + "\n".join(rows)
 
 
 def share(value: float) -> str:
@@ -226,14 +234,8 @@ def share(value: float) -> str:
     return "-" if np.isnan(value) else f"{value:.2f}"
 
 
-def _processor(one: Line) -> str:
-    return f"{one.cpu:.2f}" + ("" if np.isnan(one.cpu_error) or one.strategy == "never" else f" ± {one.cpu_error:.2f}")
-
-
-def _points(one: Line) -> str:
-    if one.strategy == "never":
-        return "-"
-    return f"{one.difference:+.2f}" + ("" if np.isnan(one.error) else f" ± {one.error:.2f}")
+def _with_error(value: str, error: float) -> str:
+    return value if np.isnan(error) else f"{value} ± {error:.2f}"
 
 
 def _provenance(rows: Sequence[Result]) -> str:
