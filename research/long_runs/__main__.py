@@ -42,8 +42,9 @@ def jobs(
     done = _done(rows)
     every = list(strategies)
     for names, seed, case in product((every[:first], every[first:]), seeds, cases):
-        missing = sorted(set(CASES[case].rates) - {row["rate"] for row in tried(rows, case)})
-        if missing:
+        rates = CASES[case].rates
+        missing = sorted(set(rates) - {row["rate"] for row in tried(rows, case)})
+        if missing and len(rates) > 1:
             yield from (Job(tuned_as(case), "tune", 0, rate) for rate in missing)
             return  # the rest depends on what comes out
         finished = [other for other in seeds if other != seed and (case, "never", other) in done]
@@ -54,7 +55,9 @@ def jobs(
 
 
 def best_rate(rows: Sequence[Row], case: str) -> float:
-    """The learning rate with the best figure on held-out training examples."""
+    """The learning rate with the best figure on held-out training examples, or the only one of a case."""
+    if len(CASES[case].rates) == 1:
+        return CASES[case].rates[0]
     return max(tried(rows, case), key=lambda row: row[figure_of(row)])["rate"]
 
 

@@ -150,7 +150,9 @@ def page(results: Sequence[Result]) -> str:
         )
         if runs:
             text += f"\n\nLearning rates on held-out training examples, in {setup.tuning_epochs} epochs: {rates}."
-        if {row["rate"] for row in runs} >= set(setup.rates):
+        if len(setup.rates) == 1:
+            text += f" Learning rate, untried: {setup.rates[0]:g}."
+        elif {row["rate"] for row in runs} >= set(setup.rates):
             text += f" Taken: {best_rate(results, case):g}."
         if rehearsals := [row for row in of_case if row["strategy"] == REHEARSAL]:
             text += f"\n\n{_rehearsed(rehearsals)}"

@@ -202,6 +202,15 @@ def _row(strategy, seed, **fields):
     return {"case": "lite0-cifar10", "strategy": strategy, "seed": seed, **costs, **fields}
 
 
+def test_a_single_rate_is_taken_untried():
+    case = "lite0-96-cifar10-1-epoch"
+    assert len(CASES[case].rates) == 1
+    assert best_rate([], case) == CASES[case].rates[0]
+    assert next(jobs([], [case], range(1))) == Job(case, "never", 0, CASES[case].rates[0])
+    row = _row("never", 0) | {"case": case, "commit": "c", "versions": "v", "hardware": "h"}
+    assert f"Learning rate, untried: {CASES[case].rates[0]:g}." in page([row])
+
+
 def test_a_line_is_the_mean_of_paired_differences():
     rows = [_row("never", 0), _row("never", 1, accuracy=0.8), _row("static:half", 5)]
     rows += [_row("progress", seed, accuracy=a, flops=60.0, wait_seconds=0.0) for seed, a in ((0, 0.89), (1, 0.81))]
