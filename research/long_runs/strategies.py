@@ -146,6 +146,7 @@ _FIRST: dict[str, Strategy] = {
 }
 FIRST = len(_FIRST)
 _WITH_ACTIVATIONS = ("static:half", "static:half,all:0.6", "progress", "smartfrz", "gain:0.5")
+_WAITING = {f"static:half,none:{until}": _static((0.0, 0.5), (until, 0.0)) for until in (0.35, 0.6, 0.8)}
 
 STRATEGIES: dict[str, Strategy] = {
     **_FIRST,
@@ -172,7 +173,8 @@ STRATEGIES: dict[str, Strategy] = {
         returning="kept",
     ),
     "static:half,all:0.4": _static((0.0, 0.5), (0.4, 1.0)),
-    **{f"static:half,none:{until}": _static((0.0, 0.5), (until, 0.0)) for until in (0.35, 0.6)},
+    **_WAITING,
+    **{f"{name}{CACHED}": strategy._replace(views=_VIEWS) for name, strategy in _WAITING.items()},
     "static:half,none:0.35,half:0.75": _static((0.0, 0.5), (0.35, 0.0), (0.75, 0.5)),
     "static:quarter": _static((0.0, 0.25)),
     "shorter:0.85": _never(0.85),
