@@ -76,12 +76,12 @@ bench-freezing: $(VENV)/.parity
 	$(BIN)/python -m benchmarks.cache
 	$(BIN)/python -m benchmarks.loop
 
-# On a machine with a GPU, whose own jax and torch are used: PYTHON is its interpreter. Goes on where it stopped.
 soak: $(VENV)/.demo
 	rm -f benchmarks/soak.jsonl
 	$(BIN)/python -m benchmarks.soak --out benchmarks/soak.jsonl
 	$(BIN)/python -m benchmarks.soak --table benchmarks/soak.jsonl
 
+# On a machine with a GPU, whose own jax and torch are used: PYTHON is its interpreter. Goes on where it stopped.
 bench-gpu:
 	$(PYTHON) -m benchmarks.gpu
 	$(PYTHON) -m benchmarks.gpu --report

@@ -26,7 +26,7 @@ _DESCRIPTION = """\
 Fine-tunes (or trains) a network on a TFDS data set while a policy freezes its layers.
 
   python -m train.finetune --model efficientnet-lite0 --weights efficientnet_lite0.safetensors \\
-      --data cifar10 --data-dir ~/tensorflow_datasets --policy freezeout --epochs 10 --out runs/freezeout
+      --data cifar10 --data-dir ~/tensorflow_datasets --policy auto --epochs 10 --out runs/auto
 
 The output folder gets log.jsonl (a line for every step), checkpoints/ (restored with --resume), model.safetensors (the
 trained weights, under the names they were loaded by), report.md and report.png.

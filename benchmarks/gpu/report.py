@@ -14,7 +14,7 @@ nine minutes on one GPU, and called again it goes on where it stopped.
 """
 
 _NOTHING = """
-**It has not yet been run on a GPU: there was none.** Until then nothing is known of times there.
+**It has not yet been run on a GPU.** Until then nothing is known of times there.
 That it runs is tested on CPU at tiny sizes, and every program is lowered for CUDA and TPU.
 
 What it will show, for ResNet50, MobileNetV2, DeiT-T and BERT-base in bfloat16, 256 images of

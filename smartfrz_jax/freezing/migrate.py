@@ -115,10 +115,10 @@ def unfrozen_opt_state(opt_state: Any, tx: optax.GradientTransformation, params:
         layers: The network's layers.
 
     Returns:
-        State of ``tx``; :func:`migrate` takes it back.
+        State of ``tx``; :func:`migrate_opt_state` takes it back.
 
     Raises:
-        ValueError: As :func:`migrate` does.
+        ValueError: As :func:`migrate_opt_state` does.
 
     Example:
         >>> import jax.numpy as jnp
@@ -138,7 +138,7 @@ def unfrozen_opt_state(opt_state: Any, tx: optax.GradientTransformation, params:
 
 
 def dropped(opt_state: Any, tx: optax.GradientTransformation, params: PyTree, frozen: Frozen) -> dict[str, Any]:
-    """What :func:`migrate` to a new frozen set drops and can take back: state of layers that freeze, by key path.
+    """What :func:`migrate_opt_state` drops and can take back: state of layers that freeze, by key path.
 
     Args:
         opt_state: State of ``freeze(tx, other)`` for any other set, or of ``tx`` itself.
