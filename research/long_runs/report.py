@@ -41,11 +41,12 @@ _HEAD = """\
 
 Fine-tunings of whole data sets. Every strategy is paired with `never` (full training) of the same seed. *FLOPs* and
 *time* are shares of those of `never`; time has the steps, the policy and the waiting for programs in it. *Processor*
-is the processor's time for the steps, which other work on the machine changes by up to a tenth. A run whose steps took
-over 1.3 times as long stood still for such work, and its time is left out. *Difference* is the mean over seeds. Both
-have their standard errors. Strategies named `,cached` keep the activations of the frozen front, of up to three fixed
-views of every augmented image; computing them is counted. `rehearsal` is the strategy that a rehearsal leads to, its
-price added. `python -m research.long_runs.report` writes this page from `results.jsonl`.
+is the processor's time for the steps, and for compiling beside them; other work on the machine changes it by up to a
+tenth. A run whose steps took over 1.3 times as long stood still for such work: both its times are left out.
+*Difference* is the mean over seeds. It and *processor* have their standard errors. Strategies named `,cached` keep the
+activations of the frozen front, of up to three fixed views of every augmented image; computing them is counted.
+`rehearsal` is the strategy that a rehearsal leads to, its price added. `python -m research.long_runs.report` writes
+this page from `results.jsonl`.
 """
 
 
@@ -57,8 +58,8 @@ class Line(NamedTuple):
         seeds: Number of seeds.
         flops: Mean share of FLOPs.
         time: Mean share of wall time, over the runs that did not stand still; NaN if all did.
-        cpu: Mean share of processor time.
-        cpu_error: Standard error of that; NaN with one seed.
+        cpu: Mean share of processor time, over the same runs; NaN if there are none.
+        cpu_error: Standard error of that; NaN with one of them.
         figure: Mean of the case's figure, in percent.
         difference: Mean difference to ``never``, in points.
         error: Standard error of the difference; NaN with one seed.
@@ -98,15 +99,17 @@ def _line(name: str, runs: Mapping[int, Result], never: Mapping[int, Result]) ->
     pairs = [(runs[seed], never[seed]) for seed in seeds]
     figure = figure_of(pairs[0][0])
     differences = 100 * np.array([run[figure] - full[figure] for run, full in pairs])
-    times = [_seconds(run) / _seconds(full) for run, full in pairs if not (_stood_still(run) or _stood_still(full))]
-    processor = np.array([run["train_cpu_seconds"] / full["train_cpu_seconds"] for run, full in pairs])
+    # What makes a run stand still slows the processor, too.
+    timed = [(run, full) for run, full in pairs if not (_stood_still(run) or _stood_still(full))]
+    times = [_seconds(run) / _seconds(full) for run, full in timed]
+    processor = np.array([run["train_cpu_seconds"] / full["train_cpu_seconds"] for run, full in timed])
     first = [run["frozen"][0][0] / run["steps"] for run, _ in pairs if run["frozen"]]
     return Line(
         name,
         len(seeds),
         float(np.mean([run["flops"] / full["flops"] for run, full in pairs])),
-        float(np.mean(times)) if times else float("nan"),
-        float(processor.mean()),
+        float(np.mean(times)) if timed else float("nan"),
+        float(processor.mean()) if timed else float("nan"),
         _error(processor),
         100 * float(np.mean([run[figure] for run, _ in pairs])),
         float(differences.mean()),
@@ -219,11 +222,11 @@ def _table(found: Sequence[Line]) -> str:
     rows = []
     for one in found:
         processor, points = (
-            _with_error(f"{one.cpu:.2f}", one.cpu_error),
+            _with_error(share(one.cpu), one.cpu_error),
             _with_error(f"{one.difference:+.2f}", one.error),
         )
         if one.strategy == "never":
-            processor, points = "1.00", "-"
+            processor, points = share(one.cpu), "-"
         rows.append(
             f"| {one.strategy} | {one.seeds} | {one.flops:.2f} | {share(one.time)} | {processor} | {one.figure:.2f} "
             f"| {points} | {share(one.first)} |"

@@ -245,6 +245,8 @@ class Runner:
         if whole:
             checkpoint = whole[-1].parent
             self.freezer.restore(checkpoint / "run")
+            # One that did not watch from the start cannot begin now: its strategies run from the start instead.
+            self.shadows = [shadow for shadow in self.shadows if (checkpoint / shadow.names[0]).exists()]
             for shadow in self.shadows:
                 run = shadow.freezer.restore_run(checkpoint / shadow.names[0], {"seconds": np.float64(0)})
                 shadow.seconds, shadow.left = float(run["seconds"]), bool(shadow.freezer.frozen.names)

@@ -145,12 +145,12 @@ _FIRST: dict[str, Strategy] = {
     "auto:0.95": _auto(0.95),
 }
 FIRST = len(_FIRST)
-_WITH_ACTIVATIONS = ("static:half", "static:half,all:0.6", "progress", "smartfrz", "gain:0.5")
 _WAITING = {f"static:half,none:{until}": _static((0.0, 0.5), (until, 0.0)) for until in (0.35, 0.6, 0.8)}
+_WITH_ACTIVATIONS = ("static:half", "static:half,all:0.6", "progress", "smartfrz", "gain:0.5", *_WAITING)
 
 STRATEGIES: dict[str, Strategy] = {
     **_FIRST,
-    **{f"{name}{CACHED}": _FIRST[name]._replace(views=_VIEWS) for name in _WITH_ACTIVATIONS},
+    **{f"{name}{CACHED}": (_FIRST | _WAITING)[name]._replace(views=_VIEWS) for name in _WITH_ACTIVATIONS},
     "freezeout": _freezeout(0.5),
     "smartfrz:0.5": _smartfrz("default", caution=0.5),
     "progress:0.5": Strategy(lambda s: sfj.progress(total_steps=s.total_steps, caution=0.5)),
@@ -174,7 +174,6 @@ STRATEGIES: dict[str, Strategy] = {
     ),
     "static:half,all:0.4": _static((0.0, 0.5), (0.4, 1.0)),
     **_WAITING,
-    **{f"{name}{CACHED}": strategy._replace(views=_VIEWS) for name, strategy in _WAITING.items()},
     "static:half,none:0.35,half:0.75": _static((0.0, 0.5), (0.35, 0.0), (0.75, 0.5)),
     "static:quarter": _static((0.0, 0.25)),
     "shorter:0.85": _never(0.85),

@@ -97,7 +97,9 @@ def _run(args: argparse.Namespace) -> int:
     workshop = make.Workshop(args.state, args.data_dir, args.weights, _say)
     if QUESTIONS in args.names:
         make.work(workshop, LEARNED, results=args.out / make.ROWS, minutes=_left(end))
-    for setting in dict.fromkeys(setting for plan in own for setting in plan.settings):
+    rows = json_lines.read(args.out / ROWS, dict)
+    unfinished = [plan for plan in own if any(runs.missing([plan], rows, args.seeds, args.scale))]
+    for setting in dict.fromkeys(setting for plan in unfinished for setting in plan.settings):
         if _left(end):
             workshop.predictor(setting, LEARNED)
     if own:

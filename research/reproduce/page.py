@@ -93,8 +93,8 @@ def _own(setups: Sequence[Setup], plan: Plan, results: Sequence[Row], title: str
                 f"{np.mean([row[of] / base[of] for row, base in pairs]):.2f}" if pairs else "-"
                 for of in ("tflops", "seconds")
             )
-            spread = f" ± {np.std(figures, ddof=1):.2f}" if len(figures) > 1 else ""
-            text = f"{np.mean(figures):.2f}{spread}"
+            error = f" ± {np.std(figures, ddof=1) / np.sqrt(len(figures)):.2f}" if len(figures) > 1 else ""
+            text = f"{np.mean(figures):.2f}{error}"
             rows.append((setup.network, setup.data, method, str(len(runs)), text, compute, time))
     head = ("network", "data", "method", "seeds", "figure", "compute", "time")
     return f"{title}:\n\n" + table(head, rows, text=3) if rows else ""

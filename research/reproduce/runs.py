@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from research import json_lines
+from research.long_runs.__main__ import figure_of
 from research.reproduce.plans import Plan, Scale, Setup
 from train import finetune
 from train.log import Run, read
@@ -130,14 +131,14 @@ def finished(run: PaperRun, out: Path, data_dir: Path, weights_dir: Path) -> Run
 
 def row_of(run: PaperRun, log: Run) -> dict[str, Any]:
     """What a run came to: figures in percent, seconds with waiting for programs, TFLOPs of the compiled steps."""
-    name, figure = next(iter(log.metrics.items()))
+    name = figure_of(log.metrics)
     return {
         "network": run.setup.network,
         "data": run.setup.data,
         "method": run.method,
         "seed": run.seed,
         "metric": name,
-        "percent": 100 * figure,
+        "percent": 100 * log.metrics[name],
         "seconds": log.seconds + log.wait_seconds,
         "tflops": log.tflops,
         "options": [*run.setup.options, *run.policy],

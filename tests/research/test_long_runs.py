@@ -21,6 +21,7 @@ from research.long_runs.strategies import FIRST, STRATEGIES, Strategy
 from research.recordings.architectures import ARCHITECTURES
 from research.recordings.sets import open_set
 from research.trials.classification import losses_on
+from tests.research.tiny_bench import tiny_bench
 
 pytestmark = pytest.mark.usefixtures("jax_defaults")
 
@@ -147,6 +148,24 @@ def test_interrupted_never_is_never(bench, followed, tmp_path):
 
 
 @pytest.mark.slow
+def test_who_begins_to_watch_when_never_is_resumed_is_left_out(tmp_path):
+    bench, names = tiny_bench(tmp_path), ("late", "static", "progress:0.5")
+
+    def never(watching, **options):
+        runner = Runner(bench, _job("never"), STRATEGIES["never"], state=tmp_path, **options)
+        runner.watch({name: _FOLLOWERS[name] for name in watching})
+        return runner
+
+    assert not never(names[:1], deadline=0.0).run()
+    assert not never(names[:2], deadline=0.0).run()
+    runner = never(names)
+    assert runner.run()
+    assert runner.tally.steps == runner.total_steps
+    assert [row["strategy"] for row in runner.rows_of_followers(runner.result())] == ["late"]
+    assert not list(tmp_path.glob("*/branch*"))
+
+
+@pytest.mark.slow
 def test_who_never_leaves_has_the_row_of_never(followed):
     *_, row, followers = followed
     assert [one["strategy"] for one in followers] == ["late"]
@@ -256,10 +275,16 @@ def test_the_time_of_a_run_that_stood_still_is_left_out():
            "steps": 10, "frozen": [], "train_cpu_seconds": 100.0}  # fmt: skip
     seconds = {("never", 0): 110.0, ("never", 1): 100.0, ("progress", 0): 55.0, ("progress", 1): 140.0}
     rows = [run | {"strategy": name, "seed": seed, "train_seconds": s} for (name, seed), s in seconds.items()]
-    shares = {line.strategy: line.time for line in lines(rows, "minilm-cola")}
-    assert shares == {"never": 1.0, "progress": 0.5}
+    rows[2]["train_cpu_seconds"], rows[3]["train_cpu_seconds"] = 50.0, 107.0  # the second stood still
+    shares = {line.strategy: (line.time, line.cpu) for line in lines(rows, "minilm-cola")}
+    assert shares == {"never": (1.0, 1.0), "progress": (0.5, 0.5)}
     (alone,) = (line for line in lines(rows[1:2] + rows[3:], "minilm-cola") if line.strategy == "progress")
     assert np.isnan(alone.time)
+    assert np.isnan(alone.cpu)
+    provenance = {"commit": "c", "versions": "v", "hardware": "h"}
+    text = page([row | provenance for row in rows[1:2] + rows[3:]])
+    assert "| progress | 1 | 1.00 | - | - | 30.00 | +0.00 | - |" in text
+    assert "| never | 1 | 1.00 | 1.00 | 1.00 | 30.00 | - | - |" in text
 
 
 def test_moments_are_compared_within_a_seed():

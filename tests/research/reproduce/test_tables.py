@@ -10,7 +10,7 @@ import pytest
 from models.deit import deit_tiny
 from research import json_lines
 from research.long_runs.__main__ import RESULTS as LONG_RUNS
-from research.long_runs.__main__ import jobs
+from research.long_runs.__main__ import figure_of, jobs
 from research.long_runs.cases import CASES
 from research.long_runs.strategies import STRATEGIES
 from research.reproduce import __main__ as script
@@ -19,6 +19,7 @@ from research.reproduce.page import page
 from research.reproduce.paper import FULL, TABLES
 from research.reproduce.plans import PLANS, Setup
 from train import networks
+from train.log import Evaluation, Run
 from train.options import parse
 
 PAPER = Path(__file__).parents[4] / "shared" / "paper" / "smartfrz_paper.txt"
@@ -125,6 +126,36 @@ def test_each_queue_has_rows_of_its_own_and_begins_nothing_when_the_time_is_up(m
     assert script._run(argparse.Namespace(**folders, **given, results=tmp_path / "long.jsonl")) == 0
     assert asked == {"long": str(tmp_path / "long.jsonl"), "own": tmp_path / script.ROWS}
     assert predictors == (list(PLANS["table4"].settings) if minutes else [])
+
+
+def test_no_predictor_is_made_for_a_table_that_is_finished(tmp_path, monkeypatch):
+    predictors = []
+    monkeypatch.setattr(script.make.Workshop, "predictor", lambda self, setting, names: predictors.append(setting))
+    for run in runs.missing([PLANS["table4"]], [], 1, "cpu"):
+        names = ("network", "data", "method", "seed")
+        json_lines.append(tmp_path / script.ROWS, dict(zip(names, run.key, strict=True)))
+    folders = {"data_dir": tmp_path, "weights": tmp_path, "state": tmp_path, "out": tmp_path}
+    args = argparse.Namespace(**folders, names=["table4", "table5"], scale="cpu", seeds=1, minutes=60.0)
+    monkeypatch.setattr(script.runs, "work", lambda plans, **_: 0)
+    assert script._run(args) == 0
+    assert predictors == list(PLANS["table5"].settings)
+
+
+@pytest.mark.parametrize("figures", [{"accuracy": 0.8, "f1": 0.9, "loss": 0.5}, {"matthews": 0.6, "accuracy": 0.8}])
+def test_the_figure_of_a_row_is_that_of_the_long_runs(figures):
+    run = next(runs.missing([PLANS["table6"]], [], 1))
+    row = runs.row_of(run, Run("never", ("a",), evaluations=[Evaluation(1, figures)]))
+    assert row["metric"] == figure_of(figures)
+    assert row["percent"] == 100 * figures[row["metric"]]
+
+
+def test_figures_of_several_seeds_have_their_standard_error():
+    setup = PLANS["table8"].setups[0]
+    rows = [
+        {"network": setup.network, "data": setup.data, "method": "t0 0.3", "seed": seed, "percent": percent}
+        for seed, percent in enumerate((90.0, 92.0))
+    ]
+    assert f"| {setup.network} | {setup.data} | t0 0.3 | 2 | 91.00 ± 1.00 | - | - |" in page([], rows)
 
 
 def test_a_table_that_is_not_there(capsys):
