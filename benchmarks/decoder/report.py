@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import statistics
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -60,10 +61,12 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     head = ("strategy", "rate", "seeds", "perplexity", "spread", "compiled, GiB", "in use, GiB", "TFLOP", "minutes",
             "of these compiling", "programs")  # fmt: skip
     text = f"\n| {' | '.join(head)} |\n|---|" + "---:|" * (len(head) - 1) + "\n"
-    for name in strategies.NAMES:
-        own = [row for row in rows if row["strategy"] == name]
+    lengths = sorted({row["steps"] for row in rows})
+    for steps, name in itertools.product(lengths, strategies.NAMES):
+        own = [row for row in rows if (row["strategy"], row["steps"]) == (name, steps)]
         if not own:
             continue
+        which = f"`{name}`, {steps} steps" if len(lengths) > 1 else f"`{name}`"
         perplexities = [row["perplexity"] for row in own]
         cells = (
             f"{statistics.fmean(perplexities):.2f}",
@@ -76,12 +79,12 @@ def _table(rows: Sequence[Mapping[str, Any]]) -> str:
             f"{_mean(own, 'programs'):.0f}",
         )
         rate = ", ".join(f"{rate:g}" for rate in sorted({row["rate"] for row in own}))
-        text += f"| `{name}` | {rate} | {len(own)} | {' | '.join(cells)} |\n"
+        text += f"| {which} | {rate} | {len(own)} | {' | '.join(cells)} |\n"
     first = rows[0]
     commits = ", ".join(sorted({str(row["commit"]) for row in rows}))
     before = _mean(rows, "perplexity_before")
     text += (
-        f"\nBefore, perplexity is {before:.2f}. {first['steps']} steps on {first['data']}, 2 sequences of 128\n"
+        f"\nBefore, perplexity is {before:.2f}. {_either(lengths)} steps on {first['data']}, 2 sequences of 128\n"
         "tokens each. The network has a head of its own. `lisa` also trains embeddings, norm and head,\n"
         "`lisa_blocks` two blocks alone, `badam` one block and the head. With `_kept`, blocks return\n"
         "with the moments they had, else with fresh ones. *Spread* is the largest less the smallest.\n"
@@ -105,6 +108,10 @@ def _tuning(rows: Sequence[Mapping[str, Any]]) -> str:
         )
         text += f"| `{name}` | {cells} |\n"
     return text
+
+
+def _either(numbers: Sequence[int]) -> str:
+    return " or ".join(map(str, numbers))
 
 
 def _mean(rows: Sequence[Mapping[str, Any]], field: str) -> float:

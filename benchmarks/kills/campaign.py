@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import pathlib
+import shutil
 import time
 import traceback
 from collections.abc import Callable, Iterator
@@ -121,7 +122,7 @@ def try_case(case: Case, kills: list[Moment], folder: pathlib.Path) -> Iterator[
         folder: With the data; what the runs write is put there.
     """
     changed, names = options(case, folder), "-".join(case)
-    alone, killed = folder / f"{names}-alone", folder / f"{names}-killed"
+    alone, killed = (fresh(folder / f"{names}-{way}") for way in ("alone", "killed"))
     code = in_process(lambda: run(arguments(folder, alone, *changed), None), folder / f"{names}-alone.txt")
     if code:
         raise RuntimeError(f"the run that was left alone ended with {code}; what it said is in {folder}")
@@ -149,6 +150,12 @@ def options(case: Case, folder: pathlib.Path, *, width: int = 16) -> list[str]:
     return changed
 
 
+def fresh(out: pathlib.Path) -> pathlib.Path:
+    """The folder of a run, without what was left there by a campaign that was stopped."""
+    shutil.rmtree(out, ignore_errors=True)
+    return out
+
+
 def end_of(alone: pathlib.Path, killed: pathlib.Path) -> dict[str, Any]:
     """How a run that was killed compares with one that was not: number of freezes, and what differs."""
     compared = killed.with_name(f"{killed.name}-compared.txt")
@@ -165,7 +172,7 @@ def _reference(folder: pathlib.Path, width: int) -> pathlib.Path:
     """The weights of a finished run."""
     weights = folder / f"reference-{width}/model.safetensors"
     if not weights.exists():
-        argv = arguments(folder, weights.parent, "--policy", "never")
+        argv = arguments(folder, fresh(weights.parent), "--policy", "never")
         if code := in_process(lambda: run(argv, None, width=width), folder / "reference.txt"):
             raise RuntimeError(f"the run of the reference ended with {code}; what it said is in {folder}")
     return weights

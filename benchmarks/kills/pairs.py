@@ -95,7 +95,7 @@ def try_case(pair: Pair, kills: list[Kill], folder: pathlib.Path) -> Iterator[di
     """
     changed = [*campaign.options(pair.case, folder, width=WIDTH), "--distributed", "--mesh", pair.mesh]
     names = "-".join((*pair.case, pair.mesh.replace("=", "").replace(",", "-")))
-    alone, killed = folder / f"{names}-alone", folder / f"{names}-killed"
+    alone, killed = (campaign.fresh(folder / f"{names}-{way}") for way in ("alone", "killed"))
     codes, _ = _both(arguments(folder, alone, *changed), None)
     if any(codes):
         raise RuntimeError(f"the run that was left alone ended with {codes}; what it said is in {folder}")

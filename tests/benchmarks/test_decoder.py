@@ -78,6 +78,16 @@ def test_page():
     assert "| nothing | 1.0 | 1.0 | 2.0 | 1.0 | 0.0 | 5.0 | 100% | 0.0 |" in text
 
 
+def test_runs_of_other_lengths_have_lines_of_their_own():
+    text = report.measured([ROW, {**ROW, "steps": 20, "perplexity": 28.0}])
+    lines = [line for line in text.splitlines() if line.startswith("| `full`")]
+    assert [line.split(" | ")[:4] for line in lines] == [
+        ["| `full`, 20 steps", "0.0001", "1", "28.00"],
+        ["| `full`, 100 steps", "0.0001", "1", "20.00"],
+    ]
+    assert "20 or 100 steps on glue/mrpc" in text
+
+
 def test_page_and_guide_have_the_results():
     text = report.measured(json_lines.read_with_commit(command.RESULTS))
     assert text in command.PAGE.read_text()

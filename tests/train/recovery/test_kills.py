@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.kills import pairs, report
+from benchmarks.kills import campaign, pairs, report
 from benchmarks.kills.campaign import cases, moments
 
 PAGE = Path(__file__).parents[3] / "docs/benchmarks/reliability.md"
@@ -41,6 +41,29 @@ def test_a_run_that_is_killed_again_and_again_ends_as_one_that_is_not(tmp_path):
     assert [one["code"] for one in entries] == [-9, 75, -9, -9, 0]
     assert [one["checkpoint"] > 0 for one in entries[:-1]] == [False, True, True, True]
     assert entries[-1]["freezes"] > 0
+
+
+def begun(argv, moment):
+    """In place of ``train.finetune``, which begins a folder and refuses one that was begun; its exit code."""
+    out = Path(argv[argv.index("--out") + 1])
+    if out.exists() and "--resume" not in argv:
+        return 2
+    out.mkdir(exist_ok=True)
+    (out / "log.jsonl").touch()
+    return -9 if moment else 0
+
+
+@pytest.mark.parametrize("one", [campaign, pairs])
+def test_a_case_in_whose_midst_a_campaign_was_stopped_is_tried_anew(tmp_path, monkeypatch, one):
+    case = next(case for case in one.cases() if case.policy == "similarity_guided")
+    monkeypatch.setattr(campaign, "in_process", lambda work, output: work())
+    monkeypatch.setattr(campaign, "run", lambda argv, moment, **_: begun(argv, moment))
+    monkeypatch.setattr(pairs, "_both", lambda argv, kill: ([begun(argv, kill)] * 2, 0.0))
+    monkeypatch.setattr(campaign, "end_of", lambda alone, killed: {})
+    for _ in range(2):
+        entries = list(one.try_case(case, one.moments(case, 0, 2), tmp_path))
+        codes = [entry["codes"][0] if "codes" in entry else entry["code"] for entry in entries]
+        assert codes == [-9, -9, 0]
 
 
 def test_moments_are_drawn_for_each_case_alone():
