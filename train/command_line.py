@@ -59,11 +59,14 @@ class Interrupt:
 
     So they come between train steps: an exception in the midst of tracing or compiling can crash the process. If no
     check comes within :data:`GRACE` seconds of SIGTERM, the process ends without one. Where several processes train
-    one network, JAX lets all notice the SIGTERM of one before the same step.
+    one network, JAX lets all notice the SIGTERM of one before the same step; Ctrl-C each notices alone.
+
+    Attributes:
+        saved: Whether what was to be saved then has been.
     """
 
     def __init__(self) -> None:
-        self._requested = self._preempted = False
+        self._requested = self._preempted = self.saved = False
         self._last_moment = threading.Timer(GRACE, _leave_in_a_step)
         self._last_moment.daemon = True
 
@@ -95,19 +98,26 @@ class Interrupt:
         """Raises ``KeyboardInterrupt`` if Ctrl-C was pressed, or :class:`Preempted`, which is one, after SIGTERM.
 
         Args:
-            on_interrupt: Called before that; not by a second Ctrl-C, which may come at a moment when nothing fits.
+            on_interrupt: Saves the run; called before that, but not by a second Ctrl-C, which may come at a moment
+                when nothing fits.
         """
         if self._requested or self._preempted:
             self._last_moment.cancel()
             if on_interrupt is not None:
                 on_interrupt()
+                self.saved = True
             raise Preempted if self._preempted else KeyboardInterrupt
 
     def checked(self, items: Iterable[T], *, on_interrupt: Callable[[], object] | None = None) -> Iterator[T]:
-        """The items, with a check before each; see :meth:`check`."""
+        """The items, with a check before each; see :meth:`check`.
+
+        Where several processes train one network, nothing is saved after Ctrl-C: the others may be in another step, and
+        would not take part.
+        """
+        alone = jax.process_count() == 1
         for number, item in enumerate(items):
             self._preempted |= multihost_utils.reached_preemption_sync_point(number)
-            self.check(on_interrupt)
+            self.check(on_interrupt if alone or self._preempted else None)
             yield item
 
 
@@ -148,15 +158,14 @@ def exit_code(work: Callable[[Interrupt], object], out: Path, *, go_on: str) -> 
         reason = error.strerror or error
         print(f"--out: cannot make the folder {out} and write in it ({reason}); choose another one", file=sys.stderr)
         return 2
+    interrupt = Interrupt()
     try:
-        with Interrupt() as interrupt:
+        with interrupt:
             work(interrupt)
-    except Preempted:
-        print(f"\nSIGTERM: the run is saved; {go_on}", file=sys.stderr)
-        return RESUME_ME
-    except KeyboardInterrupt:
-        print(f"\ninterrupted; {go_on}", file=sys.stderr)
-        return 130
+    except KeyboardInterrupt as error:
+        is_preempted, saved = isinstance(error, Preempted), ": the run is saved" if interrupt.saved else ""
+        print(f"\n{'SIGTERM' if is_preempted else 'interrupted'}{saved}; {go_on}", file=sys.stderr)
+        return RESUME_ME if is_preempted else 130
     except (OSError, ValueError, FloatingPointError, ImportError) as error:  # ImportError: of a package for training
         print(error, file=sys.stderr)
         return 2

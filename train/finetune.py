@@ -178,8 +178,8 @@ def make_training(options: Options, data: Data, mesh: Mesh | None = None) -> Tra
     return Training(model, optimizer, freezer, step, account)
 
 
-def make_callbacks(config: RunConfig, settings: dict[str, Any], steps: int = 0) -> list[sfj.callbacks.Writer]:
-    """The callbacks of ``--log``; of a run that goes on after some steps, TensorBoard hides what came after them.
+def make_callbacks(config: RunConfig, settings: dict[str, Any], steps: int | None = None) -> list[sfj.callbacks.Writer]:
+    """The callbacks of ``--log``; of a run that goes on after some steps, or none, TensorBoard hides what came then.
 
     Raises:
         ImportError: If a package that writes for one is not installed.
@@ -188,9 +188,8 @@ def make_callbacks(config: RunConfig, settings: dict[str, Any], steps: int = 0) 
     for name in config.log if processes.is_first() else ():
         match name:
             case "tensorboard":
-                made.append(
-                    sfj.callbacks.TensorBoard(config.out / "tensorboard", purge_step=steps + 1 if steps else None)
-                )
+                purge_step = None if steps is None else steps + 1
+                made.append(sfj.callbacks.TensorBoard(config.out / "tensorboard", purge_step=purge_step))
             case "wandb":
                 folder = None if is_remote(config.out) else config.out
                 made.append(sfj.callbacks.WandB(project="smartfrz_jax", config=settings, dir=folder))
@@ -245,7 +244,7 @@ def finetune(options: Options, say: Callable[[str], None], interrupt: Interrupt)
         interrupt: Where Ctrl-C is noticed.
 
     Raises:
-        KeyboardInterrupt: After Ctrl-C; a checkpoint has been written, unless it was pressed twice.
+        KeyboardInterrupt: After Ctrl-C; a checkpoint has been written, unless it was pressed twice or others train too.
         FileNotFoundError: If data, weights, or a run to resume are not there.
         ValueError: If options do not fit each other, the network or the data.
         FloatingPointError: If the loss is not finite.
@@ -274,7 +273,8 @@ def finetune(options: Options, say: Callable[[str], None], interrupt: Interrupt)
     evaluate = make_evaluation(evaluation_data, figures)
     processes.wait_for_all("before the log is written")  # which all have read, or looked for
     with ExitStack() as stack:
-        callbacks = [stack.enter_context(callback) for callback in make_callbacks(config, settings, freezer.steps)]
+        writers = make_callbacks(config, settings, freezer.steps if recovery.resume else None)
+        callbacks = [stack.enter_context(writer) for writer in writers]
         bar = tqdm(total=total_steps, initial=freezer.steps, unit="step", disable=config.quiet or not first, ncols=100)
         stack.enter_context(bar)
         log = stack.enter_context(Log(out / "log.jsonl" if first else None, history, callbacks))
@@ -284,11 +284,11 @@ def finetune(options: Options, say: Callable[[str], None], interrupt: Interrupt)
 
         def save(figures: Mapping[str, float] | None = None) -> None:
             loop.drain()  # no state is saved that is later than a loss which nobody has seen
+            log.flush()
             checkpoints.save(freezer, figures)
 
-        read_ahead = stack.enter_context(
-            Prefetch(batches_of(data, freezer.steps, total_steps, config.keep_activations))
-        )
+        batches = batches_of(data, freezer.steps, total_steps, config.keep_activations)
+        read_ahead = stack.enter_context(Prefetch(batches))
         steps = loop.run(interrupt.checked(read_ahead, on_interrupt=save))
         for done in profiled(loop, steps, out / "profile", config.profile):
             check_decisions(freezer, every=options.policy.lead)

@@ -202,7 +202,7 @@ class Log:
     Args:
         path: The file; None for a run that another process writes down. It is written anew; one that is there stays
             whole until all the run has is written. In an object store, where nothing can be added to a file, it is
-            written again at every evaluation and at the end.
+            written again by :meth:`flush` and at the end.
         run: The run; lines are written for what it has already.
         callbacks: What is told of every step, of the figures of every evaluation, and of what freezes.
 
@@ -237,20 +237,26 @@ class Log:
             self._file.flush()
         elif self._path is not None:
             self._lines += lines
-            if any(isinstance(item, Evaluation) for item in items):
-                write_whole(self._path, "".join(self._lines))
         for callback in self._callbacks:
             for item in items:
                 _tell(callback, item)
+
+    def flush(self) -> None:
+        """Writes what was added, where that is not done at once: call it before a checkpoint that is to go with it.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        if self._file is None and self._path is not None:
+            write_whole(self._path, "".join(self._lines))
 
     def __enter__(self) -> Log:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.flush()
         if self._file is not None:
             self._file.close()
-        elif self._path is not None:
-            write_whole(self._path, "".join(self._lines))
 
 
 def _tell(callback: sfj.callbacks.Callback, item: Step | Compiled | sfj.FreezeEvent | Evaluation) -> None:

@@ -48,7 +48,7 @@ class NetworkConfig:
     weights: Path | None = None
     """safetensors file to start from, or GGUF file of a decoder; from scratch without one"""
     weights_prefix: str | None = None
-    """what is taken off the names in --weights, such as module. of DataParallel"""
+    """what is taken off the names in --weights (safetensors), such as module. of DataParallel"""
     head: Literal["new", "keep"] = "new"
     """whether the head of --weights is made anew or kept"""
     stem: Literal["imagenet", "cifar"] = "imagenet"
@@ -71,6 +71,8 @@ class NetworkConfig:
             raise ValueError(f"--weights: got {self.weights} for llama, expected a GGUF file, which tells its sizes")
         if self.is_gguf and not self.is_decoder:
             raise ValueError(f"--weights: got a GGUF file for {self.model}, expected a safetensors file")
+        if self.weights_prefix is not None and (self.weights is None or self.is_gguf):
+            raise ValueError(f"--weights-prefix: got {self.weights_prefix}, expected --weights of safetensors, too")
         if self.untied and not self.is_decoder:
             raise ValueError(f"--untied: {self.model} has no embedding for a head; leave --untied out")
 

@@ -80,7 +80,8 @@ class Options:
 
     def __post_init__(self) -> None:
         keeps = f"--keep-activations: got {self.run.keep_activations}, expected"
-        if self.run.keep_activations != "no" and self.data.augment != "none":
+        is_image = not (self.network.is_text or self.network.is_decoder)
+        if self.run.keep_activations != "no" and is_image and self.data.augment != "none":
             raise ValueError(f"{keeps} --augment none, too: an augmented example is never the same")
         if self.run.keep_activations != "no" and self.network.scan:
             raise ValueError(f"{keeps} no --scan: of scanned blocks the FLOPs would not be known")

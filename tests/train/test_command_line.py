@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 
+import jax
 import pytest
 
 from train import command_line
@@ -42,6 +43,24 @@ def test_sigterm_in_a_step_is_taken_after_it_however_often_it_comes(tmp_path, ca
     assert signal.getsignal(signal.SIGTERM) is before
 
 
+@pytest.mark.parametrize(
+    ("number", "ended", "is_saved"),
+    [(signal.SIGINT, "interrupted", False), (signal.SIGTERM, "SIGTERM: the run is saved", True)],
+)
+def test_of_several_processes_none_saves_alone(tmp_path, monkeypatch, capsys, number, ended, is_saved):
+    """Ctrl-C reaches some, or each in another step; the SIGTERM of one reaches all in the same."""
+    saved = []
+
+    def train(interrupt):
+        for _ in interrupt.checked(range(5), on_interrupt=lambda: saved.append(1)):
+            signal.raise_signal(number)
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    assert exit_code(train, tmp_path, go_on="call again") == {signal.SIGINT: 130, signal.SIGTERM: 75}[number]
+    assert bool(saved) is is_saved
+    assert capsys.readouterr().err == f"\n{ended}; call again\n"
+
+
 _ENDLESS = """
 import signal, sys, threading, time
 from smartfrz_jax.pytrees import file_paths
@@ -58,7 +77,7 @@ command_line.leave(command_line.exit_code(work, file_paths.as_path(sys.argv[1]),
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("in_a_step", "says"), [(True, "no step has ended"), (False, "the run is saved; call again")])
+@pytest.mark.parametrize(("in_a_step", "says"), [(True, "no step has ended"), (False, "SIGTERM; call again")])
 def test_after_sigterm_no_step_and_no_thread_is_waited_for(tmp_path, in_a_step, says):
     command = [sys.executable, "-c", _ENDLESS.format(in_a_step=in_a_step), str(tmp_path)]
     ended = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False)
@@ -92,13 +111,16 @@ def test_a_folder_that_cannot_be_made_names_the_option(tmp_path, capsys):
         assert f"--out: cannot make the folder {out}" in capsys.readouterr().err
 
 
-def test_work_that_goes_on_says_where_its_results_are(tmp_path, capsys):
+@pytest.mark.parametrize(
+    ("number", "code", "ended"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 75, "SIGTERM")]
+)
+def test_work_that_goes_on_says_where_its_results_are(tmp_path, capsys, number, code, ended):
     args = argparse.Namespace(out=tmp_path / "out")
 
     def work(given, interrupt):
         assert given is args
-        signal.raise_signal(signal.SIGINT)
+        signal.raise_signal(number)
         interrupt.check()
 
-    assert resumable(work, args) == 130
-    assert capsys.readouterr().err == f"\ninterrupted; call it again to go on, results are in {args.out}\n"
+    assert resumable(work, args) == code
+    assert capsys.readouterr().err == f"\n{ended}; call it again to go on, results are in {args.out}\n"

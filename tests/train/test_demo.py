@@ -147,22 +147,25 @@ def test_what_is_done_between_the_steps_is_not_counted(monkeypatch):
 
 
 @pytest.mark.usefixtures("small")
-def test_an_interrupted_demo_says_so(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("number", "code", "ended"), [(signal.SIGINT, 130, "interrupted"), (signal.SIGTERM, 75, "SIGTERM")]
+)
+def test_an_interrupted_demo_says_so(tmp_path, monkeypatch, capsys, number, code, ended):
     done = []
 
     def interrupted(*args, **options):
         for step in range(1, 9):
             if step == 3:
-                signal.raise_signal(signal.SIGINT)
+                signal.raise_signal(number)
             done.append(step)
             yield costs(float(step))
 
     monkeypatch.setattr(efficientnet_lite0, "load", lambda *args, **options: None)
     monkeypatch.setattr(demo, "fine_tune", interrupted)
     monkeypatch.setattr(demo, "accuracy", lambda *args: 0.5)
-    assert demo.main(["--out", str(tmp_path), "--quiet"]) == 130
+    assert demo.main(["--out", str(tmp_path), "--quiet"]) == code
     assert done == [1, 2, 3]
-    assert "interrupted" in capsys.readouterr().err
+    assert f"{ended}; call it again to start anew" in capsys.readouterr().err  # nothing is saved
 
 
 def test_a_folder_that_cannot_be_written(tmp_path, capsys):

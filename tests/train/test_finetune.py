@@ -19,6 +19,7 @@ from tests.train.recovery.interrupts import Killed, interrupted_at, killed_at
 from train import command_line, finetune, log, networks, report
 from train.data import metrics
 from train.data.batch import Batch
+from train.recovery.checkpoints import Checkpoints
 
 pytestmark = pytest.mark.usefixtures("jax_defaults")
 
@@ -200,6 +201,24 @@ def test_a_run_killed_before_its_first_checkpoint_and_interrupted_goes_on_bit_fo
     tensors = [safetensors.numpy.load_file(tmp_path / name / "model.safetensors") for name in ("straight", "stopped")]
     for name, tensor in tensors[0].items():
         np.testing.assert_array_equal(tensor, tensors[1][name], err_msg=name)
+
+
+@pytest.mark.slow
+def test_in_an_object_store_the_log_has_the_steps_of_every_checkpoint(few_blocks, tmp_path, monkeypatch, capsys):
+    """Else a run that is killed could not go on from it."""
+    monkeypatch.setattr(networks, "deit_tiny", partial(deit_tiny, dim=16, heads=2, depth=1))
+    monkeypatch.setattr(log, "is_remote", lambda path: True)
+    there, save = [], Checkpoints.save
+
+    def saved(self, freezer, figures=None):
+        run = log.read(tmp_path / "run/log.jsonl")
+        there.append((freezer.steps, len(run.steps), len(run.evaluations)))
+        save(self, freezer, figures)
+
+    monkeypatch.setattr(Checkpoints, "save", saved)
+    arguments = ["--train-split", "train[:20]", "--batch-size", "4", "--epochs", "1", "--checkpoint-every", "2"]
+    assert finetune.main(few_blocks + arguments) == 0, capsys.readouterr().err
+    assert there == [(2, 2, 0), (4, 4, 0), (5, 5, 1)]
 
 
 def test_an_evaluation_adds_up_as_it_goes(monkeypatch):

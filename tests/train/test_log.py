@@ -8,6 +8,8 @@ import pytest
 
 import smartfrz_jax as sfj
 from research.results import write_section
+from smartfrz_jax.pytrees.file_paths import as_path
+from tests.support.buckets import buckets
 from train import report
 from train.log import Compiled, Evaluation, Log, Phase, Run, Step, finite, read, write_whole
 
@@ -155,6 +157,27 @@ def test_a_log_that_cannot_be_written_anew_leaves_the_old_one(tmp_path):
     with pytest.raises(TypeError, match="not JSON serializable"):
         Log(tmp_path / "log.jsonl", Run("freezeout", ("a",), {"x": object()}))
     assert read(tmp_path / "log.jsonl").name == "never"
+
+
+def test_in_an_object_store_all_is_there_once_it_is_flushed(tmp_path):
+    def there():
+        run = read(path)
+        return len(run.steps), len(run.evaluations), len(run.freezes)
+
+    (tmp_path / "bucket").mkdir()
+    with buckets(tmp_path) as bucket:
+        path = as_path(f"{bucket}/log.jsonl")
+        with Log(path, Run("never", ("a",))) as log:
+            log.add(*(Step(step, 1.0, 1.0, 0.0, 0, 1.0, 8) for step in (1, 2)))
+            log.flush()
+            assert there() == (2, 0, 0)
+            log.add(Step(3, 1.0, 1.0, 0.0, 0, 1.0, 8))
+            log.add(Evaluation(3, {"accuracy": 0.75}))
+            log.add(sfj.FreezeEvent(2, ("a",)))  # as a regression adds it
+            log.flush()
+            assert there() == (3, 1, 1)
+            log.add(Step(4, 1.0, 1.0, 0.0, 0, 1.0, 8))
+        assert there() == (4, 1, 1)
 
 
 def test_callbacks_are_told_what_is_added(tmp_path):

@@ -48,6 +48,11 @@ def options(*changed):
             ["--keep-activations", "host", "--augment", "none", "--scan"],
             "--keep-activations: got host, expected no --scan",
         ),
+        (["--weights-prefix", "module."], "--weights-prefix: got module., expected --weights of safetensors, too"),
+        (
+            ["--model", "llama", "--weights", "w.gguf", "--weights-prefix", "module."],
+            "--weights-prefix: got module., expected --weights of safetensors, too",
+        ),
         (["--batch-norm", "fixed"], "--batch-norm: got fixed, which keeps the statistics of --weights, expected these"),
         (["--mesh", "model=2"], "--mesh: got 'model=2', expected numbers of devices for the axes data and fsdp"),
         (["--help"], "--evaluations-per-epoch"),
@@ -59,6 +64,12 @@ def test_the_command_line_is_checked(changed, message, capsys):
         finetune.main(["--model", "resnet50", "--data", "x", "--data-dir", "y", "--out", "z", *changed])
     output = capsys.readouterr()
     assert message in unboxed(output.out + output.err)
+
+
+@pytest.mark.parametrize("changed", [["--model", "minilm"], ["--model", "smollm2-135m", "--task", "lm"]])
+def test_activations_of_texts_are_kept_without_further_options(changed):
+    """The default of ``--augment`` is for images."""
+    assert options(*changed, "--keep-activations", "host").run.keep_activations == "host"
 
 
 @pytest.mark.parametrize("model", ["vgg11", "deit-tiny", "deit-tiny-distilled", "bert-base", "minilm"])
@@ -94,3 +105,11 @@ def test_metrics_go_where_they_are_asked_for(tmp_path, monkeypatch):
     assert isinstance(wandb, sfj.callbacks.WandB)
     assert wandb._run.options == {"project": "smartfrz_jax", "config": {"seed": 0}, "dir": tmp_path}
     assert finetune.make_callbacks(options().run, {}) == []
+
+
+@pytest.mark.parametrize(("steps", "purged"), [(None, None), (0, 1), (7, 8)])
+def test_tensorboard_hides_what_a_run_that_goes_on_does_again(tmp_path, monkeypatch, steps, purged):
+    told = []
+    monkeypatch.setattr(sfj.callbacks, "TensorBoard", lambda folder, *, purge_step: told.append(purge_step))
+    finetune.make_callbacks(options("--out", str(tmp_path), "--log", "tensorboard").run, {}, steps)
+    assert told == [purged]

@@ -28,9 +28,10 @@ class HostImages(Data):
     """Images of any size; grain's threads or worker processes cut them to the network's size, as uint8.
 
     The host does the random resized crop (in training) or the crop of the middle (in evaluation, and in training
-    without random resized crop), bilinear as on the device; the rest of the transform is the device's. The box of an
-    image depends on the seed, the step and its place in the batch alone, so batches are the same for any number of
-    workers, and of processes that each read their part.
+    without random resized crop), bilinear as on the device; the rest of the transform is the device's. Images of one
+    size are not cropped to the middle: whether another split of them is held in device memory, where they are taken
+    whole, may not matter. The box of an image depends on the seed, the step and its place in the batch alone, so
+    batches are the same for any number of workers, and of processes that each read their part.
 
     Attributes:
         num_classes: Number of classes.
@@ -64,9 +65,8 @@ class HostImages(Data):
         if workers < 0:
             raise ValueError(f"workers: got {workers}, expected 0 (threads) or a number of processes")
         super().__init__(Order(len(split), batch_size, seed, drop_last), split.num_classes, mesh)
-        self._reader = _Reader(
-            split, self._order, self._share.rows, transform.size, transform.area, transform.crop_fraction
-        )
+        fraction = transform.crop_fraction if None in split.image_shape else None
+        self._reader = _Reader(split, self._order, self._share.rows, transform.size, transform.area, fraction)
         self._transform = dataclasses.replace(transform, area=None)
         self._workers = workers
 
@@ -131,7 +131,7 @@ class _Reader:
     rows: np.ndarray
     size: int
     area: tuple[float, float] | None
-    crop_fraction: float
+    crop_fraction: float | None
 
     def train(self, step: int) -> _Arrays:
         area = self.area
@@ -149,6 +149,8 @@ class _Reader:
         return self._read(*in_order(self.order.examples, self.order.batch_size, step), self._middle)
 
     def _middle(self, image: np.ndarray, row: int) -> boxes.Box:
+        if self.crop_fraction is None:
+            return boxes.Box(0, 0, image.shape[0], image.shape[1])
         return boxes.middle(image.shape[0], image.shape[1], self.crop_fraction)
 
     def _read(self, indices: np.ndarray, weights: np.ndarray, box: Callable[[np.ndarray, int], boxes.Box]) -> _Arrays:

@@ -146,6 +146,17 @@ def test_evaluation_on_the_host_sees_the_middle(written):
     ).all()
 
 
+@pytest.mark.slow
+def test_images_of_one_size_are_whole_wherever_they_are_held(written):
+    """Training and evaluation split may lie in different places, as one of them is larger."""
+    split = open_split("same", "train", written)
+    held, read = (open_images(split, 4, ImageTransform(16), memory=memory) for memory in (None, 0))
+    assert (type(held), type(read)) == (DeviceImages, HostImages)
+    for of in ("batch", "evaluation_batch"):
+        ((one,), (other,)) = (data.prepare(getattr(data, of)(0).inputs) for data in (held, read))
+        np.testing.assert_allclose(one, other, atol=1 / 255 / 0.22)  # the host rounds to grey levels
+
+
 def test_which_way_is_taken(written):
     same, varying = (open_split(name, "train", written) for name in ("same", "varying"))
     assert isinstance(open_images(same, 4, CROPS), DeviceImages)

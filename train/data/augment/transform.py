@@ -42,7 +42,7 @@ class ImageTransform:
         rand_augment: RandAugment, or None.
         mix: Mixup and CutMix, or None; makes soft labels.
         crop_fraction: Part of the shorter side that the evaluation sees, where images of varying size are cut on the
-            host. Images in device memory are evaluated whole.
+            host. Images of one size are evaluated whole.
 
     Example:
         >>> transform = ImageTransform(size=8, padding=1, flip=True)
