@@ -63,7 +63,7 @@ class CachedStep:
         cache: What is kept for the present frozen set; ``None`` if nothing is.
         programs: What was compiled so far, in the order of first use; without the passes that compute activations.
         last: The program of the last call; ``None`` before the first.
-        flops: FLOPs of the last call, the computation of activations that were not there included.
+        flops: FLOPs of the last call on all devices, the computation of activations that were not there included.
 
     Raises:
         TypeError: If what ``make_step`` makes is jitted, or ``storage`` is no ``Storage``.
@@ -211,7 +211,8 @@ class CachedStep:
                 activations = self.cache.fetch(model, indices, *inputs, view=view)
                 out = self._cached(model, optimizer, activations, *_needed(self.cache, inputs))
                 self.last = self._listed(self._cached.last)
-                self.flops = self.last.cost.flops + fetching
+                cost = self.last.cost
+                self.flops = cost.flops * cost.devices + fetching
                 return out
             except BatchSizeError as error:  # raised while tracing: nothing has been changed
                 self._warn(error)
@@ -219,7 +220,7 @@ class CachedStep:
                 self._cached, self.cache = None, None
         out = self._plain(model, optimizer, *inputs)
         self.last = self._listed(self._plain.last)
-        self.flops = self.last.cost.flops
+        self.flops = self.last.cost.flops * self.last.cost.devices
         return out
 
     def restored(self, history: Sequence[tuple[int, Frozen]]) -> None:

@@ -258,18 +258,23 @@ def test_a_smaller_last_batch_and_stored_bfloat16():
 def test_batches_over_several_devices_give_the_same():
     mesh = Mesh(np.array(jax.devices()), ("data",))
     everywhere, split = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in ((), ("data",)))
-    losses = []
+    losses, flops = [], []
     for step, keeps in ((sfj.TrainStep(make_step(loss_fn)), False), (cached(), True)):
         training = Training()
         for module in training.args:
             nnx.update(module, jax.device_put(nnx.state(module), everywhere))
         freezer = sfj.nnx.Freezer(*training.args, stages(), train_step=step, lead=1)
         losses.append([])
+        flops.append([])
         for indices in batches():
             batch = jax.device_put((IMAGES[indices], LABELS[indices]), split)
             losses[-1].append(float(step(*training.args, *([indices] if keeps else []), *batch)))
+            flops[-1].append(step.flops if keeps else step.last.cost.flops * len(jax.devices()))
             freezer.step()
     np.testing.assert_allclose(*losses, rtol=1e-5)
+    begin = freezer.events[0].step
+    assert flops[0][:begin] == flops[1][:begin]  # of all devices
+    assert flops[1][-1] == step.last.cost.flops * len(jax.devices()) < flops[0][-1]
     assert step.cache.store.is_complete
     assert [program.ahead for program in step.programs] == [False, True, True]
     (stored,) = step.cache.store.values
