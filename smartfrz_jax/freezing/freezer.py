@@ -338,7 +338,7 @@ class Freezer:
         policy = checkpoint.with_dropped(path, self._initial_state, saved_run.KIND, prefix="['policy']")
         metadata = checkpoint.read_metadata(path, saved_run.KIND)
         asked = metadata.get("readings", [])
-        like = {"run": saved_run.as_precise(path, run), "policy": policy} | (
+        like = saved_run.as_precise(path, {"run": run, "policy": policy}) | (
             {"readings": outline(asked)} if asked else {}
         )
         saved = checkpoint.read(path, like, saved_run.KIND)

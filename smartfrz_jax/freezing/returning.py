@@ -107,6 +107,12 @@ class Kept:
         self.version += 1
         return migrated, version + 1
 
+    def current(self, version: Any) -> Any:
+        """The number of the present contents, in place of that of a state which is about to be overwritten."""
+        if isinstance(version, Tracer | jax.ShapeDtypeStruct):
+            return version
+        return version + (self.version - int(version))
+
     def load(self, version: Any, arrays: dict[str, np.ndarray]) -> None:
         """Takes over the contents of a checkpoint, and the number that goes with them."""
         self.version, self.arrays = int(version), arrays

@@ -109,28 +109,32 @@ def check_run(run: PyTree) -> None:
         )
 
 
-def as_precise(path: PathLike, run: PyTree) -> PyTree:
-    """A run in whose place one can be read: optimizer state (``opt_state``) with the precision that was saved.
+def as_precise(path: PathLike, like: PyTree) -> PyTree:
+    """What a run can be read in place of: optimizer state and gradients with the precision that was saved.
 
-    Updates may have made it higher than an optimizer begins with, see :func:`smartfrz_jax.freezing.parts.fit.fits`.
+    Updates may have made that of optimizer state (``opt_state``) higher than an optimizer begins with, see
+    :func:`smartfrz_jax.freezing.parts.fit.fits`. Gradients (``grads``, and a policy's ``copies`` of them) have the one
+    that the loop gives them.
 
     Args:
         path: Directory of the checkpoint.
-        run: Pytree of arrays or ``jax.ShapeDtypeStruct``, of the structure that was saved.
+        like: Pytree of arrays or ``jax.ShapeDtypeStruct``, of the structure that was saved.
     """
     notes = checkpoint.notes(path, KIND)
 
     def precise(keys: Any, leaf: Any) -> Any:
-        note = notes.get(f"['run']{jax.tree_util.keystr(keys)}")
-        of_optimizer = any(getattr(key, "name", getattr(key, "key", None)) == "opt_state" for key in keys)
-        if note is None or not of_optimizer or not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+        note = notes.get(jax.tree_util.keystr(keys))
+        names = {getattr(key, "name", getattr(key, "key", None)) for key in keys}
+        of_grads = not names.isdisjoint(("grads", "copies")) and names.isdisjoint(("params", "model", "opt_state"))
+        may_differ = of_grads or "opt_state" in names
+        if note is None or not may_differ or not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
             return leaf
         if note["dtype"] == str(leaf.dtype) or "value" in note or "numpy" in note:
             return leaf
         saved = jax.ShapeDtypeStruct(tuple(note["shape"]), note["dtype"], sharding=_sharding(leaf))
-        return saved if fit.fits(saved, leaf) else leaf
+        return saved if fit.fits(saved, leaf) or (of_grads and fit.fits(leaf, saved)) else leaf
 
-    return jax.tree_util.tree_map_with_path(precise, run)
+    return jax.tree_util.tree_map_with_path(precise, like)
 
 
 def _sharding(leaf: Any) -> Any:

@@ -85,6 +85,8 @@ class Freezer(freezer.Freezer):
     def start(self, state: TrainState) -> TrainState:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Freezes what the policy has frozen from the beginning; see :meth:`smartfrz_jax.Freezer.start`.
 
+        Layers that were frozen by hand since the freezer was made stay so.
+
         Args:
             state: The state before the first step.
 
@@ -92,7 +94,11 @@ class Freezer(freezer.Freezer):
             The state to go on with.
         """
         checks.instance(state, TrainState, "state", "the smartfrz_jax.linen.TrainState before the first step")
-        return state.freeze(super().start())
+        by_hand = state.frozen.names - self.frozen.names
+        super().start()
+        self._by_hand = self._by_hand.freeze(by_hand)  # also of what the policy has frozen from the beginning
+        self.adopt(Frozen(self.layers, self.frozen.names | by_hand))
+        return state.freeze(self.frozen)
 
     def compile_ahead(self, state: TrainState, steps: int) -> Callable[[], None]:
         """Begins to compile the programs for all frozen sets of the next steps.
@@ -202,12 +208,14 @@ class Freezer(freezer.Freezer):
             ValueError: If the checkpoint is damaged, or of another network.
         """
         checks.instance(state, TrainState, "state", "a smartfrz_jax.linen.TrainState of the network and the optimizer")
-        if state.kept is None:
+        kept = state.kept
+        if kept is None:
             return self.restore_run(path, state.freeze(self.saved_frozen(path)))
-        with state.kept.unchanged_on_error():
+        with kept.unchanged_on_error():
+            state = state.replace(kept_version=kept.current(state.kept_version))  # it need not be the last of its run
             like = {"state": state.freeze(self.saved_frozen(path)), "kept": kept_like(path)}
             saved = self.restore_run(path, like)
-        state.kept.load(saved["state"].kept_version, saved["kept"])
+        kept.load(saved["state"].kept_version, saved["kept"])
         return saved["state"]
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import jax
+import numpy as np
 import optax
 from flax import nnx
 
@@ -25,7 +26,7 @@ from smartfrz_jax.nnx.optimizer import Optimizer
 from smartfrz_jax.policies.base import Policy, check_features, check_policy
 from smartfrz_jax.programs import arguments
 from smartfrz_jax.programs.train_step import TrainStep
-from smartfrz_jax.pytrees import checks
+from smartfrz_jax.pytrees import checks, hosts
 from smartfrz_jax.pytrees.checkpoint import Contents
 from smartfrz_jax.pytrees.file_paths import PathLike
 from smartfrz_jax.pytrees.types import PyTree
@@ -94,9 +95,15 @@ class Freezer(freezer.Freezer):
             optimizer.record_grads(model)
 
     def start(self) -> Frozen:
-        """As :meth:`smartfrz_jax.Freezer.start`; the optimizer holds nothing of frozen layers from then on."""
-        self.optimizer.freeze(self.model, super().start())
-        self._last_step = weakref.ref(self.optimizer.step.get_raw_value())
+        """As :meth:`smartfrz_jax.Freezer.start`; the optimizer holds nothing of frozen layers from then on.
+
+        Layers that were frozen by hand since the freezer was made stay so.
+        """
+        by_hand = self.optimizer.frozen.names - self.frozen.names
+        super().start()
+        self._by_hand = self._by_hand.freeze(by_hand)  # also of what the policy has frozen from the beginning
+        self.adopt(Frozen(self.layers, self.frozen.names | by_hand))
+        self._change(self.frozen)
         return self.frozen
 
     def compile_ahead(self, steps: int) -> Callable[[], None]:
@@ -149,7 +156,7 @@ class Freezer(freezer.Freezer):
             grads={name: grad[...] for name, grad in optimizer.grads.items()} if optimizer.keep_grads else None,
             features=None if make_features is None else lambda: make_features(model),
         )
-        self._freeze(frozen)
+        self._freeze(frozen, loss)
         return frozen
 
     def unfreeze(self, names: Selectors | None = None) -> Frozen:
@@ -176,10 +183,13 @@ class Freezer(freezer.Freezer):
         self.adopt(self.optimizer.frozen)
         return super().summary(tx=tx, account=account)
 
-    def _freeze(self, frozen: Frozen) -> None:
-        """Freezes, unless the optimizer has made no step since the last time: then it is a copy of it that trains."""
-        optimizer = self.optimizer
-        if frozen != optimizer.frozen and optimizer.step.get_raw_value() is self._last_step():
+    def _freeze(self, frozen: Frozen, loss: Any) -> None:
+        """Freezes, unless the optimizer has made no step since the last change: then it is a copy of it that trains.
+
+        Or the step was skipped, which is what a loss that is not finite says.
+        """
+        is_same = frozen != self.optimizer.frozen and self.optimizer.step.get_raw_value() is self._last_step()
+        if is_same and (loss is None or np.isfinite(hosts.fetch(loss))):
             raise ValueError(
                 "optimizer: has made no step since its frozen set changed last, so the loop trains a copy of it and of "
                 "the model, of which the layers to be frozen would go on training; call the step with the model and "
@@ -191,7 +201,7 @@ class Freezer(freezer.Freezer):
     def _change(self, frozen: Frozen) -> None:
         if frozen != self.optimizer.frozen:
             self.optimizer.freeze(self.model, frozen)
-        self._last_step = weakref.ref(self.optimizer.step.get_raw_value())
+            self._last_step = weakref.ref(self.optimizer.step.get_raw_value())
 
     def save(self, path: PathLike, *, overwrite: bool = False) -> None:
         """Writes model, optimizer, policy state and frozen set as one Orbax checkpoint.
@@ -234,6 +244,8 @@ class Freezer(freezer.Freezer):
         before = optimizer.frozen, optimizer.tx, optimizer.opt_state, optimizer.grads, optimizer.kept_version
         try:
             with optimizer.kept.unchanged_on_error() if optimizer.kept else contextlib.nullcontext():
+                if optimizer.kept and optimizer.kept_version is not None:  # a clone may have frozen something since
+                    optimizer.kept_version = nnx.OptState(optimizer.kept.current(optimizer.kept_version[...]))
                 optimizer.freeze(self.model, self.saved_frozen(path))
                 like = self._arrays() | ({"kept": kept_like(path)} if optimizer.kept else {})
                 arrays = self.restore_run(path, like)

@@ -194,6 +194,8 @@ def outline(tree: PyTree) -> PyTree:
 def with_dropped(path: PathLike, like: PyTree, kind: str, *, prefix: str) -> PyTree:
     """``like``, with shape ``()`` for the leaves that were saved as a scalar because they were no longer needed.
 
+    Such a scalar holds nothing, and may be of another type than what it stands for.
+
     Args:
         path: Directory of the checkpoint.
         like: Pytree of arrays or ``jax.ShapeDtypeStruct``.
@@ -204,8 +206,9 @@ def with_dropped(path: PathLike, like: PyTree, kind: str, *, prefix: str) -> PyT
 
     def dropped(path: Any, leaf: Any) -> Any:
         there = saved.get(prefix + keystr(path))
-        is_dropped = there is not None and tuple(there.shape) == () != np.shape(leaf)
-        return np.zeros((), leaf.dtype) if is_dropped else leaf
+        if there is None or tuple(there.shape) or np.shape(leaf) == ():
+            return leaf
+        return np.zeros((), there.dtype)
 
     return jax.tree_util.tree_map_with_path(dropped, like)
 

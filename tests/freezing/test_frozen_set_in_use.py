@@ -117,3 +117,20 @@ def test_a_loop_with_its_own_state_works_as_the_message_says():
         if freezer.step().names and not freezer.events[1:]:
             state, step = functional(model, optimizer)
     assert optimizer.frozen.names == {"layers/0"}
+
+
+@pytest.mark.slow
+def test_a_step_that_was_skipped_is_no_copy_that_trains():
+    """The loop decides in Python, so that the optimizer's step is the very same array."""
+    model, optimizer = make()
+    freezer = sfj.nnx.Freezer(model, optimizer, sfj.static_prefix([(0.5, 0.5)], total_steps=4))
+    train(model, optimizer, X)
+    freezer.step()
+    freezer.step()  # nothing has changed before
+    assert optimizer.frozen.names == {"layers/0"}
+    model, optimizer = make()
+    freezer = sfj.nnx.Freezer(model, optimizer, sfj.static_prefix([(0.25, 0.5), (0.5, 0.0)], total_steps=4))
+    train(model, optimizer, X)
+    assert freezer.step(loss=jnp.float32(1)).names == {"layers/0"}
+    assert not freezer.step(loss=jnp.float32(jnp.nan)).names  # the change before was made by the same array
+    assert not optimizer.frozen.names

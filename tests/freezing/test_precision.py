@@ -269,3 +269,72 @@ def test_one_checkpoint_over_frozen_and_live_layers_computes_the_frozen_ones_twi
     for frozen in (NAMES[:2], NAMES[:4], NAMES[:6]):
         plain, remat = make(frozen=frozen), make(frozen=frozen)
         assert products(whole, *remat, X, Y) - products(train_step, *plain, X, Y) == len(NAMES)
+
+
+GRADIENT_POLICIES = {
+    "autofreeze": lambda: sfj.policies.autofreeze(3, keep=()),
+    "grades": lambda: sfj.policies.grades(1e3, total_steps=9, grace=0.3, evaluate_every=3),
+    "relative_gradient_norm": lambda: sfj.policies.relative_gradient_norm(0.9, 3, batches=2),
+}
+PRECISIONS = {"higher": (jnp.bfloat16, jnp.float32), "lower": (jnp.float32, jnp.bfloat16)}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtypes", PRECISIONS.values(), ids=PRECISIONS)
+@pytest.mark.parametrize("make_policy", GRADIENT_POLICIES.values(), ids=GRADIENT_POLICIES)
+@pytest.mark.parametrize("door", ["nnx", "linen"])
+def test_runs_with_gradients_of_another_precision_than_their_parameters_go_on(door, make_policy, dtypes, tmp_path):
+    dtype, of_grads = dtypes
+    params = {name: {"kernel": jnp.eye(4, dtype=dtype)} for name in "abc"}
+    x = jnp.ones((2, 4), dtype)
+
+    def grads(like, step):
+        rng = np.random.default_rng(step)
+        return jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), of_grads), like)
+
+    def nnx_run():
+        model = nnx.Sequential(
+            *(nnx.Linear(4, 4, use_bias=False, param_dtype=dtype, rngs=nnx.Rngs(n)) for n in range(3))
+        )
+        optimizer = sfj.nnx.Optimizer(model, MOMENTUM, layers=sfj.nnx.find_layers(model, x))
+        freezer = sfj.nnx.Freezer(model, optimizer, make_policy())
+
+        def advance(steps):
+            for step in steps:
+                optimizer.update(model, grads(nnx.state(model, nnx.Param), step))
+                freezer.step()
+            return arrays(model) | arrays(optimizer)
+
+        return freezer, advance, freezer.save, freezer.restore
+
+    def linen_run():
+        layers = sfj.find_layers(params, lambda p, x: x @ p["a"]["kernel"] @ p["b"]["kernel"] @ p["c"]["kernel"], x)
+        options = {"apply_fn": None, "params": params, "tx": MOMENTUM, "layers": layers, "keep_grads": True}
+        states = [sfj.linen.TrainState.create(**options)]
+        freezer = sfj.linen.Freezer(states[0], make_policy())
+
+        def advance(steps):
+            for step in steps:
+                states.append(freezer.step(states[-1].apply_gradients(grads=grads(params, step))))
+            return {jax.tree_util.keystr(at): leaf for at, leaf in jax.tree_util.tree_leaves_with_path(states[-1])}
+
+        return (
+            freezer,
+            advance,
+            lambda path: freezer.save(path, states[-1]),
+            lambda path: states.append(freezer.restore(path, states[0])),
+        )
+
+    make_run = {"nnx": nnx_run, "linen": linen_run}[door]
+    freezer, advance, save, _ = make_run()
+    advance(range(1, 6))  # copies of the gradients are kept for step 6
+    save(tmp_path / "run")
+    again, go_on, _, restore = make_run()
+    restore(tmp_path / "run")
+    expected, now = advance(range(6, 10)), go_on(range(6, 10))
+    assert freezer.events == again.events
+    assert freezer.events
+    assert now.keys() == expected.keys()
+    for name, leaf in expected.items():
+        assert now[name].dtype == leaf.dtype
+        np.testing.assert_array_equal(now[name], leaf, err_msg=name)

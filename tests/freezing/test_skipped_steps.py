@@ -11,9 +11,10 @@ from flax import nnx
 from flax.training import dynamic_scale
 
 from smartfrz_jax import Predictor, linen, policies
+from smartfrz_jax import nnx as nnx_door
 from smartfrz_jax.policies.base import MAX_CONSECUTIVE_ERRORS
 from smartfrz_jax.predictor import PredictorConfig
-from tests.optimizers.network import LAYERS, NAMES, PARAMS, arrays, loss
+from tests.optimizers.network import LAYERS, NAMES, PARAMS, X, arrays, loss
 
 pytestmark = pytest.mark.usefixtures("jax_defaults")
 
@@ -170,3 +171,66 @@ def test_what_dynamic_scale_skips_is_no_progress_to_smartfrz():
     assert np.isfinite(wanted.losses[-3:]).all()
     assert int(seen.records) == 3
     jax.tree.map(np.testing.assert_array_equal, seen.history, wanted.history)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["whole state", "no update"])
+def test_old_gradients_of_a_skipped_step_are_no_sign_of_convergence(kind):
+    """The step of a decision is skipped with all that the optimizer holds, so its gradients are those of before."""
+    model = nnx.Sequential(*(nnx.Linear(3, 3, rngs=nnx.Rngs(number)) for number in range(3)))
+    optimizer = nnx_door.Optimizer(model, optax.sgd(0.1), layers=nnx_door.find_layers(model, X))
+    freezer = nnx_door.Freezer(model, optimizer, policies.grades(1e-7, total_steps=8, grace=0.0, evaluate_every=2))
+
+    @nnx.jit
+    def step(model, optimizer, x, is_finite):
+        old = nnx.as_pure(nnx.state((model, optimizer)))
+        value, grads = optimizer.value_and_grad(lambda model: jnp.mean(model(x) ** 2))(model)
+        optimizer.update(model, grads)
+        new = nnx.as_pure(nnx.state((model, optimizer)))
+        nnx.update((model, optimizer), jax.tree.map(partial(jnp.where, is_finite), new, old))
+        return jnp.where(is_finite, value, jnp.nan)
+
+    for number in range(1, 9):
+        is_finite = number != 4
+        if is_finite or kind == "whole state":
+            value = step(model, optimizer, X + number, jnp.array(is_finite))
+        freezer.step(loss=value if is_finite else jnp.float32(jnp.nan))
+        assert not freezer.frozen.names
+
+
+@pytest.mark.parametrize("value", [np.nan, float("inf"), jnp.bfloat16(np.nan), jnp.float32(-np.inf)])
+def test_autofreeze_does_not_take_gradients_of_a_skipped_step_for_new_ones(value):
+    def run(losses):
+        policy = policies.autofreeze(4, keep=())
+        state = policy.init(LAYERS, PARAMS)
+        for step, each in enumerate(losses, start=1):
+            grads = gradients(float(step if np.isfinite(each) else 100))
+            _, state = policy.update(state, LAYERS, step=step, params=lambda: PARAMS, grads=grads, loss=each)
+        return state
+
+    # Of 1, 2, 4 the mean is that of all four steps, of 1 and 4 with 2 and 3 left out another.
+    np.testing.assert_allclose(run([1.0, 1.0, value, 1.0]).norms, 4 / 3 * 7 * np.float32(12), rtol=1e-6)
+    assert int(run([1.0, value, value]).errors) == 2
+
+
+def test_relative_norms_do_not_count_skipped_steps():
+    policy = policies.relative_gradient_norm(0.5, 3, batches=3, keep=())
+    states = [policy.init(LAYERS, PARAMS)] * 2
+    for step, value in enumerate((1.0, 100.0, 3.0), start=1):
+        shown = {"grads": gradients(value), "loss": np.float64(np.nan if step == 2 else 0.5)}
+        _, states[0] = policy.update(states[0], LAYERS, step=step, params=lambda: PARAMS, **shown)
+        shown["grads"] = gradients(value if step != 2 else np.nan)
+        _, states[1] = policy.update(states[1], LAYERS, step=step, params=lambda: PARAMS, grads=shown["grads"])
+    assert np.isfinite(states[0].norms).all()
+    np.testing.assert_array_equal(states[0].norms, states[1].norms)
+
+
+@pytest.mark.slow
+def test_the_loss_may_lie_on_other_devices_than_the_gradients():
+    everywhere = jax.NamedSharding(jax.make_mesh((8,), ("data",)), jax.P())
+    policy = policies.autofreeze(1, keep=())
+    for value in (jnp.float32(1), jax.device_put(1.0, jax.devices()[3]), jax.device_put(jnp.float32(1), everywhere)):
+        state = policy.init(LAYERS, PARAMS)
+        grads = jax.device_put(gradients(1.0), everywhere)
+        _, state = policy.update(state, LAYERS, step=1, params=lambda: PARAMS, grads=grads, loss=value)
+        assert int(state.evaluations) == 1

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from smartfrz_jax import Freezer, Frozen, Policy, find_layers, policies
-from smartfrz_jax.pytrees import checkpoint
+from smartfrz_jax.pytrees import checkpoint, paths
 from tests.policies.every_policy import (
     CASES,
     LAYERS,
@@ -236,3 +236,49 @@ def test_update_refuses_a_network_with_other_layers():
     layers = find_layers(fewer, lambda p, x: x @ p["dense0"]["kernel"] @ p["dense1"]["kernel"], X)
     with pytest.raises(ValueError, match="layers: got 2, but the policy's state is for 6; "):
         policy.update(state, layers, step=1, params=lambda: fewer)
+
+
+@every_policy
+@pytest.mark.slow
+def test_goes_on_where_all_layers_are_frozen_by_hand(case):
+    freezer = Freezer(case.make(), LAYERS, PARAMS)
+    params, everything = PARAMS, Frozen(LAYERS, frozenset(LAYERS.names))
+    for step in range(1, STEPS + 1):
+        if step >= 7:
+            freezer.adopt(everything)  # what the policy had frozen then may return once
+        active = jax.tree.map(lambda label: jnp.float32(label == "train"), freezer.frozen.labels(PARAMS))
+        params, grads, loss = train_step(params, active, X, Y)
+        freezer.observe(
+            lambda params=params: params,
+            grads=freezer.frozen.active_leaves(grads),
+            features=lambda params=params: outputs(params, X),
+            loss=loss,
+        )
+    assert case.returns or freezer.frozen == everything
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["autofreeze", "grades", "relative_gradient_norm", "slimfit", "lisa"])
+@pytest.mark.parametrize("at", [1, 5, 11])
+def test_a_run_in_bfloat16_survives_a_checkpoint(name, at, tmp_path):
+    def train(freezer, params, first, last):
+        for step in range(first, last + 1):
+            rng = np.random.default_rng(step)
+            grads = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.bfloat16), PARAMS)  # noqa: B023
+            active = freezer.frozen.active_leaves(params)
+            params = paths.tree_map(lambda name, leaf: leaf * 0.9 if name in active else leaf, params)  # noqa: B023
+            freezer.observe(lambda: params, grads=freezer.frozen.active_leaves(grads))  # noqa: B023
+        return params
+
+    start = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)
+    freezer = Freezer(CASES[name].make(), LAYERS, start)
+    params = train(freezer, start, 1, at)
+    freezer.save_run(tmp_path / "run", params)
+    again = Freezer(CASES[name].make(), LAYERS, start)
+    restored = again.restore_run(tmp_path / "run", start)
+    assert bits(restored) == bits(params)
+    assert bits(again.policy_state) == bits(freezer.policy_state)
+    train(freezer, params, at + 1, STEPS)
+    train(again, restored, at + 1, STEPS)
+    assert again.events == freezer.events
+    assert bits(again.policy_state) == bits(freezer.policy_state)

@@ -25,6 +25,7 @@ from smartfrz_jax.policies.base import (
 from smartfrz_jax.policies.gradients import signal
 from smartfrz_jax.policies.two_phase import Readings, TwoPhase
 from smartfrz_jax.pytrees import checks
+from smartfrz_jax.pytrees.precision import single
 from smartfrz_jax.pytrees.types import PyTree
 
 if TYPE_CHECKING:
@@ -40,10 +41,10 @@ class AutoFreezeState(NamedTuple):
     """State of :func:`autofreeze`.
 
     Attributes:
-        accumulated: Sum of the gradients since the last evaluation, float32, by parameter name; a scalar zero for
-            parameters of frozen layers.
+        accumulated: Sum of the gradients since the last evaluation, float32 (complex64 of complex parameters), by
+            parameter name; a scalar zero for parameters of frozen layers.
         counted: Gradients in that sum, int32 on the device.
-        errors: Steps in a row, up to now, of which a gradient was not finite, int32 on the device.
+        errors: Steps in a row, up to now, of which a gradient or the loss was not finite, int32 on the device.
         norms: L1 norm of each layer's sum at the last evaluation, float32 of shape ``(layers,)``.
         evaluations: Evaluations so far, int32.
         frozen: Which layers are frozen, shape ``(layers,)``.
@@ -75,8 +76,8 @@ def autofreeze(
     L1, and a layer without any gradient has :math:`\eta = 0`. Kept layers count in the percentile, and are passed over.
     Layers that something else has frozen, of whose parameters none has a gradient, do not count.
 
-    A step with a gradient that is not finite is left out, as ``optax.apply_if_finite`` and loss scales of float16 do:
-    the sum of the others counts for the whole interval, and an interval without any is not evaluated.
+    A step with a gradient or a loss that is not finite is left out, as ``optax.apply_if_finite`` and loss scales of
+    float16 do: the sum of the others counts for the whole interval, and an interval without any is not evaluated.
 
     It needs the gradients after each step, and memory for their sum: a float32 copy of the active parameters.
 
@@ -92,7 +93,7 @@ def autofreeze(
 
     Raises:
         ValueError: If an option is out of range; at ``init``, if ``keep`` names no layer of the network; in ``update``,
-            if there is no gradient at all, or a layer has only some of its own.
+            if there is no gradient at all though not all layers are frozen, or a layer has only some of its own.
         FloatingPointError: In ``update``, if gradients were not finite in more than ``max_consecutive_errors`` steps in
             a row, or a norm of their sum is not.
 
@@ -121,7 +122,7 @@ def autofreeze(
         state: AutoFreezeState, layers: Layers, *, step: int, params: Callable[[], PyTree], **signals: Any
     ) -> tuple[frozenset[str], AutoFreezeState, Readings | None]:
         check_update(state, AutoFreezeState, layers, step)
-        state, readings = _accumulate(state, layers, signal.gradients(signals, _NAME)), None
+        state, readings = _accumulate(state, layers, signal.gradients(signals, _NAME), signals), None
         if step % evaluate_every == 0:
             sums = _l1_norms({p: state.accumulated[p] for p in _active_params(layers, state.frozen)})
             readings = sums | {_COUNTED: state.counted, _ERRORS: state.errors}
@@ -136,7 +137,7 @@ def autofreeze(
 
 def _start(layers: Layers, leaves: Mapping[str, Any]) -> AutoFreezeState:
     return AutoFreezeState(
-        {param: jnp.zeros_like(leaves[param], jnp.float32) for layer in layers for param in layer.params},
+        {p: jnp.zeros_like(leaves[p], single(leaves[p].dtype)) for layer in layers for p in layer.params},
         _zero(),
         _zero(),
         np.zeros(len(layers), np.float32),
@@ -164,11 +165,15 @@ def _conclude(
     return names_of(layers, state.frozen), state
 
 
-def _accumulate(state: AutoFreezeState, layers: Layers, grads: Mapping[str, Any]) -> AutoFreezeState:
-    state = state._replace(frozen=state.frozen | _frozen_by_others(layers, grads, state.frozen))
+def _accumulate(
+    state: AutoFreezeState, layers: Layers, grads: Mapping[str, Any], signals: Mapping[str, Any]
+) -> AutoFreezeState:
+    by_hand = np.array([name in signals.get("frozen", ()) for name in layers.names], bool)
+    state = state._replace(frozen=state.frozen | _frozen_by_others(layers, grads, state.frozen, by_hand))
     active = _active_params(layers, state.frozen)
-    selected = _select(grads, active, state.accumulated)
-    added, counted, errors = _add({p: state.accumulated[p] for p in active}, state.counted, state.errors, selected)
+    selected, loss = _select(grads, active, state.accumulated), signal.loss(signals, grads)
+    sums = {p: state.accumulated[p] for p in active}
+    added, counted, errors = _add(sums, state.counted, state.errors, selected, loss)
     return state._replace(accumulated=state.accumulated | added, counted=counted, errors=errors)
 
 
@@ -184,7 +189,7 @@ def _evaluate(
 ) -> AutoFreezeState:
     """Compares the norms with the last ones."""
     frozen = state.frozen
-    if state.evaluations > 0:
+    if state.evaluations > 0 and not frozen.all():
         change = _rate_of_change(state.norms.astype(np.float64), norms.astype(np.float64))
         threshold = np.percentile(change[~frozen], percentile)
         ends_prefix = ~frozen & may_freeze & (change >= threshold)
@@ -215,9 +220,9 @@ def _active_params(layers: Layers, frozen: np.ndarray) -> list[str]:
     return [param for layer, is_frozen in zip(layers, frozen, strict=True) if not is_frozen for param in layer.params]
 
 
-def _frozen_by_others(layers: Layers, grads: Mapping[str, Any], frozen: np.ndarray) -> np.ndarray:
+def _frozen_by_others(layers: Layers, grads: Mapping[str, Any], frozen: np.ndarray, by_hand: np.ndarray) -> np.ndarray:
     without = np.array([not any(param in grads for param in layer.params) for layer in layers], bool)
-    if not frozen.all() and (frozen | without).all():
+    if not (frozen | by_hand).all() and (frozen | without).all():
         raise signal.unknown(grads, "an active layer")
     return without
 
@@ -235,11 +240,17 @@ def _select(grads: Mapping[str, Any], params: list[str], like: Mapping[str, Any]
 
 @jax.jit
 def _add(
-    accumulated: dict[str, jax.Array], counted: jax.Array, errors: jax.Array, grads: dict[str, jax.Array]
+    accumulated: dict[str, jax.Array],
+    counted: jax.Array,
+    errors: jax.Array,
+    grads: dict[str, jax.Array],
+    loss: jax.Array | None,
 ) -> tuple[dict[str, jax.Array], jax.Array, jax.Array]:
     finite = jnp.all(jnp.array([jnp.isfinite(grad).all() for grad in grads.values()]))
+    if loss is not None:
+        finite &= jnp.isfinite(loss)
     added = {
-        name: jnp.where(finite, total + grads[name].astype(jnp.float32), total) for name, total in accumulated.items()
+        name: jnp.where(finite, total + grads[name].astype(total.dtype), total) for name, total in accumulated.items()
     }
     return added, counted + finite.astype(jnp.int32), jnp.where(finite, 0, errors + 1)
 

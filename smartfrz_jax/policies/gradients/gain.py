@@ -69,7 +69,7 @@ class GainState(NamedTuple):
     Attributes:
         before: Parameters before the step that is being measured, on the host, by name; zeros until the first.
         gains: Expected fall of the loss by layer in the last measurements, the latest last, float32 of shape
-            ``(window, layers)``; zero of layers that were not trained.
+            ``(window, layers)``; zero of layers that were not trained, and of all until a step moves something.
         measurements: Measurements so far, int32.
         frozen: Which layers are frozen, shape ``(layers,)``.
         last: Gradient of the last measurement, on the host, by name; empty unless layers may return.
@@ -115,7 +115,8 @@ def gain(
     its end train again. Let their moments return with them, by ``returning="kept"``.
 
     A measurement takes a forward and a backward pass on the batch and a copy of the parameters on the host; with
-    ``returns`` of the gradient, too.
+    ``returns`` of the gradient, too. If the step moved nothing, as with ``optax.MultiSteps`` those before the update,
+    the first one that does is measured in its place.
 
     Args:
         gradients: The gradient on an independent batch, such as :func:`smartfrz_jax.nnx.gradient_probe` makes it; best
@@ -219,32 +220,38 @@ class _Gain:
         may_freeze = freezable(layers, self.keep)
         if not (self.returns or (may_freeze & ~state.frozen).any()):
             return names_of(layers, state.frozen), state
-        if step % self.every == 0:
-            state = state._replace(before=hosts.fetch(paths.flatten(params())))
-        elif step % self.every == 1 and any(leaf.any() for leaf in state.before.values()):  # else the run began here
-            state = self._measured(state, layers, params(), step)
+        is_first = step % self.every == 1 and any(leaf.any() for leaf in state.before.values())  # else it began here
+        if is_first or (_waits(state) and hosts.fetch(_moved(state.before, paths.flatten(params())))):
+            state = self._measured(state, layers, params(), step, again=not is_first)
             by_hand = np.array([name in signals.get("frozen", ()) for name in layers.names], bool)
             # The first agreement takes two measurements.
-            if state.measurements >= self.measuring.window + self.returns:
+            if state.measurements >= self.measuring.window + self.returns and not _waits(state):
                 state = self._decided(state, self._saved(layers, signals.get("saving")), may_freeze, by_hand)
+        if step % self.every == 0:
+            state = state._replace(before=hosts.fetch(paths.flatten(params())))
         return names_of(layers, state.frozen), state
 
-    def _measured(self, state: GainState, layers: Layers, now: PyTree, step: int) -> GainState:
+    def _measured(self, state: GainState, layers: Layers, now: PyTree, step: int, *, again: bool) -> GainState:
+        """With one measurement more; ``again`` is the last one, by a later step."""
         before = paths.tree_map(lambda name, _: state.before[name], now)
-        gradient = _fitting(paths.flatten(self.gradients(before, int(state.measurements))), state.before)
+        gradient = _fitting(paths.flatten(self.gradients(before, int(state.measurements) - again)), state.before)
         old, new, slope = (layers.unstacked(each) for each in (state.before, paths.flatten(now), gradient))
         falls, moved = hosts.fetch(_falls(old, new, slope))
         found = _by_layer(layers, falls)
         check_finite(layers, ~np.isfinite(found), what="gradients", policy=_NAME, step=step)
         state = state._replace(
-            gains=_appended(state.gains, found), measurements=np.asarray(state.measurements + 1, np.int32)
+            gains=_appended(state.gains, found, again),
+            measurements=np.asarray(state.measurements + (not again), np.int32),
         )
         if state.signals is None:
             return state
+        has_moved = _appended(state.signals.moved, _by_layer(layers, moved) > 0, again)
+        if again:  # the gradient is the same
+            return state._replace(signals=state.signals._replace(moved=has_moved))
         agreements = hosts.fetch(_products(slope, layers.unstacked(state.last)))
         shown = state.signals._replace(
             agreements=_appended(state.signals.agreements, _by_layer(layers, agreements)),
-            moved=_appended(state.signals.moved, _by_layer(layers, moved) > 0),
+            moved=has_moved,
         )
         return state._replace(signals=shown, last=hosts.fetch(gradient))
 
@@ -273,8 +280,14 @@ class _Gain:
         return state._replace(signals=shown, frozen=frozen)
 
 
-def _appended(rows: np.ndarray, row: np.ndarray) -> np.ndarray:
-    return np.concatenate([rows[1:], row[None].astype(rows.dtype)])
+def _waits(state: GainState) -> bool:
+    """Whether the last measurement is to be made again, as nothing had moved yet."""
+    return int(state.measurements) > 0 and not state.gains[-1].any()
+
+
+def _appended(rows: np.ndarray, row: np.ndarray, again: bool = False) -> np.ndarray:
+    """``again`` puts it in place of the last one."""
+    return np.concatenate([rows[:-1] if again else rows[1:], row[None].astype(rows.dtype)])
 
 
 def _by_layer(layers: Layers, values: Mapping[str, Any]) -> Float[np.ndarray, " layers"]:
@@ -290,6 +303,11 @@ def _fitting(gradient: Mapping[str, Any], params: Mapping[str, np.ndarray]) -> d
                 "all parameters, as jax.grad of the loss gives it"
             )
     return {name: gradient[name] for name in params}
+
+
+@jax.jit
+def _moved(before: dict[str, Any], now: dict[str, Any]) -> Any:
+    return jnp.any(jnp.array([jnp.any(before[name] != now[name]) for name in before]))
 
 
 @jax.jit

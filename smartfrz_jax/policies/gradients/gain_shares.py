@@ -40,7 +40,7 @@ class Rule(NamedTuple):
             active: The layers that fall and cost are shared by.
             candidates: Those of them that may freeze.
         """
-        if not gains[:, active].mean() > 0:
+        if not gains[:, active].sum() > 0:
             return np.zeros(len(active), bool)
         share, error = shares(gains, active, candidates)
         for end in reversed(np.flatnonzero(candidates & (share + self.errors * error <= self.factor))):
@@ -64,7 +64,7 @@ class Rule(NamedTuple):
             active: As of :meth:`front`, and frozen layers too.
             candidates: Those of them that may freeze.
         """
-        if not gains[:, active].mean() > 0:
+        if not gains[:, active].sum() > 0:
             return frozen
         stay = self._replace(errors=-self.errors).front(gains, active, candidates)
         return self.front(gains, active, candidates) | (stay & frozen)

@@ -18,6 +18,7 @@ from smartfrz_jax.policies.base import Policy, check_update, freezable, kept, na
 from smartfrz_jax.policies.gradients import signal
 from smartfrz_jax.policies.two_phase import Readings, TwoPhase
 from smartfrz_jax.pytrees import checks
+from smartfrz_jax.pytrees.precision import single
 from smartfrz_jax.pytrees.types import PyTree
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ def grades(
     where g is the gradient of its kernels and the norm the sum of absolute values. It grows with the size of a layer
     and the noise of a batch: the authors tune the threshold for each network. (Their code compares weights.) The copy
     of the active gradients takes memory from the step before a decision to it. A change that is not finite freezes
-    nothing.
+    nothing, nor does that of a step whose loss is not: it was skipped, and its gradients may be those of the step
+    before.
 
     Args:
         threshold: The paper's tau, positive.
@@ -65,7 +67,7 @@ def grades(
 
     Raises:
         ValueError: If an option is out of range; at ``init``, if ``keep`` names no layer of the network; in ``update``,
-            if no gradient is of a kernel of the network.
+            if there are gradients, but none is of a kernel of the network.
 
     Example:
         >>> from smartfrz_jax import find_layers
@@ -99,7 +101,7 @@ def grades(
         changes = None
         if step % evaluate_every == 0 and step >= first:
             before = {name: grad for name, grad in state.before.held.items() if name in grads}
-            changes = _changes(before, {name: grads[name] for name in before})
+            changes = _changes(before, {name: grads[name] for name in before}, signal.loss(signals, grads))
             state = state._replace(before=snapshot.none(layers))
         if (step + 1) % evaluate_every == 0 and step + 1 >= first:
             state = state._replace(before=snapshot.take(layers, _active(layers, state.frozen, grads)))
@@ -143,8 +145,11 @@ def _active(layers: Layers, frozen: Bool[np.ndarray, " layers"], grads: Mapping[
 
 
 @jax.jit
-def _changes(before: dict[str, jax.Array], after: dict[str, jax.Array]) -> dict[str, jax.Array]:
-    return {
-        name: jnp.sum(jnp.abs(after[name].astype(jnp.float32) - grad.astype(jnp.float32)))
-        for name, grad in before.items()
-    }
+def _changes(before: dict[str, jax.Array], after: dict[str, jax.Array], loss: jax.Array | None) -> dict[str, jax.Array]:
+    """NaN after a step that was skipped."""
+
+    def change(old: jax.Array, new: jax.Array) -> jax.Array:
+        distance = jnp.sum(jnp.abs(new.astype(single(new.dtype)) - old.astype(single(old.dtype))))
+        return distance if loss is None else jnp.where(jnp.isfinite(loss), distance, jnp.nan)
+
+    return {name: change(grad, after[name]) for name, grad in before.items()}

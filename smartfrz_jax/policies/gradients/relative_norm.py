@@ -58,7 +58,8 @@ def relative_gradient_norm(
     Auto-RGN of the paper multiplies each tensor's learning rate by its RGN over the largest, anew in each epoch from
     five batches, and stops none. This freezes those that it would slow down most; choose the threshold for a network.
 
-    It needs the gradients after each step, and no memory. Gradients that are not finite are left out.
+    It needs the gradients after each step, and no memory. Gradients that are not finite are left out, and those of
+    steps whose loss is not.
 
     Args:
         threshold: Share of the largest RGN, from 0, freeze nothing, to 1.
@@ -73,7 +74,7 @@ def relative_gradient_norm(
 
     Raises:
         ValueError: If an option is out of range; at ``init``, if ``keep`` names no layer of the network; in ``update``,
-            if no gradient is of a kernel of the network, or one has another shape.
+            if there are gradients, but none is of a kernel of the network, or one has another shape.
 
     Example:
         >>> from smartfrz_jax import find_layers
@@ -105,7 +106,8 @@ def relative_gradient_norm(
         names = names_of(layers, state.frozen)  # raises, if it is of another network
         grads = signal.gradients(signals, _NAME)
         if (step - 1) % evaluate_every >= evaluate_every - batches:
-            state = _accumulate(state, layers, grads, check_params(layers.unstacked(params())))
+            leaves = check_params(layers.unstacked(params()))
+            state = _accumulate(state, layers, grads, leaves, signal.loss(signals, grads))
         if step % evaluate_every:
             return names, state, None
         sums, counted = _nothing(len(layers))
@@ -140,15 +142,21 @@ def _conclude(
 
 
 def _accumulate(
-    state: RelativeNormState, layers: Layers, grads: Mapping[str, Any], leaves: Mapping[str, Any]
+    state: RelativeNormState,
+    layers: Layers,
+    grads: Mapping[str, Any],
+    leaves: Mapping[str, Any],
+    loss: jax.Array | None,
 ) -> RelativeNormState:
+    if not grads:  # all layers are frozen
+        return state
     signal.check_kernels(grads, layers)
     kernels = tuple(tuple(kernel for kernel in layer.kernels if kernel in grads) for layer in layers)
     names = [kernel for some in kernels for kernel in some]
     for name in names:
         signal.check_shape(grads, name, leaves[name])
     given = {name: grads[name] for name in names}, {name: leaves[name] for name in names}
-    sums, counted = _add(state.sums, state.counted, *given, kernels)
+    sums, counted = _add(state.sums, state.counted, *given, loss, kernels)
     return state._replace(sums=sums, counted=counted)
 
 
@@ -156,12 +164,13 @@ def _nothing(n: int) -> tuple[jax.Array, jax.Array]:
     return jax.device_put((np.zeros(n, np.float32), np.zeros(n, np.int32)))
 
 
-@functools.partial(jax.jit, static_argnums=4)
+@functools.partial(jax.jit, static_argnums=5)
 def _add(
     sums: jax.Array,
     counted: jax.Array,
     grads: dict[str, jax.Array],
     params: dict[str, jax.Array],
+    loss: jax.Array | None,
     kernels: tuple[tuple[str, ...], ...],
 ) -> tuple[jax.Array, jax.Array]:
     def norm(arrays: dict[str, jax.Array], names: tuple[str, ...]) -> jax.Array:
@@ -172,5 +181,5 @@ def _add(
     norms = jnp.stack(
         [norm(grads, names) / norm(params, names) if names else jnp.float32(jnp.nan) for names in kernels]
     )
-    finite = jnp.isfinite(norms)
+    finite = jnp.isfinite(norms) if loss is None else jnp.isfinite(norms) & jnp.isfinite(loss)
     return sums + jnp.where(finite, norms, 0.0), counted + finite.astype(jnp.int32)

@@ -14,6 +14,7 @@ from smartfrz_jax.layers.select import Selectors, described
 from smartfrz_jax.policies import snapshot
 from smartfrz_jax.policies.base import Policy, check_finite, check_update, freezable, kept, names_of
 from smartfrz_jax.pytrees import checks, hosts
+from smartfrz_jax.pytrees.precision import single
 from smartfrz_jax.pytrees.types import PyTree
 
 if TYPE_CHECKING:
@@ -51,7 +52,9 @@ def slimfit(rate: float, *, switch_every: int = 50, seed: int = 0, keep: Selecto
     frozen ones, which return then. At first every distance is large, in random order, so every layer has its turn.
 
     It needs memory for a copy of the active kernels, at the step before each decision. The paper decides after every
-    step; here every decision may need a program of its own, and ``switch_every`` bounds how many come in a run.
+    step; here every decision may need a program of its own, and ``switch_every`` bounds how many come in a run. Where a
+    step moves nothing, as with ``optax.MultiSteps`` those before the update, the decision is that of the first that
+    does, and the copy is kept until then.
 
     Args:
         rate: Share of the layers to freeze, from 0 to 1: the paper's freezing rate.
@@ -90,7 +93,7 @@ def slimfit(rate: float, *, switch_every: int = 50, seed: int = 0, keep: Selecto
     ) -> tuple[frozenset[str], SlimFitState]:
         check_update(state, SlimFitState, layers, step)
         names_of(layers, state.frozen)  # raises, if it is of another network
-        if step % switch_every == 0 and state.before.is_taken:
+        if state.before.is_taken:
             leaves = check_params(layers.unstacked(params()))
             state = _decide(state, layers, leaves, freezable(layers, keep), rate, step)
         if (step + 1) % switch_every == 0:
@@ -125,6 +128,8 @@ def _decide(
 ) -> SlimFitState:
     before = state.before.held
     moved, size = hosts.fetch(_sums(before, {name: leaves[name] for name in before}))
+    if moved and not any(float(distance) for distance in moved.values()):
+        return state
     distances = state.distances.copy()
     for number, layer in enumerate(layers):
         kernels = [kernel for kernel in layer.kernels if kernel in before]
@@ -152,6 +157,6 @@ def _sums(
     before: dict[str, jax.Array], after: dict[str, jax.Array]
 ) -> tuple[dict[str, jax.Array], dict[str, jax.Array]]:
     """Sum of the absolute values of what each kernel moved by, and of what it was."""
-    old = {name: kernel.astype(jnp.float32) for name, kernel in before.items()}
-    moved = {name: jnp.sum(jnp.abs(after[name].astype(jnp.float32) - kernel)) for name, kernel in old.items()}
+    old = {name: kernel.astype(single(kernel.dtype)) for name, kernel in before.items()}
+    moved = {name: jnp.sum(jnp.abs(after[name].astype(kernel.dtype) - kernel)) for name, kernel in old.items()}
     return moved, {name: jnp.sum(jnp.abs(kernel)) for name, kernel in old.items()}

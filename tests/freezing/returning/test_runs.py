@@ -12,7 +12,7 @@ import smartfrz_jax as sfj
 from smartfrz_jax import Frozen
 from smartfrz_jax.freezing.returning import Kept
 from smartfrz_jax.pytrees import paths
-from tests.freezing.mlp import X, normal
+from tests.freezing.mlp import LAYERS, X, normal
 from tests.freezing.returning.networks import GRADS, OPTIMIZERS, make, make_nnx
 
 pytestmark = pytest.mark.usefixtures("jax_defaults")
@@ -157,3 +157,41 @@ def test_a_checkpoint_that_does_not_fit_leaves_what_was_kept_as_it_is(tmp_path):
 def test_what_is_kept_belongs_to_one_run():
     assert Kept() != Kept()
     assert make_nnx()[1].kept is not make_nnx()[1].kept
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_restored_into_an_older_state_of_the_same_run(tmp_path):
+    first = state = make(OPTIMIZERS["momentum"])
+    freezer = sfj.linen.Freezer(state, sfj.policies.never())
+    state = state.apply_gradients(grads=GRADS[0]).freeze(["a"])
+    freezer.step(state)
+    freezer.save(tmp_path / "run", state)
+    kept = dict(state.kept.arrays)
+    restored = freezer.restore(tmp_path / "run", first)
+    jax.tree.map(np.testing.assert_array_equal, restored, state)
+    jax.tree.map(np.testing.assert_array_equal, restored.kept.arrays, kept)
+    assert not restored.freeze(Frozen(LAYERS)).kept.arrays
+
+
+@pytest.mark.slow
+def test_a_checkpoint_is_restored_into_a_clone_that_another_has_left_behind(tmp_path):
+    model, optimizer = make_nnx()
+    other, other_optimizer = make_nnx(optax.sgd(0.1, momentum=0.5))
+    train_step(other, other_optimizer, X, Y)
+    sfj.nnx.Freezer(other, other_optimizer, sfj.policies.never()).save(tmp_path / "other")
+    clone, cloned = nnx.clone((model, optimizer))
+    train_step(model, optimizer, X, Y)
+    optimizer.freeze(model, ["stem"])
+    sfj.nnx.Freezer(model, optimizer, sfj.policies.never()).save(tmp_path / "run")
+    before, expected, kept = arrays(cloned), arrays(model, optimizer), dict(optimizer.kept.arrays)
+    assert cloned.kept is optimizer.kept
+    freezer = sfj.nnx.Freezer(clone, cloned, sfj.policies.never())
+    with pytest.raises(ValueError, match="does not fit"):
+        freezer.restore(tmp_path / "other")
+    jax.tree.map(np.testing.assert_array_equal, arrays(cloned), before)
+    assert optimizer.kept.version == 1
+    freezer.restore(tmp_path / "run")
+    jax.tree.map(np.testing.assert_array_equal, arrays(clone, cloned), expected)
+    jax.tree.map(np.testing.assert_array_equal, cloned.kept.arrays, kept)
+    cloned.freeze(clone, Frozen(cloned.frozen.layers))
+    assert not cloned.kept.arrays

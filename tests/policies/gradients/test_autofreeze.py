@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from smartfrz_jax import Layer, Layers, policies
+from smartfrz_jax import Freezer, Frozen, Layer, Layers, policies
 from smartfrz_jax.pytrees import checkpoint
 
 N = 6
@@ -184,3 +184,31 @@ def test_no_gradients_at_all_are_an_error():
     for grads in ({}, PARAMS):  # the latter by layer, not by parameter
         with pytest.raises(ValueError, match=f"grads: none of the {len(grads)} gradients is of an active layer; pass"):
             policy.update(state, LAYERS, step=1, params=lambda: PARAMS, grads=grads)
+
+
+@pytest.mark.slow
+def test_imaginary_parts_count():
+    """Sums of gradients times 1j have the norms, and decide, as those without."""
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.complex64), PARAMS)
+    expected, _ = run(policies.autofreeze(2, keep=()), stream(3, 8))
+    policy = policies.autofreeze(2, keep=())
+    state = policy.init(LAYERS, params)
+    for step, (grads, names) in enumerate(zip(stream(3, 8), expected, strict=True), start=1):
+        grads = {p: jnp.asarray(1j * g) for p, g in grads.items()}
+        frozen, state = policy.update(state, LAYERS, step=step, params=lambda: params, grads=grads)
+        assert frozen == names
+    assert expected[-1]
+    assert {total.dtype.name for total in state.accumulated.values() if total.ndim} == {"complex64"}
+
+
+def test_goes_on_if_only_what_it_has_frozen_trains_again_by_hand():
+    freezer = Freezer(policies.autofreeze(1), LAYERS, flat(PARAMS))
+    for scales in ([1.0] * N, [1.1, 1.2, 1.9, 1.05, 1.8, 1.7]):
+        freezer.observe(lambda: PARAMS, grads=constant(scales)[0])
+    assert freezer.frozen.names == {"block0", "block1"}
+    freezer.unfreeze_layers(["block0"])
+    rest = frozenset(NAMES) - {"block0"}
+    freezer.adopt(Frozen(LAYERS, rest))
+    for _ in range(3):
+        freezer.observe(lambda: PARAMS, grads={p: g for p, g in constant([1.0] * N)[0].items() if p[:6] == "block0"})
+        assert freezer.frozen.names == rest

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -108,6 +109,12 @@ def test_layers_frozen_by_hand_do_not_count():
     assert list(decisions.values())[-1] == {"b"}
 
 
+@pytest.mark.parametrize("returns", [False, True])
+def test_nothing_is_decided_once_all_layers_are_frozen_by_hand(returns):
+    policy = make({"a": 0.1, "b": 0.2, "c": 0.7}, returns=returns, keep=())
+    assert run(policy, None, frozen=frozenset("abc"))[0] == {1: frozenset()}
+
+
 def test_noise_keeps_a_layer_training():
     falls = {"a": 0.38, "b": 0.3, "c": 0.32}
     assert list(run(make(falls, noise=0.0), None)[0].values())[-1] == {"a"}
@@ -170,3 +177,42 @@ def test_costs_and_keep_must_fit_the_network():
         make({"a": 1.0, "b": 1.0, "c": 1.0}, costs={"a": 1.0}).init(LAYERS, PARAMS)
     with pytest.raises(ValueError, match="keep"):
         make({"a": 1.0, "b": 1.0, "c": 1.0}, keep=["z"]).init(LAYERS, PARAMS)
+
+
+@pytest.mark.parametrize("returns", [False, True])
+@pytest.mark.slow
+@pytest.mark.parametrize("every", [4, 6, 9])
+@pytest.mark.usefixtures("jax_defaults")
+def test_with_multi_steps_it_measures_the_update_and_not_the_batches_before(every, returns):
+    """What freezes is what does without MultiSteps, of the same updates."""
+    falls, numbers = {"a": 0.39, "b": 0.3, "c": 0.31}, []
+
+    def run(k):
+        def gradient(params, number):
+            numbers.append(number)
+            return gradients(falls)(params, number)
+
+        options = {"factor": 1.0, "returns": returns, "costs": COSTS, "measuring": Measuring(every, window=3)}
+        policy = sfj.policies.gain(gradient, total_steps=100, **options)
+        tx = optax.MultiSteps(optax.sgd(0.1), k)
+        params, opt_state = PARAMS, tx.init(PARAMS)
+        state, frozen = policy.init(LAYERS, params), []
+        slope = jax.tree.map(jnp.ones_like, PARAMS)
+        update = jax.jit(lambda opt_state, params: tx.update(slope, opt_state, params))
+        for step in range(1, 6 * every + 1):
+            updates, opt_state = update(opt_state, params)
+            params = optax.apply_updates(params, updates)
+            names, state = policy.update(state, LAYERS, step=step, params=lambda p=params: p)
+            frozen.append(names)
+        return frozen, state
+
+    (plain, expected), (accumulated, state) = run(1), run(4)
+    assert expected.measurements == state.measurements == 5
+    np.testing.assert_allclose(state.gains, expected.gains, rtol=1e-4)
+    assert numbers == sorted(range(5)) + sorted(numbers[5:])
+    assert plain[-1] == accumulated[-1] == {"a"}
+    at = [next(step for step, names in enumerate(each, 1) if names) for each in (plain, accumulated)]
+    assert at[0] <= at[1] < at[0] + 4
+    if returns:
+        np.testing.assert_allclose(state.signals.agreements, expected.signals.agreements, rtol=1e-5)
+        np.testing.assert_array_equal(state.signals.moved, expected.signals.moved)

@@ -81,3 +81,8 @@ def test_gradients_of_another_network():
     policy = policies.grades(1.0, total_steps=10, grace=0.0, evaluate_every=1)
     with pytest.raises(ValueError, match="grads: none of the 1 gradients is of a layer's kernel"):
         policy.update(policy.init(LAYERS, PARAMS), LAYERS, step=1, params=lambda: PARAMS, grads={"d": jnp.ones(2)})
+
+
+def test_imaginary_parts_count():
+    policy = policies.grades(0.1, total_steps=20, grace=0.0, evaluate_every=4, keep=())
+    assert run(policy, lambda name, step: 1j * slopes(name, step), 8)[0] == run(policy, slopes, 8)[0]

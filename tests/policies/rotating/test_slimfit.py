@@ -1,6 +1,7 @@
 """Inter-layer scheduling of SlimFit (arXiv 2305.18513)."""
 
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from smartfrz_jax import Layer, Layers, policies
@@ -9,7 +10,7 @@ NAMES = ("a", "b", "c", "d")
 LAYERS = Layers(tuple(Layer(name, (f"{name}/kernel",), (f"{name}/kernel",)) for name in NAMES))
 
 
-def run(policy, speeds, steps, frozen_too=()):
+def run(policy, speeds, steps, frozen_too=(), start=1.0):
     """The layers that train in each step; a layer that trains moves by a share of its weights, its speed at that step.
 
     Args:
@@ -17,8 +18,9 @@ def run(policy, speeds, steps, frozen_too=()):
         speeds: From the number of a step to the speeds by layer.
         steps: Their number.
         frozen_too: Layers that do not move, whatever the policy decides.
+        start: What each weight is at first.
     """
-    weights = dict.fromkeys(NAMES, 1.0)
+    weights = dict.fromkeys(NAMES, start)
 
     def params():
         return {f"{name}/kernel": jnp.full(3, weights[name]) for name in NAMES}
@@ -85,3 +87,26 @@ def test_weights_that_are_not_finite():
             lambda s: {n: float("nan") if n == "a" and s == 3 else 0.1 for n in NAMES},
             4,
         )
+
+
+@pytest.mark.slow
+def test_imaginary_parts_count():
+    speeds = dict(zip(NAMES, (0.4, 0.1, 0.3, 0.2), strict=True))
+    (real, _), (imaginary, state) = (
+        run(policies.slimfit(0.5, switch_every=1, keep=()), lambda step: speeds, 12, start=start) for start in (1.0, 1j)
+    )
+    assert imaginary == real
+    np.testing.assert_allclose(state.distances, list(speeds.values()), rtol=1e-5)
+
+
+@pytest.mark.parametrize("switch_every", [4, 6])
+def test_where_a_step_moves_nothing_the_next_that_does_decides(switch_every):
+    """Of four steps one updates, as with optax.MultiSteps; those between are not taken for frozen layers."""
+    policy = policies.slimfit(0.5, switch_every=switch_every, keep=())
+
+    def speeds(step):
+        return dict(zip(NAMES, (0.4, 0.1, 0.3, 0.2) if step % 4 == 3 else 4 * (0.0,), strict=True))
+
+    trained, state = run(policy, speeds, 48)
+    assert trained[-1] == {"a", "c"}
+    np.testing.assert_allclose(state.distances, [0.4, 0.1, 0.3, 0.2], rtol=1e-5)

@@ -126,3 +126,29 @@ def test_a_run_that_has_begun_is_left_as_it_is(tmp_path):
     again.restore(tmp_path / "run")
     assert again.start() == freezer.frozen == optimizer.frozen
     assert again.events == freezer.events
+
+
+BY_HAND = {"never": (sfj.policies.never, {"layers/1"}), "badam": (POLICIES["badam"], {"layers/0", "layers/1"})}
+
+
+@pytest.mark.parametrize(("make", "later"), BY_HAND.values(), ids=BY_HAND)
+@pytest.mark.slow
+def test_what_was_frozen_by_hand_after_the_freezer_was_made_stays_so(make, later):
+    """For NNX, and for Linen; ``layers/0`` of badam is frozen by hand as well."""
+    model, optimizer, freezer = nnx_run(make())
+    optimizer.freeze(model, sorted(later))
+    frozen = freezer.start()
+    assert frozen == optimizer.frozen
+    assert frozen.names >= later
+    assert {name for event in freezer.events for name in event.names} == frozen.names
+    params = {str(n): jnp.ones((8, 8)) for n in range(4)}
+    layers = sfj.find_layers(params, lambda p, x: x @ p["0"] @ p["1"] @ p["2"] @ p["3"], X)
+    state = sfj.linen.TrainState.create(apply_fn=None, params=params, tx=optax.adam(0.1), layers=layers)
+    freezer = sfj.linen.Freezer(state, make())
+    names = {name.removeprefix("layers/") for name in later}
+    state = freezer.start(state.freeze(sorted(names)))
+    assert state.frozen == freezer.frozen
+    assert state.frozen.names == {name.removeprefix("layers/") for name in frozen.names}
+    for _ in range(12):  # through three turns of badam
+        state = freezer.step(state.apply_gradients(grads=params))
+        assert state.frozen.names >= names
