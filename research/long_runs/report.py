@@ -148,11 +148,11 @@ def page(results: Sequence[Result]) -> str:
         figure = figure_of(rows[0])
         rates = ", ".join(f"{row['rate']:g}: {100 * row[figure]:.2f}" for row in runs)
         text = (
-            f"## {case}\n\n{setup.data}, {setup.epochs:g} epochs of batch {setup.batch_size}, {setup.optimizer}, "
+            f"## {case}\n\n{setup.data}, {_epochs(setup.epochs)} of batch {setup.batch_size}, {setup.optimizer}, "
             f"cosine. Figure: {figure}, percent."
         )
         if runs:
-            text += f"\n\nLearning rates on held-out training examples, in {setup.tuning_epochs} epochs: {rates}."
+            text += f"\n\nLearning rates on held-out training examples, in {_epochs(setup.tuning_epochs)}: {rates}."
         if len(setup.rates) == 1:
             text += f" Learning rate, untried: {setup.rates[0]:g}."
         elif {row["rate"] for row in runs} >= set(setup.rates):
@@ -164,6 +164,10 @@ def page(results: Sequence[Result]) -> str:
     if text := moments(results):
         parts.append(text)
     return "\n".join(parts)
+
+
+def _epochs(number: float) -> str:
+    return f"{number:g} epoch" + ("s" if number > 1 else "")
 
 
 def _rehearsed(rows: Sequence[Result]) -> str:
@@ -304,7 +308,7 @@ def main(argv: list[str] | None = None) -> int:
     write_whole(args.out / "results.md", page(results))
     for case in CASES:
         found = lines(results, case)
-        if len(found) > 1:
+        if len(found) > 2:  # else there is nothing to compare
             picture(found, args.out / f"{case}.png", case)
     return 0
 
