@@ -199,6 +199,15 @@ def test_resumes_on_another_set_of_devices(case, tmp_path):
     assert [m.frozen for m in resumed] == [m.frozen for m in straight[at:]]
 
 
+def observed_step(freezer, params):
+    """A train step of what is active, shown to the freezer; returns the new parameters."""
+    active = jax.tree.map(lambda label: jnp.float32(label == "train"), freezer.frozen.labels(PARAMS))
+    params, grads, loss = train_step(params, active, X, Y)
+    grads = freezer.frozen.active_leaves(grads)
+    freezer.observe(lambda: params, grads=grads, features=lambda: outputs(params, X), loss=loss)
+    return params
+
+
 @pytest.mark.parametrize("name", ["autofreeze", "similarity_guided", "smartfrz", "progress"])
 @pytest.mark.slow
 def test_layers_frozen_before_the_run_stay_so_and_others_follow(name):
@@ -206,14 +215,7 @@ def test_layers_frozen_before_the_run_stay_so_and_others_follow(name):
     freezer = Freezer(CASES[name].make(), LAYERS, PARAMS, frozen=Frozen(LAYERS, before))
     params = PARAMS
     for _ in range(STEPS):
-        active = jax.tree.map(lambda label: jnp.float32(label == "train"), freezer.frozen.labels(PARAMS))
-        params, grads, loss = train_step(params, active, X, Y)
-        freezer.observe(
-            lambda params=params: params,
-            grads=freezer.frozen.active_leaves(grads),
-            features=lambda params=params: outputs(params, X),
-            loss=loss,
-        )
+        params = observed_step(freezer, params)
         assert before <= freezer.frozen.names
     assert before < freezer.frozen.names
 
@@ -246,14 +248,7 @@ def test_goes_on_where_all_layers_are_frozen_by_hand(case):
     for step in range(1, STEPS + 1):
         if step >= 7:
             freezer.adopt(everything)  # what the policy had frozen then may return once
-        active = jax.tree.map(lambda label: jnp.float32(label == "train"), freezer.frozen.labels(PARAMS))
-        params, grads, loss = train_step(params, active, X, Y)
-        freezer.observe(
-            lambda params=params: params,
-            grads=freezer.frozen.active_leaves(grads),
-            features=lambda params=params: outputs(params, X),
-            loss=loss,
-        )
+        params = observed_step(freezer, params)
     assert case.returns or freezer.frozen == everything
 
 
@@ -261,13 +256,16 @@ def test_goes_on_where_all_layers_are_frozen_by_hand(case):
 @pytest.mark.parametrize("name", ["autofreeze", "grades", "relative_gradient_norm", "slimfit", "lisa"])
 @pytest.mark.parametrize("at", [1, 5, 11])
 def test_a_run_in_bfloat16_survives_a_checkpoint(name, at, tmp_path):
+    def drawn_step(freezer, params, number):
+        rng, active = np.random.default_rng(number), freezer.frozen.active_leaves(params)
+        grads = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.bfloat16), PARAMS)
+        params = paths.tree_map(lambda name, leaf: leaf * 0.9 if name in active else leaf, params)
+        freezer.observe(lambda: params, grads=freezer.frozen.active_leaves(grads))
+        return params
+
     def train(freezer, params, first, last):
-        for step in range(first, last + 1):
-            rng = np.random.default_rng(step)
-            grads = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), jnp.bfloat16), PARAMS)  # noqa: B023
-            active = freezer.frozen.active_leaves(params)
-            params = paths.tree_map(lambda name, leaf: leaf * 0.9 if name in active else leaf, params)  # noqa: B023
-            freezer.observe(lambda: params, grads=freezer.frozen.active_leaves(grads))  # noqa: B023
+        for number in range(first, last + 1):
+            params = drawn_step(freezer, params, number)
         return params
 
     start = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), PARAMS)

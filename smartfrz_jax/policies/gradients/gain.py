@@ -221,9 +221,10 @@ class _Gain:
         if not (self.returns or (may_freeze & ~state.frozen).any()):
             return names_of(layers, state.frozen), state
         is_first = step % self.every == 1 and any(leaf.any() for leaf in state.before.values())  # else it began here
-        if is_first or (_waits(state) and hosts.fetch(_moved(state.before, paths.flatten(params())))):
+        by_hand = np.array([name in signals.get("frozen", ()) for name in layers.names], bool)
+        waits = _waits(state) and not (state.frozen | by_hand).all()  # what is all frozen never moves
+        if is_first or (waits and hosts.fetch(_moved(state.before, paths.flatten(params())))):
             state = self._measured(state, layers, params(), step, again=not is_first)
-            by_hand = np.array([name in signals.get("frozen", ()) for name in layers.names], bool)
             # The first agreement takes two measurements.
             if state.measurements >= self.measuring.window + self.returns and not _waits(state):
                 state = self._decided(state, self._saved(layers, signals.get("saving")), may_freeze, by_hand)
