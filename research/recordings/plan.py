@@ -3,7 +3,8 @@
 Every architecture learns three data sets (two of text), each from scratch, from weak and from good pre-training, so
 that its layers are more or less ready at the start; networks of images also two from strong pre-training, one on
 the same classes. Optimizers, schedules, learning rates, batch sizes and lengths are dealt out like cards: in equal
-numbers within an architecture (those from strong pre-training apart), and in an order that its name fixes.
+numbers within an architecture (those from strong pre-training apart), and in an order that its name fixes. Small
+networks of images learn all of CIFAR-10, too, in one epoch and in three.
 """
 
 from __future__ import annotations
@@ -47,6 +48,9 @@ _TRUE_HARM = {
 # Of the peak rates.
 _FACTORS = {SCRATCH: (1.0,), "weak": (0.3, 1.0), "good": (0.1, 0.3), "strong": (0.1, 0.3), PUBLISHED: (1.0,)}
 _EXAMPLES = (1000, 2000, 4000)
+# Of runs on all of CIFAR-10.
+_WHOLE, _WHOLE_BATCH, _EPOCHS = 50_000, 32, (1, 3)
+_WHOLE_SOURCES = (SCRATCH, "cifar100:weak", "cifar100:good", "cifar100:strong")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +72,7 @@ class Run:
         batch_norm: ``train``, ``fixed`` or ``none``.
         true_harm: Whether the harm of freezing is measured to the end of the run, too.
         copy: Tells runs apart that agree in architecture, data and pre-training.
+        epochs: Of runs on all examples of a data set, how often they see them; None for others.
     """
 
     architecture: str
@@ -84,11 +89,13 @@ class Run:
     batch_norm: Literal["train", "fixed", "none"]
     true_harm: bool = False
     copy: int = 0
+    epochs: int | None = None
 
     @property
     def name(self) -> str:
         """Name of the run and of its file."""
-        return _name(self.architecture, self.data, self.pretraining, self.copy)
+        which = self.copy if self.epochs is None else f"whole-{self.epochs}"
+        return _name(self.architecture, self.data, self.pretraining, which)
 
     @property
     def seed(self) -> int:
@@ -109,7 +116,37 @@ def runs() -> list[Run]:
     by_architecture = [_runs_of(name, architecture) for name, architecture in ARCHITECTURES.items()]
     by_architecture += [_strong_runs_of(name, architecture) for name, architecture in ARCHITECTURES.items()]
     rounds = itertools.zip_longest(*by_architecture)
-    return [run for one_of_each in rounds for run in one_of_each if run is not None]
+    return [run for one_of_each in rounds for run in one_of_each if run is not None] + _whole_runs()
+
+
+def _whole_runs() -> list[Run]:
+    """On all of CIFAR-10, short ones first; as many of each pre-training, schedule and length as can be."""
+    small = [name for name, architecture in ARCHITECTURES.items() if not (architecture.text or architecture.published)]
+    rng = random.Random("whole")
+    cases = [(epochs, name) for epochs in _EPOCHS for name in small]
+    sources, schedules = _deal(rng, _WHOLE_SOURCES, len(cases)), _deal(rng, get_args(Schedule), len(cases))
+    chosen: list[Run] = []
+    for (epochs, name), source, schedule in zip(cases, sources, schedules, strict=True):
+        architecture = ARCHITECTURES[name]
+        optimizer = rng.choice(tuple(architecture.rates))
+        chosen.append(
+            Run(
+                architecture=name,
+                data="cifar10",
+                pretraining=source,
+                optimizer=optimizer,
+                schedule=schedule,
+                learning_rate=_rate(rng, architecture, optimizer, source),
+                weight_decay=5e-4 if optimizer == "sgd" else 0.05,
+                batch_size=_WHOLE_BATCH,
+                steps=epochs * (_WHOLE // _WHOLE_BATCH),
+                examples=_WHOLE,
+                augment=True,
+                batch_norm=_batch_norm(architecture, source, fixed=False),
+                epochs=epochs,
+            )
+        )
+    return chosen
 
 
 def _strong_runs_of(name: str, architecture: Architecture) -> list[Run]:
@@ -159,8 +196,8 @@ def _dealt(name: str, architecture: Architecture, cases: list[tuple[str, str, in
     ]
 
 
-def _name(architecture: str, data: str, pretraining: str, copy: int) -> str:
-    return f"{architecture}-{data}-{pretraining}-{copy}".replace("/", "-").replace(":", "-")
+def _name(architecture: str, data: str, pretraining: str, which: int | str) -> str:
+    return f"{architecture}-{data}-{pretraining}-{which}".replace("/", "-").replace(":", "-")
 
 
 def _deal(rng: random.Random, values: Sequence[T], n: int) -> list[T]:

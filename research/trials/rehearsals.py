@@ -36,7 +36,7 @@ def cases() -> dict[str, Case]:
     """Fine-tunings by name: those of the closed loop, one of them longer, and of recorded runs the pre-trained ones."""
     strong = CASES["lite0-cifar10"]
     longer = dataclasses.replace(strong.setup, steps=_LONG * strong.setup.steps)
-    pretrained = [run for run in runs() if run.pretraining != "scratch"]
+    pretrained = [run for run in runs() if run.pretraining != "scratch" and run.epochs is None]
     return {
         **CASES,
         "lite0-cifar10-long": strong._replace(setup=longer),

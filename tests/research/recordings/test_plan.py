@@ -21,6 +21,11 @@ def images(n=16, classes=10, size=8):
     return Arrays((rng.normal(size=(n, size, size, 3)).astype(np.float32),), rng.integers(0, classes, n, np.int32))
 
 
+def parts():
+    """The runs on a part of their data set."""
+    return [run for run in runs() if run.epochs is None]
+
+
 def test_names_of_runs_are_unique_and_plain_file_names():
     names = [run.name for run in runs()]
     assert len(set(names)) == len(names) >= 72
@@ -53,7 +58,7 @@ def test_six_architectures_learn_three_sets_from_scratch_and_from_both_levels_of
 
 def test_hyperparameters_vary_within_every_small_architecture():
     for name, architecture in ARCHITECTURES.items():
-        own = [run for run in runs() if run.architecture == name and not run.pretraining.endswith(":strong")]
+        own = [run for run in parts() if run.architecture == name and not run.pretraining.endswith(":strong")]
         if architecture.published:
             continue
         optimizers, schedules = Counter(run.optimizer for run in own), Counter(run.schedule for run in own)
@@ -67,9 +72,23 @@ def test_hyperparameters_vary_within_every_small_architecture():
 
 def test_every_network_of_images_is_fine_tuned_twice_from_strong_pretraining_once_on_the_same_classes():
     small = [name for name, architecture in ARCHITECTURES.items() if not (architecture.text or architecture.published)]
-    strong = sorted((run.architecture, run.data) for run in runs() if run.pretraining == "cifar100:strong")
+    strong = sorted((run.architecture, run.data) for run in parts() if run.pretraining == "cifar100:strong")
     assert strong == sorted((name, data) for name in small for data in ("cifar10", "cifar100"))
-    assert sum(run.pretraining.endswith(":strong") for run in runs()) == len(strong)
+    assert sum(run.pretraining.endswith(":strong") for run in parts()) == len(strong)
+
+
+def test_every_network_of_images_learns_the_whole_set_in_one_epoch_and_in_three():
+    small = [name for name, architecture in ARCHITECTURES.items() if not (architecture.text or architecture.published)]
+    whole = [run for run in runs() if run.epochs is not None]
+    assert [(run.epochs, run.architecture) for run in whole] == [(n, name) for n in (1, 3) for name in small]
+    for run in whole:
+        assert (run.data, run.examples, run.augment) == ("cifar10", 50_000, True)
+        assert run.steps == run.epochs * (50_000 // run.batch_size)
+        assert run.pretraining == "scratch" or run.pretraining.startswith("cifar100:")  # no image is seen before
+    for dealt in (Counter(run.pretraining for run in whole), Counter(run.schedule for run in whole)):
+        assert len(dealt) == 4
+        assert max(dealt.values()) - min(dealt.values()) <= 1
+    assert max(run.steps for run in whole) >= 30 * min(run.steps for run in parts())
 
 
 def test_runs_fit_their_networks():
