@@ -145,7 +145,14 @@ _FIRST: dict[str, Strategy] = {
     "auto:0.95": _auto(0.95),
 }
 FIRST = len(_FIRST)
-_WAITING = {f"static:half,none:{until}": _static((0.0, 0.5), (until, 0.0)) for until in (0.35, 0.6, 0.8)}
+# Fronts that train later: gradual unfreezing (arXiv 1801.06146), and linear probing before fine-tuning (2202.10054).
+_WAITING = {
+    **{f"static:half,none:{until}": _static((0.0, 0.5), (until, 0.0)) for until in (0.35, 0.6, 0.8)},
+    **{f"static:three-quarters,none:{until}": _static((0.0, 0.75), (until, 0.0)) for until in (0.6, 0.8)},
+    "static:three-quarters,half:0.5,none:0.8": _static((0.0, 0.75), (0.5, 0.5), (0.8, 0.0)),
+    "static:all,half:0.3,none:0.8": _static((0.0, 1.0), (0.3, 0.5), (0.8, 0.0)),
+    "static:all,none:0.5": _static((0.0, 1.0), (0.5, 0.0)),
+}
 _WITH_ACTIVATIONS = ("static:half", "static:half,all:0.6", "progress", "smartfrz", "gain:0.5", *_WAITING)
 
 STRATEGIES: dict[str, Strategy] = {
