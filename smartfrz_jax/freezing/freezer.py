@@ -124,8 +124,7 @@ class Freezer:
         checks.function(params, "params", "a function without arguments that gives the parameters after the step")
         if prepare is not None:
             checks.function(prepare, "prepare", "a function of the frozen set that will take effect")
-        if signals.get("loss") is not None:
-            checks.scalar(signals["loss"], "loss", "a scalar; pass the mean over the batch")
+        checks.loss(signals.get("loss"))
         if metrics is not None:
             checks.by_name(metrics, "metrics", "a mapping from names to scalars")
         self.steps += 1

@@ -179,6 +179,24 @@ def _check_policy_of(path: PathLike, saved: Mapping[str, Any], own: Mapping[str,
         )
 
 
+def check_returning(path: PathLike, kept: object) -> None:
+    """Raises ``ValueError`` unless a checkpoint is of an optimizer that keeps what it drops as the one at hand does.
+
+    Args:
+        path: Directory of the checkpoint.
+        kept: What the one at hand keeps; ``None`` if nothing.
+    """
+    saved, own = (
+        "kept" if keeps else "fresh"
+        for keeps in (any("kept_version" in name for name in checkpoint.notes(path, KIND)), kept is not None)
+    )
+    if saved != own:
+        raise ValueError(
+            f"path: {path} was saved with returning={saved!r}, expected returning={own!r}, as the optimizer at hand "
+            f"has it; make it with returning={saved!r}"
+        )
+
+
 def kept_like(path: PathLike) -> dict[str, np.ndarray]:
     """NumPy arrays in whose place :func:`checkpoint.read` reads the optimizer state of a checkpoint's frozen layers.
 

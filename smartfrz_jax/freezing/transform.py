@@ -149,8 +149,20 @@ class _Update(_Partition):
             updates, params = rows.active(updates, self.frozen, params), rows.active(params, self.frozen)
         else:
             updates = rows.active(updates, self.frozen)
-        updates, state = self._partition.update(updates, state, params, **extra_args)
+        try:
+            updates, state = self._partition.update(updates, state, params, **extra_args)
+        except (AttributeError, TypeError, ValueError) as error:
+            if params is None or self._is_own(state, params):
+                raise
+            raise ValueError(
+                "opt_state: got the state of another optimizer or of another frozen set, expected that of "
+                f"{self.frozen!r}; where the frozen set has changed, call migrate_opt_state"
+            ) from error
         return rows.spread(updates, self.frozen), state
+
+    def _is_own(self, state: Any, params: PyTree) -> bool:
+        """Whether a state has the structure of that which the optimizer begins with."""
+        return jax.tree.structure(state) == jax.tree.structure(jax.eval_shape(self._partition.init, params))
 
     def _shown(self, value: Any, params: PyTree) -> Any:
         """A further argument as ``tx`` is to see it."""

@@ -125,7 +125,19 @@ def trace(forward: Callable[..., Any], params: PyTree, inputs: Sequence[Any]) ->
 
 
 def _traced(forward: Callable[..., Any], params: PyTree, inputs: Sequence[Any]) -> tuple[Any, list[str]]:
-    return named_axes.make_jaxpr(forward)(params, *inputs), list(paths.flatten(params))
+    of_arrays, arrays = _without_flags(forward, inputs)
+    return named_axes.make_jaxpr(of_arrays)(params, *arrays), list(paths.flatten(params))
+
+
+def _without_flags(forward: Callable[..., Any], inputs: Sequence[Any]) -> tuple[Callable[..., Any], list[Any]]:
+    """``forward`` as a function of the arrays alone, and these; ``True``, ``False`` and texts are what they are."""
+    places = [place for place, value in enumerate(inputs) if not isinstance(value, bool | str)]
+
+    def of_arrays(params: PyTree, *arrays: Any) -> Any:
+        given = dict(enumerate(inputs)) | dict(zip(places, arrays, strict=True))
+        return forward(params, *given.values())
+
+    return of_arrays, [inputs[place] for place in places]
 
 
 def _apart(closed: ClosedJaxpr, names: Sequence[str], tables: Collection[str]) -> tuple[ClosedJaxpr, list[Lookup]]:

@@ -50,7 +50,7 @@ def find_layers(
         params: Parameter pytree; arrays or ``jax.ShapeDtypeStruct``.
         forward: A JAX-traceable function of ``(params, *inputs)``. It is only traced, outside of ``jax.pmap`` too: axes
             that it names are there for the trace.
-        *inputs: An example batch, or ``jax.ShapeDtypeStruct`` of its shape.
+        *inputs: An example batch, or ``jax.ShapeDtypeStruct`` of its shape; flags (``True``, ``False``, texts) too.
         granularity: ``"layer"``, or ``"block"`` for one layer per residual or transformer block (the modules of a list,
             ``blocks/3``, or numbered by name beside others, ``encoderblock_3``), or a function from a parameter's name
             to the name of its layer.
@@ -66,7 +66,8 @@ def find_layers(
         The layers, front to back.
 
     Raises:
-        ValueError: If ``params`` has no leaves, or one without a name, or ``granularity`` is not one of the above.
+        ValueError: If ``params`` has no leaves, or one without a name, ``forward`` uses none of them, or
+            ``granularity`` is not one of the above.
         TypeError: If a leaf of ``params`` is not an array of floating-point numbers.
 
     Example:
@@ -105,12 +106,17 @@ def group(
         The layers, front to back.
 
     Raises:
-        ValueError: If ``granularity`` is unknown.
+        ValueError: If ``granularity`` is unknown, or no parameter is used.
     """
     checks.flag(rows, "rows")
     if not callable(granularity) and (not isinstance(granularity, str) or granularity not in ("layer", "block")):
         raise ValueError(
             f"granularity: got {granularity!r}, expected 'layer', 'block' or a function of a parameter's name"
+        )
+    if not used.first.keys() & leaves.keys():
+        raise ValueError(
+            "forward: uses none of the parameters with the inputs, so there is no order, expected a function that "
+            "computes with its first argument; it may close over the parameters"
         )
     leaves = {**leaves, **{lookup.name: leaves[lookup.array] for lookup in used.lookups}}
     rank = {name: used.first.get(name, _UNUSED) for name in (*leaves, *state)}

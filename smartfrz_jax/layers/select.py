@@ -5,7 +5,7 @@ from __future__ import annotations
 import fnmatch
 import inspect
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from types import EllipsisType
 from typing import Any, TypeAlias
 
@@ -65,6 +65,11 @@ def as_selectors(selectors: Any, argument: str) -> tuple[Selector, ...]:
     """
     if isinstance(selectors, str | re.Pattern) or selectors is ... or callable(selectors):
         selectors = (selectors,)
+    if isinstance(selectors, Mapping):  # iterating it would take its keys, whatever it says of them
+        raise TypeError(
+            f"{argument}: got {checks.got(selectors)}, expected {_EXPECTED}; of a mask pass the names that it is true "
+            "for: [name for name, is_frozen in mask.items() if is_frozen]"
+        )
     if not isinstance(selectors, Iterable):
         raise TypeError(f"{argument}: got {checks.got(selectors)}, expected {_EXPECTED}")
     several = tuple(selectors)

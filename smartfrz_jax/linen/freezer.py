@@ -12,7 +12,7 @@ from smartfrz_jax.callbacks.base import Callback, check_callbacks
 from smartfrz_jax.freezing import freezer
 from smartfrz_jax.freezing.coming import wait_for_all
 from smartfrz_jax.freezing.frozen import Frozen
-from smartfrz_jax.freezing.saved_run import kept_like
+from smartfrz_jax.freezing.saved_run import check_returning, kept_like
 from smartfrz_jax.layers.select import Selectors
 from smartfrz_jax.linen.train_state import TrainState
 from smartfrz_jax.policies.base import Policy, check_features, check_policy
@@ -131,9 +131,11 @@ class Freezer(freezer.Freezer):
             The state to go on with.
 
         Raises:
+            TypeError: If it is called in a compiled function, or ``loss`` is no number.
             ValueError: If layers train that the freezer has frozen: the state is not the one that it returned.
         """
         checks.instance(state, TrainState, "state", "the smartfrz_jax.linen.TrainState after the step")
+        checks.outside_jit(state.step, "state")
         self.adopt(state.frozen)
         make_features, train_step = self._features, self._train_step
         return state.freeze(
@@ -209,6 +211,7 @@ class Freezer(freezer.Freezer):
         """
         checks.instance(state, TrainState, "state", "a smartfrz_jax.linen.TrainState of the network and the optimizer")
         kept = state.kept
+        check_returning(path, kept)
         if kept is None:
             return self.restore_run(path, state.freeze(self.saved_frozen(path)))
         with kept.unchanged_on_error():

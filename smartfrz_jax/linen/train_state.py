@@ -212,11 +212,18 @@ class TrainState(train_state.TrainState):
                 predicates or NNX filters; see :func:`smartfrz_jax.layers.select.select`.
 
         Raises:
-            ValueError: If a layer is not one of the network's, or ``kept`` has gone on with another state.
+            ValueError: If a layer is not one of the network's, ``kept`` has gone on with another state, or ``tx`` was
+                replaced.
         """
         new = self.frozen.changed(frozen)
         if new == self.frozen:
             return self
+        if self.tx != transform.freeze(self.unfrozen_tx, overwritten.optimized_frozen(self.frozen)):
+            raise ValueError(
+                "tx: got another one than the state was created with, which the freeze would undo; make a state for it "
+                "by TrainState.create(tx=..., frozen=state.frozen), or let the rate be a schedule or one of "
+                "optax.inject_hyperparams, which optax.tree.set changes in opt_state"
+            )
         params, optimized = overwritten.optimized(self.params), overwritten.optimized_frozen(new)
         if self.kept is None:
             opt_state, version = migrate.migrate_opt_state(self.opt_state, self.unfrozen_tx, params, optimized), None

@@ -17,7 +17,7 @@ from smartfrz_jax.callbacks.base import Callback, check_callbacks
 from smartfrz_jax.freezing import freezer
 from smartfrz_jax.freezing.coming import wait_for_all
 from smartfrz_jax.freezing.frozen import Frozen
-from smartfrz_jax.freezing.saved_run import frozen_sets, kept_like
+from smartfrz_jax.freezing.saved_run import check_returning, frozen_sets, kept_like
 from smartfrz_jax.freezing.summary import Summary
 from smartfrz_jax.layers.select import Selectors
 from smartfrz_jax.nnx.cached_step import CachedStep
@@ -141,9 +141,11 @@ class Freezer(freezer.Freezer):
             The frozen set from now on.
 
         Raises:
+            TypeError: If it is called in a compiled function, or ``loss`` is no number.
             ValueError: If layers train that the freezer has frozen, or a change is due and the optimizer has made no
                 step since the last one: a loop trains a copy of it, such as ``nnx.split`` makes.
         """
+        checks.outside_jit(self.optimizer.step[...], "optimizer")
         self.adopt(self.optimizer.frozen)
         model, optimizer, make_features, train_step = self.model, self.optimizer, self._features, self._train_step
         frozen = self.observe(
@@ -241,6 +243,7 @@ class Freezer(freezer.Freezer):
             ValueError: If the checkpoint is damaged, or of another network; nothing has changed then.
         """
         optimizer = self.optimizer
+        check_returning(path, optimizer.kept)
         before = optimizer.frozen, optimizer.tx, optimizer.opt_state, optimizer.grads, optimizer.kept_version
         try:
             with optimizer.kept.unchanged_on_error() if optimizer.kept else contextlib.nullcontext():

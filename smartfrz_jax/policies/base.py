@@ -107,7 +107,7 @@ class ScheduleState(NamedTuple):
 
 def check_policy(policy: Any) -> None:
     """Raises ``TypeError`` unless ``policy`` is a :class:`Policy` of two functions."""
-    expected = "a smartfrz_jax.Policy, such as smartfrz_jax.progress(total_steps)"
+    expected = "a smartfrz_jax.Policy, such as smartfrz_jax.progress(total_steps=1000)"
     checks.instance(policy, Policy, "policy", expected)
     checks.function(policy.init, "policy", "a function as its init")
     checks.function(policy.update, "policy", "a function as its update")

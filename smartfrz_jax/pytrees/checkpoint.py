@@ -269,11 +269,11 @@ def _check_fit(saved: dict[str, checkpoint_leaves.Note], wanted: dict[str, Any],
     wrong = sorted(expected.keys() ^ got.keys())
     wrong = sorted([*wrong, *(name for name in both if not checkpoint_leaves.fits(saved[name], wanted[name]))])
     if wrong:
-        name = wrong[0]
+        name, of = wrong[0], len(expected.keys() | got.keys())
         raise ValueError(
             f"path: {what} does not fit: {name} is {_text(got.get(name))} there, expected "
-            f"{_text(expected.get(name))} ({len(wrong)} of {len(expected)} arrays differ); restore it with the "
-            "configuration it was saved with"
+            f"{_text(expected.get(name))} ({len(wrong)} of {of} arrays differ); restore it with the "
+            "configuration it was saved with, frozen layers included"
         )
     for name, leaf in wanted.items():
         if checkpoint_leaves.needs_x64(saved[name], leaf):

@@ -79,6 +79,21 @@ def scalar(value: Any, argument: str, expected: str) -> None:
         raise ValueError(f"{argument}: got shape {np.shape(value)}, expected {expected}")
 
 
+def outside_jit(value: Any, argument: str) -> None:
+    """Raises ``TypeError`` if ``value`` is traced: a freezer in a compiled step would be asked once, in the trace."""
+    if isinstance(value, jax.core.Tracer):
+        raise TypeError(
+            f"{argument}: got a tracer, expected arrays; call the freezer outside of jax.jit, after every train step"
+        )
+
+
+def loss(value: Any) -> None:
+    """Raises unless ``value`` is the loss of a step: one number that is not traced, or ``None``."""
+    if value is not None:
+        outside_jit(value, "loss")
+        scalar(value, "loss", "a scalar; pass the mean over the batch")
+
+
 def number(value: Any, argument: str, expected: str) -> float:
     """``value`` as a Python number; raises as :func:`scalar` does."""
     scalar(value, argument, expected)

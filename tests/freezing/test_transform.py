@@ -122,6 +122,22 @@ def test_migrate_refuses_the_state_of_another_optimizer():
                 migrate_opt_state(state, passed, PARAMS, frozen)
 
 
+@pytest.mark.parametrize("tx", [optax.adam(0.1), optax.sgd(0.1, momentum=0.9)], ids=["adam", "momentum"])
+def test_update_says_that_a_state_is_of_another_frozen_set(tx):
+    none, some = Frozen(LAYERS), Frozen(LAYERS, "a")
+    for frozen, state in [
+        (some, freezing.freeze(tx, none).init(PARAMS)),
+        (none, freezing.freeze(tx, some).init(PARAMS)),
+        (some, tx.init(PARAMS)),
+    ]:
+        with pytest.raises(ValueError, match=r"opt_state: got .* another frozen set.*call migrate_opt_state"):
+            jax.jit(freezing.freeze(tx, frozen).update)(GRADS[0], state, PARAMS)
+        moved = migrate_opt_state(state, tx, PARAMS, frozen)
+        freezing.freeze(tx, frozen).update(GRADS[0], moved, PARAMS)
+    with pytest.raises(TypeError, match=r"^(?!opt_state)"):  # of the optimizer's own
+        freezing.freeze(tx, some).update({**GRADS[0], "b": {"kernel": "x", "bias": "x"}}, moved, PARAMS)
+
+
 def test_migrate_refuses_the_state_of_other_parameters():
     tx = optax.adam(0.1)
     wider = jax.tree.map(lambda leaf: jnp.concatenate([leaf, leaf]), PARAMS)

@@ -161,6 +161,21 @@ def test_pre_norm_transformer():
     assert owner["encoder_norm/scale"] == owner["encoder_norm/bias"] == "encoderblock_11/fc2"
 
 
+def test_a_function_that_uses_no_parameter_has_no_order():
+    with pytest.raises(ValueError, match=r"forward: uses none of the parameters .* close over"):
+        find_layers(LINEAR, lambda params, x: linear(LINEAR, x), ROW)
+
+
+def test_texts_and_booleans_among_the_inputs_are_no_data():
+    def forward(params, x, order, more):
+        first, second = {"given": "ab", "turned": "ba"}[order]
+        x = x @ params[first]["kernel"] @ params[second]["kernel"]
+        return x @ params["c"]["kernel"] if more else x
+
+    assert find_layers(LINEAR, forward, ROW, "given", True).names == ("a", "b", "c")
+    assert find_layers(LINEAR, forward, ROW, "turned", False).names == ("c", "b", "a")
+
+
 def test_unused_parameters_come_first():
     assert find_layers(LINEAR, linear, ROW).names == ("c", "b", "a")
 

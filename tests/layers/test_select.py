@@ -92,6 +92,7 @@ def test_what_means_no_layer_is_refused(selectors, message):
     [
         (None, "got NoneType None"),
         (3, "got int 3"),
+        ({"stem": True, "head": False}, r"got dict of 2, .* of a mask pass the names"),
         (["stem", None], "got NoneType None among them"),
         (re.compile(b"stem"), "re.Pattern among them"),
         (nnx.BatchNorm, "got the type BatchNorm"),

@@ -108,6 +108,11 @@ def test_find_layers_needs_params():
         sfj.linen.find_layers(NET, {"stem": {}}, X)
 
 
+def test_find_layers_takes_flags_by_position():
+    variables = NET.init(jax.random.key(0), X, train=False)
+    assert [sfj.linen.find_layers(NET, variables, X, train).names for train in (True, False)] == [NAMES, NAMES]
+
+
 def test_find_layers_passes_random_keys_on():
     class Noisy(nn.Module):
         @nn.compact
@@ -218,6 +223,23 @@ def test_policies_that_look_at_gradients_need_a_state_that_keeps_them():
     plain = train_state.TrainState.create(apply_fn=None, params={"a": jnp.ones((2, 2))}, tx=TX)
     with pytest.raises(TypeError, match=r"state: got flax.training.train_state.TrainState"):
         sfj.linen.Freezer(plain, sfj.policies.never())
+
+
+def test_a_freezer_in_a_compiled_step_is_refused():
+    state = make()
+    freezer = sfj.linen.Freezer(state, sfj.policies.never())
+    with pytest.raises(TypeError, match=r"state: got a tracer, .*outside of jax.jit"):
+        jax.jit(freezer.step)(state)
+    with pytest.raises(TypeError, match=r"loss: got a tracer, .*outside of jax.jit"):
+        jax.jit(lambda loss: freezer.step(state, loss=loss).step)(1.0)
+    assert freezer.steps == 0
+
+
+def test_another_optimizer_in_the_state_is_not_undone_in_silence():
+    state = make()
+    with pytest.raises(ValueError, match=r"tx: got another one .*TrainState.create\(tx=..., frozen=state.frozen\)"):
+        state.replace(tx=optax.sgd(0.0)).freeze(["stem"])
+    assert state.replace(step=state.step + 1).freeze(["stem"]).frozen.names == {"stem"}
 
 
 @pytest.mark.slow

@@ -275,6 +275,19 @@ def test_wrong_arguments_are_named():
         sfj.nnx.Freezer(model, optimizer, policy)
 
 
+def test_a_freezer_in_a_compiled_step_is_refused():
+    model, optimizer = make()
+    freezer = sfj.nnx.Freezer(model, optimizer, sfj.policies.never())
+
+    def step(optimizer):
+        freezer.optimizer = optimizer
+        freezer.step()
+
+    with pytest.raises(TypeError, match=r"optimizer: got a tracer, .*outside of jax.jit"):
+        nnx.jit(step)(optimizer)
+    assert freezer.steps == 0
+
+
 @pytest.mark.slow
 def test_layers_frozen_by_hand_stay_frozen_under_a_policy(tmp_path):
     def start(by_hand):

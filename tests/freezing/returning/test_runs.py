@@ -136,6 +136,21 @@ def test_a_restored_run_of_a_bare_pytree_returns_to_the_same_moments(tmp_path):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize(("saved", "own"), [("fresh", "kept"), ("kept", "fresh")])
+def test_a_checkpoint_of_the_other_kind_of_return_is_refused(tmp_path, saved, own):
+    message = rf"path: .* saved with returning='{saved}', expected returning='{own}'.* make it with returning='{saved}'"
+    model, optimizer = make_nnx(returning=saved)
+    sfj.nnx.Freezer(model, optimizer, policy()).save(tmp_path / "nnx")
+    model, optimizer = make_nnx(returning=own)
+    with pytest.raises(ValueError, match=message):
+        sfj.nnx.Freezer(model, optimizer, policy()).restore(tmp_path / "nnx")
+    states = {kind: make(optax.adam(0.1), returning=kind) for kind in (saved, own)}
+    sfj.linen.Freezer(states[saved], policy()).save(tmp_path / "linen", states[saved])
+    with pytest.raises(ValueError, match=message):
+        sfj.linen.Freezer(states[own], policy()).restore(tmp_path / "linen", states[own])
+
+
+@pytest.mark.slow
 def test_a_checkpoint_that_does_not_fit_leaves_what_was_kept_as_it_is(tmp_path):
     model, optimizer = make_nnx()
     freezer = sfj.nnx.Freezer(model, optimizer, policy())
