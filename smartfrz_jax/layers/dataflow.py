@@ -102,6 +102,9 @@ def consumption(
     Returns:
         The consuming equations; parameters which the output does not depend on are missing from it.
 
+    Raises:
+        ValueError: If ``forward`` computes with none of them.
+
     Example:
         >>> import jax.numpy as jnp
         >>> params = {"a": jnp.ones((3, 3)), "b": jnp.ones((3, 3))}
@@ -110,6 +113,12 @@ def consumption(
         ['b', 'a']
     """
     closed, params_alone = _traced(forward, params, inputs)
+    read = {var for eqn in closed.jaxpr.eqns for var in variables(eqn.invars)}
+    if read.isdisjoint(closed.jaxpr.invars[: len(params_alone)]):
+        raise ValueError(
+            "forward: computes with none of the parameters, so they have no order, expected a function that computes "
+            "with its first argument; it may close over the parameters"
+        )
     closed, lookups = _apart(closed, params_alone, tables)
     names = [*params_alone, *(lookup.name for lookup in lookups)]
     flat = _inlined(closed, len(names), inputs)

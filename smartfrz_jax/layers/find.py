@@ -106,17 +106,12 @@ def group(
         The layers, front to back.
 
     Raises:
-        ValueError: If ``granularity`` is unknown, or no parameter is used.
+        ValueError: If ``granularity`` is unknown.
     """
     checks.flag(rows, "rows")
     if not callable(granularity) and (not isinstance(granularity, str) or granularity not in ("layer", "block")):
         raise ValueError(
             f"granularity: got {granularity!r}, expected 'layer', 'block' or a function of a parameter's name"
-        )
-    if not used.first.keys() & leaves.keys():
-        raise ValueError(
-            "forward: uses none of the parameters with the inputs, so there is no order, expected a function that "
-            "computes with its first argument; it may close over the parameters"
         )
     leaves = {**leaves, **{lookup.name: leaves[lookup.array] for lookup in used.lookups}}
     rank = {name: used.first.get(name, _UNUSED) for name in (*leaves, *state)}
