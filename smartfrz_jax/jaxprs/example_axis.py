@@ -65,9 +65,7 @@ def axes(jaxpr: Jaxpr, given: Sequence[Axis | None]) -> dict[Any, Axis | str]:
 
 def _axes_of_results(eqn: Eqn, ins: Sequence[Axis | str | None]) -> Sequence[Axis | str | None]:
     given = [axis if isinstance(axis, Axis) else None for axis in ins]
-    body = inline.body_of(eqn)
-    is_call = eqn.primitive.name not in _RULES and len(getattr(body, "invars", ())) == len(given)
-    if is_call and len(body.outvars) == len(eqn.outvars):
+    if (body := inline.called(eqn)) is not None:
         inner = axes(body, given)
         return [lookup(inner, atom) for atom in body.outvars]
     # As if everything else were the same for all examples.
@@ -129,8 +127,7 @@ def _transfer(eqn: Eqn, values: Sequence[Value]) -> list[Axis | None]:
     rule = _RULES.get(name)
     if rule is not None:
         return rule(eqn, shapes, values)
-    body = inline.body_of(eqn)
-    if hasattr(body, "eqns") and len(body.invars) == len(values) and len(body.outvars) == len(eqn.outvars):
+    if (body := inline.called(eqn)) is not None:
         return [value.axis for value in of_jaxpr(body, values)]
     raise Mixed(f"{name}, of which it is not known whether it keeps the examples apart")
 

@@ -148,19 +148,36 @@ def _convolution(eqn: Eqn, shapes: Any, values: Any) -> list[Axis | None]:
 
 
 def _window(eqn: Eqn, shapes: Any, values: Any) -> list[Axis | None]:
-    axis, params = values[0].axis, eqn.params
+    axis, params = _of_operands(eqn, shapes, values), eqn.params
     at = axis.position
     sizes = (params[key][at] for key in ("window_dimensions", "window_strides", "base_dilation", "window_dilation"))
     if any(size != 1 for size in sizes) or tuple(params["padding"][at]) != (0, 0):
         raise Mixed("a window over the examples")
-    return [axis]
+    return [axis] * len(eqn.outvars)
 
 
-def _stack(eqn: Eqn, shapes: Any, values: Any) -> list[Axis | None]:
+def _reduce(eqn: Eqn, shapes: Any, values: Any) -> list[Axis | None]:
+    axis = _of_operands(eqn, shapes, values)
+    return [without(axis, eqn.params["dimensions"], "a reduction over the examples")] * len(eqn.outvars)
+
+
+def _of_operands(eqn: Eqn, shapes: Any, values: Any) -> Axis:
+    """Axis of the examples in what is reduced together, one value for each result; then come the initial ones."""
+    n = len(eqn.outvars)
+    return _together(shapes[:n], values[:n])
+
+
+def _together(shapes: Sequence[tuple[int, ...]], values: Sequence[Value]) -> Axis:
+    """Axis of the examples in values of one shape."""
     axis = agreed(value.axis for value in values)
     for shape, value in zip(shapes, values, strict=True):
         if value.axis is None:
             _check_constant(shape, value, axis)
+    return axis
+
+
+def _stack(eqn: Eqn, shapes: Any, values: Any) -> list[Axis | None]:
+    axis = _together(shapes, values)
     return [axis._replace(position=axis.position + (eqn.params["axis"] <= axis.position))]
 
 
@@ -260,6 +277,7 @@ RULES: dict[str, Rule] = {
     "gather": _gather,
     "optimization_barrier": _barrier,
     "pad": _pad,
+    "reduce": _reduce,
     "reshape": _reshape,
     "rev": _along("dimensions", "the batch is turned round"),
     "slice": _slice,

@@ -41,8 +41,10 @@ COLLECTIVES = frozenset({"pmax", "pmin", "psum", "psum_invariant"})
 EXCHANGES = frozenset({
     "all_gather", "all_gather_invariant", "all_to_all", "axis_index", "ppermute", "pvary", "reduce_scatter",
 })
+REDUCTIONS = frozenset({
+    "reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_prod", "reduce_sum", "reduce_xor",
+})
 # fmt: on
-REDUCTIONS = frozenset({"reduce_sum", "reduce_max", "reduce_min", "reduce_prod", "reduce_and", "reduce_or"})
 _WINDOWS = frozenset({"reduce_window_sum", "reduce_window_max", "reduce_window_min"})
 _CUMULATIVE = frozenset({"cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum"})
 _PARTS = frozenset({"broadcast_in_dim", "convert_element_type", "pad", "reshape", "slice", "squeeze", "transpose"})

@@ -19,6 +19,7 @@ from smartfrz_jax.jaxprs.parts import Atom, ClosedJaxpr, Eqn, Jaxpr, lookup, var
 _REMAT = frozenset({"remat2", "checkpoint"})
 _TRANSPARENT = frozenset({"jit", "pjit", "closed_call", "core_call"}) | _REMAT
 _WITH_RULES = frozenset({"custom_jvp_call", "custom_vjp_call"})
+_CALLS = _TRANSPARENT | _WITH_RULES | {"call", "composite", "compute_on", "shard_map", "xla_metadata_call"}
 
 
 class Loop(NamedTuple):
@@ -69,6 +70,11 @@ def body_of(eqn: Eqn) -> Any:
     if getattr(inner, "consts", ()):
         return None
     return inner.jaxpr if isinstance(inner, jex.ClosedJaxpr) else inner
+
+
+def called(eqn: Eqn) -> Any:
+    """The jaxpr that an equation runs once, on its inputs, else None: a reduction has one too, of its elements."""
+    return body_of(eqn) if eqn.primitive.name in _CALLS else None
 
 
 def functions(eqn: Eqn) -> Iterator[str]:

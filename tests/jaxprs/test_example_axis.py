@@ -5,6 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax import lax
+from jax.extend import core as jex
 
 from models.deit import DeiT
 from models.resnet import BasicBlock, ResNet
@@ -14,6 +16,18 @@ from tests.support.prefix_caches import IMAGES, N, X
 from tests.support.rounding import assert_close
 
 pytestmark = pytest.mark.usefixtures("jax_defaults")
+
+
+def larger(a, b):
+    """The pair with the larger first value, as in a pooling that gives places too."""
+    return tuple(jnp.where(a[0] > b[0], one, other) for one, other in zip(a, b, strict=True))
+
+
+def with_a_jaxpr(x):
+    """A primitive of which nobody knows what it does with the jaxpr that it has."""
+    unknown = jex.Primitive("unknown")
+    unknown.def_abstract_eval(lambda x, jaxpr: x)
+    return unknown.bind(x, jaxpr=jax.make_jaxpr(jnp.sin)(1.0))
 
 
 KEEPS = {
@@ -28,24 +42,30 @@ KEEPS = {
     "unstacked": lambda x: jnp.add(*jnp.moveaxis(x.reshape(N, 2, 3), 1, 0)),
     "heads": lambda x: jnp.moveaxis(x.reshape(N, 3, 2), 1, 0)[2],
     "slice": lambda x: x[:, 2:4],
-    "dynamic slice": lambda x: jax.lax.dynamic_slice_in_dim(x, 1, 3, axis=1),
+    "dynamic slice": lambda x: lax.dynamic_slice_in_dim(x, 1, 3, axis=1),
     "class token": lambda x: jnp.concatenate([jnp.broadcast_to(jnp.arange(2.0), (N, 2)), x], axis=1),
     "padded": lambda x: jnp.pad(x, ((0, 0), (1, 2))),
     "stacked": lambda x: jnp.stack([x, x * 2], axis=0),
     "sorted": lambda x: jnp.sort(x, axis=1),
     "cumulative": lambda x: jnp.cumsum(x, axis=1),
-    "top k": lambda x: jax.lax.top_k(x, 2)[0],
+    "top k": lambda x: lax.top_k(x, 2)[0],
     "argmax": lambda x: x.argmax(1),
     "embedded": lambda x: jnp.eye(9)[x.argmax(1)],
     "embedded with constants": lambda x: jnp.eye(9)[jnp.zeros((N, 3), int)].sum() * x + jnp.eye(6)[jnp.zeros(N, int)],
     "taken along": lambda x: jnp.take_along_axis(x, x.argsort(1), 1),
     "masked": lambda x: jnp.where(x > 0, x, -1.0),
-    "scan over features": lambda x: jax.lax.scan(lambda c, v: (c + v, c * v), jnp.zeros(N), x.T)[1],
-    "loop": lambda x: jax.lax.fori_loop(0, 3, lambda _, v: jnp.sin(v), x),
-    "branches": lambda x: jax.lax.cond(jnp.array(True), jnp.sin, jnp.cos, x),
-    "map over steps": lambda x: jax.lax.map(lambda a: a * x, jnp.arange(3.0)),
+    "scan over features": lambda x: lax.scan(lambda c, v: (c + v, c * v), jnp.zeros(N), x.T)[1],
+    "loop": lambda x: lax.fori_loop(0, 3, lambda _, v: jnp.sin(v), x),
+    "branches": lambda x: lax.cond(jnp.array(True), jnp.sin, jnp.cos, x),
+    "map over steps": lambda x: lax.map(lambda a: a * x, jnp.arange(3.0)),
     "relu, jit, checkpoint": lambda x: jax.checkpoint(jax.jit(jax.nn.relu))(x),
     "fixed mean": lambda x: x + jnp.arange(6.0).mean(),
+    "own reduction": lambda x: lax.reduce(x, -9.0, jnp.logaddexp, (1,)),
+    "own reduction of the transposed": lambda x: lax.reduce(x.T, -9.0, jnp.logaddexp, (0,)),
+    "own reduction, with constants": lambda x: lax.reduce((x, jnp.ones((N, 6))), (0.0, 0.0), larger, (1,))[1],
+    "own window": lambda x: lax.reduce_window(x, 1.0, lax.mul, (1, 2), (1, 2), "VALID"),
+    "own window of two": lambda x: lax.reduce_window((x, x * 2), (0.0, 0.0), larger, (1, 2), (1, 2), "VALID")[1],
+    "exclusive or": lambda x: lax.reduce((x > 0).astype(int), 0, lax.bitwise_xor, (1,)),
 }
 MIXES = {
     "batch norm": lambda x: (x - x.mean(0)) / x.std(0),
@@ -62,12 +82,17 @@ MIXES = {
     "sorted": lambda x: jnp.sort(x, axis=0),
     "padded": lambda x: jnp.pad(x, ((1, 0), (0, 0))),
     "taken": lambda x: x[jnp.array([0, 0, 1, 1])],
-    "scan over examples": lambda x: jax.lax.scan(lambda c, v: (c + v, c), jnp.zeros(6), x)[1],
+    "scan over examples": lambda x: lax.scan(lambda c, v: (c + v, c), jnp.zeros(6), x)[1],
     "dropout": lambda x: x * jax.random.bernoulli(jax.random.key(0), 0.5, x.shape),
-    "loop until": lambda x: jax.lax.while_loop(lambda v: (v < 3).all(), lambda v: v + 1, x),
-    "branch by the batch": lambda x: jax.lax.cond(x.sum() > 0, jnp.sin, jnp.cos, x),
+    "loop until": lambda x: lax.while_loop(lambda v: (v < 3).all(), lambda v: v + 1, x),
+    "branch by the batch": lambda x: lax.cond(x.sum() > 0, jnp.sin, jnp.cos, x),
     "position by one-hot": lambda x: x + jnp.eye(6)[jnp.arange(N)],
     "unknown": lambda x: jnp.linalg.cholesky(jnp.einsum("nd,ne->nde", x, x)),
+    "unknown with a jaxpr": with_a_jaxpr,
+    "own reduction": lambda x: lax.reduce(x, -9.0, jnp.logaddexp, (0, 1)),
+    "own reduction, by position": lambda x: lax.reduce((x, jnp.eye(N, 6)), (0.0, 0.0), larger, (1,))[1],
+    "own window": lambda x: lax.reduce_window(x, 1.0, lax.mul, (2, 1), (1, 1), "VALID"),
+    "own window of two": lambda x: lax.reduce_window((x, x * 2), (0.0, 0.0), larger, (2, 1), (1, 1), "VALID")[1],
 }
 
 
@@ -98,7 +123,7 @@ def test_the_axis_is_the_same_where_examples_may_depend_on_each_other(name):
 @pytest.mark.parametrize("name", MIXES)
 def test_the_axis_where_examples_do_depend_on_each_other(name):
     dependent = {"batch norm", "maximum of all", "position in the batch", "first", "mixup", "dropout",
-                 "branch by the batch", "position by one-hot"}  # fmt: skip
+                 "branch by the batch", "position by one-hot", "own reduction, by position"}  # fmt: skip
     found = axis_if_dependent(MIXES[name])
     assert found == Axis(0) if name in dependent else isinstance(found, str)
 
@@ -111,7 +136,7 @@ def axis_if_dependent(function):
 def test_convolution_and_pooling_keep_examples_apart():
     def function(x):
         numbers = ("NHWC", "HWIO", "NHWC")
-        x = jax.lax.conv_general_dilated(x, jnp.ones((3, 3, 3, 4)), (2, 2), "SAME", dimension_numbers=numbers)
+        x = lax.conv_general_dilated(x, jnp.ones((3, 3, 3, 4)), (2, 2), "SAME", dimension_numbers=numbers)
         return nnx.max_pool(x, (2, 2), (2, 2)) + nnx.avg_pool(x, (2, 2), (2, 2))
 
     closed = jax.make_jaxpr(function)(IMAGES)
