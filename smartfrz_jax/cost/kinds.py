@@ -58,7 +58,9 @@ _BY_NAME = {
 _NAMES = [(kind, re.compile(pattern)) for kind, pattern in _BY_NAME.items()]
 _PRIMITIVES = {
     "conv_general_dilated": CONVOLUTION,
+    "reduce_window": POOLING,
     "reduce_window_max": POOLING,
+    "reduce_window_min": POOLING,
     "reduce_window_sum": POOLING,
     "random_bits": RANDOM,
     "threefry2x32": RANDOM,
@@ -87,7 +89,8 @@ def kind_of(eqn: Eqn, on_weights: list[bool], on_data: list[bool]) -> str:
         return EMBEDDING
     if name in ("add", "add_any") and any(on_weights) and any(on_data):
         return BIAS
-    if name.startswith("reduce_") and eqn.invars and len(eqn.invars[0].aval.shape) >= 3 and 0 not in eqn.params["axes"]:
+    reduced = eqn.params["axes"] if name in flops.REDUCTIONS else eqn.params["dimensions"] if name == "reduce" else (0,)
+    if 0 not in reduced and len(eqn.invars[0].aval.shape) >= 3:
         return POOLING
     return OTHER
 

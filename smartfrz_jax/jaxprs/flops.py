@@ -32,9 +32,9 @@ ELEMENTWISE = frozenset({
 FREE = frozenset({
     "bitcast_convert_type", "broadcast_in_dim", "cbrt", "concatenate", "copy", "copy_p", "cos", "create_token",
     "device_put", "dynamic_slice", "dynamic_update_slice", "erf", "exp", "exp2", "expand_dims", "expm1", "iota",
-    "log", "log1p", "optimization_barrier", "pad", "pow", "random_unwrap", "random_wrap", "reshape", "rev", "rsqrt",
-    "sharding_constraint", "sin", "slice", "split", "sqrt", "squeeze", "stack", "stop_gradient", "tan", "tanh",
-    "transpose",
+    "log", "log1p", "num_programs", "optimization_barrier", "pad", "pow", "program_id", "random_unwrap",
+    "random_wrap", "reshape", "rev", "rsqrt", "sharding_constraint", "sin", "slice", "split", "sqrt", "squeeze",
+    "stack", "stop_gradient", "tan", "tanh", "transpose",
 })
 # Between the positions of a named axis: an addition for each element, or none.
 COLLECTIVES = frozenset({"pmax", "pmin", "psum", "psum_invariant"})
@@ -87,6 +87,9 @@ def of_equation(eqn: Eqn, backend: str) -> Flops:
         eqn: An equation. The body of a scan counts as often as it runs; that of a ``while`` once, for nobody knows;
             of the branches of a ``cond``, the most expensive counts.
         backend: Platform that it will run on, such as ``"cpu"``.
+
+    Raises:
+        ValueError: If it is a Pallas kernel that does not say what it costs, and cannot be counted.
     """
     name, params = eqn.primitive.name, eqn.params
     if name in FREE or name in EXCHANGES:
@@ -106,14 +109,34 @@ def of_equation(eqn: Eqn, backend: str) -> Flops:
         windows, size = _size(eqn.invars[0]), math.prod(params["window_dimensions"])
         added = windows * (_CPU_SELECT - 1.0) * (size - 1) if backend == "cpu" else 0.0
         return Flops(float(windows * size), added)
+    if name == "pallas_call":
+        return _kernel(eqn, backend)
+    if name == "run_scoped":
+        return of_jaxpr(params["jaxpr"], backend)
     if name == "scan":
         return of_jaxpr(params["jaxpr"].jaxpr, backend).times(params["length"])
     if name == "while":
         return of_jaxpr(params["body_jaxpr"].jaxpr, backend)
     if name == "cond":
         return max(of_jaxpr(branch.jaxpr, backend) for branch in params["branches"])
+    if any(_is_ref(var) for var in eqn.invars):  # it moves data, and maybe adds them to what is there
+        return Flops(_size(eqn.invars[1])) if name == "addupdate" else ZERO
     body = inline.body_of(eqn)
     return of_jaxpr(body, backend) if hasattr(body, "eqns") else _asked(eqn, signature(eqn), *_by_position(eqn))
+
+
+def _kernel(eqn: Eqn, backend: str) -> Flops:
+    """Operations of a Pallas kernel: those that it says it has, else those of its body at each place of its grid."""
+    estimate, grid = eqn.params["cost_estimate"], eqn.params["grid_mapping"].grid
+    if estimate is not None:
+        return Flops(float(estimate.flops))
+    try:
+        return of_jaxpr(eqn.params["jaxpr"], backend).times(math.prod(grid))
+    except Exception as error:  # what only some devices have is not lowered here; a grid may depend on values
+        raise ValueError(
+            f"the FLOPs of the Pallas kernel {eqn.params['jaxpr'].debug_info.func_name!r} cannot be counted ({error}); "
+            "pass cost_estimate=pl.CostEstimate(...) to pallas_call"
+        ) from error
 
 
 def of_jaxpr(jaxpr: Jaxpr, backend: str) -> Flops:
@@ -229,6 +252,11 @@ def shape_of(var: Var) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
 
 
+def _is_ref(var: Var) -> bool:
+    """Whether a variable is memory that a kernel reads and writes."""
+    return hasattr(var.aval, "inner_aval")
+
+
 def _size(var: Var) -> int:
     return math.prod(var.aval.shape)
 
@@ -275,5 +303,5 @@ def _asked(eqn: Eqn, key: Any, function: Callable[..., Any], *shapes: Any) -> Fl
         stage = jax.jit(function).lower(*shapes)
         analysis = (stage.compile() if eqn.primitive.name in _CUMULATIVE else stage).cost_analysis()
         properties = (analysis[0] if isinstance(analysis, list) else analysis) or {}
-        _asked_flops[key] = Flops(float(properties.get("flops", 0.0))), eqn
+        _asked_flops[key] = Flops(max(float(properties.get("flops", 0.0)), 0.0)), eqn
     return _asked_flops[key][0]

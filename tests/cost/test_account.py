@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.experimental import pallas as pl
 
 import smartfrz_jax as sfj
 from models.layers.depthwise import depthwise_convolution
@@ -156,6 +157,55 @@ def test_a_pooling_without_inputs_has_no_elements():
     account = sfj.account(params, sfj.find_layers(params, loss, x), loss, x)
     assert account.elements["pooling"] == 0
     assert account.counted["linear"] == 5 * WIDTH**2 + 5 * WIDTH + WIDTH**2
+
+
+POOLINGS = {
+    "product": lambda h: jax.lax.reduce_window(h, 1.0, jax.lax.mul, (1, 2, 1), (1, 2, 1), "VALID"),
+    "smallest": lambda h: jax.lax.reduce_window(h, jnp.inf, jax.lax.min, (1, 2, 1), (1, 2, 1), "VALID"),
+    "reduction": lambda h: jax.lax.reduce(h, -jnp.inf, jnp.logaddexp, (1,)),
+    "exclusive or": lambda h: jax.lax.reduce(h.astype(int), 0, jax.lax.bitwise_xor, (1,)),
+}
+
+
+@pytest.mark.parametrize("name", [*POOLINGS, "precision", "scattered"])
+def test_kinds_of_what_has_reduce_in_its_name(name):
+    def scattered(h):
+        return jax.lax.psum_scatter(h, "devices", scatter_dimension=1, tiled=True)
+
+    function = POOLINGS.get(name, scattered if name == "scattered" else lambda h: jax.lax.reduce_precision(h, 8, 7))
+    params, x = {name: PARAMS[name] for name in "ab"}, shape(4, 8, WIDTH)
+
+    def loss(params, x):
+        h = x @ params["a"]
+        return jnp.sum(jax.lax.stop_gradient(function(h))) + jnp.sum(h @ params["b"])
+
+    account = sfj.account(params, sfj.find_layers(params, loss, x), loss, x)
+    assert account.elements.get("pooling", 0) == (4 * 8 * WIDTH if name in POOLINGS else 0)
+
+
+def kernel(x, y, out):
+    out[...] = x[...] @ y[...]
+
+
+@jax.custom_vjp
+def product(x, y):
+    return pl.pallas_call(kernel, out_shape=shape(N, WIDTH), interpret=True)(x, y)
+
+
+product.defvjp(lambda x, y: (product(x, y), (x, y)), lambda both, dy: (dy @ both[1].T, both[0].T @ dy))
+
+
+def test_a_kernel_costs_what_the_product_in_it_costs():
+    def loss(params, x, product=product):
+        return jnp.sum(jnp.tanh(product(x, params["a"])) @ params["b"])
+
+    params = {name: PARAMS[name] for name in "ab"}
+    steps = []
+    for function in (loss, lambda params, x: loss(params, x, jnp.matmul)):
+        layers = sfj.find_layers(params, function, X)
+        steps.append(sfj.account(params, layers, function, X).flops(frozen(layers, "b")))
+    assert steps[0].parts == steps[1].parts
+    assert steps[0].by_layer == steps[1].by_layer
 
 
 def test_multiply_adds_are_not_changed_by_padding():

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.experimental import pallas as pl
 
 from smartfrz_jax.cost.kinds import kind_of
 from smartfrz_jax.jaxprs import flops, inline
@@ -195,6 +196,55 @@ def test_the_unknown_is_asked_of_xla():
         price = flops.of_equation(equation(function, shape(64)), "cpu").needed
         assert price == pytest.approx(compiled(function, shape(64)), rel=tolerance)
         assert price > 5 * 64
+
+
+def once(x, y, out):
+    out[...] = x[...] @ y[...]
+
+
+def summed(x, y, out):
+    def run(total):
+        total[...] = x[:, :8] @ y[:8, :]
+        total[...] += x[:, 8:] @ y[8:, :]
+        out[...] = total[...]
+
+    pl.run_scoped(run, pl.MemoryRef(jax.core.ShapedArray((4, 8), jnp.float32), pl.ANY))
+
+
+def repeated(x, y, out):
+    @pl.when(pl.program_id(0) == 0)
+    def _():
+        out[...] = jnp.zeros_like(out)
+
+    out[...] += x[...] @ y[...]
+
+
+def kernel(body, grid=(3, 2), **options):
+    """A product of (12, 16) and (16, 16), block by block."""
+    blocks = [pl.BlockSpec((4, 16), lambda i, j: (i, 0)), pl.BlockSpec((16, 8), lambda i, j: (0, j))]
+    out = {"out_specs": pl.BlockSpec((4, 8), lambda i, j: (i, j)), "out_shape": shape(12, 16)}
+    return pl.pallas_call(body, grid=grid, in_specs=blocks, interpret=True, **out, **options)
+
+
+PRODUCT = 2 * 12 * 16 * 16
+
+
+@pytest.mark.parametrize(("body", "more"), [(once, 0), (summed, 12 * 16), (repeated, 12 * 16 + 6 * 2)])
+def test_kernels_cost_their_body_at_each_place_of_the_grid(body, more):
+    eqn = equation(kernel(body), shape(12, 16), shape(16, 16))
+    assert flops.of_equation(eqn, "cpu").needed == PRODUCT + more
+
+
+def test_kernels_cost_what_they_say():
+    says = pl.CostEstimate(flops=7, transcendentals=0, bytes_accessed=0)
+    eqn = equation(kernel(once, cost_estimate=says), shape(12, 16), shape(16, 16))
+    assert flops.of_equation(eqn, "cpu").needed == 7
+
+
+def test_kernels_that_cannot_be_counted():
+    eqn = equation(lambda n, x, y: kernel(once, (n, 2))(x, y), shape(dtype=jnp.int32), shape(12, 16), shape(16, 16))
+    with pytest.raises(ValueError, match=r"FLOPs of the Pallas kernel 'once' .*pass cost_estimate=pl.CostEstimate"):
+        flops.of_equation(eqn, "cpu")
 
 
 @pytest.mark.parametrize(("length", "reverse"), [(12, True), (300, False)])
