@@ -3,8 +3,9 @@
 XLA counts 2 for a multiply-add, 1 for every element of an elementwise result, and keeps transcendental functions
 (exponentials, logarithms, square roots, error functions) apart; so they are 0 here. In a convolution it leaves out the
 positions that fall on padding. What is neither of these, nor a reduction, is a few primitives (random bits, sorting,
-``erfc``) that XLA expands into many operations: for them its own count of the lowered primitive is asked for. Only
-cumulative sums and the like are compiled: before, they are windows as long as the axis, of which XLA makes a tree.
+``erfc``, complex convolutions) that become many operations: for them its own count of the lowered primitive is asked
+for. Only cumulative sums and the like are compiled: before, they are windows as long as the axis, of which XLA makes a
+tree.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def of_equation(eqn: Eqn, backend: str) -> Flops:
 
     Args:
         eqn: An equation. The body of a scan counts as often as it runs; that of a ``while`` once, for nobody knows;
-            of the branches of a ``cond``, the most expensive counts.
+            of the branches of a ``cond``, the most expensive counts; what ``shard_map`` runs, on all devices.
         backend: Platform that it will run on, such as ``"cpu"``.
 
     Raises:
@@ -99,12 +100,17 @@ def of_equation(eqn: Eqn, backend: str) -> Flops:
     if name == "dot_general":
         (contracted, _), _ = params["dimension_numbers"]
         return Flops(2.0 * _size(eqn.outvars[0]) * math.prod(eqn.invars[0].aval.shape[axis] for axis in contracted))
-    if name == "conv_general_dilated":
+    if name == "conv_general_dilated" and not _is_complex(eqn.outvars[0]):  # else it becomes three real ones
         return _convolution(eqn, backend)
     if name in REDUCTIONS:
         return Flops(sum(_size(var) for var in eqn.invars) - sum(_size(var) for var in eqn.outvars))
     if name in _WINDOWS:
         return Flops(_size(eqn.outvars[0]) * (math.prod(params["window_dimensions"]) - 1.0))
+    if name == "reduce":
+        return of_jaxpr(params["jaxpr"].jaxpr, backend).times(_size(eqn.invars[0]) - _size(eqn.outvars[0]))
+    if name == "reduce_window":
+        steps = math.prod(params["window_dimensions"]) - 1
+        return of_jaxpr(params["jaxpr"], backend).times(_size(eqn.outvars[0]) * steps)
     if name == "select_and_scatter_add":
         windows, size = _size(eqn.invars[0]), math.prod(params["window_dimensions"])
         added = windows * (_CPU_SELECT - 1.0) * (size - 1) if backend == "cpu" else 0.0
@@ -117,12 +123,14 @@ def of_equation(eqn: Eqn, backend: str) -> Flops:
         return of_jaxpr(params["jaxpr"].jaxpr, backend).times(params["length"])
     if name == "while":
         return of_jaxpr(params["body_jaxpr"].jaxpr, backend)
+    if name == "shard_map":
+        return of_jaxpr(params["jaxpr"], backend).times(_devices(eqn))
     if name == "cond":
         return max(of_jaxpr(branch.jaxpr, backend) for branch in params["branches"])
     if any(_is_ref(var) for var in eqn.invars):  # it moves data, and maybe adds them to what is there
         return Flops(_size(eqn.invars[1])) if name == "addupdate" else ZERO
-    body = inline.body_of(eqn)
-    return of_jaxpr(body, backend) if hasattr(body, "eqns") else _asked(eqn, signature(eqn), *_by_position(eqn))
+    body = inline.called(eqn)
+    return _asked(eqn, signature(eqn), *_by_position(eqn)) if body is None else of_jaxpr(body, backend)
 
 
 def _kernel(eqn: Eqn, backend: str) -> Flops:
@@ -250,6 +258,15 @@ def _sum(eqns: Iterable[Eqn], backend: str) -> Flops:
 def shape_of(var: Var) -> jax.ShapeDtypeStruct:
     """Shape and dtype of a variable of a jaxpr."""
     return jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
+
+
+def _devices(eqn: Eqn) -> int:
+    """Number of devices that a ``shard_map`` divides its work among."""
+    return math.prod(eqn.params["mesh"].shape[axis] for axis in eqn.params["newly_manual_axes"])
+
+
+def _is_complex(var: Var) -> bool:
+    return jnp.issubdtype(var.aval.dtype, jnp.complexfloating)
 
 
 def _is_ref(var: Var) -> bool:

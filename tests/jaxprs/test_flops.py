@@ -6,6 +6,8 @@ import numpy as np
 import pytest
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from smartfrz_jax.cost.kinds import kind_of
 from smartfrz_jax.jaxprs import flops, inline
@@ -177,6 +179,50 @@ def test_max_pooling_and_its_gradient(window, stride):
         return lax.reduce_window(x, -np.inf, lax.max, (1, window, window, 1), (1, stride, stride, 1), "VALID")
 
     check(pool, shape(4, 13, 13, 8), gradients=(0,))
+
+
+def larger(a, b):
+    is_larger = a[0] > b[0]
+    return tuple(lax.select(is_larger, one, other) for one, other in zip(a, b, strict=True))
+
+
+OWN_FUNCTIONS = {
+    "reduction": lambda x: lax.reduce(x, 0.0, lambda a, b: a + 2 * b, (1,)),
+    "reduction of all": lambda x: lax.reduce(x, -jnp.inf, jnp.logaddexp, (0, 1, 2)),
+    "reduction of two": lambda x: lax.reduce((x, x), (0.0, 0.0), larger, (0, 2))[1],
+    "product": lambda x: lax.reduce_window(x, 1.0, lax.mul, (1, 3, 3), (1, 1, 1), "SAME"),
+    "logarithms": lambda x: lax.reduce_window(x, -jnp.inf, jnp.logaddexp, (1, 3, 2), (1, 2, 2), "VALID"),
+    "window of two": lambda x: lax.reduce_window((x, x), (0.0, 0.0), larger, (1, 2, 2), (1, 2, 2), "VALID"),
+}
+
+
+@pytest.mark.parametrize("name", OWN_FUNCTIONS)
+def test_reductions_and_windows_with_a_function_of_ones_own(name):
+    check(OWN_FUNCTIONS[name], shape(32, 12, 12))
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_complex_convolutions_cost_what_the_real_ones_do_that_they_become(groups):
+    function, shapes = convolution(groups=groups), (shape(4, 14, 13, 8, dtype=jnp.complex64),)
+    shapes += (shape(3, 3, 8 // groups, 16, dtype=jnp.complex64),)
+    price = total(flops.of_equation(equation(function, *shapes), "cpu"))
+    assert price == jax.jit(function).lower(*shapes).cost_analysis()["flops"]
+    # In loops that it compiles, XLA takes real and imaginary parts twice.
+    assert price == pytest.approx(compiled(function, *shapes), rel=0.02)
+
+
+def test_what_is_mapped_over_devices_counts_on_all_of_them():
+    mesh = jax.make_mesh((2, 4), ("rows", "columns"), axis_types=(AxisType.Auto,) * 2)
+    some, every = P("rows"), P(("rows", "columns"))
+
+    def of_one(x, w):
+        return x @ w
+
+    for names, rows in (({"rows"}, some), ({"rows", "columns"}, every)):
+        mapped = jax.shard_map(of_one, mesh=mesh, in_specs=(rows, P()), out_specs=rows, axis_names=names)
+        eqn = jax.make_jaxpr(mapped)(shape(16, 4), shape(4, 8)).eqns[-1]
+        assert flops.of_equation(eqn, "cpu").needed == 2 * 16 * 4 * 8
+        assert flops.of_gradient(eqn, {0}, "cpu").needed == 2 * 16 * 4 * 8
 
 
 def test_loops_count_as_often_as_they_run():
