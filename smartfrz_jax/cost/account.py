@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
-from smartfrz_jax.cost import equations, kinds, step_trace
+from smartfrz_jax.cost import equations, kinds, operations, step_trace
 from smartfrz_jax.cost.equations import Equation, Equations, Input, Trace
 from smartfrz_jax.cost.step_flops import Parts, StepFlops
 from smartfrz_jax.freezing.frozen import Frozen, check_frozen
@@ -72,9 +72,10 @@ class Account:
         self.layers, self.examples, self.tx, self.backend = layers, examples, tx, backend
         self.params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), params)
         self.macs = collections.Counter[str]()
-        for equation in traced.active.all:
-            self.macs[equation.kind] += flops.macs(equation.eqn)
-        self.elements = kinds.elements((e.eqn, e.kind) for e in traced.active.all)
+        every = [op for equation in traced.active.all for op in equation.operations]
+        for op in every:
+            self.macs[op.kind] += flops.macs(op.eqn) * op.times
+        self.elements = kinds.elements((op.eqn, op.kind, op.times) for op in every)
         self._traced = traced
         self._gradients: dict[Any, tuple[Flops, Flops]] = {}
         self._steps: dict[tuple[frozenset[str], frozenset[str]], StepFlops] = {}
@@ -207,12 +208,13 @@ class Account:
         # One row for each (layer, kind), columns as in Parts.
         cells: dict[tuple[int, str], list[float]] = collections.defaultdict(lambda: [0.0] * 5)
         for equation in self._equations(frozen):
-            cell = cells[equation.owner, equation.kind]
             weights, rest = self._gradient(equation, [i for i in equation.inputs if i.ancestors & active])
-            cell[0] += equation.forward.needed
-            cell[1] += weights.needed
-            cell[2] += rest.needed
-            cell[4] += equation.forward.added + weights.added + rest.added
+            for op, of_weights, of_rest in operations.shares(equation.operations, frozen.mask):
+                cell = cells[op.owner, op.kind]
+                cell[0] += op.forward.needed
+                cell[1] += weights.needed * of_weights
+                cell[2] += rest.needed * of_rest
+                cell[4] += op.forward.added + weights.added * of_weights + rest.added * of_rest
         updated = {*frozen.active, *(self.layers.owner[table] for table in frozen.lookups)}
         for i, update in enumerate(self._traced.update):
             if self.layers.names[i] in updated:

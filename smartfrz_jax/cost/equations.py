@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
 
-from smartfrz_jax.cost.kinds import LOSS, kind_of
+from smartfrz_jax.cost.kinds import LOSS
+from smartfrz_jax.cost.operations import Operation, Source, follow
 from smartfrz_jax.jaxprs import flops, inline, named_axes
-from smartfrz_jax.jaxprs.parts import Eqn, variables
+from smartfrz_jax.jaxprs.parts import Eqn, lookup, variables
 from smartfrz_jax.layers import dataflow
 from smartfrz_jax.layers.layers import Layers
 from smartfrz_jax.pytrees import paths
@@ -44,16 +45,14 @@ class Equation:
 
     Attributes:
         eqn: The equation.
-        kind: Kind of operation.
-        owner: Index of its layer; -1 if it is in none.
-        forward: Price of running it.
+        operations: What it consists of.
+        owner: Index of its layer, the last one of several; -1 if it is in none.
         inputs: The inputs that a derivative could be taken for; none if the loss does not depend on the equation.
     """
 
     eqn: Eqn
-    kind: str
+    operations: list[Operation]
     owner: int
-    forward: flops.Flops
     inputs: tuple[Input, ...]
 
     @functools.cached_property
@@ -113,27 +112,14 @@ def equations(trace: Trace, layers: Layers, backend: str) -> Equations:
     named = dict(zip(closed.jaxpr.invars, paths.flatten(trace.variables), strict=False))
     params = {var: 1 << index[name] for var, name in named.items() if name in layers.owner}
     data = [var for var in closed.jaxpr.invars if var not in params]
-    # Layers last combined with a value on its way here, as bit masks; and whether it depends on the data.
-    sources = params | {var: 1 << index[name] for var, name in named.items() if name in index}
-    on_data = set(data)
+    sources = {var: Source(1 << index[name]) for var, name in named.items() if name in index}
+    sources |= {var: Source(lookup(sources, var, Source()).layers, is_data=True) for var in data}
     inlined, loops = inline.inline_with_loops(closed, params, data)
     flat = inlined.jaxpr
     eqns = inline.needed(flat, flat.outvars)
-    owners, kinds = [], []
-    last = 0
-    for i, eqn in enumerate(eqns):
-        ins = [(0, False) if isinstance(v, jex.Literal) else (sources.get(v, 0), v in on_data) for v in eqn.invars]
-        weights = functools.reduce(int.__or__, (mask for mask, is_data in ins if not is_data), 0)
-        before = functools.reduce(int.__or__, (mask for mask, is_data in ins if is_data), 0)
-        is_data = any(is_data for _, is_data in ins)
-        if is_data and weights:
-            last = i
-        owners.append((weights or before).bit_length() - 1)
-        kinds.append(kind_of(eqn, [m > 0 and not d for m, d in ins], [d for _, d in ins]))
-        for var in eqn.outvars:
-            sources[var] = weights or before
-            if is_data:
-                on_data.add(var)
+    operations = follow(eqns, sources, backend)
+    on_data = {var for var, source in sources.items() if source.is_data}
+    last = max((i for i, each in enumerate(operations) if any(op.takes_weights for op in each)), default=0)
     first_uses = _first_uses(inlined, list(named.values()), layers)
     ancestors, reached = _ancestors(eqns, params, on_data, loops, first_uses, len(layers))
     if flat.outvars[0] not in ancestors:
@@ -143,15 +129,15 @@ def equations(trace: Trace, layers: Layers, backend: str) -> Equations:
         )
     live = _live(eqns, flat.outvars[0], ancestors)
     used, found = set[Any](), []
-    for i, (eqn, owner, kind, masks) in enumerate(zip(eqns, owners, kinds, reached, strict=True)):
+    for i, (eqn, each, masks) in enumerate(zip(eqns, operations, reached, strict=True)):
         inputs = []
         for at, (var, mask) in enumerate(zip(eqn.invars, masks, strict=True)):
             if i in live and mask:
                 added = math.prod(var.aval.shape) if var in used else 0
                 inputs.append(Input(at, var not in on_data, mask, added))
                 used.add(var)
-        kind = LOSS if i > last else kind
-        found.append(Equation(eqn, kind, owner, flops.of_equation(eqn, backend), tuple(inputs)))
+        each = [op._replace(kind=LOSS) for op in each] if i > last else each
+        found.append(Equation(eqn, each, sources[eqn.outvars[0]].layers.bit_length() - 1, tuple(inputs)))
     weights = {
         id(eqn): [mask for var, mask in zip(eqn.invars, masks, strict=True) if mask and var not in on_data]
         for eqn, masks in zip(eqns, reached, strict=True)

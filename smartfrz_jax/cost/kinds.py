@@ -109,14 +109,19 @@ def _functions(eqn: Eqn) -> Iterator[str]:
     yield from inline.functions(eqn)
 
 
-def elements(equations: Iterable[tuple[Any, str]]) -> dict[str, int]:
+def elements(operations: Iterable[tuple[Any, str, int]]) -> dict[str, int]:
     """Elements that each kind of operation works on: those of its result, of its input for poolings.
 
     Args:
-        equations: Equations with their kinds, in order. Neighbours of one kind are one operation.
+        operations: Equations with their kinds and how often each runs, in order. Neighbours of one kind are one
+            operation.
     """
     counts: collections.Counter[str] = collections.Counter()
-    for kind, group in itertools.groupby(equations, key=lambda equation: equation[1]):
-        operands = [var for eqn, _ in group for var in (eqn.invars if kind == POOLING else eqn.outvars)]
-        counts[kind] += max((math.prod(var.aval.shape) for var in operands), default=0)
+    for kind, group in itertools.groupby(operations, key=lambda operation: operation[1]):
+        sizes = [
+            math.prod(var.aval.shape) * times
+            for eqn, _, times in group
+            for var in (eqn.invars if kind == POOLING else eqn.outvars)
+        ]
+        counts[kind] += max(sizes, default=0)
     return dict(counts)

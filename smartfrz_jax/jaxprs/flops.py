@@ -117,20 +117,29 @@ def of_equation(eqn: Eqn, backend: str) -> Flops:
         return Flops(float(windows * size), added)
     if name == "pallas_call":
         return _kernel(eqn, backend)
-    if name == "run_scoped":
-        return of_jaxpr(params["jaxpr"], backend)
-    if name == "scan":
-        return of_jaxpr(params["jaxpr"].jaxpr, backend).times(params["length"])
-    if name == "while":
-        return of_jaxpr(params["body_jaxpr"].jaxpr, backend)
-    if name == "shard_map":
-        return of_jaxpr(params["jaxpr"], backend).times(_devices(eqn))
     if name == "cond":
         return max(of_jaxpr(branch.jaxpr, backend) for branch in params["branches"])
+    body, times = repeated(eqn)
+    if body is not None:
+        return of_jaxpr(body, backend).times(times)
     if any(_is_ref(var) for var in eqn.invars):  # it moves data, and maybe adds them to what is there
         return Flops(_size(eqn.invars[1])) if name == "addupdate" else ZERO
-    body = inline.called(eqn)
-    return _asked(eqn, signature(eqn), *_by_position(eqn)) if body is None else of_jaxpr(body, backend)
+    return _asked(eqn, signature(eqn), *_by_position(eqn))
+
+
+def repeated(eqn: Eqn) -> tuple[Any, int]:
+    """The jaxpr that a loop, a call or ``shard_map`` runs, and how often, on all devices; None for other equations."""
+    name, params = eqn.primitive.name, eqn.params
+    if name == "scan":
+        return params["jaxpr"].jaxpr, params["length"]
+    if name == "while":
+        return params["body_jaxpr"].jaxpr, 1
+    if name == "run_scoped":
+        return params["jaxpr"], 1
+    if name == "shard_map":
+        devices = (params["mesh"].shape[axis] for axis in params["newly_manual_axes"])
+        return params["jaxpr"], math.prod(devices)
+    return inline.called(eqn), 1
 
 
 def _kernel(eqn: Eqn, backend: str) -> Flops:
@@ -153,9 +162,10 @@ def of_jaxpr(jaxpr: Jaxpr, backend: str) -> Flops:
 
 
 def macs(eqn: Eqn) -> int:
-    """Multiply-adds of a convolution or a product as they are published: positions on padding count. 0 for others.
+    """Multiply-adds of convolutions and products as they are published: positions on padding count.
 
-    A convolution may also be a call that is one written out: see :func:`written_out`.
+    They may be in loops and calls, but not in kernels of Pallas. A call may also be a convolution that is written out:
+    see :func:`written_out`.
     """
     if eqn.primitive.name == "conv_general_dilated":
         kernel = eqn.invars[1].aval.shape
@@ -163,7 +173,10 @@ def macs(eqn: Eqn) -> int:
         return _size(eqn.outvars[0]) * math.prod(kernel) // out_features
     if eqn.primitive.name == "dot_general":
         return int(of_equation(eqn, "").needed) // 2
-    return sum(_size(product.outvars[0]) for product in written_out(eqn))
+    if products := written_out(eqn):
+        return sum(_size(product.outvars[0]) for product in products)
+    body, times = repeated(eqn)
+    return 0 if body is None else times * sum(map(macs, body.eqns))
 
 
 def written_out(eqn: Eqn) -> list[Any]:
@@ -258,11 +271,6 @@ def _sum(eqns: Iterable[Eqn], backend: str) -> Flops:
 def shape_of(var: Var) -> jax.ShapeDtypeStruct:
     """Shape and dtype of a variable of a jaxpr."""
     return jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
-
-
-def _devices(eqn: Eqn) -> int:
-    """Number of devices that a ``shard_map`` divides its work among."""
-    return math.prod(eqn.params["mesh"].shape[axis] for axis in eqn.params["newly_manual_axes"])
 
 
 def _is_complex(var: Var) -> bool:

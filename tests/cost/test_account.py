@@ -10,6 +10,8 @@ import optax
 import pytest
 from flax import nnx
 from jax.experimental import pallas as pl
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 import smartfrz_jax as sfj
 from models.layers.depthwise import depthwise_convolution
@@ -206,6 +208,78 @@ def test_a_kernel_costs_what_the_product_in_it_costs():
         steps.append(sfj.account(params, layers, function, X).flops(frozen(layers, "b")))
     assert steps[0].parts == steps[1].parts
     assert steps[0].by_layer == steps[1].by_layer
+
+
+STEPS = 4
+
+
+def recurrence(params, h, x):
+    return jnp.tanh(x @ params["a"] + h @ params["b"])
+
+
+def unrolled(params, xs):
+    h = jnp.zeros(xs.shape[1:])
+    for t in range(STEPS):
+        h = recurrence(params, h, jax.lax.index_in_dim(xs, t, keepdims=False))
+    return h
+
+
+def scanned(params, xs, h=None):
+    h = jnp.zeros(xs.shape[1:]) if h is None else h
+    return jax.lax.scan(lambda h, x: (recurrence(params, h, x), None), h, xs)[0]
+
+
+def scanned_twice(params, xs):
+    parts = xs.reshape(2, STEPS // 2, *xs.shape[1:])
+    return jax.lax.scan(lambda h, xs: (scanned(params, xs, h), None), jnp.zeros(xs.shape[1:]), parts)[0]
+
+
+def scanned_on_devices(params, xs):
+    mesh = jax.make_mesh((2,), ("rows",), axis_types=(AxisType.Auto,))
+    specs = {"in_specs": (P(), P(None, "rows")), "out_specs": P("rows"), "check_vma": False}
+    return jax.shard_map(scanned, mesh=mesh, **specs)(params, xs)
+
+
+@pytest.mark.parametrize("forward", [scanned, scanned_twice, scanned_on_devices])
+def test_layers_in_a_loop_over_the_data_are_told_apart(forward):
+    xs = shape(STEPS, N, WIDTH)
+    accounts = []
+    for function in (unrolled, forward):
+
+        def loss(params, xs, function=function):
+            return jnp.sum(function(params, xs) @ params["c"])
+
+        accounts.append(sfj.account(PARAMS, sfj.find_layers(PARAMS, loss, xs), loss, xs))
+    written_out, account = accounts
+    assert account.macs["linear"] == written_out.macs["linear"] == (2 * STEPS + 1) * MATMUL // 2
+    assert account.flops().forward_by_layer == written_out.flops().forward_by_layer
+    for names in ("", "a", "ab", "b"):
+        step, whole = (each.flops(frozen(each.layers, *names)) for each in (account, written_out))
+        # A loop has the gradient of the state that it begins with, too, and adds gradients of weights to zeros.
+        assert whole.total <= step.total < whole.total + 1.5 * MATMUL
+        assert [name for name in "abc" if step.by_layer[name].weight_gradients == 0] == list(names)
+        for split in (step.by_layer, step.by_kind):
+            np.testing.assert_allclose(np.sum(list(split.values()), axis=0), step.parts)
+
+
+def test_the_gates_of_a_recurrent_network_are_told_apart():
+    class Network(nnx.Module):
+        def __init__(self, rngs):
+            self.rnn = nnx.RNN(nnx.LSTMCell(4, 16, rngs=rngs), rngs=rngs)
+            self.head = nnx.Linear(16, 2, rngs=rngs)
+
+        def __call__(self, x):
+            return self.head(self.rnn(x)[:, -1])
+
+    model, x = nnx.eval_shape(lambda: Network(nnx.Rngs(0))), shape(8, 20, 4)
+    account = sfj.nnx.account(model, sfj.nnx.find_layers(model, x), lambda model, x: model(x).sum(), x)
+    gate, steps = (4 * 16, 16 * 16), 8 * 20
+    assert account.macs["linear"] == 4 * sum(gate) * steps + 8 * 16 * 2
+    assert account.elements["bias"] == 4 * 16 * steps + 8 * 2
+    costs = account.flops().forward_by_layer
+    assert {costs[f"rnn/cell/{name}"] for name in ("ii", "if_", "ig", "io")} == {2 * gate[0] * steps}
+    for name in ("hi", "hf", "hg", "ho"):  # with the bias, the sum, the activation and the products of gates
+        assert 2 * gate[1] * steps < costs[f"rnn/cell/{name}"] < 1.2 * 2 * gate[1] * steps
 
 
 def test_multiply_adds_are_not_changed_by_padding():
