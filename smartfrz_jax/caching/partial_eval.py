@@ -63,8 +63,8 @@ class Split:
 
     @property
     def read(self) -> frozenset[str]:
-        """Names of the inputs that the first part reads."""
-        return frozenset(name for name in self._reads(self._cut, ()) if name.startswith(INPUTS))
+        """Names of the variables and inputs that the first part reads."""
+        return frozenset(self._reads(self._cut, ()))
 
     def frozen_part(self, variables: PyTree, inputs: tuple[Any, ...]) -> tuple[jax.Array, ...]:
         """The values at the frontier; the first axis of each counts the examples."""

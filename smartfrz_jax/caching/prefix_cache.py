@@ -59,6 +59,7 @@ class PrefixCache:
     Attributes:
         views: Number of views of each example.
         store: The activations that are kept, if :meth:`keep` was called.
+        variables: Names of the arrays, beside inputs, that they are computed from; whether each is read as a whole.
 
     Raises:
         ValueError: If keeping activations would change results (examples that depend on each other, as in a BatchNorm
@@ -97,7 +98,7 @@ class PrefixCache:
 
     def _begin(self, loss: SplitLoss, views: int) -> None:
         """A cache of this loss, without a store."""
-        self._loss, self.views = loss, views
+        self._loss, self.views, self.variables = loss, views, loss.variables
         self.store: ActivationCache | None = None
         self._source: Source | None = None
         self._base: Base | None = None
@@ -172,7 +173,7 @@ class PrefixCache:
             A jitted function of ``(params, activations, *inputs)`` that runs only the layers between the two frontiers,
             or None if there is no such: then the activations must be computed from the inputs.
         """
-        _check_old(old)
+        checks.instance(old, PrefixCache, "old", "the PrefixCache for another frozen set")
         return self._loss.grown_from(old._loss)
 
     def keep(
@@ -289,11 +290,16 @@ class PrefixCache:
             new._begin(self._loss.with_frozen(params, frozen), self.views)
             new.take_over(self, place=place)
         except (ValueError, OSError):
-            if self.store is not None and not self.frozen.names <= frozen.names:
-                self.store.clear()  # layers that it is of train until they are frozen again
-                self._source = None
+            if not self.frozen.names <= frozen.names:
+                self.clear()  # layers that it is of train until they are frozen again
             raise
         return new
+
+    def clear(self) -> None:
+        """Forgets what is stored, as when frozen layers have other parameters now; the space stays taken."""
+        if self.store is not None:
+            self.store.clear()
+        self._source = None
 
     def take_over(self, old: PrefixCache, *, place: Place | str | None = None) -> None:
         """Makes room as another cache has it, and takes over what is stored there; see :meth:`follow`.
@@ -306,12 +312,11 @@ class PrefixCache:
             ValueError: As for :meth:`keep`. Both caches stay as they were then.
             FileExistsError: If the directory is not empty. So they do then.
         """
-        _check_old(old)
         if place is not None:
             check_place(place)
+        self.build_on(old)
         if old.store is None:
             return
-        self.build_on(old)
         self.keep(**{**old._kept, **({} if place is None else {"place": place})})
         if self._base is not None:
             self._source = Source(old.store, self._base.grown, old.build_flops)
@@ -339,7 +344,3 @@ class PrefixCache:
         if self.store is None:
             raise ValueError("store: there is none; call keep with the number of examples in the data set first")
         return self.store
-
-
-def _check_old(old: Any) -> None:
-    checks.instance(old, PrefixCache, "old", "the PrefixCache for another frozen set")

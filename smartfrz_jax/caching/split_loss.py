@@ -138,6 +138,16 @@ class SplitLoss:
             if leaf is not None and counts and np.shape(leaf):
                 check_each(n, np.shape(leaf)[0])
 
+    @property
+    def variables(self) -> dict[str, bool]:
+        """Names of the arrays that the first part reads beside inputs; whether it reads them whole, or parts of them.
+
+        What it does not read whole may change, in the other parts.
+        """
+        parts = self.frozen.layers.array_of
+        names = (name for name in self._read if not name.startswith(loss_jaxpr.INPUTS))
+        return {parts.get(name, name): name not in parts for name in names}
+
     @functools.cached_property
     def _read(self) -> frozenset[str]:
         return self.split.read

@@ -3,35 +3,34 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from flax import nnx
-from jax.sharding import NamedSharding
-from jax.typing import DTypeLike
 
-from smartfrz_jax.caching.break_even import break_even
-from smartfrz_jax.caching.exchange import divided, rows_sharding
-from smartfrz_jax.caching.loss_jaxpr import INPUTS
+from smartfrz_jax.caching.exchange import rows_sharding
 from smartfrz_jax.caching.split_loss import BatchSizeError, check_each
-from smartfrz_jax.caching.store import Storage, check_indices, check_room, stored_shapes
+from smartfrz_jax.caching.store import Storage, check_indices, check_room
 from smartfrz_jax.cost.account import Account
-from smartfrz_jax.cost.check import SavingWarning
 from smartfrz_jax.freezing.frozen import Frozen, check_frozen
 from smartfrz_jax.jaxprs import example_axis
+from smartfrz_jax.nnx.cache_maker import CacheMaker
 from smartfrz_jax.nnx.layers import check_model
 from smartfrz_jax.nnx.optimizer import Optimizer
-from smartfrz_jax.nnx.prefix_cache import PrefixCache
+from smartfrz_jax.nnx.prefix_cache import PrefixCache, inputs_from_activations, needed_inputs
+from smartfrz_jax.nnx.read_values import ReadValues, WrittenError, unwritten
 from smartfrz_jax.programs import arguments
 from smartfrz_jax.programs.train_step import Program, TrainStep
-from smartfrz_jax.pytrees import checks, paths
+from smartfrz_jax.pytrees import checks
 
 if TYPE_CHECKING:
     import numpy as np
     from jaxtyping import Int
 
 _ON_DEVICE = Storage()
+
+# Raised while a step from activations is traced, before anything has changed: the plain step goes on.
+_ENDS = (BatchSizeError, WrittenError)
 
 
 class CachedStep:
@@ -43,7 +42,8 @@ class CachedStep:
 
     Results are those of the plain step, up to the rounding of programs that XLA compiles apart. Activations are not
     part of checkpoints: after :meth:`restored`, which a Freezer that knows the step calls, they are computed anew, bit
-    for bit. Where a batch is divided among the devices of a mesh, so are the activations: each holds some examples.
+    for bit. So they are where something else than the step has set what the frozen front reads, or another model comes.
+    Where a batch is divided among the devices of a mesh, so are the activations: each holds some examples.
 
     Args:
         make_step: From a loss function to a plain step, of ``(model, optimizer, *inputs)``, that calls it
@@ -118,18 +118,18 @@ class CachedStep:
         self.programs: list[Program] = []
         self.last: Program | None = None
         self.flops = 0.0
-        self._make_step, self._loss_fn, self._donate = make_step, loss_fn, donate
-        self._examples, self._total_steps, self._views = examples, total_steps, views
-        self._storage = storage
+        self._make_step, self._donate = make_step, donate
+        self._examples, self._views, self._storage = examples, views, storage
+        self._maker = CacheMaker(loss_fn, examples, storage, views, account, total_steps)
         self._plain = TrainStep(make_step(loss_fn), account=account, donate=donate)
         self._cached: TrainStep | None = None
         self._frozen: Frozen | None = None
+        self._read: ReadValues | None = None
         self._coming: _Coming | None = None
         self._history: Sequence[tuple[int, Frozen]] = ()
         self._usual: tuple[Any, ...] | None = None
         self._done = 0
         self._waited = 0.0
-        self._said: set[str] = set()
 
     @property
     def wait_seconds(self) -> float:
@@ -150,8 +150,12 @@ class CachedStep:
         self._follow(model, optimizer, inputs)
         if self.cache is None or self._cached is None or example_axis.count(inputs) < 2:
             return self._listed(self._plain.program(model, optimizer, *inputs))
-        args = _from_activations(self.cache, inputs, self._storage.dtype)
-        return self._listed(self._cached.program(model, optimizer, *args))
+        args = inputs_from_activations(self.cache, inputs, self._storage.dtype)
+        try:
+            return self._listed(self._cached.program(model, optimizer, *args))
+        except _ENDS as error:
+            self._end(error)
+        return self._listed(self._plain.program(model, optimizer, *inputs))
 
     def prepare(self, owner: Optimizer, new: Optimizer) -> Callable[[], None]:
         """Begins to compile the program for another frozen set; see :meth:`smartfrz_jax.TrainStep.prepare`.
@@ -174,12 +178,15 @@ class CachedStep:
             )
         model, *inputs = self._usual
         start = time.perf_counter()
-        cache = self._make(model, new.frozen, inputs, self._done)
+        cache = self._maker.make(model, new.frozen, inputs, self._done)
         self._waited += time.perf_counter() - start
         if cache is None:
             return self._plain.compile_ahead(model, new, *inputs)
         step = self._step_from(cache)
-        wait = step.compile_ahead(model, new, *_from_activations(cache, inputs, self._storage.dtype))
+        try:
+            wait = step.compile_ahead(model, new, *inputs_from_activations(cache, inputs, self._storage.dtype))
+        except WrittenError:  # which is said when it is called
+            return self._plain.compile_ahead(model, new, *inputs)
         before, self._coming = self._coming, _Coming(new.frozen, step)
         self._waited += before.step.wait_seconds if before else 0.0
         return wait
@@ -203,22 +210,23 @@ class CachedStep:
         indices = check_indices(indices, view, self._examples, self._views)
         examples = example_axis.count(inputs)
         check_each(len(indices), examples)
+        self._check_values(model, optimizer)
         self._follow(model, optimizer, inputs)
         self._done += 1
         if self.cache is not None and self._cached is not None and examples > 1:
             try:
                 fetching = self.cache.fetch_flops(indices, view)
                 activations = self.cache.fetch(model, indices, *inputs, view=view)
-                out = self._cached(model, optimizer, activations, *_needed(self.cache, inputs))
+                out = self._cached(model, optimizer, activations, *needed_inputs(self.cache, inputs))
+                self._note(model)
                 self.last = self._listed(self._cached.last)
                 cost = self.last.cost
                 self.flops = cost.flops * cost.devices + fetching
                 return out
-            except BatchSizeError as error:  # raised while tracing: nothing has been changed
-                self._warn(error)
-                self._waited += self._cached.wait_seconds
-                self._cached, self.cache = None, None
+            except _ENDS as error:
+                self._end(error)
         out = self._plain(model, optimizer, *inputs)
+        self._note(model)
         self.last = self._listed(self._plain.last)
         self.flops = self.last.cost.flops * self.last.cost.devices
         return out
@@ -248,68 +256,49 @@ class CachedStep:
         inputs = self._usual[1:]  # what comes just now may be the rest of an epoch
         if optimizer.frozen == self._frozen:
             return
+        self._check_values(model, optimizer)
         if self._frozen is None:
             self._done = int(optimizer.step[...])
         start, before = time.perf_counter(), self.wait_seconds
-        coming, old = self._coming, self._rebuilt(model, inputs) if self._history else self.cache
+        coming, old = self._coming, self.cache
+        if self._history:
+            old, self._history = self._maker.rebuilt(model, self._history, inputs), ()
         self._frozen, self._coming, self._cached, self.cache = optimizer.frozen, None, None, None
         same = old is not None and old.frozen == optimizer.frozen
-        cache = old if same else self._make(model, optimizer.frozen, inputs, self._done)
-        if cache is not None and self._has_room(cache, None if same else old, rows_sharding(inputs)):
+        cache = old if same else self._maker.make(model, optimizer.frozen, inputs, self._done)
+        if cache is not None and self._maker.has_room(cache, None if same else old, rows_sharding(inputs)):
             prepared = coming is not None and coming.frozen == optimizer.frozen
             self._cached = coming.step if coming and prepared else self._step_from(cache)
-            self.cache = cache
+            self.cache, self._read = cache, ReadValues(cache.variables)
+            self._note(model)
         # So that all of it adds what just passed, whatever steps came and went.
         self._waited += before + time.perf_counter() - start - self.wait_seconds
 
-    def _rebuilt(self, model: nnx.Module, inputs: Sequence[Any]) -> PrefixCache | None:
-        """The cache that the run had before it was interrupted, without its store."""
-        cache: PrefixCache | None = None
-        for done, frozen in self._history:
-            new = self._make(model, frozen, inputs, done)
-            if new is not None and cache is not None:
-                new.build_on(cache)
-            cache = new
-        self._history = ()
-        return cache
-
-    def _make(self, model: nnx.Module, frozen: Frozen, inputs: Sequence[Any], done: int) -> PrefixCache | None:
-        """A cache without a store; ``None`` if there can be none, or it would not pay after so many steps."""
-        if not frozen.names:
-            return None
-        try:
-            cache = PrefixCache(model, frozen, self._loss_fn, *inputs, views=self._views)
-        except ValueError as error:
-            self._warn(error)
-            return None
-        if self.account is None or self._total_steps is None:
-            return cache
-        left = max(0, self._total_steps - done)
-        return cache if break_even(self.account, cache, examples=self._examples, steps=left).pays else None
-
     def _step_from(self, cache: PrefixCache) -> TrainStep:
-        return TrainStep(self._make_step(cache.loss), donate=self._donate)
+        whole = [name for name, is_whole in cache.variables.items() if is_whole]
+        return TrainStep(unwritten(self._make_step(cache.loss), whole), donate=self._donate)
 
-    def _has_room(self, cache: PrefixCache, old: PrefixCache | None, sharding: NamedSharding | None) -> bool:
-        """Makes room for the activations, where they can from those of the cache before."""
-        try:
-            if old is not None and old.store is not None:
-                cache.take_over(old)
-            else:
-                if old is not None:
-                    cache.build_on(old)
-                where = self._storage
-                kept = {"place": where.place, "dtype": where.dtype, "budget": where.budget}
-                cache.keep(self._examples, **kept, sharding=sharding)
-        except ValueError as error:
-            self._warn(error)
-            return False
-        return True
+    def _check_values(self, model: nnx.Module, optimizer: Optimizer) -> None:
+        """Forgets what is stored if it was computed from other values than the frozen front has now."""
+        if self.cache is None or self._read is None or self._read.are_of(model):
+            return
+        self.cache.clear()
+        self._note(model)
+        self._done = int(optimizer.step[...])
+        if not self._maker.pays(self.cache, self._done):
+            self._end()
 
-    def _warn(self, error: ValueError) -> None:
-        if str(error) not in self._said:
-            self._said.add(str(error))
-            warnings.warn(f"activations are not kept: {error}", SavingWarning, stacklevel=4)
+    def _note(self, model: nnx.Module) -> None:
+        """Says that what is stored is of the values that the frozen front has now."""
+        if self.cache is not None and self._read is not None:
+            self._read.note(model)
+
+    def _end(self, error: ValueError | None = None) -> None:
+        """Goes on without a cache until the frozen set changes."""
+        if error is not None:
+            self._maker.warn(error)
+        self._waited += self._cached.wait_seconds if self._cached else 0.0
+        self._cached, self.cache = None, None
 
     def _listed(self, program: Program | None) -> Program:
         assert program is not None
@@ -334,15 +323,3 @@ class _Coming(NamedTuple):
 
     frozen: Frozen
     step: TrainStep
-
-
-def _from_activations(cache: PrefixCache, inputs: Sequence[Any], dtype: DTypeLike | None) -> tuple[Any, ...]:
-    """Inputs of the loss of a cache, with shapes in place of activations."""
-    examples = example_axis.count(inputs)
-    shapes, sharding = stored_shapes(cache.frontier, examples, dtype), divided(rows_sharding(inputs), examples)
-    return tuple(shape.update(sharding=sharding) for shape in shapes), *_needed(cache, inputs)
-
-
-def _needed(cache: PrefixCache, inputs: Sequence[Any]) -> tuple[Any, ...]:
-    """Inputs, with ``None`` for those that the loss of a cache does not read."""
-    return paths.tree_map(lambda name, leaf: leaf if INPUTS + name in cache.needed else None, tuple(inputs))

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from flax import nnx
+from jax.typing import DTypeLike
 
 from smartfrz_jax.caching import prefix_cache
+from smartfrz_jax.caching.exchange import divided, rows_sharding
+from smartfrz_jax.caching.loss_jaxpr import INPUTS
 from smartfrz_jax.caching.split_loss import SplitLoss
-from smartfrz_jax.caching.store import check_views
+from smartfrz_jax.caching.store import check_views, stored_shapes
 from smartfrz_jax.freezing.frozen import Frozen
+from smartfrz_jax.jaxprs import example_axis
 from smartfrz_jax.nnx.hold import hold
 from smartfrz_jax.nnx.layers import check_model
 from smartfrz_jax.pytrees import paths
@@ -89,3 +93,15 @@ class PrefixCache(prefix_cache.PrefixCache):
         check_model(model)
         check_views(views, augmented=augmented)
         self._begin(SplitLoss(model, frozen, loss_fn, inputs, ModelLoss()), views)
+
+
+def needed_inputs(cache: PrefixCache, inputs: Sequence[Any]) -> tuple[Any, ...]:
+    """Inputs, with ``None`` for those that the loss of a cache does not read."""
+    return paths.tree_map(lambda name, leaf: leaf if INPUTS + name in cache.needed else None, tuple(inputs))
+
+
+def inputs_from_activations(cache: PrefixCache, inputs: Sequence[Any], dtype: DTypeLike | None) -> tuple[Any, ...]:
+    """Inputs of the loss of a cache, with shapes in place of activations, which are stored as ``dtype``."""
+    examples = example_axis.count(inputs)
+    shapes, sharding = stored_shapes(cache.frontier, examples, dtype), divided(rows_sharding(inputs), examples)
+    return tuple(shape.update(sharding=sharding) for shape in shapes), *needed_inputs(cache, inputs)
