@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.extend import core as jex
 
+from smartfrz_jax.caching.batch_sizes import Program
 from smartfrz_jax.caching.known_values import KnownValues
 from smartfrz_jax.caching.loss_jaxpr import INPUTS, LossJaxpr, by_name, changed_variables, updates_of, with_unchanged
 from smartfrz_jax.freezing.frozen import Frozen
@@ -37,7 +38,6 @@ class Split:
         digests: What these values are computed from and how, of equal ones equal.
         needed: Names of the inputs that the second part reads.
         examples: Examples in a batch.
-        literals: Numbers that are written into the first part, and how often.
         frozen_flops: FLOPs of the first part, for a batch.
         repeated_flops: Those of them that the second part computes again.
     """
@@ -46,7 +46,6 @@ class Split:
     digests: tuple[str, ...]
     needed: frozenset[str]
     examples: int
-    literals: Mapping[str, int]
     frozen_flops: float
     repeated_flops: float
     _traced: LossJaxpr
@@ -65,6 +64,13 @@ class Split:
     def read(self) -> frozenset[str]:
         """Names of the variables and inputs that the first part reads."""
         return frozenset(self._reads(self._cut, ()))
+
+    @property
+    def program(self) -> Program:
+        """What computes the first part."""
+        jaxpr = self._jaxpr.jaxpr
+        consts = dict(zip(jaxpr.constvars, self._jaxpr.consts, strict=True))
+        return Program(_needed(jaxpr.eqns, self._cut, ()), consts, self.examples)
 
     def frozen_part(self, variables: PyTree, inputs: tuple[Any, ...]) -> tuple[jax.Array, ...]:
         """The values at the frontier; the first axis of each counts the examples."""
@@ -182,7 +188,6 @@ def partial_eval(traced: LossJaxpr, frozen: Frozen, examples: int, state: Mappin
         digests=tuple(digest_of[var] for var in cut),
         needed=frozenset(name for var, name in invars.items() if var in read and name.startswith(INPUTS)),
         examples=examples,
-        literals=digests.literals(computed),
         frozen_flops=sum(price(eqn).needed for eqn in computed),
         repeated_flops=sum(price(eqn).needed for eqn in again if known.is_frozen(eqn)),
         _traced=traced,

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from smartfrz_jax.caching import exchange, loss_jaxpr
+from smartfrz_jax.caching.batch_sizes import difference
 from smartfrz_jax.caching.loss_adapter import LossAdapter, PartsLoss
 from smartfrz_jax.caching.partial_eval import Split, partial_eval
 from smartfrz_jax.freezing.frozen import Frozen, check_frozen
@@ -115,14 +116,14 @@ class SplitLoss:
         """Examples of which activations are computed together, whenever some of a batch are missing.
 
         A quarter of a batch as ``inputs``, or a little more, to be divided among the same devices; all of it if frozen
-        layers compute with the number of examples.
+        layers compute with the number of examples, or the loss takes no other.
         """
         batch = [part for i, part in enumerate(self._inputs) if i not in self._state_inputs]
         blocks = exchange.blocks(exchange.rows_sharding(batch))
         quarter = max(2, -(-self._examples // (4 * blocks)) * blocks)
         try:
             self._checked(self._split_for(*self._traced_for, self._completed((), quarter)[0]))
-        except ValueError:
+        except (TypeError, ValueError):  # of another size, or of none: the loss may spell its batch size out
             return self._examples
         return quarter
 
@@ -182,7 +183,8 @@ class SplitLoss:
         @functools.partial(jax.jit, static_argnums=0)
         def grown(static: Any, variables: PyTree, activations: Any, inputs: tuple[Any, ...]) -> tuple[jax.Array, ...]:
             inputs = self._completed(inputs, activations[0].shape[0])
-            growth = self._split_for(static, variables, inputs[0]).grown(old._split_for(static, variables, inputs[0]))
+            split = self._checked(self._split_for(static, variables, inputs[0]))
+            growth = split.grown(old._split_for(static, variables, inputs[0]))
             assert growth is not None
             return growth.run(variables, activations, inputs[1])
 
@@ -236,14 +238,12 @@ class SplitLoss:
                 f"are kept ({split.frontier} and {self.split.frontier} for an example); the model, its mode or the "
                 "shape of the inputs has changed: make a new PrefixCache"
             )
-        if split.literals != self.split.literals:
-            here, kept = (
-                {*one.literals} - {*other.literals} for one, other in ((split, self.split), (self.split, split))
-            )
+        how = None if split.examples == self.split.examples else difference(split.program, self.split.program)
+        if how is not None:
             raise BatchSizeError(
                 f"inputs: frozen layers compute with the number of examples, so that a batch of {split.examples} gives "
-                f"other activations than one of {self.split.examples} ({', '.join(sorted(here)[:3])} stands where that "
-                f"has {', '.join(sorted(kept)[:3])}); take that number out of them, or pass as many examples each time"
+                f"other activations than one of {self.split.examples} ({how}); take that number out of them, or pass "
+                "as many examples each time"
             )
         return split
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -27,24 +26,14 @@ def digests(closed: ClosedJaxpr, names: Sequence[str], eqns: Iterable[Eqn]) -> d
         A digest for each result of ``eqns``, which does not depend on the rest of the program.
     """
     known = dict(zip(closed.jaxpr.invars, (_digest("input", name) for name in names), strict=True))
-    known |= {var: _of_array(value) for var, value in zip(closed.jaxpr.constvars, closed.consts, strict=True)}
+    known |= {var: of_array(value) for var, value in zip(closed.jaxpr.constvars, closed.consts, strict=True)}
     inputs = set(known)
     _follow(eqns, known)
     return {var: digest for var, digest in known.items() if var not in inputs}
 
 
-def literals(eqns: Iterable[Eqn]) -> Counter[str]:
-    """The numbers that are written into some equations, and into what these call, and how often."""
-    found: Counter[str] = Counter()
-    for eqn in eqns:
-        found.update(str(atom.val) for atom in eqn.invars if isinstance(atom, jex.Literal))
-        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=_is_jaxpr):
-            if _is_jaxpr(value):
-                found += literals(value.eqns)
-    return found
-
-
-def _is_jaxpr(value: Any) -> bool:
+def is_jaxpr(value: Any) -> bool:
+    """Whether a parameter of an equation is what it runs."""
     return isinstance(value, jex.Jaxpr | jex.ClosedJaxpr)
 
 
@@ -57,16 +46,17 @@ def _follow(eqns: Iterable[Eqn], known: dict[Any, str]) -> None:
 
 
 def _of_params(params: Mapping[str, Any]) -> str:
-    return _digest(*(f"{name}={_of_param(value)}" for name, value in sorted(params.items())))
+    return _digest(*(f"{name}={of_param(value)}" for name, value in sorted(params.items())))
 
 
-def _of_param(value: Any) -> str:
+def of_param(value: Any) -> str:
+    """A digest of a parameter of an equation."""
     if isinstance(value, jex.ClosedJaxpr):
-        return _digest(_of_jaxpr(value.jaxpr), *map(_of_array, value.consts))
+        return _digest(_of_jaxpr(value.jaxpr), *map(of_array, value.consts))
     if isinstance(value, jex.Jaxpr):
         return _of_jaxpr(value)
     if isinstance(value, tuple | list):
-        return _digest(*map(_of_param, value))
+        return _digest(*map(of_param, value))
     # A rule for derivatives is an object made by each trace; what it is the rule of is in the jaxpr.
     return "callable" if callable(value) and not isinstance(value, type | np.dtype) else repr(value)
 
@@ -79,10 +69,11 @@ def _of_jaxpr(jaxpr: Jaxpr) -> str:
 
 
 def _of_atom(known: Mapping[Any, str], atom: Atom) -> str:
-    return _of_array(atom.val) if isinstance(atom, jex.Literal) else known[atom]
+    return of_array(atom.val) if isinstance(atom, jex.Literal) else known[atom]
 
 
-def _of_array(value: Any) -> str:
+def of_array(value: Any) -> str:
+    """A digest of the contents of an array."""
     if isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
         value = jax.random.key_data(value)
     array = np.asarray(value)
