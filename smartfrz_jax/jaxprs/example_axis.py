@@ -94,6 +94,8 @@ def outputs(eqn: Eqn, values: Sequence[Value]) -> list[Value]:
     name = eqn.primitive.name
     if name.startswith(_RANDOM):
         raise Mixed(f"draws random numbers ({name})")
+    if name == "axis_index":
+        raise Mixed("asks which device it is on, so which part of the batch it has")
     if any(value.axis is not None for value in values):
         return [Value(axis) for axis in _transfer(eqn, values)]
     return [Value(constant=constant) for constant in _constant(eqn, values)]

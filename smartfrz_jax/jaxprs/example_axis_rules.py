@@ -253,10 +253,13 @@ def _gather(eqn: Eqn, shapes: Any, values: Any) -> list[Axis | None]:
     rows = [at for at in range(rank) if at not in numbers.offset_dims]  # one for each axis of the indices but the last
     if indices is not None and indices.position == len(shapes[1]) - 1:
         raise Mixed("an index of which each example is a part")
+    paired = dict(zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True))
     if operand is None:
         assert indices is not None
+        for at, its_at in paired.items():
+            if its_at == indices.position:
+                _check_constant(shapes[0], values[0], Axis(at))
         return [indices._replace(position=rows[indices.position])]
-    paired = dict(zip(numbers.operand_batching_dims, numbers.start_indices_batching_dims, strict=True))
     if operand.position in paired:
         at = paired[operand.position]
         if indices is None:

@@ -7,6 +7,8 @@ import pytest
 from flax import nnx
 from jax import lax
 from jax.extend import core as jex
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
 
 from models.deit import DeiT
 from models.resnet import BasicBlock, ResNet
@@ -30,7 +32,13 @@ def with_a_jaxpr(x):
     return unknown.bind(x, jaxpr=jax.make_jaxpr(jnp.sin)(1.0))
 
 
+def on_devices(function):
+    mesh = jax.make_mesh((N,), ("d",), axis_types=(AxisType.Auto,), devices=jax.devices()[:N])
+    return jax.shard_map(function, mesh=mesh, in_specs=P("d"), out_specs=P("d"))
+
+
 KEEPS = {
+    "on devices": lambda x: on_devices(lambda x: jnp.tanh(x) * 2)(x),
     "elementwise": lambda x: jnp.exp(x) + x * jnp.arange(6.0)[None],
     "row added": lambda x: x + jnp.ones((N, 6)),
     "softmax": lambda x: jax.nn.softmax(x),
@@ -53,6 +61,9 @@ KEEPS = {
     "embedded": lambda x: jnp.eye(9)[x.argmax(1)],
     "embedded with constants": lambda x: jnp.eye(9)[jnp.zeros((N, 3), int)].sum() * x + jnp.eye(6)[jnp.zeros(N, int)],
     "taken along": lambda x: jnp.take_along_axis(x, x.argsort(1), 1),
+    "taken along a table that is the same for all": lambda x: jnp.take_along_axis(
+        jnp.broadcast_to(jnp.arange(9.0), (N, 9)), x.argsort(1), 1
+    ),
     "masked": lambda x: jnp.where(x > 0, x, -1.0),
     "scan over features": lambda x: lax.scan(lambda c, v: (c + v, c * v), jnp.zeros(N), x.T)[1],
     "loop": lambda x: lax.fori_loop(0, 3, lambda _, v: jnp.sin(v), x),
@@ -87,6 +98,8 @@ MIXES = {
     "loop until": lambda x: lax.while_loop(lambda v: (v < 3).all(), lambda v: v + 1, x),
     "branch by the batch": lambda x: lax.cond(x.sum() > 0, jnp.sin, jnp.cos, x),
     "position by one-hot": lambda x: x + jnp.eye(6)[jnp.arange(N)],
+    "position by a table": lambda x: jnp.take_along_axis(jnp.arange(24.0).reshape(N, 6), x.argsort(1), 1),
+    "device": lambda x: on_devices(lambda x: x * (1 + jax.lax.axis_index("d")))(x),
     "unknown": lambda x: jnp.linalg.cholesky(jnp.einsum("nd,ne->nde", x, x)),
     "unknown with a jaxpr": with_a_jaxpr,
     "own reduction": lambda x: lax.reduce(x, -9.0, jnp.logaddexp, (0, 1)),
@@ -123,7 +136,8 @@ def test_the_axis_is_the_same_where_examples_may_depend_on_each_other(name):
 @pytest.mark.parametrize("name", MIXES)
 def test_the_axis_where_examples_do_depend_on_each_other(name):
     dependent = {"batch norm", "maximum of all", "position in the batch", "first", "mixup", "dropout",
-                 "branch by the batch", "position by one-hot", "own reduction, by position"}  # fmt: skip
+                 "branch by the batch", "position by one-hot", "own reduction, by position", "position by a table",
+                 "device"}  # fmt: skip
     found = axis_if_dependent(MIXES[name])
     assert found == Axis(0) if name in dependent else isinstance(found, str)
 
