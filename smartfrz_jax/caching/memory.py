@@ -18,6 +18,8 @@ from jax.sharding import NamedSharding
 from smartfrz_jax.caching import exchange
 from smartfrz_jax.pytrees import hosts
 
+_ROOT = Path("/")
+
 
 class Store(Protocol):
     """Arrays whose first axis counts examples, times views; made from the shapes and dtypes of the whole arrays.
@@ -199,7 +201,54 @@ def free_bytes(directory: Path | None, *, on_device: bool) -> int | None:
         return int(stats["bytes_limit"] - stats.get("bytes_in_use", 0))
     if on_device and jax.default_backend() != "cpu":
         return None
+    known = [free for free in (_available(), _left_in_cgroup()) if free is not None]
+    return min(known, default=None)
+
+
+def _available() -> int | None:
+    """Bytes of the host that a process may take, those of the page cache that can be dropped included."""
+    lines = _lines(_ROOT / "proc/meminfo")
+    kilobytes = next((line.split()[1] for line in lines if line.startswith("MemAvailable:")), None)
+    if kilobytes is not None:
+        return int(kilobytes) * 1024
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, ValueError, OSError):  # not on every system
         return None
+
+
+def _left_in_cgroup() -> int | None:
+    """Bytes that the container of this process may still take; ``None`` without a limit."""
+    groups = [line.split(":", 2) for line in _lines(_ROOT / "proc/self/cgroup")]
+    left = []
+    for _, kinds, path in (group for group in groups if len(group) == 3):
+        second = not kinds  # version 2 of cgroups has one tree for all
+        if not second and "memory" not in kinds.split(","):
+            continue
+        top = _ROOT / "sys/fs/cgroup" / ("" if second else "memory")
+        limit, used = ("memory.max", "memory.current") if second else ("memory.limit_in_bytes", "memory.usage_in_bytes")
+        own = top / path.lstrip("/")
+        # A limit of a group around it holds too; in a container the path may be one outside of it.
+        for place in {top, *(each for each in (own, *own.parents) if each.is_relative_to(top))}:
+            most, now = _number(place / limit), _number(place / used)
+            if most is not None and now is not None:
+                left.append(max(0, most - now + _droppable(place / "memory.stat")))
+    return min(left, default=None)
+
+
+def _droppable(path: Path) -> int:
+    """Bytes of a group's page cache that can be dropped."""
+    sizes = dict(line.split()[:2] for line in _lines(path))
+    return int(sizes.get("total_inactive_file", sizes.get("inactive_file", 0)))
+
+
+def _number(path: Path) -> int | None:
+    text = "".join(_lines(path)).strip()
+    return int(text) if text.isdigit() else None  # "max" is no limit
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        return path.read_text().splitlines()
+    except OSError:  # not on every system
+        return []

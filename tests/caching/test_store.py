@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from smartfrz_jax import find_layers
+from smartfrz_jax.caching import memory
 from smartfrz_jax.caching.prefix_cache import PrefixCache
 from smartfrz_jax.caching.store import ActivationCache
 from smartfrz_jax.freezing.frozen import Frozen
@@ -309,3 +310,26 @@ def test_any_order_of_batches_gives_the_activations(seed):
         fetched(cache, rng.permutation(32)[: rng.integers(2, 17)])
         if "b" in cache.frozen.names and rng.random() < 0.3:
             cache = cache.follow(WEIGHTS, Frozen(cache.frozen.layers, frozenset({"a"})))
+
+
+@pytest.mark.parametrize(
+    ("files", "free"),
+    [
+        ({}, 5000 * 1024),
+        ({"cgroup": "0::/job", "job/memory.max": "max", "job/memory.current": "7"}, 5000 * 1024),
+        ({"cgroup": "0::/job", "job/memory.max": "900", "job/memory.current": "700"}, 200),
+        ({"cgroup": "0::/job", "memory.max": "900", "memory.current": "700", "memory.stat": "anon 1\ninactive_file 50"},
+         250),
+        ({"cgroup": "0::/a/b", "a/memory.max": "90", "a/memory.current": "99"}, 0),
+        ({"cgroup": "2:cpu:/\n4:memory:/job\n0::/", "memory/job/memory.limit_in_bytes": "900",
+          "memory/job/memory.usage_in_bytes": "700", "memory/job/memory.stat": "total_inactive_file 9"}, 209),
+    ],
+)  # fmt: skip
+def test_page_cache_counts_as_free_and_the_limit_of_a_container_holds(tmp_path, monkeypatch, files, free):
+    monkeypatch.setattr(memory, "_ROOT", tmp_path)
+    proc = {"proc/meminfo": "MemTotal: 9000 kB\nMemFree: 100 kB\nMemAvailable: 5000 kB\n"}
+    for name, text in (proc | {f"sys/fs/cgroup/{name}": text for name, text in files.items()}).items():
+        path = tmp_path / ("proc/self/cgroup" if name.endswith("/cgroup/cgroup") else name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    assert memory.free_bytes(None, on_device=False) == free
