@@ -264,7 +264,7 @@ class PrefixCache:
 
         If that has more layers, what is stored is the input for what will be. The first :meth:`fetch` goes through all
         of it and releases it; where inputs are needed too, it is released when every example has been fetched. If that
-        cannot be, or the set has fewer layers, it is dropped as soon as there is room for the new one beside it.
+        cannot be, or the set has fewer layers, it is dropped as soon as there is room, and budget, for both at once.
         To have it dropped first, set :attr:`store` to None, and call :meth:`keep` of the new cache.
 
         Args:
@@ -317,7 +317,10 @@ class PrefixCache:
         self.build_on(old)
         if old.store is None:
             return
-        self.keep(**{**old._kept, **({} if place is None else {"place": place})})
+        kept = old._kept | ({} if place is None else {"place": place})
+        held = old.store.nbytes_here + (old._source.store.nbytes_here if old._source else 0)
+        self.keep(**kept | {"budget": None if kept["budget"] is None else max(0, kept["budget"] - held)})
+        self._kept = kept
         if self._base is not None:
             self._source = Source(old.store, self._base.grown, old.build_flops)
         old.store, old._source = None, None  # not before: if there is no room, that cache goes on

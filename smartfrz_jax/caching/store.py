@@ -163,6 +163,7 @@ class ActivationCache:
 
     Attributes:
         nbytes: Bytes that it takes, of all devices together.
+        nbytes_here: Those of them that count against the budget: on one device, or in this process.
         filled: Boolean array of shape ``(examples, views)``, true where activations are stored.
 
     Raises:
@@ -207,7 +208,8 @@ class ActivationCache:
         directory = None if make else empty_directory(local_path(place, "place"))
         free = free_bytes(directory, on_device=make is OnDevice) if budget is None else budget
         held = 1 if make is OnDevice or sharding is None else len(exchange.local_blocks(sharding))
-        if free is not None and self.nbytes * held // parts > free:
+        self.nbytes_here = self.nbytes * held // parts
+        if free is not None and self.nbytes_here > free:
             share = f", {held} / {parts} of them here" if held < parts else ""
             raise ValueError(
                 f"examples: {examples:,} of {views} view(s) with {self.nbytes // (examples * views):,} bytes each take "

@@ -79,16 +79,21 @@ class CacheMaker:
         return break_even(self._account, cache, examples=self._examples, steps=left).pays
 
     def has_room(self, cache: PrefixCache, old: PrefixCache | None, sharding: NamedSharding | None) -> bool:
-        """Makes room for the activations, where they can from those of the cache before."""
-        try:
-            if old is not None and old.store is not None:
+        """Makes room for the activations: beside those of the cache before, if there is enough, or in their place."""
+        if old is not None and old.store is not None:
+            try:
                 cache.take_over(old)
+            except ValueError:
+                old.clear()
+                old.store = None
             else:
-                if old is not None:
-                    cache.build_on(old)
-                where = self._storage
-                kept = {"place": where.place, "dtype": where.dtype, "budget": where.budget}
-                cache.keep(self._examples, **kept, sharding=sharding)
+                return True
+        if old is not None:
+            cache.build_on(old)
+        where = self._storage
+        kept = {"place": where.place, "dtype": where.dtype, "budget": where.budget}
+        try:
+            cache.keep(self._examples, **kept, sharding=sharding)
         except ValueError as error:
             self.warn(error)
             return False

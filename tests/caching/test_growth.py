@@ -3,11 +3,15 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 
 import smartfrz_jax as sfj
+from smartfrz_jax.caching import Storage
 from tests.support.prefix_caches import PARAMS, N, X, Y, cached, mlp
 from tests.support.rounding import assert_close
+from tests.support.train_steps import loss_fn, make_step
 
 pytestmark = pytest.mark.usefixtures("jax_defaults")
 
@@ -85,6 +89,39 @@ def test_when_the_prefix_shrinks_what_was_kept_is_dropped():
     changed = {**PARAMS, "w1": 2 * PARAMS["w1"]}  # it trains again
     got = run_epoch(new, changed, X, Y)
     assert_close(got, np.tanh(X @ PARAMS["w0"]))
+
+
+def test_old_and_new_activations_share_the_budget():
+    cache = cached(mlp, PARAMS, (X, Y), ["w0"])
+    first = cache.keep(N, place="host", budget=N * (5 + 3) * 4)
+    run_epoch(cache, PARAMS, X, Y)
+    second = cache.follow(PARAMS, cache.frozen.add(["w1"]))
+    assert first.nbytes + second.store.nbytes == N * (5 + 3) * 4
+    assert second._kept["budget"] == N * (5 + 3) * 4  # of which more is free once the old ones are gone
+    assert_close(run_epoch(second, PARAMS, X, Y), second.activations(PARAMS, X, Y)[0])
+
+    cache = cached(mlp, PARAMS, (X, Y), ["w0"])
+    cache.keep(N, budget=N * (5 + 3) * 4 - 1)
+    with pytest.raises(ValueError, match="the budget is 47"):
+        cache.follow(PARAMS, cache.frozen.add(["w1"]))
+    assert cache.store is not None
+
+
+@pytest.mark.slow
+def test_a_step_drops_old_activations_where_the_budget_does_not_hold_both():
+    model = nnx.Sequential(*(nnx.Linear(6, size, rngs=nnx.Rngs(size)) for size in (6, 6, 3)))
+    optimizer = sfj.nnx.Optimizer(model, optax.sgd(0.1), layers=sfj.nnx.find_layers(model, np.ones((4, 6), np.float32)))
+    images, labels = np.random.default_rng(0).standard_normal((8, 6), np.float32), np.arange(8) % 3
+    step = sfj.nnx.CachedStep(make_step, loss_fn, examples=8, storage=Storage("host", budget=8 * 6 * 4))
+    for names in (["layers/0"], ["layers/1"]):
+        optimizer.freeze(model, names)
+        for rows in (np.arange(4), np.arange(4, 8), np.arange(4)):
+            before = nnx.clone((model, optimizer))
+            loss = step(model, optimizer, rows, images[rows], labels[rows])
+            assert_close(loss, sfj.TrainStep(make_step(loss_fn))(*before, images[rows], labels[rows]))
+            assert step.cache.store.nbytes == 8 * 6 * 4
+            assert step.cache._source is None
+        assert step.cache.frozen == optimizer.frozen
 
 
 def test_where_the_old_values_are_not_enough_they_are_computed_from_the_inputs():
