@@ -39,6 +39,7 @@ def break_even(
     steps: int,
     flops_per_byte: float = 0.0,
     budget: int | None = None,
+    old: PrefixCache | None = None,
 ) -> BreakEven:
     r"""Whether keeping the activations of frozen layers pays.
 
@@ -59,6 +60,8 @@ def break_even(
         flops_per_byte: FLOPs of a step over its seconds, times the seconds that a byte takes to where it is kept or
             back; 0 if it is kept on the device.
         budget: Most bytes to use.
+        old: A cache of fewer frozen layers that there is, and that would be gone on with otherwise: what is spent and
+            saved beyond it counts.
 
     Returns:
         The answer, with the numbers.
@@ -74,10 +77,16 @@ def break_even(
             checks.count(number, argument, least=0, most=sys.maxsize)
     checks.between(flops_per_byte, "flops_per_byte", "a finite number from 0 up", 0.0, sys.float_info.max)
     moved = cache.bytes_per_example * flops_per_byte
-    build = examples * cache.views * (cache.build_flops + moved)
-    saved = account.examples * (cache.saved_flops - moved)
-    least = math.floor(build / saved) + 1 if saved > 0 else None
+    build, each = cache.build_flops + moved, cache.saved_flops - moved
     whole = account.flops(cache.frozen).total
+    ratio = (whole - account.examples * each) / whole
+    if old is not None:
+        checks.instance(old, PrefixCache, "old", "the smartfrz_jax.PrefixCache that there is")
+        read = old.bytes_per_example * flops_per_byte
+        build += 0 if cache.grown_from(old) is None else read - old.build_flops
+        each -= old.saved_flops - read
+    build, saved = examples * cache.views * build, account.examples * each
+    least = math.floor(build / saved) + 1 if saved > 0 else None
     nbytes = examples * cache.views * cache.bytes_per_example
     pays = least is not None and steps >= least and (budget is None or nbytes <= budget)
-    return BreakEven(pays, build, saved, least, (whole - saved) / whole, nbytes)
+    return BreakEven(pays, build, saved, least, ratio, nbytes)

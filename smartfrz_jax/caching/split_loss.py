@@ -87,6 +87,14 @@ class SplitLoss:
         self._traced_for = static, jax.tree.map(_shape, variables)
         self.split = self._split_for(static, variables, inputs)
 
+    def fits(self, params: PyTree) -> bool:
+        """Whether the rest can go on from the same activations with these parameters, or this model, as it is now."""
+        try:
+            self._checked(self._split_for(*self._taken_apart(params), self._inputs))
+        except ValueError:
+            return False
+        return True
+
     def with_frozen(self, params: PyTree, frozen: Frozen) -> SplitLoss:
         """The same loss for another frozen set."""
         return SplitLoss(params, frozen, self._loss_fn, self._inputs, self._adapter, self._state_inputs)

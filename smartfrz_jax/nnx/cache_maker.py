@@ -42,15 +42,33 @@ class CacheMaker:
         self._account, self._total_steps = account, total_steps
         self._said: set[str] = set()
 
-    def make(self, model: nnx.Module, frozen: Frozen, inputs: Sequence[Any], done: int) -> PrefixCache | None:
-        """A cache without a store; ``None`` if there can be none, or it would not pay after so many steps."""
+    def make(
+        self, model: nnx.Module, frozen: Frozen, inputs: Sequence[Any], done: int, old: PrefixCache | None = None
+    ) -> PrefixCache | None:
+        """The cache to go on with after so many steps.
+
+        Args:
+            model: The model.
+            frozen: The frozen set.
+            inputs: A batch, or shapes of one.
+            done: Steps that were done before.
+            old: The cache until then.
+
+        Returns:
+            One without a store; ``old`` where that saves more in the steps that are left; ``None`` if there can be none
+            or it would not pay.
+        """
         if not frozen.names:
             return None
+        if old is not None and old.frozen == frozen:
+            return old
         try:
             cache = PrefixCache(model, frozen, self._loss_fn, *inputs, views=self._views)
         except ValueError as error:
             self.warn(error)
             return None
+        if old is not None and not self.pays(cache, done, old) and old.goes_on(model, frozen):
+            return old
         return cache if self.pays(cache, done) else None
 
     def rebuilt(
@@ -65,21 +83,23 @@ class CacheMaker:
         """
         cache: PrefixCache | None = None
         for done, frozen in history:
-            new = self.make(model, frozen, inputs, done)
-            if new is not None and cache is not None:
+            new = self.make(model, frozen, inputs, done, cache)
+            if new is not None and cache is not None and new is not cache:
                 new.build_on(cache)
             cache = new
         return cache
 
-    def pays(self, cache: PrefixCache, done: int) -> bool:
-        """Whether to keep activations from now on, after so many steps."""
+    def pays(self, cache: PrefixCache, done: int, old: PrefixCache | None = None) -> bool:
+        """Whether to keep activations from now on, after so many steps; rather than those that there are, if any."""
         if self._account is None or self._total_steps is None:
             return True
         left = max(0, self._total_steps - done)
-        return break_even(self._account, cache, examples=self._examples, steps=left).pays
+        return break_even(self._account, cache, examples=self._examples, steps=left, old=old).pays
 
     def has_room(self, cache: PrefixCache, old: PrefixCache | None, sharding: NamedSharding | None) -> bool:
         """Makes room for the activations: beside those of the cache before, if there is enough, or in their place."""
+        if cache.store is not None:
+            return True
         if old is not None and old.store is not None:
             try:
                 cache.take_over(old)

@@ -178,7 +178,7 @@ class CachedStep:
             )
         model, *inputs = self._usual
         start = time.perf_counter()
-        cache = self._maker.make(model, new.frozen, inputs, self._done)
+        cache = self._maker.make(model, new.frozen, inputs, self._done, self.cache)
         self._waited += time.perf_counter() - start
         if cache is None:
             return self._plain.compile_ahead(model, new, *inputs)
@@ -187,7 +187,7 @@ class CachedStep:
             wait = step.compile_ahead(model, new, *inputs_from_activations(cache, inputs, self._storage.dtype))
         except WrittenError:  # which is said when it is called
             return self._plain.compile_ahead(model, new, *inputs)
-        before, self._coming = self._coming, _Coming(new.frozen, step)
+        before, self._coming = self._coming, _Coming(new.frozen, cache.frozen, step)
         self._waited += before.step.wait_seconds if before else 0.0
         return wait
 
@@ -260,14 +260,15 @@ class CachedStep:
         if self._frozen is None:
             self._done = int(optimizer.step[...])
         start, before = time.perf_counter(), self.wait_seconds
-        coming, old = self._coming, self.cache
+        coming, old, known = self._coming, self.cache, None
         if self._history:
-            old, self._history = self._maker.rebuilt(model, self._history, inputs), ()
+            old, known = self._maker.rebuilt(model, self._history, inputs), self._history[-1][1]
+            self._history = ()
         self._frozen, self._coming, self._cached, self.cache = optimizer.frozen, None, None, None
-        same = old is not None and old.frozen == optimizer.frozen
-        cache = old if same else self._maker.make(model, optimizer.frozen, inputs, self._done)
-        if cache is not None and self._maker.has_room(cache, None if same else old, rows_sharding(inputs)):
-            prepared = coming is not None and coming.frozen == optimizer.frozen
+        decided = known == optimizer.frozen
+        cache = old if decided else self._maker.make(model, optimizer.frozen, inputs, self._done, old)
+        if cache is not None and self._maker.has_room(cache, None if cache is old else old, rows_sharding(inputs)):
+            prepared = coming is not None and (coming.frozen, coming.kept) == (optimizer.frozen, cache.frozen)
             self._cached = coming.step if coming and prepared else self._step_from(cache)
             self.cache, self._read = cache, ReadValues(cache.variables)
             self._note(model)
@@ -318,8 +319,10 @@ class _Coming(NamedTuple):
 
     Attributes:
         frozen: For this frozen set.
+        kept: That of the activations which it begins at.
         step: The step.
     """
 
     frozen: Frozen
+    kept: Frozen
     step: TrainStep

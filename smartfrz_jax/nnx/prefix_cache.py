@@ -94,6 +94,13 @@ class PrefixCache(prefix_cache.PrefixCache):
         check_views(views, augmented=augmented)
         self._begin(SplitLoss(model, frozen, loss_fn, inputs, ModelLoss()), views)
 
+    def goes_on(self, model: nnx.Module, frozen: Frozen) -> bool:
+        """Whether a step may go on from these activations, of fewer layers, when some more are frozen."""
+        if not self.frozen.names < frozen.names or frozen.reads_rows or frozen.lookups:
+            return False
+        with hold(model, frozen):
+            return self._loss.fits(model)
+
 
 def needed_inputs(cache: PrefixCache, inputs: Sequence[Any]) -> tuple[Any, ...]:
     """Inputs, with ``None`` for those that the loss of a cache does not read."""

@@ -36,5 +36,9 @@ def test_break_even():
     assert break_even(account, cache, examples=examples, steps=10**6, flops_per_byte=7.5).steps is None
     views = PrefixCache(PARAMS, frozen, mlp, *inputs, views=3)
     assert break_even(account, views, examples=examples, steps=4 * epoch).steps == 3 * epoch + 1
+    smaller = PrefixCache(PARAMS, frozen_of(mlp, PARAMS, inputs, ["w0"]), mlp, *inputs)
+    beyond = break_even(account, cache, examples=examples, steps=epoch + 1, old=smaller)
+    assert (beyond.build_flops, beyond.saved_flops) == (examples * 30, N * 30)  # w1 alone
+    assert (beyond.step_ratio, beyond.steps) == (answer.step_ratio, epoch + 1)
     with pytest.raises(ValueError, match="steps: got -1"):
         break_even(account, cache, examples=examples, steps=-1)

@@ -141,3 +141,76 @@ def test_where_the_old_values_are_not_enough_they_are_computed_from_the_inputs()
         lambda params, x, y: mlp({k: v for k, v in params.items() if k != "w9"}, x + 1, y), PARAMS, (X, Y), ["w0"]
     )
     assert new.grown_from(other) is None
+
+
+class Noisy(nnx.Module):
+    """Layers that run in another way once they are frozen, and a head."""
+
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.linear = nnx.List([nnx.Linear(24, 24, use_bias=False, rngs=rngs) for _ in range(6)])
+        self.norm = nnx.List([nnx.BatchNorm(24, rngs=rngs) for _ in range(6)])
+        self.dropout = nnx.List([nnx.Dropout(0.1, rngs=rngs) for _ in range(6)])
+        self.head = nnx.Linear(24, 3, rngs=rngs)
+
+    def __call__(self, x):
+        for linear, norm, dropout in zip(self.linear, self.norm, self.dropout, strict=True):
+            x = dropout(nnx.relu(norm(linear(x))))
+        return self.head(x)
+
+
+class Late:
+    """A run of eight epochs in which a layer freezes when what it saves does not pay for computing it any more."""
+
+    images = np.random.default_rng(0).standard_normal((64, 24), np.float32)
+    labels = np.random.default_rng(1).integers(0, 3, 64).astype(np.int32)
+
+    def __init__(self, *, keeps=True, lead=0):
+        self.model = Noisy()
+        layers = sfj.nnx.find_layers(self.model, self.images[:16])
+        tx = optax.sgd(0.1)
+        self.optimizer = sfj.nnx.Optimizer(self.model, tx, layers=layers)
+        account = sfj.nnx.account(self.model, layers, loss_fn, self.images[:16], self.labels[:16], tx=tx)
+        options = {"examples": 64, "account": account, "total_steps": 32}
+        self.keeps = keeps
+        self.step = sfj.nnx.CachedStep(make_step, loss_fn, **options) if keeps else sfj.TrainStep(make_step(loss_fn))
+
+        def update(state, layers, *, step, params, **signals):
+            return frozenset(layers.names[: 4 if step < 29 else 5]), state
+
+        policy = sfj.Policy(lambda layers, params: (), update)
+        self.freezer = sfj.nnx.Freezer(self.model, self.optimizer, policy, train_step=self.step, lead=lead)
+        self.losses, self.flops = [], []
+
+    def run(self, stop):
+        for at in range(self.freezer.steps, stop):
+            rows = np.random.default_rng(at // 4).permutation(64)[at % 4 * 16 :][:16]
+            batch = self.images[rows], self.labels[rows]
+            self.losses.append(float(self.step(self.model, self.optimizer, *[rows] * self.keeps, *batch)))
+            self.flops.append(self.step.flops if self.keeps else self.step.last.cost.flops)
+            self.freezer.step()
+        return self
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lead", [0, 2])
+def test_a_freeze_that_does_not_pay_any_more_leaves_what_is_kept(lead):
+    kept, plain = Late(lead=lead).run(32), Late(keeps=False, lead=lead).run(32)
+    assert [len(event.names) for event in kept.freezer.events] == [4, 1]
+    np.testing.assert_allclose(kept.losses, plain.losses, rtol=1e-4)
+    last = kept.freezer.events[-1].step
+    assert kept.step.cache.frozen.names == set(kept.optimizer.frozen.layers.names[:4])
+    assert kept.flops[last] < kept.flops[last - 1] < plain.flops[last - 1]
+    assert kept.step.programs[-1].ahead == (lead > 0)
+
+
+@pytest.mark.slow
+def test_a_run_that_is_restored_behind_such_a_freeze_keeps_the_same(tmp_path):
+    straight = Late().run(31)
+    straight.freezer.save(tmp_path / "checkpoint")
+    straight.run(32)
+    again = Late()
+    again.freezer.restore(tmp_path / "checkpoint")
+    again.run(32)
+    assert again.step.cache.frozen == straight.step.cache.frozen
+    assert again.losses == straight.losses[-1:]
