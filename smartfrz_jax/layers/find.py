@@ -23,7 +23,7 @@ Granularity = Literal["layer", "block"] | Callable[[str], str]
 # Leaves with these names are never kernels, whatever their rank (stacked blocks have biases of rank 2).
 _VECTOR_NAMES = frozenset({"bias", "scale", "offset", "gamma", "beta"})
 
-# Rank of a parameter that the forward pass does not use: before all others, for it never trains.
+# Rank of a parameter that the forward pass does not use: before all others, for the last layer is the head.
 _UNUSED = (-1,)
 
 
@@ -39,17 +39,18 @@ def find_layers(
 
     A normalisation (or any other group of vectors) joins the kernel whose output it works on; where several kernels
     feed it, as behind a residual connection, it joins the kernel just before or just after it in forward order,
-    whichever is closer by name, the one before if both are. Layers of which ``forward`` uses no parameter come first:
-    they never train. One that is used again behind others, as an embedding that is the classifier too, comes where it
-    is used last. The stacked weights of a block that a scan runs many times, each time with the next row, are one
-    layer, named by the module that holds them; with ``rows``, each row of them is one, ``blocks/0``, ``blocks/1``, ...
-    The lookups in a table that the network reads otherwise too, as its head, are a layer before it with ``lookups``,
-    ``embed/lookup``.
+    whichever is closer by name, the one before if both are. Layers of which ``forward`` uses no parameter come first,
+    and vectors that it does not use join the first layer. So pass as ``forward`` all that the loss computes: a head or
+    a temperature that only the loss reads would be frozen before the layers in front of it. One that is used again
+    behind others, as an embedding that is the classifier too, comes where it is used last. The stacked weights of a
+    block that a scan runs many times, each time with the next row, are one layer, named by the module that holds them;
+    with ``rows``, each row of them is one, ``blocks/0``, ``blocks/1``, ... The lookups in a table that the network
+    reads otherwise too, as its head, are a layer before it with ``lookups``, ``embed/lookup``.
 
     Args:
         params: Parameter pytree; arrays or ``jax.ShapeDtypeStruct``.
-        forward: A JAX-traceable function of ``(params, *inputs)``. It is only traced, outside of ``jax.pmap`` too: axes
-            that it names are there for the trace.
+        forward: A JAX-traceable function of ``(params, *inputs)`` that reads all parameters that the loss does. It is
+            only traced, outside of ``jax.pmap`` too: axes that it names are there for the trace.
         *inputs: An example batch, or ``jax.ShapeDtypeStruct`` of its shape; flags (``True``, ``False``, texts) too.
         granularity: ``"layer"``, or ``"block"`` for one layer per residual or transformer block (the modules of a list,
             ``blocks/3``, or numbered by name beside others, ``encoderblock_3``), or a function from a parameter's name

@@ -46,7 +46,8 @@ def find_layers(
     Args:
         model: The model. It is only traced, in training mode.
         *inputs: An example batch; arrays or ``jax.ShapeDtypeStruct``.
-        forward: A function of ``(model, *inputs)``; ``model(*inputs)`` by default.
+        forward: A function of ``(model, *inputs)``; ``model(*inputs)`` by default. Pass it where the loss reads
+            parameters that this does not, such as a head of its own: they would come first, and be frozen first.
         granularity: ``"layer"``, ``"block"`` or a function from a parameter's name to its layer's name.
         rows: Whether the blocks of an ``nnx.scan`` are layers of their own; see :func:`smartfrz_jax.find_layers`.
         lookups: Whether lookups in a table that is the head too are a layer of their own; see there.

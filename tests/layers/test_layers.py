@@ -180,6 +180,21 @@ def test_unused_parameters_come_first():
     assert find_layers(LINEAR, linear, ROW).names == ("c", "b", "a")
 
 
+def test_what_only_the_loss_uses_has_its_place_in_a_forward_that_computes_the_loss():
+    params = {"arcface": jnp.ones((8, 3)), "back": jnp.ones((4, 8)), "middle": jnp.ones((8, 8)), "scale": jnp.ones(3)}
+
+    def forward(params, x):
+        return x @ params["back"] @ params["middle"]
+
+    def loss(params, x):
+        return (forward(params, x) @ params["arcface"] * params["scale"]).sum()
+
+    without, layers = (find_layers(params, function, jnp.ones((2, 4))) for function in (forward, loss))
+    assert without.names == ("arcface", "back", "middle")
+    assert layers.names == ("back", "middle", "arcface")
+    assert layers.owner["scale"] == "arcface"
+
+
 class Tied(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
         self.embed, self.norm = nnx.Embed(9, 4, rngs=rngs), nnx.LayerNorm(4, rngs=rngs)
