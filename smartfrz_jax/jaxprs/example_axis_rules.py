@@ -238,14 +238,6 @@ def _removing(parameter: str, how: str) -> Rule:
     return rule
 
 
-def _reduce(eqn: Eqn, shapes: Any, values: Any) -> list[Axis | None]:
-    axis = agreed(value.axis for value in values)
-    for shape, value in zip(shapes, values, strict=True):
-        if shape and value.axis is None:
-            _check_constant(shape, value, axis)
-    return [without(axis, eqn.params["dimensions"], "a reduction over the examples")] * len(eqn.outvars)
-
-
 def _gather(eqn: Eqn, shapes: Any, values: Any) -> list[Axis | None]:
     numbers = eqn.params["dimension_numbers"]
     operand, indices = values[0].axis, values[1].axis

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.core import Tracer
 
 from smartfrz_jax.pytrees import paths
 
@@ -81,7 +82,7 @@ def scalar(value: Any, argument: str, expected: str) -> None:
 
 def outside_jit(value: Any, argument: str) -> None:
     """Raises ``TypeError`` if ``value`` is traced: a freezer in a compiled step would be asked once, in the trace."""
-    if isinstance(value, jax.core.Tracer):
+    if isinstance(value, Tracer):
         raise TypeError(
             f"{argument}: got a tracer, expected arrays; call the freezer outside of jax.jit, after every train step"
         )
