@@ -7,14 +7,14 @@ handed on as such, by values too that depend on no example, such as a mask of on
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 from jax.extend import core as jex
 
 from smartfrz_jax.jaxprs import digests, example_axis
 from smartfrz_jax.jaxprs.example_axis_rules import RULES, Axis, Mixed, Value
-from smartfrz_jax.jaxprs.parts import Atom, Eqn
+from smartfrz_jax.jaxprs.parts import Atom, Eqn, lookup
 
 # Parameters that the shapes of the results tell.
 _SHAPES = frozenset({"shape", "new_sizes", "limit_indices", "slice_sizes"})
@@ -23,23 +23,30 @@ _SOURCES = frozenset({"broadcast_in_dim", "iota"})
 _LOOPS = frozenset({"cond", "scan", "shard_map", "while"})
 
 
-class Program:
+class Program(NamedTuple):
     """Equations of a jaxpr for one batch size.
 
-    Args:
+    Attributes:
         eqns: The equations.
         consts: Values of variables that are constants.
+        invars: The other variables that they may read, in an order that does not depend on the size.
+        outvars: The results.
         examples: Examples in the batch.
     """
 
-    def __init__(self, eqns: Sequence[Eqn], consts: Mapping[Any, Any], examples: int):
-        self.eqns, self.consts, self.examples = eqns, consts, examples
+    eqns: Sequence[Eqn]
+    consts: Mapping[Any, Any]
+    invars: Sequence[Any]
+    outvars: Sequence[Atom]
+    examples: int
 
     def body(self, closed: Any) -> Program:
         """What an equation of it runs."""
         is_closed = isinstance(closed, jex.ClosedJaxpr)
         jaxpr, consts = (closed.jaxpr, closed.consts) if is_closed else (closed, ())
-        return Program(jaxpr.eqns, dict(zip(jaxpr.constvars, consts, strict=False)), self.examples)
+        known = dict(zip(jaxpr.constvars, consts, strict=True)) if is_closed else {}
+        invars = jaxpr.invars if is_closed else [*jaxpr.constvars, *jaxpr.invars]
+        return Program(jaxpr.eqns, known, invars, jaxpr.outvars, self.examples)
 
     def constant(self, atom: Atom) -> Any:
         """The value of a literal or a constant; ``None`` of what is computed."""
@@ -51,19 +58,35 @@ def difference(one: Program, other: Program) -> str | None:
     names, its_names = ([eqn.primitive.name for eqn in program.eqns] for program in (one, other))
     if names != its_names:
         return f"{len(names)} operations stand where that has {len(its_names)}, or others"
-    for eqn, its_eqn in zip(one.eqns, other.eqns, strict=True):
-        try:
+    same = dict(zip(one.invars, other.invars, strict=True))
+    try:
+        for eqn, its_eqn in zip(one.eqns, other.eqns, strict=True):
+            _check_atoms(one, eqn.invars, other, its_eqn.invars, same)
             _check(one, eqn, other, its_eqn)
-        except Mixed as how:
-            return str(how)
+            same.update(zip(eqn.outvars, its_eqn.outvars, strict=True))
+        _check_atoms(one, one.outvars, other, other.outvars, same)
+    except Mixed as how:
+        return str(how)
     return None
+
+
+def _check_atoms(
+    one: Program, atoms: Sequence[Atom], other: Program, its_atoms: Sequence[Atom], same: Mapping[Any, Any]
+) -> None:
+    """Raises :class:`Mixed` unless values that are read are the same constants, or the same results."""
+    for atom, its_atom in zip(atoms, its_atoms, strict=True):
+        value, its_value = one.constant(atom), other.constant(its_atom)
+        if value is None and its_value is None:
+            if lookup(same, atom) is not its_atom:
+                raise Mixed("another value is read")
+        elif value is None or its_value is None or digests.of_array(value) != digests.of_array(its_value):
+            got, expected = ("an array" if getattr(v, "shape", ()) else str(v) for v in (value, its_value))
+            raise Mixed(f"{got} stands where that has {expected}")
 
 
 def _check(one: Program, eqn: Eqn, other: Program, its_eqn: Eqn) -> None:
     """Raises :class:`Mixed`, saying how, if two equations differ."""
     name = eqn.primitive.name
-    for atom, its_atom in zip(eqn.invars, its_eqn.invars, strict=True):
-        _check_same(one.constant(atom), other.constant(its_atom))
     bodies = _check_params(one, eqn, other, its_eqn)
     axes, found = (
         [_axis(a.aval.shape, b.aval.shape, one.examples, other.examples) for a, b in zip(*both, strict=True)]
@@ -85,15 +108,6 @@ def _check(one: Program, eqn: Eqn, other: Program, its_eqn: Eqn) -> None:
             raise Mixed(f"{name}: another axis as long as the batch")
     elif not bodies or (name not in _LOOPS and not _is_call(eqn, bodies[0])):
         raise Mixed(f"{name}: of which it is not known whether it depends on the number of examples")
-
-
-def _check_same(value: Any, its_value: Any) -> None:
-    """Raises :class:`Mixed` if two constants differ."""
-    if value is None and its_value is None:
-        return
-    if value is None or its_value is None or digests.of_array(value) != digests.of_array(its_value):
-        got, expected = (str(v) if jax.numpy.ndim(v) == 0 else "an array" for v in (value, its_value))
-        raise Mixed(f"{got} stands where that has {expected}")
 
 
 def _check_params(one: Program, eqn: Eqn, other: Program, its_eqn: Eqn) -> list[Any]:

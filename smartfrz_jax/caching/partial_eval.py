@@ -70,7 +70,7 @@ class Split:
         """What computes the first part."""
         jaxpr = self._jaxpr.jaxpr
         consts = dict(zip(jaxpr.constvars, self._jaxpr.consts, strict=True))
-        return Program(_needed(jaxpr.eqns, self._cut, ()), consts, self.examples)
+        return Program(_needed(jaxpr.eqns, self._cut, ()), consts, jaxpr.invars, self._cut, self.examples)
 
     def frozen_part(self, variables: PyTree, inputs: tuple[Any, ...]) -> tuple[jax.Array, ...]:
         """The values at the frontier; the first axis of each counts the examples."""

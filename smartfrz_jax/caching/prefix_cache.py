@@ -317,9 +317,10 @@ class PrefixCache:
         self.build_on(old)
         if old.store is None:
             return
-        kept = old._kept | ({} if place is None else {"place": place})
+        kept: dict[str, Any] = old._kept | ({} if place is None else {"place": place})
         held = old.store.nbytes_here + (old._source.store.nbytes_here if old._source else 0)
-        self.keep(**kept | {"budget": None if kept["budget"] is None else max(0, kept["budget"] - held)})
+        budget = None if kept["budget"] is None else max(0, kept["budget"] - held)
+        self.keep(**{**kept, "budget": budget})
         self._kept = kept
         if self._base is not None:
             self._source = Source(old.store, self._base.grown, old.build_flops)

@@ -121,7 +121,7 @@ def _way(model: nnx.Module, path: Sequence[Any]) -> Iterator[tuple[Any, Any, Any
     """What is looked up, where, and what is there, on the way to a variable."""
     node: Any = model
     for key in path:
-        contents = node if isinstance(node, dict | list | tuple) else vars(node)
+        contents: Any = node if isinstance(node, dict | list | tuple) else vars(node)
         place = str(key) if isinstance(contents, dict) and key not in contents else key
         node = contents[place]
         yield contents, place, node

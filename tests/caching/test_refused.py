@@ -91,6 +91,8 @@ COUNTS = {
     "part of a table": lambda h, w: h * jnp.arange(8.0)[len(h)],
     "part of the weights": lambda h, w: h * w[: len(h), 0].sum(),
     "in a function": lambda h, w: jax.checkpoint(jax.jit(lambda h: h / jnp.ones(len(h)).sum()))(h),
+    "given by a function": lambda h, w: h * jax.checkpoint(lambda h: (h.sum(1), float(len(h))))(h)[1],
+    "branch in Python": lambda h, w: h + (w[0] if len(h) > N else w[1]),
     "in a loop": lambda h, w: in_a_loop(h),
     "reduced by a function of one's own": lambda h, w: h / jax.lax.reduce(
         jnp.ones(len(h)), jnp.float32(0), lambda a, b: a + 1.0 * b, (0,)

@@ -181,7 +181,7 @@ def test_unused_parameters_come_first():
 
 
 def test_what_only_the_loss_uses_has_its_place_in_a_forward_that_computes_the_loss():
-    params = {"arcface": jnp.ones((8, 3)), "back": jnp.ones((4, 8)), "middle": jnp.ones((8, 8)), "scale": jnp.ones(3)}
+    params = {"arcface": jnp.ones((8, 3)), "back": jnp.ones((4, 8)), "middle": jnp.ones((8, 8)), "scale": jnp.ones(())}
 
     def forward(params, x):
         return x @ params["back"] @ params["middle"]
