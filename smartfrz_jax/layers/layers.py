@@ -173,7 +173,8 @@ class Layers(Sequence[Layer]):
         if param not in self.owner:
             raise ValueError(
                 f"params: {param!r} belongs to no layer, expected parameters that the layers were found for "
-                f"({', '.join(list(self.owner)[:3])}, ...); call find_layers on the parameters that train"
+                f"({', '.join(list(self.owner)[:3])}, ...); call find_layers on the parameters that train, "
+                "with the wrt of the optimizer"
             )
         return self.owner[param]
 

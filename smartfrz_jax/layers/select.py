@@ -10,6 +10,7 @@ from types import EllipsisType
 from typing import Any, TypeAlias
 
 import numpy as np
+from flax import linen, nnx
 
 from smartfrz_jax.layers.layers import Layer, Layers, check_layers
 from smartfrz_jax.pytrees import checks, paths
@@ -78,6 +79,11 @@ def as_selectors(selectors: Any, argument: str) -> tuple[Selector, ...]:
             raise TypeError(
                 f"{argument}: got the type {each.__name__}, expected {_EXPECTED}; a layer is known by names alone, "
                 "and often of several types"
+            )
+        if isinstance(each, nnx.Module | linen.Module):  # it can be called, too
+            raise TypeError(
+                f"{argument}: got {checks.got(each)}, expected {_EXPECTED}; a module's layer has the name of its path, "
+                "such as 'layers/0': print(layers.names)"
             )
         is_text = isinstance(each, str) or (isinstance(each, re.Pattern) and isinstance(each.pattern, str))
         if not (is_text or each is ... or (callable(each) and (_takes(each, 1) or _takes(each, 2)))):

@@ -12,6 +12,7 @@ import jax
 import numpy as np
 import optax
 from flax import nnx
+from jax.extend.core import get_opaque_trace_state
 
 from smartfrz_jax.callbacks.base import Callback, check_callbacks
 from smartfrz_jax.freezing import freezer
@@ -91,6 +92,7 @@ class Freezer(freezer.Freezer):
         self._features = features
         self._train_step = train_step
         self._last_step = weakref.ref(optimizer.step.get_raw_value())
+        self._trace = get_opaque_trace_state(convention="nnx")
         if "grads" in policy.needs:
             optimizer.record_grads(model)
 
@@ -145,7 +147,8 @@ class Freezer(freezer.Freezer):
             ValueError: If layers train that the freezer has frozen, or a change is due and the optimizer has made no
                 step since the last one: a loop trains a copy of it, such as ``nnx.split`` makes.
         """
-        checks.outside_jit(self.optimizer.step[...], "optimizer")
+        if get_opaque_trace_state(convention="nnx") != self._trace:
+            raise TypeError("freezer: is asked in a compiled function, expected after it; call it outside of nnx.jit")
         self.adopt(self.optimizer.frozen)
         model, optimizer, make_features, train_step = self.model, self.optimizer, self._features, self._train_step
         frozen = self.observe(

@@ -201,7 +201,7 @@ class Optimizer(nnx.Optimizer):
 
         return of_arguments
 
-    def update(self, model: nnx.Module, grads: PyTree, /, **kwargs: Any) -> PyTree:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def update(self, model: nnx.Module, grads: PyTree, **kwargs: Any) -> PyTree:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Updates the active layers of the model; frozen ones stay as they are, bit for bit.
 
         Args:
@@ -266,7 +266,7 @@ class Optimizer(nnx.Optimizer):
             migrated, version = self.kept.migrate(version, old, self.unfrozen_tx, params, new)
             self.kept_version = nnx.OptState(version)
         tx = transform.freeze(self.unfrozen_tx, new)
-        opt_state = nnx.Optimizer(model, _without_arrays(tx), wrt=self.wrt).opt_state  # for its Variables
+        opt_state = _variables(_without_arrays(tx, nnx.state(model, self.wrt)))
         nnx.update(opt_state, nnx.state(migrated))
         self.frozen, self.tx, self.opt_state = new, tx, nnx.data(opt_state)
         self.step = supersede(self.step)
@@ -281,14 +281,24 @@ class Optimizer(nnx.Optimizer):
         self.grads = nnx.data({name: nnx.Variable(jnp.zeros_like(leaf)) for name, leaf in active.items()})
 
 
-def _without_arrays(tx: optax.GradientTransformation) -> optax.GradientTransformation:
-    """It makes a state of shapes: arrays would be in memory beside the old state and the new one."""
+def _without_arrays(tx: optax.GradientTransformation, params: PyTree) -> Any:
+    """The first state as shapes: arrays would be in memory beside the old state and the new one."""
+    leaves, structure = jax.tree.flatten(params)  # whose metadata may be nothing that JAX can compare
+    return jax.eval_shape(lambda *leaves: tx.init(jax.tree.unflatten(structure, leaves)), *leaves)
 
-    def init(params: PyTree) -> Any:
-        leaves, structure = jax.tree.flatten(params)  # whose metadata may be nothing that JAX can compare
-        return jax.eval_shape(lambda *leaves: tx.init(jax.tree.unflatten(structure, leaves)), *leaves)
 
-    return optax.GradientTransformation(init, tx.update)
+def _variables(opt_state: Any) -> Any:
+    """The Variables that ``nnx.Optimizer`` makes of a state; it would place their values, and shapes have no place."""
+
+    def variable(leaf: Any) -> nnx.Variable[Any]:
+        if not isinstance(leaf, nnx.Variable):
+            return nnx.OptArray(leaf)
+        metadata = leaf.get_metadata()
+        if "optimizer_sharding" in metadata:
+            metadata["out_sharding"] = metadata.pop("optimizer_sharding")
+        return nnx.OptVariable.from_metadata(leaf.get_value(), metadata)
+
+    return jax.tree.map(variable, opt_state, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
 
 
 def _positional(
@@ -303,4 +313,5 @@ def _positional(
             f"loss_fn: was called with {len(args)} arguments by position, expected the model as number {argnum}, "
             "counted from 0; let it be an argument that can be given by position"
         )
+    check_model(args[argnum], f"loss_fn: argument {argnum}")
     return args, kwargs

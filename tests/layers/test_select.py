@@ -5,6 +5,7 @@ import re
 
 import optax
 import pytest
+from flax import linen as nn
 from flax import nnx
 
 import smartfrz_jax as sfj
@@ -96,6 +97,8 @@ def test_what_means_no_layer_is_refused(selectors, message):
         (["stem", None], "got NoneType None among them"),
         (re.compile(b"stem"), "re.Pattern among them"),
         (nnx.BatchNorm, "got the type BatchNorm"),
+        ([nnx.Linear(2, 2, rngs=nnx.Rngs(0))], r"got flax\S*Linear, .* the name of its path"),
+        (nn.Dense(2), r"got flax\S*Dense, .* the name of its path"),
         ([nnx.Param], "got the type Param"),
         (nnx.OfType(nnx.Param), r"OfType\(.*Param'>\), which looks at variables"),
         (nnx.All("lora", nnx.PathContains("stem")), r"WithTag\('lora'\).*, which looks at variables"),

@@ -279,13 +279,13 @@ def test_a_freezer_in_a_compiled_step_is_refused():
     model, optimizer = make()
     freezer = sfj.nnx.Freezer(model, optimizer, sfj.policies.never())
 
-    def step(optimizer):
-        freezer.optimizer = optimizer
+    def step(model, optimizer):
         freezer.step()
 
-    with pytest.raises(TypeError, match=r"optimizer: got a tracer, .*outside of jax.jit"):
-        nnx.jit(step)(optimizer)
+    with pytest.raises(TypeError, match=r"freezer: is asked in a compiled function.*outside of nnx.jit"):
+        nnx.jit(step)(model, optimizer)
     assert freezer.steps == 0
+    freezer.step()
 
 
 @pytest.mark.slow
@@ -305,6 +305,25 @@ def test_layers_frozen_by_hand_stay_frozen_under_a_policy(tmp_path):
     freezer.restore(tmp_path / "run")
     freezer.step()
     assert optimizer.frozen.names == {"stem", "blocks/0/b_first", "blocks/1/b_first"}
+
+
+def test_a_loss_is_called_with_the_model():
+    model, optimizer = make()
+    for loss, args in [(lambda x: model(x).sum(), (X,)), (lambda x, model: model(x).sum(), (X, model))]:
+        with pytest.raises(TypeError, match=r"loss_fn: argument 0: got float32\[8, 6, 6, 1\], expected an nnx.Module"):
+            optimizer.value_and_grad(loss)(*args)
+    optimizer.value_and_grad(lambda x, model: model(x).sum(), argnums=1)(X, model)
+
+
+def test_gradients_may_be_given_by_name():
+    results = []
+    for by_name in (False, True):
+        model, optimizer = make()
+        grads = nnx.grad(lambda model: model(X).sum())(model)
+        optimizer.update(model=model, grads=grads) if by_name else optimizer.update(model, grads)
+        results.append(arrays(model))
+    for name, leaf in results[0].items():
+        np.testing.assert_array_equal(leaf, results[1][name], err_msg=name)
 
 
 def test_the_model_of_a_partial_loss_may_be_given_by_name():

@@ -1,5 +1,7 @@
 """Fully sharded arrays stay where they are when layers freeze and return."""
 
+import contextlib
+
 import jax
 import numpy as np
 import optax
@@ -115,3 +117,24 @@ def test_programs_for_returning_layers_are_compiled_ahead_for_where_their_state_
     expected = run(ahead=False)
     for name, leaf in run(ahead=True).items():
         np.testing.assert_array_equal(leaf, expected[name], err_msg=name)
+
+
+@pytest.mark.parametrize("is_outside", [False, True], ids=["in the mesh", "outside of it"])
+def test_variables_that_say_how_they_are_split_freeze_and_return(is_outside):
+    """As Flax has it for tensor parallelism: by metadata, from which it places every Variable that is made."""
+    mesh = jax.make_mesh((8,), ("model",), axis_types=(AxisType.Auto,))
+    split = nnx.with_partitioning(nnx.initializers.lecun_normal(), (None, "model"))
+    with jax.set_mesh(mesh):
+        model = nnx.Sequential(*[nnx.Linear(8, 8, kernel_init=split, rngs=nnx.Rngs(seed)) for seed in range(3)])
+        layers = sfj.nnx.find_layers(model, np.ones((1, 8), np.float32))
+        optimizer = sfj.nnx.Optimizer(model, optax.adam(1e-3), layers=layers)
+    before, graphdef = shardings(optimizer), nnx.graphdef(optimizer)
+    assert any(sharding.spec == PartitionSpec(None, "model") for sharding in before.values())
+    with contextlib.nullcontext() if is_outside else jax.set_mesh(mesh):
+        optimizer.freeze(model, ["layers/0"])
+        now = shardings(optimizer)
+        assert len(now) == len(before) - 4
+        assert now == {name: before[name] for name in now}
+        optimizer.freeze(model, Frozen(layers))
+    assert shardings(optimizer) == before
+    assert nnx.graphdef(optimizer) == graphdef  # so it is the same program again
