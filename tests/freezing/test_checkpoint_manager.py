@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 from flax import nnx
 from orbax.checkpoint import v1
@@ -53,6 +54,18 @@ def test_what_a_manager_saves_is_of_its_moment_though_donated_training_goes_on(t
         np.testing.assert_array_equal(array, saved[name], err_msg=name)
     for name, array in train(resumed, 4).items():
         np.testing.assert_array_equal(array, ended[name], err_msg=name)
+
+
+def test_the_older_manager_has_the_same_with_the_metadata(tmp_path):
+    run = make()
+    saved = train(run, 4)
+    state, metadata = run[1].contents()
+    with ocp.CheckpointManager(tmp_path) as manager:
+        manager.save(4, args=ocp.args.StandardSave(state), custom_metadata=metadata)
+    resumed = make()
+    resumed[1].restore(tmp_path / "4")
+    for name, array in resumed[1].contents().state.items():
+        np.testing.assert_array_equal(array, saved[name], err_msg=name)
 
 
 def test_linen_and_other_loops_have_the_same(tmp_path):
