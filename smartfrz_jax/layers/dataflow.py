@@ -103,7 +103,7 @@ def consumption(
         The consuming equations; parameters which the output does not depend on are missing from it.
 
     Raises:
-        ValueError: If ``forward`` computes with none of them.
+        ValueError: If ``forward`` computes with none of them, but closes over arrays.
 
     Example:
         >>> import jax.numpy as jnp
@@ -114,10 +114,10 @@ def consumption(
     """
     closed, params_alone = _traced(forward, params, inputs)
     read = {var for eqn in closed.jaxpr.eqns for var in variables(eqn.invars)}
-    if read.isdisjoint(closed.jaxpr.invars[: len(params_alone)]):
+    if closed.consts and read.isdisjoint(closed.jaxpr.invars[: len(params_alone)]):
         raise ValueError(
-            "forward: computes with none of the parameters, so they have no order, expected a function that computes "
-            "with its first argument; it may close over the parameters"
+            "forward: computes with none of the parameters, but with arrays that it closes over, expected a function "
+            "that computes with its first argument; pass the parameters on to the network"
         )
     closed, lookups = _apart(closed, params_alone, tables)
     names = [*params_alone, *(lookup.name for lookup in lookups)]

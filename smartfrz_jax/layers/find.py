@@ -67,7 +67,7 @@ def find_layers(
         The layers, front to back.
 
     Raises:
-        ValueError: If ``params`` has no leaves, or one without a name, ``forward`` uses none of them, or
+        ValueError: If ``params`` has no leaves, or one without a name, ``forward`` closes over them, or
             ``granularity`` is not one of the above.
         TypeError: If a leaf of ``params`` is not an array of floating-point numbers.
 

@@ -35,7 +35,8 @@ def find_layers(
         granularity: ``"layer"``, ``"block"`` or a function from a parameter's name to its layer's name.
         rows: Whether the blocks of an ``nn.scan`` are layers of their own; see :func:`smartfrz_jax.find_layers`.
         lookups: Whether lookups in a table that is the head too are a layer of their own; see there.
-        rngs: Random keys for the streams that the module draws from, as for ``apply``. There is one for ``"dropout"``.
+        rngs: Random keys for the streams that the module draws from, as for ``apply``, such as ``{"noise": key}``;
+            Flax raises an ``InvalidRngError`` where one is missing. There is one for ``"dropout"``.
         **kwargs: Further arguments of the module's ``__call__``, such as ``train=False``. The module is only traced.
 
     Returns:

@@ -111,8 +111,6 @@ def check_policy(policy: Any) -> None:
     checks.instance(policy, Policy, "policy", expected)
     checks.function(policy.init, "policy", "a function as its init")
     checks.function(policy.update, "policy", "a function as its update")
-    for name in checks.names(policy.needs, "policy: needs", of="signals"):
-        checks.choice(name, "policy: needs", ("grads", "features"))
 
 
 def check_features(policy: Policy, features: Any) -> None:

@@ -150,13 +150,6 @@ CASES = [
         lambda: sfj.nnx.Freezer(optimizer(), scenes.module(), sfj.policies.never()),
     ),
     Case(
-        "nnx-freezer-needs",
-        "policy: needs",
-        ValueError,
-        ("'gradients'", "'grads' or 'features'"),
-        lambda: scenes.nnx_freezer(sfj.policies.never()._replace(needs=frozenset({"gradients"}))),
-    ),
-    Case(
         "nnx-freezer-policy",
         "policy",
         TypeError,
