@@ -39,7 +39,7 @@ def test_it_is_ahead_of_the_shorter_schedules_that_were_run(case):
     ("begin", "case", "strategy"),
     [
         ("ResNet-20 from ", "resnet20-cifar10-3-epochs", RECOMMENDED),
-        ("the same, three quarters wait", "resnet20-cifar10-3-epochs", "static:three-quarters,half:0.65,none:0.85"),
+        ("the same, three quarters wait", "resnet20-cifar10-3-epochs", "static:three-quarters,half:0.5,none:0.8"),
         ("EfficientNet-Lite0 from ", "lite0-cifar10-3-epochs", RECOMMENDED),
     ],
 )
