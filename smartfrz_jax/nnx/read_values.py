@@ -9,9 +9,11 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from smartfrz_jax.pytrees import paths
+from smartfrz_jax.pytrees import hosts, paths
 
 
 class WrittenError(ValueError):
@@ -19,9 +21,10 @@ class WrittenError(ValueError):
 
 
 class ReadValues:
-    """The values that some variables of a model had when they were last noted, told apart by identity.
+    """The values that some variables of a model had when they were last noted.
 
-    It keeps neither the model nor the values alive.
+    They are compared where they are other arrays than then: an evaluation in ``nnx.jit`` puts the same values into the
+    model anew. So what it replaces stays in memory until the next step. Neither outlives the model.
 
     Args:
         names: Names of the variables.
@@ -29,27 +32,30 @@ class ReadValues:
 
     def __init__(self, names: Collection[str]):
         self._names = names
-        self._noted: list[Callable[[], Any]] = []
+        self._noted: list[Any] = []
         self._model: Callable[[], Any] = _nothing
         self._found: list[_Found] = []
 
     def note(self, model: nnx.Module) -> None:
         """From now on, these are the values of the variables."""
-        self._noted = [_reference(value) for value in self._of(model)]
+        self._noted[:] = self._of(model)
 
     def are_of(self, model: nnx.Module) -> bool:
-        """Whether the variables of a model have the values that were noted: the very same arrays."""
+        """Whether the variables of a model have the values that were noted."""
         now = self._of(model)
-        same = (then() is value for then, value in zip(self._noted, now, strict=True))
-        return len(now) == len(self._noted) and all(same)
+        if len(now) != len(self._noted):
+            return False
+        others = [(then, value) for then, value in zip(self._noted, now, strict=True) if then is not value]
+        return all(_may_be_equal(then, value) for then, value in others) and bool(_are_equal(others))
 
     def _of(self, model: nnx.Module) -> list[Any]:
         if self._model() is not model or not self._found or not self._found[0].is_unchanged():
-            self._found = found = [_Found(model, self._names)]
-            try:
-                self._model = weakref.ref(model, lambda _: found.clear())  # what it is made of must not outlive it
+            self._found = [_Found(model, self._names)]
+            held = self._found, self._noted
+            try:  # what it is made of must not outlive it
+                self._model = weakref.ref(model, lambda _: [each.clear() for each in held])
             except TypeError:  # a container of modules, which is looked through each time
-                return found.pop().values
+                return self._found.pop().values
         return self._found[0].values
 
 
@@ -127,11 +133,29 @@ def _way(model: nnx.Module, path: Sequence[Any]) -> Iterator[tuple[Any, Any, Any
         yield contents, place, node
 
 
-def _reference(value: Any) -> Callable[[], Any]:
-    try:
-        return weakref.ref(value)
-    except TypeError:  # a number of Python's own
-        return lambda: value
+def _may_be_equal(then: Any, value: Any) -> bool:
+    """Whether two values can be compared, where they lie: arrays of one kind, none of them donated."""
+    if not (isinstance(then, jax.Array) and isinstance(value, jax.Array)):
+        return type(then) is type(value) and np.array_equal(then, value)
+    kinds = [(array.shape, array.dtype, array.sharding) for array in (then, value)]
+    return kinds[0] == kinds[1] and not (then.is_deleted() or value.is_deleted())
+
+
+def _are_equal(pairs: Sequence[tuple[Any, Any]]) -> Any:
+    """Whether arrays are equal, pair by pair, bit for bit but for the signs of zeros and kinds of NaN."""
+    arrays = [pair for pair in pairs if isinstance(pair[0], jax.Array)]
+    return hosts.fetch(_all_equal(arrays)) if arrays else True
+
+
+@jax.jit
+def _all_equal(pairs: Sequence[tuple[jax.Array, jax.Array]]) -> jax.Array:
+    return jnp.stack([_is_equal(a, b) for a, b in pairs]).all()
+
+
+def _is_equal(a: jax.Array, b: jax.Array) -> jax.Array:
+    if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
+        a, b = map(jax.random.key_data, (a, b))
+    return jnp.array_equal(a, b, equal_nan=jnp.issubdtype(a.dtype, jnp.inexact))
 
 
 def _nothing() -> None:

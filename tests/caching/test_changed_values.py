@@ -90,6 +90,19 @@ def test_a_second_model_that_has_the_same_frozen_arrays_goes_on_with_what_is_sto
     assert compare(step, [again, nnx.clone((model, optimizer))], epochs=1) == [False, False]
 
 
+@pytest.mark.parametrize("donate", [False, True])
+def test_an_evaluation_that_hands_the_same_values_back_changes_nothing(donate):
+    """``nnx.jit`` puts what it was given into the model anew, as other arrays."""
+    evaluate = nnx.jit(lambda model: model(IMAGES).sum())
+    step, pairs = cached(donate=donate), [training(), training()]
+    assert compare(step, pairs) == [True, True, False, False]
+    for _ in range(2):
+        before = pairs[0][0].first.kernel.get_raw_value()
+        evaluate(pairs[0][0])
+        assert pairs[0][0].first.kernel.get_raw_value() is not before
+        assert compare(step, pairs, epochs=1) == [False, False]
+
+
 def test_weights_that_are_restored_in_the_midst_of_a_run(tmp_path):
     other = training(5)
     sfj.nnx.Freezer(*other, sfj.policies.never()).save(tmp_path / "run")
