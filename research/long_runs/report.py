@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -249,7 +250,7 @@ def _with_error(value: str, error: float) -> str:
 
 def _provenance(rows: Sequence[Result]) -> str:
     kinds = {field: sorted({row[field] for row in rows}) for field in ("commit", "versions", "hardware")}
-    return "; ".join(f"{field}: {', '.join(values)}" for field, values in kinds.items()) + "."
+    return textwrap.fill("; ".join(f"{field}: {', '.join(values)}" for field, values in kinds.items()) + ".", 120)
 
 
 def picture(found: Sequence[Line], path: Path, title: str) -> None:

@@ -37,8 +37,9 @@ class ReadValues:
         self._found: list[_Found] = []
 
     def note(self, model: nnx.Module) -> None:
-        """From now on, these are the values of the variables."""
-        self._noted[:] = self._of(model)
+        """From now on, these are the values of the variables; after each step, so the way to them is not checked."""
+        is_known = self._model() is model and self._found
+        self._noted[:] = self._found[0].values if is_known else self._of(model)
 
     def are_of(self, model: nnx.Module) -> bool:
         """Whether the variables of a model have the values that were noted."""
@@ -46,7 +47,7 @@ class ReadValues:
         if len(now) != len(self._noted):
             return False
         others = [(then, value) for then, value in zip(self._noted, now, strict=True) if then is not value]
-        return all(_may_be_equal(then, value) for then, value in others) and bool(_are_equal(others))
+        return all(_may_be_equal(then, value) for then, value in others) and _are_equal(others)
 
     def _of(self, model: nnx.Module) -> list[Any]:
         if self._model() is not model or not self._found or not self._found[0].is_unchanged():
@@ -141,17 +142,12 @@ def _may_be_equal(then: Any, value: Any) -> bool:
     return kinds[0] == kinds[1] and not (then.is_deleted() or value.is_deleted())
 
 
-def _are_equal(pairs: Sequence[tuple[Any, Any]]) -> Any:
+def _are_equal(pairs: Sequence[tuple[Any, Any]]) -> bool:
     """Whether arrays are equal, pair by pair, bit for bit but for the signs of zeros and kinds of NaN."""
-    arrays = [pair for pair in pairs if isinstance(pair[0], jax.Array)]
-    return hosts.fetch(_all_equal(arrays)) if arrays else True
+    return all(hosts.fetch([_is_equal(a, b) for a, b in pairs if isinstance(a, jax.Array)]))
 
 
 @jax.jit
-def _all_equal(pairs: Sequence[tuple[jax.Array, jax.Array]]) -> jax.Array:
-    return jnp.stack([_is_equal(a, b) for a, b in pairs]).all()
-
-
 def _is_equal(a: jax.Array, b: jax.Array) -> jax.Array:
     if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
         a, b = map(jax.random.key_data, (a, b))
