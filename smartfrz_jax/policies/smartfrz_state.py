@@ -105,7 +105,7 @@ class SmartFrzState(struct.PyTreeNode):
         """
         if loss is None:
             return self
-        checks.loss(loss)
+        checks.scalar(loss, "loss", "a scalar; pass the mean over the batch")
         loss = hosts.own(loss) if isinstance(loss, jax.Array) else jax.device_put(np.float32(loss))
         loss_sum, loss_count, loss_errors = _add(self.loss_sum, self.loss_count, self.loss_errors, loss)
         return self.replace(loss_sum=loss_sum, loss_count=loss_count, loss_errors=loss_errors)
