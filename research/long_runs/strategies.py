@@ -173,7 +173,7 @@ STRATEGIES: dict[str, Strategy] = {
         lambda s: sfj.policies.similarity_guided(_known(s), max(1, s.steps_per_epoch // 4)), reference=True
     ),
     "random": Strategy(lambda s: sfj.policies.random(0.5, total_steps=s.total_steps, seed=s.seed, costs=s.costs)),
-    "gain:0.5,apart": _gain(0.5, apart=_APART),
+    **{f"gain:{factor},apart": _gain(factor, apart=_APART) for factor in (0.5, 1)},
     "gain:0.5,apart,returns": _gain(0.5, apart=_APART, returns=True),
     "simfreeze": Strategy(
         lambda s: sfj.policies.simfreeze(s.before(), max(1, s.steps_per_epoch // 4)), returning="kept"
