@@ -69,6 +69,9 @@ def beginning(frozen: Frozen | Selectors | Policy, layers: Layers, params: PyTre
     if isinstance(frozen, Frozen):
         check_frozen(frozen, layers)
         return frozen, frozenset()
+    if getattr(frozen, "__annotations__", {}).get("return") in (Policy, Policy.__name__):
+        name = getattr(frozen, "__name__", repr(frozen))
+        raise TypeError(f"frozen: got {name}, a function that makes a policy, expected what it makes: {name}(...)")
     return Frozen(layers).changed(frozen), frozenset()
 
 

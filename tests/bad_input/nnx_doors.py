@@ -159,6 +159,16 @@ CASES = [
     Case(
         "nnx-freezer-loss", "loss", ValueError, ("(4,)", "a scalar"), lambda: scenes.nnx_freezer().step(loss=np.ones(4))
     ),
+    *(
+        Case(
+            f"nnx-frozen-uncalled-{make.__name__}",
+            "frozen",
+            TypeError,
+            ("a function that makes a policy", f"{make.__name__}(...)"),
+            lambda make=make: sfj.nnx.Optimizer(scenes.module(), TX, layers=scenes.nnx_layers(), frozen=make),
+        )
+        for make in (sfj.policies.lisa, sfj.auto)
+    ),
     Case("nnx-guided-without", "features", ValueError, ("features",), lambda: scenes.nnx_freezer(guided())),
     Case(
         "blocks-unequal",
