@@ -51,7 +51,7 @@ def test_the_front_page_has_its_figures(begin, case, strategy):
     assert f"{NUMBERS[line.seeds]} seed" in row
 
 
-# Rows of the page, as it calls them.
+# Rows of the page's tables of ResNet-20, as it calls them.
 PAGE = {
     "front half waits until 35 %": RECOMMENDED,
     "front half waits until 60 %": "static:half,none:0.6",
@@ -61,6 +61,9 @@ PAGE = {
     "three quarters wait until 65 %, half until 85 %": "static:three-quarters,half:0.65,none:0.85",
     "three quarters wait until 80 %": "static:three-quarters,none:0.8",
     "three quarters wait until 80 %, half until 90 %": "static:three-quarters,half:0.8,none:0.9",
+    "three quarters wait until 50 %, half throughout": "static:three-quarters,half:0.5",
+    "three quarters until 60 %, half until 80 %, a quarter throughout": "static:three-quarters,half:0.6,quarter:0.8",
+    "three quarters until 70 %, half until 90 %, a quarter throughout": "static:three-quarters,half:0.7,quarter:0.9",
     "all but the head wait until 30 %, half until 80 %": "static:all,half:0.3,none:0.8",
     "all but the head wait until 50 %": "static:all,none:0.5",
     "front half waits until 35 %, and stops again at 75 %": "static:half,none:0.35,half:0.75",
@@ -69,16 +72,25 @@ PAGE = {
     "the same, all but the head from 60 %": "static:half,all:0.6",
     "`smartfrz`, the shipped predictor": "smartfrz",
     "`progress`": "progress",
+    "`gain`": "gain:0.5",
     "the paper's predictor and rule": "paper",
     "shorter schedule of 85 %": "shorter:0.85",
     "shorter schedule of 70 %": "shorter:0.7",
     "three quarters until 50 %, half until 80 %, activations kept": "static:three-quarters,half:0.5,none:0.8,cached",
 }
+TEN_EPOCHS = (
+    "three quarters wait until 50 %, half until 80 %",
+    "three quarters wait until 65 %, half until 85 %",
+    "three quarters wait until 50 %, half throughout",
+    "three quarters wait until 80 %, half until 90 %",
+    "`gain`",
+    "shorter schedule of 70 %",
+)
 
 
-def row_of(name, line):
-    """A row of the page; three seeds are not told."""
-    seeds = "" if line.seeds == 3 else f" ({NUMBERS[line.seeds]} seed{'s' * (line.seeds > 1)})"
+def row_of(name, line, usual):
+    """A row of the page; the usual number of seeds is not told."""
+    seeds = "" if line.seeds == usual else f" ({NUMBERS[line.seeds]} seed{'s' * (line.seeds > 1)})"
     cpu = "-" if math.isnan(line.cpu) else f"{line.cpu:.2f}"
     error = "" if line.seeds == 1 else f" ± {line.error:.2f}"
     return f"| {name}{seeds} | {line.flops:.2f} | {cpu} | {line.difference:+.2f}{error} |"
@@ -86,7 +98,13 @@ def row_of(name, line):
 
 @pytest.mark.parametrize("name", PAGE)
 def test_the_page_of_long_runs_has_its_figures(name):
-    assert row_of(name, RUN["resnet20-cifar10-3-epochs"][PAGE[name]]) in LONG_RUNS.splitlines()
+    assert row_of(name, RUN["resnet20-cifar10-3-epochs"][PAGE[name]], 3) in LONG_RUNS.splitlines()
+
+
+@pytest.mark.parametrize("name", TEN_EPOCHS)
+def test_it_has_those_of_ten_epochs(name):
+    found = {line.strategy: line for line in lines(ROWS, "resnet20-cifar10")}
+    assert row_of(name, found[PAGE[name]], 2) in LONG_RUNS.splitlines()
 
 
 def test_it_says_how_many_fine_tunings_there_are():
