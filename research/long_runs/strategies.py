@@ -153,7 +153,7 @@ _WAITING = {
         f"static:three-quarters,half:{half},none:{none}": _static((0.0, 0.75), (half, 0.5), (none, 0.0))
         for half, none in ((0.5, 0.8), (0.65, 0.85), (0.8, 0.9))
     },
-    "static:three-quarters,half:0.5": _static((0.0, 0.75), (0.5, 0.5)),
+    **{f"static:three-quarters,half:{half}": _static((0.0, 0.75), (half, 0.5)) for half in (0.5, 0.6)},
     **{
         f"static:three-quarters,half:{half},quarter:{quarter}": _static((0.0, 0.75), (half, 0.5), (quarter, 0.25))
         for half, quarter in ((0.6, 0.8), (0.7, 0.9))
