@@ -45,9 +45,9 @@ Fine-tunings of whole data sets. Every strategy is paired with `never` (full tra
 is the processor's time for the steps, and for compiling beside them; other work on the machine changes it by up to a
 tenth. A run whose steps took over 1.3 times as long stood still for such work: both its times are left out.
 *Difference* is the mean over seeds. It and *processor* have their standard errors. Strategies named `,cached` keep the
-activations of the frozen front, of up to three fixed views of every augmented image; computing them is counted.
-`rehearsal` is the strategy that a rehearsal leads to, its price added. `python -m research.long_runs.report` writes
-this page from `results.jsonl`.
+activations of the frozen front, of up to three fixed views of every augmented image, or two with `,cached:2`;
+computing them is counted. `rehearsal` is the strategy that a rehearsal leads to, its price added. `python -m
+research.long_runs.report` writes this page from `results.jsonl`.
 """
 
 
@@ -295,7 +295,7 @@ def _kind(strategy: str) -> str:
 
 def _mark(strategy: str) -> str:
     """A square where activations are kept."""
-    return "s" if strategy.endswith(CACHED) else "o"
+    return "s" if CACHED in strategy else "o"
 
 
 def main(argv: list[str] | None = None) -> int:

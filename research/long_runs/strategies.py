@@ -12,8 +12,8 @@ from smartfrz_jax.policies.gradients.gain import Gradients
 from smartfrz_jax.predictor.predictor import Pretrained
 
 KEPT = ",kept"  # ends the name of a strategy that is another one, but for the moments with which layers return
-CACHED = ",cached"  # ends the name of one that keeps the activations of its frozen front
-_VIEWS = 3
+CACHED = ",cached"  # ends the name of one that keeps the activations of its frozen front, of up to three views
+CACHED_OF_TWO = ",cached:2"
 _APART = 0.05  # share of the training examples on which gain is measured, where they are held out
 
 
@@ -153,7 +153,7 @@ _WAITING = {
         f"static:three-quarters,half:{half},none:{none}": _static((0.0, 0.75), (half, 0.5), (none, 0.0))
         for half, none in ((0.5, 0.8), (0.65, 0.85), (0.8, 0.9))
     },
-    **{f"static:three-quarters,half:{half}": _static((0.0, 0.75), (half, 0.5)) for half in (0.5, 0.6)},
+    **{f"static:three-quarters,half:{half}": _static((0.0, 0.75), (half, 0.5)) for half in (0.5, 0.6, 0.7)},
     **{
         f"static:three-quarters,half:{half},quarter:{quarter}": _static((0.0, 0.75), (half, 0.5), (quarter, 0.25))
         for half, quarter in ((0.6, 0.8), (0.7, 0.9))
@@ -165,7 +165,8 @@ _WITH_ACTIVATIONS = ("static:half", "static:half,all:0.6", "progress", "smartfrz
 
 STRATEGIES: dict[str, Strategy] = {
     **_FIRST,
-    **{f"{name}{CACHED}": (_FIRST | _WAITING)[name]._replace(views=_VIEWS) for name in _WITH_ACTIVATIONS},
+    **{f"{name}{CACHED}": (_FIRST | _WAITING)[name]._replace(views=3) for name in _WITH_ACTIVATIONS},
+    **{f"{name}{CACHED_OF_TWO}": strategy._replace(views=2) for name, strategy in _WAITING.items()},
     "freezeout": _freezeout(0.5),
     "smartfrz:0.5": _smartfrz("default", caution=0.5),
     "progress:0.5": Strategy(lambda s: sfj.progress(total_steps=s.total_steps, caution=0.5)),
