@@ -35,7 +35,6 @@ _EVALUATION_BATCH = 250
 _ROOM = 6 * 2**30
 _EPOCHS_OF_A_VIEW = 3  # at least, as they are what pays for its activations
 _TRAINED = Path(__file__).parent / "weights"  # what cases of results.jsonl came to that others start from
-_OTHER_ORDER = 10_000  # added to the seed of the batches on which gradients are measured
 
 
 class Bench:
@@ -94,22 +93,22 @@ class Bench:
         model.train()
         return model
 
-    def training_set(self, *, tuning: bool, apart: float = 0.0) -> Arrays:
-        """The examples to train on: all but those held out where something is chosen, or the share ``apart``."""
-        return self._divided(_HELD_OUT if tuning else apart)[0]
+    def training_set(self, *, tuning: bool) -> Arrays:
+        """The examples to train on: all but those held out where something is chosen."""
+        return self._divided()[0] if tuning else self.data.train
 
     def held_out(self, *, tuning: bool) -> Arrays:
         """The examples to judge by: the test set, or training examples where something is chosen."""
-        return self._divided(_HELD_OUT)[1] if tuning else self.data.held_out
+        return self._divided()[1] if tuning else self.data.held_out
 
-    def _divided(self, share: float) -> tuple[Arrays, Arrays]:
-        """The training examples but for a share, and those: the last ones."""
-        kept = len(self.data.train) - round(share * len(self.data.train))
+    def _divided(self) -> tuple[Arrays, Arrays]:
+        """The training examples but for those held out, and these: the last ones."""
+        kept = len(self.data.train) - round(_HELD_OUT * len(self.data.train))
         return self.data.train[:kept], self.data.train[kept:]
 
-    def epochs_to_steps(self, epochs: float, *, tuning: bool, apart: float = 0.0) -> tuple[int, int]:
+    def epochs_to_steps(self, epochs: float, *, tuning: bool) -> tuple[int, int]:
         """Train steps of a run, and of an epoch."""
-        epoch = len(self.training_set(tuning=tuning, apart=apart)) // self.case.batch_size
+        epoch = len(self.training_set(tuning=tuning)) // self.case.batch_size
         return round(epochs * epoch), epoch
 
     @functools.cached_property
@@ -117,7 +116,7 @@ class Bench:
         """Forward FLOPs of every layer."""
         return self.account.flops().forward_by_layer
 
-    def situation(self, seed: int, steps: int, epoch: int, reference: Path | None, apart: float = 0.0) -> Situation:
+    def situation(self, seed: int, steps: int, epoch: int, reference: Path | None) -> Situation:
         """What the policies of a run can be made from.
 
         Args:
@@ -125,7 +124,6 @@ class Bench:
             steps: Its steps.
             epoch: Steps of an epoch.
             reference: Weights of a network trained to the end, from another seed.
-            apart: Share of the training examples that no step sees.
         """
         model, outputs = self.model(seed), None
         probe = sfj.nnx.probe(model, loss_fn, self._probe, self._probe_labels)
@@ -133,26 +131,11 @@ class Bench:
             known = self.model(seed)
             weights.load(known, reference)
             outputs = self.features(known)
-        gradients = sfj.nnx.gradient_probe(model, loss_fn, functools.partial(self._apart, seed, apart))
 
         def before() -> dict[str, jax.Array]:
             return self.features(self.model(seed))
 
-        return Situation(steps, epoch, self.costs, before, probe, gradients, outputs, seed)
-
-    def _apart(self, seed: int, share: float, number: int) -> tuple[Any, ...]:
-        """A batch for a measurement, augmented as for training, in an order of its own, and as large as a step's.
-
-        Of the examples that are held out, if there are any.
-        """
-        examples = self._divided(share)[1] if share else self.data.train
-        batches = self._batches(examples, _OTHER_ORDER + seed, min(self.case.batch_size, len(examples)))
-        batch = batches(number)
-        return batch.inputs, jnp.asarray(batch.labels)
-
-    def _batches(self, examples: Arrays, seed: int, batch_size: int) -> Batches:
-        shift = self.case.architecture.size // 8
-        return Batches(examples, batch_size, seed, self.case.augment, shift=shift)
+        return Situation(steps, epoch, self.costs, before, probe, outputs, seed)
 
     def features(self, model: nnx.Module) -> dict[str, jax.Array]:
         """Outputs of every layer on the probe batch."""
@@ -160,9 +143,10 @@ class Bench:
 
     def feed(self, strategy: Strategy, seed: int, *, tuning: bool) -> Feed:
         """What the steps of a run are called with."""
-        examples = self.training_set(tuning=tuning, apart=strategy.apart)
-        batches = self._batches(examples, seed, self.case.batch_size)
-        return Feed(batches, len(examples) // self.case.batch_size, self._views(strategy))
+        examples = self.training_set(tuning=tuning)
+        case = self.case
+        batches = Batches(examples, case.batch_size, seed, case.augment, shift=case.architecture.size // 8)
+        return Feed(batches, len(examples) // case.batch_size, self._views(strategy))
 
     def _views(self, strategy: Strategy) -> int:
         most = max(1, round(self.case.epochs) // _EPOCHS_OF_A_VIEW) if self.case.augment else 1
@@ -178,7 +162,7 @@ class Bench:
         return tx, sfj.nnx.CachedStep(
             make_step,
             loss_fn,
-            examples=len(self.training_set(tuning=False, apart=strategy.apart)),
+            examples=len(self.training_set(tuning=False)),
             storage=sfj.caching.Storage("host", budget=_ROOM),
             views=views,
             account=self.account,

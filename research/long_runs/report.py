@@ -21,7 +21,7 @@ from research.long_runs.cases import CASES
 from research.long_runs.labels import label
 from research.long_runs.rehearsal import PLAN, going_by, is_ready
 from research.long_runs.run import REHEARSAL
-from research.long_runs.strategies import CACHED, KEPT, STRATEGIES
+from research.long_runs.strategies import CACHED, KEPT, STRATEGIES, WITHDRAWN
 from train.command_line import local_path
 from train.log import write_whole
 
@@ -83,7 +83,7 @@ def lines(results: Iterable[Result], case: str) -> list[Line]:
     """The strategies of a case, the most expensive first; pairs start from the same weights."""
     by_strategy: dict[str, dict[int, Result]] = {}
     for row in results:
-        if row["case"] == case and row["strategy"] in (*STRATEGIES, REHEARSAL):
+        if row["case"] == case and row["strategy"] in (*STRATEGIES, *WITHDRAWN, REHEARSAL):
             by_strategy.setdefault(row["strategy"], {})[row["seed"]] = row
     by_strategy |= going_by(by_strategy.pop(REHEARSAL, {}), by_strategy)
     never = by_strategy.get("never", {})
@@ -285,7 +285,7 @@ def picture(found: Sequence[Line], path: Path, title: str) -> None:
 
 
 def _colour(strategy: str) -> str:
-    kinds = list(dict.fromkeys(map(_kind, (*STRATEGIES, REHEARSAL))))
+    kinds = list(dict.fromkeys(map(_kind, (*STRATEGIES, REHEARSAL, *WITHDRAWN))))
     return _COLOURS[kinds.index(_kind(strategy)) % len(_COLOURS)]
 
 

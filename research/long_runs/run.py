@@ -103,9 +103,7 @@ class Runner:
         self._state, self._save_every, self._deadline, self._say = state, save_every, deadline, say
         self._folder = state / job.key
         self.tuning = job.tuning
-        self.total_steps, self._epoch = bench.epochs_to_steps(
-            strategy.length * bench.case.epochs, tuning=self.tuning, apart=strategy.apart
-        )
+        self.total_steps, self._epoch = bench.epochs_to_steps(strategy.length * bench.case.epochs, tuning=self.tuning)
         self.model = bench.model(job.seed)
         tx, self._step = bench.step(strategy, self.total_steps, job.rate)
         policy = strategy.policy(self._situation(strategy))
@@ -137,7 +135,7 @@ class Runner:
 
     def _situation(self, strategy: Strategy) -> Any:
         reference = self.reference() if strategy.reference else None
-        return self.bench.situation(self.job.seed, self.total_steps, self._epoch, reference, strategy.apart)
+        return self.bench.situation(self.job.seed, self.total_steps, self._epoch, reference)
 
     def watch(self, strategies: Mapping[str, Strategy]) -> None:
         """Lets the policies that follow ``never`` at first watch this run of it."""

@@ -48,7 +48,7 @@ class Freezer:
         callbacks: What is told of every step and of what freezes; see :mod:`smartfrz_jax.callbacks`.
         delay: Steps, 0 unless set, after which the policy reads what it had the device compute for a decision; ``lead``
             counts from then. With 0 it waits for the step just dispatched, with 2 the device has the next one at hand.
-            Policies without ``phases`` (``gain``, ``slimfit``, perhaps your own) wait all the same.
+            Policies without ``phases`` (``slimfit``, perhaps your own) wait all the same.
 
     Raises:
         TypeError: If ``policy`` is not a :class:`~smartfrz_jax.Policy`, ``layers`` no

@@ -11,7 +11,6 @@ from smartfrz_jax.nnx.layers import features as features
 from smartfrz_jax.nnx.layers import find_layers as find_layers
 from smartfrz_jax.nnx.optimizer import Optimizer as Optimizer
 from smartfrz_jax.nnx.prefix_cache import PrefixCache as PrefixCache
-from smartfrz_jax.nnx.probe import gradient_probe as gradient_probe
 from smartfrz_jax.nnx.probe import probe as probe
 from smartfrz_jax.nnx.restore import restore_params as restore_params
 from smartfrz_jax.nnx.scan import scan_blocks as scan_blocks

@@ -1,4 +1,4 @@
-"""The training loss and its gradient on batches apart, for parameters that are not the model's."""
+"""The training loss on a batch apart, for parameters that are not the model's."""
 
 from __future__ import annotations
 
@@ -10,12 +10,9 @@ import jax
 from flax import nnx
 
 from smartfrz_jax.nnx.layers import check_model
-from smartfrz_jax.policies.gradients.gain import Gradients
 from smartfrz_jax.predictor.probe import Probe
 from smartfrz_jax.pytrees import checks
 from smartfrz_jax.pytrees.types import PyTree
-
-_LOSS = "a function of (model, *batch) to a scalar loss"
 
 
 def probe(model: nnx.Module, loss_fn: Callable[..., Any], *batch: Any, wrt: nnx.filterlib.Filter = nnx.Param) -> Probe:
@@ -41,7 +38,7 @@ def probe(model: nnx.Module, loss_fn: Callable[..., Any], *batch: Any, wrt: nnx.
         1.0
     """
     check_model(model)
-    checks.function(loss_fn, "loss_fn", _LOSS)
+    checks.function(loss_fn, "loss_fn", "a function of (model, *batch) to a scalar loss")
 
     def loss(params: PyTree) -> jax.Array:
         graphdef, own, rest = nnx.split(model, wrt, ...)
@@ -49,61 +46,6 @@ def probe(model: nnx.Module, loss_fn: Callable[..., Any], *batch: Any, wrt: nnx.
         return _loss(graphdef, loss_fn, params, nnx.as_pure(rest), batch)
 
     return loss
-
-
-def gradient_probe(
-    model: nnx.Module,
-    loss_fn: Callable[..., Any],
-    batches: Callable[[int], tuple[Any, ...]],
-    wrt: nnx.filterlib.Filter = nnx.Param,
-) -> Gradients:
-    """A function from parameters to the gradient of the loss on batches of its own, which leaves the model as it is.
-
-    Args:
-        model: The model; its mode and all that are no parameters are taken as they are at each call.
-        loss_fn: From the model and a batch to a scalar, as in the train step.
-        batches: The batch of each measurement, counted from 0; all of the same shapes.
-        wrt: What the optimizer trains.
-
-    Returns:
-        The function of ``(params, number)``, for :func:`smartfrz_jax.policies.gain`; parameters of another network are
-        a ``ValueError``.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> model = nnx.Linear(2, 1, use_bias=False, rngs=nnx.Rngs(0))
-        >>> gradients = gradient_probe(model, lambda model, x: jnp.sum(model(x)), lambda number: (jnp.ones((4, 2)),))
-        >>> gradients({"kernel": jnp.ones((2, 1))}, 0)["kernel"].tolist()
-        [[4.0], [4.0]]
-    """
-    check_model(model)
-    checks.function(loss_fn, "loss_fn", _LOSS)
-    checks.function(batches, "batches", "a function of the number of a measurement to a batch, a tuple")
-
-    def gradients(params: PyTree, number: int) -> PyTree:
-        graphdef, own, rest = nnx.split(model, wrt, ...)
-        checks.same_leaves(params, nnx.as_pure(own), "params")
-        batch = batches(number)
-        checks.instance(batch, tuple | list, "batches", "a tuple: what loss_fn takes after the model")
-        return _gradient(graphdef, loss_fn, params, nnx.as_pure(rest), batch)
-
-    return gradients
-
-
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _gradient(
-    graphdef: nnx.GraphDef[nnx.Module],
-    loss_fn: Callable[..., Any],
-    params: PyTree,
-    rest: PyTree,
-    batch: tuple[Any, ...],
-) -> PyTree:
-    def scalar_loss(params: PyTree) -> jax.Array:
-        loss = loss_fn(nnx.merge(graphdef, params, rest, copy=True), *batch)
-        checks.scalar(loss, "loss_fn", "a scalar; return the mean over the batch, and nothing else")
-        return loss
-
-    return jax.grad(scalar_loss)(params)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -6,8 +6,6 @@ from smartfrz_jax.policies.freezeout import freezeout as freezeout
 from smartfrz_jax.policies.freezeout import freezeout_schedules as freezeout_schedules
 from smartfrz_jax.policies.freezeout import scale_by_layer_schedule as scale_by_layer_schedule
 from smartfrz_jax.policies.gradients.autofreeze import autofreeze as autofreeze
-from smartfrz_jax.policies.gradients.gain import Measuring as Measuring
-from smartfrz_jax.policies.gradients.gain import gain as gain
 from smartfrz_jax.policies.gradients.grades import grades as grades
 from smartfrz_jax.policies.gradients.relative_norm import relative_gradient_norm as relative_gradient_norm
 from smartfrz_jax.policies.never import never as never

@@ -48,11 +48,6 @@ DOORS = [
         unchecked={"wrt": "a filter"},
     ),
     Door(
-        "nnx.gradient_probe",
-        lambda: {"model": scenes.module(), "loss_fn": scenes.nnx_loss, "batches": lambda number: (X,)},
-        unchecked={"wrt": "a filter"},
-    ),
-    Door(
         "nnx.Optimizer",
         lambda: {"model": scenes.module(), "tx": TX, "layers": scenes.nnx_layers()},
         unchecked={"wrt": "a filter", "frozen=text": "the name of a layer"},
@@ -78,17 +73,12 @@ DOORS = [
 
 CASES = [
     Case(
-        "nnx-probe-vector", "loss_fn", ValueError, ("(4, 2)", "a scalar"), lambda: measured(lambda model, x: model(x))
+        "nnx-probe-of-another-network",
+        "params",
+        ValueError,
+        ("'layers/0/bias'", "of this network"),
+        lambda: sfj.nnx.probe(scenes.module(), scenes.nnx_loss, X)({"kernel": X}),
     ),
-    *(
-        Case(f"nnx-{name}-of-another-network", "params", ValueError, ("'layers/0/bias'", "of this network"), call)
-        for name, call in (
-            ("probe", lambda: sfj.nnx.probe(scenes.module(), scenes.nnx_loss, X)({"kernel": X})),
-            ("gradient", lambda: sfj.nnx.gradient_probe(scenes.module(), scenes.nnx_loss, lambda _: (X,))({}, 0)),
-        )
-    ),
-    Case("nnx-probe-aux", "loss_fn", TypeError, ("tuple of 2", "a scalar"), lambda: measured(with_aux)),
-    Case("nnx-probe-batch", "batches", TypeError, ("float32[4, 2]", "a tuple"), lambda: measured(batch=X)),
     Case(
         "nnx-no-inputs", "inputs", ValueError, ("none", "example batch"), lambda: sfj.nnx.find_layers(scenes.module())
     ),
@@ -201,12 +191,3 @@ def plain_optimizer() -> Any:
 
 def guided() -> sfj.Policy:
     return sfj.policies.similarity_guided(scenes.outputs(), evaluate_every=1)
-
-
-def with_aux(model: Any, x: Any) -> Any:
-    return scenes.nnx_loss(model, x), {}
-
-
-def measured(loss_fn: Any = scenes.nnx_loss, batch: Any = (X,)) -> Any:
-    params = nnx.as_pure(nnx.state(scenes.module(), nnx.Param))
-    return sfj.nnx.gradient_probe(scenes.module(), loss_fn, lambda number: batch)(params, 0)

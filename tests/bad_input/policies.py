@@ -23,7 +23,6 @@ DOORS = [
     Door("policies.random", lambda: {"budget": 0.2, "total_steps": 10}),
     Door("static_prefix", lambda: {"total_steps": 10, "stages": [(0.0, 0.5)]}),
     Door("autofreeze", lambda: {"evaluate_every": 1}),
-    Door("policies.gain", lambda: {"gradients": lambda params, number: params, "total_steps": 100}),
     Door("policies.grades", lambda: {"threshold": 0.1, "total_steps": 10}),
     Door("policies.relative_gradient_norm", lambda: {"threshold": 0.1, "evaluate_every": 10}),
     Door("policies.lisa", lambda: {"active": 1}),
@@ -38,7 +37,6 @@ DOORS = [
         lambda: {"layers": layers(), "learning_rate": 0.1, "total_steps": 10},
     ),
     Door("policies.Schedule", lambda: {}),
-    Door("policies.Measuring", lambda: {}),
     Door("policies.Probing", lambda: {"probe": len}),
     Door("policies.scale_by_layer_schedule", lambda: {"layers": layers(), "schedules": dict.fromkeys("abc", float)}),
     Door(
@@ -205,9 +203,6 @@ CASES = [
     Case("probe-pair", "probe", TypeError, ("tuple of 2", "scalar"), lambda: probed(lambda params: (1.0, {}))),
     Case("probe-nothing", "probe", TypeError, ("None", "scalar"), lambda: probed(lambda params: None)),
     Case("probe-nan", "probe", ValueError, ("nan", "finite"), lambda: probed(lambda params: NAN)),
-    Case("gradient-another", "gradients", ValueError, ("'a/kernel'",), lambda: gained(lambda *_: of_another_network())),
-    Case("gradient-shape", "gradients", ValueError, ("(3,)", "(2, 2)"), lambda: gained(lambda *_: shaped(3))),
-    Case("gradient-nothing", "gradients", ValueError, ("none", "'a/kernel'"), lambda: gained(lambda *_: None)),
     Case("loss-a-vector", "loss", ValueError, ("(4,)", "a scalar"), lambda: update(smart(), loss=np.ones(4))),
     Case("loss-as-text", "loss", TypeError, ("'1.0'", "a scalar"), lambda: update(smart(), loss="1.0")),
     Case("predictor-infinite", "predictor", ValueError, ("not finite", "classifier"), lambda: infinite_statistics()),
@@ -280,14 +275,6 @@ def probed(probe: Any) -> Any:
     schedule, reading = Schedule(1, 1, min_records=1), sfj.Predictor(config, rngs=nnx.Rngs(0))
     policy = sfj.smartfrz(reading, total_steps=1000, schedule=schedule, probe=Probing(probe, 1))
     return update(policy, loss=np.float32(1))
-
-
-def gained(gradients: Any) -> Any:
-    policy = sfj.policies.gain(gradients, total_steps=100, measuring=sfj.policies.Measuring(every=2, window=2))
-    state = policy.init(layers(), params())
-    for step in (2, 3):
-        _, state = policy.update(state, layers(), step=step, params=params)
-    return state
 
 
 def infinite_statistics() -> Any:

@@ -177,3 +177,18 @@ def test_rich_prints_tables():
     assert "the start" in shown
     assert "Frozen: 1 of 3 layers." in shown
     assert isinstance(freezer.frozen, sfj.Frozen)
+
+
+def test_policies_are_told_what_freezing_saves(account):
+    told = []
+
+    def update(state, layers, *, saving, **signals):
+        told.append(saving)
+        return frozenset(), state
+
+    policy = sfj.Policy(lambda layers, params: (), update)
+    observed(sfj.Freezer(policy, LAYERS, PARAMS, saving=account.saving), 1)
+    observed(sfj.Freezer(policy, LAYERS, PARAMS), 1)
+    a, ab = (sfj.Frozen(LAYERS, frozenset(names)) for names in ("a", "ab"))
+    assert told[0](ab.names, a.names) == account.saving(ab, a) > 0
+    assert told[1] is None

@@ -65,18 +65,6 @@ def eager_predictor():
     return predictor
 
 
-def gain_policy(keep, **options):
-    measuring = policies.Measuring(every=4, window=2)
-    return policies.gain(
-        lambda params, number: loss_gradient(params),
-        total_steps=STEPS,
-        factor=3.0,
-        measuring=measuring,
-        keep=keep,
-        **options,
-    )
-
-
 def every(n):
     return set(range(n, STEPS + 1, n))
 
@@ -138,10 +126,6 @@ CASES = {
         lambda keep=None: policies.static_prefix([(0.0, 0.6), (0.25, 0.0), (0.5, 0.4)], total_steps=STEPS, keep=keep),
         {1, 6, 12},
         returns=True,
-    ),
-    "gain": Case(lambda keep=None: gain_policy(keep), {step + 1 for step in every(4)}),
-    "gain_returns": Case(
-        lambda keep=None: gain_policy(keep, returns=True), {step + 1 for step in every(4)}, may_return=True
     ),
     "grades": Case(
         lambda keep=None: policies.grades(0.4, total_steps=STEPS, grace=0.25, evaluate_every=3, keep=keep), every(3)

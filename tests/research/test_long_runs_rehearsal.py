@@ -150,7 +150,7 @@ def test_the_queue_runs_what_is_missing_once(tmp_path, monkeypatch):
             return self._row
 
         def rows_of_followers(self, row):
-            return [row | {"strategy": "gain:0.5"}] if row["strategy"] == "never" else []
+            return [row | {"strategy": "simfreeze"}] if row["strategy"] == "never" else []
 
         def clean_up(self):
             left.append(len(json_lines.read(results, dict)))
@@ -159,11 +159,11 @@ def test_the_queue_runs_what_is_missing_once(tmp_path, monkeypatch):
     monkeypatch.setattr(queue, "Runner", Fake)
     monkeypatch.setattr(queue, "_bench", lambda args, case: SimpleNamespace(case=CASES[case]))
     monkeypatch.setattr(queue, "rehearse", lambda bench, job, state: _rehearsal(job.seed, None))
-    wanted = ["never", "gain:0.5", REHEARSAL, "progress,cached"]
+    wanted = ["never", "simfreeze", REHEARSAL, "progress,cached"]
     args = ["--data-dir", tmp_path, "--state", tmp_path, "--results", results, "--seeds", 1, "--cases", _CASE]
     for _ in range(2):
         assert queue.main([*map(str, args), "--strategies", *wanted]) == 0
     rates = len(CASES[_CASE].rates)
     assert [row["strategy"] for row in json_lines.read(results, dict)] == ["tune"] * rates + wanted
-    assert watched == [["never", "gain:0.5", "progress,cached"]]
+    assert watched == [["never", "simfreeze", "progress,cached"]]
     assert left == [*range(1, rates + 1), rates + 2, rates + 4]  # cleaned up when all is written

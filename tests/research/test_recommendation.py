@@ -75,6 +75,8 @@ PAGE = {
     "`smartfrz`, the shipped predictor": "smartfrz",
     "`progress`": "progress",
     "`gain`": "gain:0.5",
+    "`gain`, measured on held-out examples": "gain:0.5,apart",
+    "the same, its layers may return": "gain:0.5,apart,returns",
     "the paper's predictor and rule": "paper",
     "shorter schedule of 85 %": "shorter:0.85",
     "shorter schedule of 70 %": "shorter:0.7",

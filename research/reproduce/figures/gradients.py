@@ -49,11 +49,17 @@ def measure(options: Options, steps: int) -> dict[str, Any]:
     model = make_model(options.network, image_size=options.data.image_size, num_classes=data.num_classes, seed=run.seed)
     batches = [data.augment(key, inputs, labels) for key, inputs, labels in batches_of(data, 0, steps + 1, "no")]
     layers = sfj.nnx.find_layers(model, *batches[0][0])
-    gradients_at = sfj.nnx.gradient_probe(model, loss_fn, batches.__getitem__)
-    params, rate = jax.device_get(nnx.as_pure(nnx.state(model, nnx.Param))), np.float32(options.optimizer.learning_rate)
+    graphdef, own, rest = nnx.split(model, nnx.Param, ...)
+    params, others, rate = jax.device_get(nnx.as_pure(own)), nnx.as_pure(rest), options.optimizer.learning_rate
+
+    @jax.jit
+    def gradients_at(params: Any, inputs: tuple[jax.Array, ...], labels: jax.Array) -> Any:
+        return jax.grad(lambda params: loss_fn(nnx.merge(graphdef, params, others, copy=True), inputs, labels))(params)
+
     for step in range(steps):  # on the host: an optimizer would be one more program to compile
-        params = jax.tree.map(lambda a, b: a - rate * np.asarray(b), params, gradients_at(params, step))
-    return of_gradients(layers, gradients_at(params, steps)) | {"steps": steps}
+        gradients = gradients_at(params, *batches[step])
+        params = jax.tree.map(lambda a, b: a - np.float32(rate) * np.asarray(b), params, gradients)
+    return of_gradients(layers, gradients_at(params, *batches[steps])) | {"steps": steps}
 
 
 def of_gradients(layers: sfj.Layers, gradients: Any) -> dict[str, Any]:

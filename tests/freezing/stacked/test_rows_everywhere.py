@@ -131,12 +131,6 @@ def smartfrz():
 
 POLICIES = {
     "smartfrz": smartfrz,
-    "gain": lambda: sfj.policies.gain(
-        lambda params, number: jax.grad(loss)(params, X),
-        total_steps=8,
-        returns=True,
-        measuring=sfj.policies.Measuring(every=2, window=2),
-    ),
     "slimfit": lambda: sfj.policies.slimfit(0.5, switch_every=2),
     "autofreeze": lambda: sfj.autofreeze(evaluate_every=2),
     "grades": lambda: sfj.policies.grades(0.1, total_steps=4, grace=0.25, evaluate_every=2),
