@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections.abc import Callable, Hashable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 
@@ -16,6 +16,31 @@ from smartfrz_jax.pytrees import paths
 from smartfrz_jax.pytrees.types import PyTree
 
 Hold = Callable[[Frozen, PyTree], contextlib.AbstractContextManager[Any]]
+
+
+class Static:
+    """What is static of a model, with its hash, which takes longer than a small program."""
+
+    def __init__(self, value: Any):
+        self.value, self._hash = value, hash(value)
+
+    def __hash__(self) -> int:
+        return self._hash
+
+    def __eq__(self, other: object) -> bool:
+        return self is other or (isinstance(other, Static) and self.value == other.value)
+
+
+class TakenApart(NamedTuple):
+    """Parameters, or a model, taken apart: once for all parts of a batch, as that takes longer than a small program.
+
+    Attributes:
+        static: What is static.
+        variables: The arrays.
+    """
+
+    static: Static
+    variables: PyTree
 
 
 class LossAdapter(Protocol):

@@ -229,9 +229,10 @@ class PrefixCache:
         store, indices = self._checked_store(), np.asarray(indices)
         self._loss.check_batch(inputs, indices.size)
         if self._source is not None and self._source.needs_no_inputs:
-            self._source.grow_into(store, params, self._loss.part)
+            self._source.grow_into(store, self._loss.taken_apart(params), self._loss.part)
             self._source = None
         for part in missing(store, self._source, indices, view, self._loss.part):
+            params = self._loss.taken_apart(params)  # once: what is taken apart stays as it is
             some = self._loss.rows_of(inputs, part.rows, len(indices))
             if part.source is None:
                 activations = self._computed(params, some, self._kept["dtype"])
@@ -341,8 +342,7 @@ class PrefixCache:
         """Activations of a part of a batch, by the programs by which others were computed before."""
         if self._base is None:
             return self.activations(params, *inputs)
-        before = self._base.computed(params, inputs, dtype)
-        return self._base.grown(params, narrowed(before, dtype), *inputs)
+        return self._base.grown(params, narrowed(self._base.computed(params, inputs, dtype), dtype), *inputs)
 
     def _checked_store(self) -> ActivationCache:
         if self.store is None:

@@ -11,7 +11,7 @@ import numpy as np
 
 from smartfrz_jax.caching import exchange, loss_jaxpr
 from smartfrz_jax.caching.batch_sizes import difference
-from smartfrz_jax.caching.loss_adapter import LossAdapter, PartsLoss
+from smartfrz_jax.caching.loss_adapter import LossAdapter, PartsLoss, Static, TakenApart
 from smartfrz_jax.caching.partial_eval import Split, partial_eval
 from smartfrz_jax.freezing.frozen import Frozen, check_frozen
 from smartfrz_jax.jaxprs import example_axis
@@ -79,18 +79,19 @@ class SplitLoss:
             frozen = Frozen(frozen.layers.of_parts, frozen.names)
         self._frozen = frozen
         self._structure: Any = None
+        self._static: Static | None = None
         self._loss_fn, self._adapter, self._state_inputs = loss_fn, adapter, frozenset(state_inputs)
         self._inputs = jax.tree.map(_shape_and_sharding, inputs)
         self._examples = example_axis.count(inputs, self._state_inputs)
         self._run = jax.jit(self._activations, static_argnums=0)
-        static, variables = self._taken_apart(params)
+        static, variables = self.taken_apart(params)
         self._traced_for = static, jax.tree.map(_shape, variables)
         self.split = self._split_for(static, variables, inputs)
 
     def fits(self, params: PyTree) -> bool:
         """Whether the rest can go on from the same activations with these parameters, or this model, as it is now."""
         try:
-            self._checked(self._split_for(*self._taken_apart(params), self._inputs))
+            self._checked(self._split_for(*self.taken_apart(params), self._inputs))
         except ValueError:
             return False
         return True
@@ -99,25 +100,29 @@ class SplitLoss:
         """The same loss for another frozen set."""
         return SplitLoss(params, frozen, self._loss_fn, self._inputs, self._adapter, self._state_inputs)
 
-    def activations(self, params: PyTree, inputs: tuple[Any, ...]) -> tuple[jax.Array, ...]:
+    def activations(self, params: PyTree | TakenApart, inputs: tuple[Any, ...]) -> tuple[jax.Array, ...]:
         """What the first part gives, the first axis counting the examples; jitted."""
-        return self._run(*self._taken_apart(params), inputs)
+        return self._run(*self.taken_apart(params), inputs)
 
     def rest(self, params: PyTree, activations: tuple[jax.Array, ...], inputs: tuple[Any, ...]) -> Any:
         """What the loss returns, from the activations; variables change as it changes them."""
-        static, variables = self._taken_apart(params)
+        static, variables = self.taken_apart(params)
         out, updates = self._live(static, variables, activations, inputs)
         self._adapter.write(params, variables, updates)
         return out
 
-    def _taken_apart(self, params: PyTree) -> tuple[Any, PyTree]:
+    def taken_apart(self, params: PyTree | TakenApart) -> TakenApart:
         """What is static, and the arrays; checked by name where the structure is not that of the last call."""
+        if isinstance(params, TakenApart):
+            return params
         static, variables = self._adapter.split(params)
+        if self._static is None or self._static.value != static:
+            self._static = Static(static)
         structure = jax.tree.structure(variables)
         if self._structure is None or structure != self._structure:
             check_of_layers(check_leaves(variables, "params"), self._frozen.layers)
             self._structure = structure
-        return static, variables
+        return TakenApart(self._static, variables)
 
     @functools.cached_property
     def part(self) -> int:
@@ -189,15 +194,15 @@ class SplitLoss:
             return None
 
         @functools.partial(jax.jit, static_argnums=0)
-        def grown(static: Any, variables: PyTree, activations: Any, inputs: tuple[Any, ...]) -> tuple[jax.Array, ...]:
+        def grown(static: Static, variables: PyTree, activations: Any, inputs: Any) -> tuple[jax.Array, ...]:
             inputs = self._completed(inputs, activations[0].shape[0])
             split = self._checked(self._split_for(static, variables, inputs[0]))
             growth = split.grown(old._split_for(static, variables, inputs[0]))
             assert growth is not None
             return growth.run(variables, activations, inputs[1])
 
-        def run(params: PyTree, activations: Any, *inputs: Any) -> tuple[jax.Array, ...]:
-            return grown(*self._adapter.split(params), activations, inputs)
+        def run(params: PyTree | TakenApart, activations: Any, *inputs: Any) -> tuple[jax.Array, ...]:
+            return grown(*self.taken_apart(params), activations, inputs)
 
         return Grown(run, growth.needed)
 
@@ -215,17 +220,17 @@ class SplitLoss:
     def _is_state(self, name: str) -> bool:
         return int(name.split(paths.SEPARATOR)[0]) in self._state_inputs
 
-    def _split_for(self, static: Any, variables: PyTree, inputs: tuple[Any, ...]) -> Split:
+    def _split_for(self, static: Static, variables: PyTree, inputs: tuple[Any, ...]) -> Split:
         variables, inputs = jax.tree.map(_shape, (variables, inputs))
-        traced = loss_jaxpr.trace(self._adapter.traceable(self._loss_fn, self._frozen, static), variables, inputs)
+        traced = loss_jaxpr.trace(self._adapter.traceable(self._loss_fn, self._frozen, static.value), variables, inputs)
         examples = example_axis.count(inputs, self._state_inputs)
         return partial_eval(traced, self._frozen, examples, self._state(variables, inputs))
 
-    def _activations(self, static: Any, variables: PyTree, inputs: tuple[Any, ...]) -> tuple[jax.Array, ...]:
+    def _activations(self, static: Static, variables: PyTree, inputs: tuple[Any, ...]) -> tuple[jax.Array, ...]:
         split = self._checked(self._split_for(static, variables, inputs))
         return split.frozen_part(variables, inputs)
 
-    def _live(self, static: Any, variables: PyTree, activations: Any, inputs: tuple[Any, ...]) -> Any:
+    def _live(self, static: Static, variables: PyTree, activations: Any, inputs: tuple[Any, ...]) -> Any:
         expected = [value.shape for value in self.split.frontier]
         checks.arrays(activations, "activations", f"what fetch returns, arrays of {expected} for each example")
         got = [tuple(value.shape[1:]) for value in activations]
