@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import platform
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -22,6 +21,7 @@ from smartfrz_jax.pytrees.file_paths import Path, is_remote
 from train import report
 from train.command_line import Interrupt, exit_code, leave
 from train.data import Data, metrics
+from train.data.batch import in_views
 from train.data.open import open_data
 from train.devices import processes
 from train.devices.agreement import check_decisions
@@ -203,12 +203,6 @@ def batches_of(data: Data, start: int, stop: int, keep_activations: KeepActivati
         yield *indices, data.key(step), batch.inputs, batch.labels
 
 
-def versions_of(mesh: Mesh | None) -> str:
-    """What a run is made with, and runs on."""
-    devices = f" x {mesh.size}" if mesh is not None else ""
-    return f"jax {jax.__version__}, Python {platform.python_version()}, {jax.devices()[0].device_kind}{devices}"
-
-
 def begin_or_resume(
     freezer: sfj.nnx.Freezer, new: Run, out: Path, started: Sequence[Path], say: Callable[[str], None]
 ) -> Run:
@@ -265,7 +259,7 @@ def finetune(options: Options, say: Callable[[str], None], interrupt: Interrupt)
     )
     model, _, freezer, step, account = make_training(options, data, mesh)
     history = begin_or_resume(freezer, Run(options.policy.policy, freezer.layers.names, settings), out, started, say)
-    first, versions = processes.is_first(), versions_of(mesh)
+    first, versions = processes.is_first(), report.versions_of(mesh)
     layers, gflop = len(freezer.layers), account.flops().total / 1e9
     say(f"{options.network.model}: {layers} layers, {gflop:.2f} GFLOP a step of {config.batch_size}")
     say(f"{options.data.data}: {data.steps_per_epoch} steps an epoch, {total_steps} in all ({versions})")
@@ -280,7 +274,10 @@ def finetune(options: Options, say: Callable[[str], None], interrupt: Interrupt)
         log = stack.enter_context(Log(out / "log.jsonl" if first else None, history, callbacks))
         checkpoints = stack.enter_context(make_checkpoints(recovery, out, next(iter(figures))))
         flops = (lambda frozen: account.flops(frozen).total) if options.has_loops else None
-        loop = Loop(log, freezer, step, flops=flops, log_every=config.log_every, may_skip=recovery.may_skip)
+        view_of = data.view if data.views else None
+        loop = Loop(
+            log, freezer, step, flops=flops, log_every=config.log_every, may_skip=recovery.may_skip, view_of=view_of
+        )
 
         def save(figures: Mapping[str, float] | None = None) -> None:
             loop.drain()  # no state is saved that is later than a loss which nobody has seen
@@ -289,7 +286,7 @@ def finetune(options: Options, say: Callable[[str], None], interrupt: Interrupt)
 
         batches = batches_of(data, freezer.steps, total_steps, config.keep_activations)
         read_ahead = stack.enter_context(Prefetch(batches))
-        steps = loop.run(interrupt.checked(read_ahead, on_interrupt=save))
+        steps = loop.run(interrupt.checked(in_views(data, freezer.steps, read_ahead), on_interrupt=save))
         for done in profiled(loop, steps, out / "profile", config.profile):
             check_decisions(freezer, every=options.policy.lead)
             bar.update()

@@ -62,6 +62,7 @@ class Loop:
             at hand; each takes memory for a batch, and for the parameters and the optimizer's state where these are
             not donated.
         may_skip: Steps in a row whose loss may be not finite: of such as the step leaves out.
+        view_of: From a step, counted from 0, to the view of its examples, for a step that keeps their activations.
     """
 
     def __init__(
@@ -74,8 +75,10 @@ class Loop:
         log_every: int = LOG_EVERY,
         ahead: int = AHEAD,
         may_skip: int = 0,
+        view_of: Callable[[int], int] | None = None,
     ):
         self._log, self._freezer, self._train_step, self._flops = log, freezer, train_step, flops
+        self._view_of = view_of
         self._log_every, self._ahead = log_every, ahead
         self._may_skip, self._skipped = may_skip, 0
         self._used: set[sfj.Frozen] = set()
@@ -121,7 +124,8 @@ class Loop:
             self._begun = time.perf_counter()
         step, programs, before = freezer.steps + 1, len(train_step.programs), train_step.wait_seconds
         with jax.profiler.StepTraceAnnotation("train", step_num=step):
-            loss = train_step(freezer.model, freezer.optimizer, *batch)
+            options = {} if self._view_of is None else {"view": self._view_of(step - 1)}
+            loss = train_step(freezer.model, freezer.optimizer, *batch, **options)
         program = train_step.last
         assert program is not None
         is_new = len(train_step.programs) > programs

@@ -81,8 +81,21 @@ class Options:
     def __post_init__(self) -> None:
         keeps = f"--keep-activations: got {self.run.keep_activations}, expected"
         is_image = not (self.network.is_text or self.network.is_decoder)
-        if self.run.keep_activations != "no" and is_image and self.data.augment != "none":
-            raise ValueError(f"{keeps} --augment none, too: an augmented example is never the same")
+        if self.run.keep_activations != "no" and is_image and self.data.augment != "none" and not self.data.views:
+            raise ValueError(
+                f"{keeps} --views, too, the number of augmented views of each image, or --augment none: an image that "
+                "is augmented anew in every epoch is never the same"
+            )
+        if self.data.views and (self.run.keep_activations == "no" or self.data.augment == "none" or not is_image):
+            raise ValueError(
+                f"--views: got {self.data.views}, expected it with --keep-activations and images that are augmented; "
+                "else leave it out"
+            )
+        if self.data.views and self.data.augment == "deit":
+            raise ValueError(
+                f"--views: got {self.data.views} with --augment deit, which mixes the images of a batch, expected "
+                "--augment flip-crop or resized-crop"
+            )
         if self.run.keep_activations != "no" and self.network.scan:
             raise ValueError(f"{keeps} no --scan: of scanned blocks the FLOPs would not be known")
         if self.recovery.unfreeze_on_regression and self.returning != "kept":

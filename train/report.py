@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable, Sequence
 from pathlib import PurePath
 
+import jax
 import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
+from jax.sharding import Mesh
 from matplotlib.axes import Axes
 
 from smartfrz_jax.pytrees.file_paths import Path
@@ -17,6 +20,12 @@ mpl.use("Agg")
 
 _COLOURS = {"never": "#4d4d4d", "smartfrz": "#d1495b", "progress": "#3a8f5c", "freezeout": "#2e86ab"}
 _COLOURS_OF_OTHERS = ("#e09f3e", "#7b5ea7", "#c77dba")  # of runs of a policy that has its colour already
+
+
+def versions_of(mesh: Mesh | None) -> str:
+    """What a run is made with, and runs on."""
+    devices = f" x {mesh.size}" if mesh is not None else ""
+    return f"jax {jax.__version__}, Python {platform.python_version()}, {jax.devices()[0].device_kind}{devices}"
 
 
 def _labels(runs: Sequence[Run]) -> list[str]:

@@ -63,6 +63,7 @@ def make_train_step(
 
     Returns:
         A step of ``(model, optimizer, key, inputs, labels)``; before the key, numbers of examples if it keeps anything.
+        Of data in views the key is left out.
     """
     keeps = keep_activations != "no"  # of a loss that is one call of jax.checkpoint, nothing can be kept
     of_examples = loss_fn if keeps else recomputed(loss_fn, remat=devices.remat, mesh=mesh)
@@ -79,9 +80,10 @@ def make_train_step(
         return sfj.TrainStep(complete(step), account=account)
     return sfj.nnx.CachedStep(
         lambda loss: complete(make_step(loss)),
-        loss_of_batch,
+        loss_fn if data.views else loss_of_batch,
         examples=data.examples,
         storage=sfj.caching.Storage(keep_activations),
+        views=data.views or 1,
         account=account,
         total_steps=total_steps,
     )

@@ -18,8 +18,12 @@ from tests.support.tensorboard import read_tensorboard
 from tests.train.recovery.interrupts import Killed, interrupted_at, killed_at
 from train import command_line, finetune, log, networks, report
 from train.data import metrics
-from train.data.batch import Batch
+from train.data.batch import Batch, in_views
+from train.data.open import open_data
+from train.loop import make_step
+from train.options import parse
 from train.recovery.checkpoints import Checkpoints
+from train.train_step import loss_fn
 
 pytestmark = pytest.mark.usefixtures("jax_defaults")
 
@@ -113,6 +117,27 @@ def test_kept_activations_change_what_a_step_costs_and_nothing_else(few_blocks, 
     assert kept.programs[1].held_bytes > plain.programs[1].held_bytes
     phases = [phase.frozen for phase in kept.phases]
     assert phases == sorted(set(phases))  # however many steps of a phase computed activations
+
+
+@pytest.mark.slow
+def test_an_augmented_image_of_few_views_runs_through_the_frozen_front_once_in_each(few_blocks, tmp_path, capsys):
+    arguments = [*few_blocks[:-1], str(tmp_path / "kept"), "--train-split", "train[:32]", "--batch-size", "8",
+                 "--epochs", "8", "--policy", "static_prefix", "--stages", "0:0.5", "--views", "2",
+                 "--learning-rate", "0.001", "--keep-activations", "host"]  # fmt: skip
+    assert finetune.main(arguments) == 0, capsys.readouterr().err
+    kept = log.read(tmp_path / "kept/log.jsonl")
+    flops = [step.flops for step in kept.steps]
+    assert min(flops[:8]) > 1.2 * max(flops[8:])  # two epochs of 4 steps, each with a view of its own
+    assert len(set(flops[8:])) == 1
+    # As by hand, without anything kept.
+    options = parse(arguments)
+    data, _ = open_data(options.data, options.network.reads, batch_size=8, seed=0)
+    training = finetune.make_training(options, data)
+    training.freezer.start()
+    batches = in_views(data, 0, finetune.batches_of(data, 0, 32, "host"))
+    step = nnx.jit(make_step(loss_fn))
+    losses = [float(step(training.model, training.optimizer, *batch)) for _, *batch in batches]
+    np.testing.assert_allclose([step.loss for step in kept.steps], losses, rtol=1e-3)
 
 
 @pytest.mark.slow

@@ -42,8 +42,18 @@ def options(*changed):
         (["--max-tokens", "3"], "--max-tokens: got 3, expected at least 4"),
         (
             ["--keep-activations", "host"],
-            "--keep-activations: got host, expected --augment none, too",
+            "--keep-activations: got host, expected --views, too",
         ),
+        (
+            ["--keep-activations", "host", "--augment", "none", "--views", "2"],
+            "--views: got 2, expected it with --keep-activations and images that are augmented",
+        ),
+        (["--views", "2"], "--views: got 2, expected it with --keep-activations"),
+        (
+            ["--keep-activations", "host", "--views", "2", "--augment", "deit"],
+            "--views: got 2 with --augment deit, which mixes the images of a batch",
+        ),
+        (["--views", "-1"], "--views: got -1, expected at least 0"),
         (
             ["--keep-activations", "host", "--augment", "none", "--scan"],
             "--keep-activations: got host, expected no --scan",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Iterator
-from typing import TYPE_CHECKING, NamedTuple
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -12,6 +13,7 @@ from jax.sharding import Mesh
 
 from train.data.order import Order, in_order, steps_in_order
 from train.data.share import Share
+from train.devices.mesh import by_example
 
 if TYPE_CHECKING:
     from jaxtyping import Array, Float, Int, Key
@@ -39,19 +41,22 @@ class Data(abc.ABC):
 
     Attributes:
         num_classes: Number of classes.
+        views: Augmented views of each example that there are, of which an epoch has one; 0 where every epoch draws new
+            ones.
 
     Args:
         order: Which examples are in the batch of a step.
         num_classes: Number of classes.
         mesh: The devices that share the examples of a batch, perhaps of several processes, of which each reads its
             own; the one that JAX takes by default without it.
+        views: See above.
     """
 
-    def __init__(self, order: Order, num_classes: int, mesh: Mesh | None = None):
+    def __init__(self, order: Order, num_classes: int, mesh: Mesh | None = None, *, views: int = 0):
         self._order = order
         self._key = jax.random.key(order.seed)
         self._share = Share(mesh, order.batch_size)
-        self.num_classes = num_classes
+        self.num_classes, self.views = num_classes, views
 
     @property
     def steps_per_epoch(self) -> int:
@@ -118,6 +123,38 @@ class Data(abc.ABC):
         """
         return inputs, labels
 
+    def view(self, step: int) -> int:
+        """Which view of its examples a step has: one epoch the first, the next epoch the next."""
+        return self._order.view(step, self.views)
+
+    def in_view(
+        self, view: int, indices: Int[np.ndarray, " batch"], inputs: tuple[Array, ...], labels: Int[Array, " batch"]
+    ) -> tuple[tuple[Array, ...], Array]:
+        """As :meth:`augment`, but for examples in a view: of each the same, whenever it comes and with which others.
+
+        Compiled, and called before the train step, in which nothing is random then.
+
+        Args:
+            view: The view.
+            indices: Which examples of the split these are.
+            inputs: Of a training batch.
+            labels: Of a training batch.
+        """
+        return self._in_view(np.uint32(view), indices.astype(np.uint32), inputs, labels)
+
+    @functools.cached_property
+    def _in_view(self) -> Callable[..., Any]:
+        def of_one(key: jax.Array, *example: Any) -> Any:
+            alone = jax.tree.map(lambda array: array[None], example)
+            return jax.tree.map(lambda array: array[0], self.augment(key, *alone))
+
+        def of_batch(view: jax.Array, indices: jax.Array, *batch: Any) -> Any:
+            of_view = jax.random.fold_in(jax.random.key(self._order.seed), view)
+            return jax.vmap(of_one)(jax.vmap(jax.random.fold_in, (None, 0))(of_view, indices), *batch)
+
+        mesh = self._share.mesh
+        return jax.jit(of_batch, out_shardings=None if mesh is None else by_example(mesh))
+
     def prepare(self, inputs: tuple[Array, ...]) -> tuple[Array, ...]:
         """Inputs to evaluate on; pure, to be called inside the jitted evaluation step."""
         return inputs
@@ -131,3 +168,18 @@ class Data(abc.ABC):
         while stop is None or step < stop:
             yield self.batch(step)
             step += 1
+
+
+def in_views(data: Data, start: int, batches: Iterable[tuple[Any, ...]]) -> Iterator[tuple[Any, ...]]:
+    """Arguments of train steps as they are, or with their examples in the views of the data, if it has any.
+
+    Args:
+        data: The data.
+        start: Step of the first of them.
+        batches: Indices, key, inputs and labels of each step; the key is left out of those in views.
+    """
+    if not data.views:
+        yield from batches
+        return
+    for step, (indices, _, *batch) in enumerate(batches, start):
+        yield indices, *data.in_view(data.view(step), indices, *batch)

@@ -30,8 +30,9 @@ class HostImages(Data):
     The host does the random resized crop (in training) or the crop of the middle (in evaluation, and in training
     without random resized crop), bilinear as on the device; the rest of the transform is the device's. Images of one
     size are not cropped to the middle: whether another split of them is held in device memory, where they are taken
-    whole, may not matter. The box of an image depends on the seed, the step and its place in the batch alone, so
-    batches are the same for any number of workers, and of processes that each read their part.
+    whole, may not matter. The box of an image depends on the seed, the step and its place in the batch alone, or on the
+    seed, the view and the image, so batches are the same for any number of workers, and of processes that each read
+    their part.
 
     Attributes:
         num_classes: Number of classes.
@@ -64,9 +65,11 @@ class HostImages(Data):
         check_images(split)
         if workers < 0:
             raise ValueError(f"workers: got {workers}, expected 0 (threads) or a number of processes")
-        super().__init__(Order(len(split), batch_size, seed, drop_last), split.num_classes, mesh)
+        super().__init__(Order(len(split), batch_size, seed, drop_last), split.num_classes, mesh, views=transform.views)
         fraction = transform.crop_fraction if None in split.image_shape else None
-        self._reader = _Reader(split, self._order, self._share.rows, transform.size, transform.area, fraction)
+        self._reader = _Reader(
+            split, self._order, self._share.rows, transform.size, transform.area, fraction, transform.views
+        )
         self._transform = dataclasses.replace(transform, area=None)
         self._workers = workers
 
@@ -132,18 +135,20 @@ class _Reader:
     size: int
     area: tuple[float, float] | None
     crop_fraction: float | None
+    views: int = 0
 
     def train(self, step: int) -> _Arrays:
-        area = self.area
+        area, (indices, weights) = self.area, self.order(step)
         if area is None:
-            return self._read(*self.order(step), self._middle)
+            return self._read(indices, weights, self._middle)
+        view = self.order.view(step, self.views)
 
         def box(image: np.ndarray, row: int) -> boxes.Box:
             # Of its own: how many numbers a box takes depends on the image, and others may read those before it.
-            rng = np.random.default_rng((self.order.seed, step, row))
+            rng = np.random.default_rng((self.order.seed, *((view, int(indices[row])) if self.views else (step, row))))
             return boxes.random_box(rng, image.shape[0], image.shape[1], area)
 
-        return self._read(*self.order(step), box)
+        return self._read(indices, weights, box)
 
     def evaluate(self, step: int) -> _Arrays:
         return self._read(*in_order(self.order.examples, self.order.batch_size, step), self._middle)

@@ -69,7 +69,7 @@ class DeviceImages(Data):
                 f"split: the images of {split.name} are of shape {split.image_shape}, expected one size for all; "
                 "take HostImages, which cuts them on the host"
             )
-        super().__init__(Order(len(split), batch_size, seed, drop_last), split.num_classes, mesh)
+        super().__init__(Order(len(split), batch_size, seed, drop_last), split.num_classes, mesh, views=transform.views)
         self._transform = transform
         images = np.empty((len(split), height, width, channels), np.uint8)
         labels = np.empty(len(split), np.int32)

@@ -39,6 +39,9 @@ class DataConfig:
     """height and width that images are resized to"""
     augment: Augment = "flip-crop"
     """of training images; deit: resized crop, flip, RandAugment, mixup, CutMix"""
+    views: int = 0
+    """fixed augmented views of each training image, an epoch one and the next epoch the next, of which
+    --keep-activations keeps those of the front; without it, every epoch draws new ones"""
     vocab: Path | None = None
     """WordPiece vocabulary (vocab.txt), for text"""
     max_tokens: int = 128
@@ -49,7 +52,7 @@ class DataConfig:
     """processes that decode images, where the set is not held in memory"""
 
     def __post_init__(self) -> None:
-        check_least(self, image_size=1, max_tokens=MIN_LENGTH, workers=0)
+        check_least(self, image_size=1, views=0, max_tokens=MIN_LENGTH, workers=0)
 
 
 class Reads(NamedTuple):
@@ -117,7 +120,7 @@ def open_data(
     if train.kind == "image":
         of_both = partial(open_images, batch_size=batch_size, seed=seed, workers=config.workers, mesh=mesh)
         return (
-            of_both(train, transform=_transform(config.augment, config.image_size, reads)),
+            of_both(train, transform=_transform(config.augment, config.image_size, reads, config.views)),
             of_both(evaluation, transform=_transform("none", config.image_size, reads), drop_last=False),
         )
     if config.vocab is None:
@@ -203,14 +206,14 @@ def _check_apart(data: str, train: Split, evaluation: Split) -> None:
         )
 
 
-def _transform(augment: Augment, size: int, reads: Reads) -> ImageTransform:
+def _transform(augment: Augment, size: int, reads: Reads, views: int = 0) -> ImageTransform:
     mean, std = reads.mean, reads.std
     match augment:
         case "none":
             return ImageTransform(size, mean, std)
         case "flip-crop":
-            return ImageTransform(size, mean, std, padding=4, flip=True)
+            return ImageTransform(size, mean, std, padding=4, flip=True, views=views)
         case "resized-crop":
-            return ImageTransform(size, mean, std, area=(0.08, 1.0), flip=True)
+            return ImageTransform(size, mean, std, area=(0.08, 1.0), flip=True, views=views)
         case "deit":
             return ImageTransform.deit(size, mean=mean, std=std)

@@ -67,6 +67,10 @@ class Order:
         places, weights = in_order(self.examples, self.batch_size, step)
         return np.array([self._shuffled[epoch * self.examples + int(place)] for place in places], np.int64), weights
 
+    def view(self, step: int, views: int) -> int:
+        """Which of so many views of its examples a step has: an epoch has one; 0 if there are none."""
+        return step // self.steps_per_epoch % views if views else 0
+
     @functools.cached_property
     def _shuffled(self) -> grain.MapDataset[int]:
         return grain.MapDataset.range(self.examples).seed(self.seed).shuffle().repeat()

@@ -1,3 +1,4 @@
+import dataclasses
 import io
 
 import jax
@@ -9,6 +10,7 @@ from PIL import Image
 
 from tests.support.tfds_writer import write_set
 from train.data import DeviceImages, HostImages, ImageTransform, open_images, open_split
+from train.data.batch import in_views
 
 CROPS = ImageTransform(16, area=(0.2, 1.0), flip=True)
 
@@ -39,10 +41,10 @@ def numbers(batch):
     return np.asarray(batch.inputs[0][:, 0, 0, 0]).tolist()
 
 
-def make(kind, folder, **arguments):
+def make(kind, folder, transform=CROPS, **arguments):
     if kind == "device":
-        return DeviceImages(open_split("same", "train", folder), 4, CROPS, seed=5, **arguments)
-    return HostImages(open_split("varying", "train", folder), 4, CROPS, seed=5, **arguments)
+        return DeviceImages(open_split("same", "train", folder), 4, transform, seed=5, **arguments)
+    return HostImages(open_split("varying", "train", folder), 4, transform, seed=5, **arguments)
 
 
 def as_arrays(batch):
@@ -226,3 +228,37 @@ def test_the_whole_of_cifar(shared):
     assert (len(weights), sum(weights), weights[-1]) == (79, 10_000, 16)
     mean = np.asarray(data.images, np.float32).mean((0, 1, 2)) / 255
     np.testing.assert_allclose(mean, [0.4942, 0.4851, 0.4504], atol=2e-3)  # published, of the test images
+
+
+def in_their_views(data, epochs, start=0):
+    """Every image that a run sees from a step on, by its number and its view."""
+    seen, steps = {}, range(start, epochs * data.steps_per_epoch)
+    batches = ((data.indices(step), data.key(step), *data.batch(step)[:2]) for step in steps)
+    for step, (indices, (images,), labels) in zip(steps, in_views(data, start, batches), strict=True):
+        np.testing.assert_array_equal(labels, data.batch(step).labels)
+        for number, image in zip(indices, np.asarray(images), strict=True):
+            seen.setdefault((int(number), data.view(step)), []).append(image)
+    return seen
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["device", "host"])
+def test_of_each_image_there_are_so_many_views(kind, written):
+    """Whatever others are in its batch, and wherever a run goes on."""
+    data = make(kind, written, dataclasses.replace(CROPS, views=2))
+    seen = in_their_views(data, 6)
+    assert {view for _, view in seen} == {0, 1}
+    assert max(map(len, seen.values())) > 1
+    assert all((image == images[0]).all() for images in seen.values() for image in images)
+    both = [number for number, view in seen if view and (number, 0) in seen]
+    assert all((seen[number, 0][0] != seen[number, 1][0]).any() for number in both)
+    later = in_their_views(data, 6, start=3)
+    assert all((images[0] == seen[of][0]).all() for of, images in later.items())
+    anew = make(kind, written)
+    assert anew.view(7) == 0
+    assert list(in_views(anew, 0, [("batch",)])) == [("batch",)]
+
+
+def test_views_of_mixed_images_are_refused():
+    with pytest.raises(ValueError, match=r"views: got 2 with mix=Mix.*such an image depends on others"):
+        ImageTransform.deit(16, views=2)

@@ -41,6 +41,7 @@ class ImageTransform:
         flip: Whether every other image is mirrored.
         rand_augment: RandAugment, or None.
         mix: Mixup and CutMix, or None; makes soft labels.
+        views: Augmented views of each image, drawn once; 0 where every epoch draws new ones. See ``train.data.Data``.
         crop_fraction: Part of the shorter side that the evaluation sees, where images of varying size are cut on the
             host. Images of one size are evaluated whole.
 
@@ -59,6 +60,7 @@ class ImageTransform:
     rand_augment: RandAugment | None = None
     mix: Mix | None = None
     crop_fraction: float = 0.875
+    views: int = 0
 
     def __post_init__(self):
         if self.size < 1 or self.padding < 0:
@@ -67,6 +69,11 @@ class ImageTransform:
             raise ValueError(f"area: got {self.area}, expected 0 < smallest <= largest <= 1, such as (0.08, 1.0)")
         if len(self.mean) != 3 or len(self.std) != 3 or min(self.std) <= 0:
             raise ValueError(f"mean, std: got {self.mean} and {self.std}, expected three numbers each, std above 0")
+        if self.views < 0 or (self.views and self.mix is not None):
+            raise ValueError(
+                f"views: got {self.views} with mix={self.mix}, expected at least 0, and 0 where the images of a batch "
+                "are mixed: such an image depends on others"
+            )
         if not 0 < self.crop_fraction <= 1:
             raise ValueError(f"crop_fraction: got {self.crop_fraction}, expected above 0 and at most 1")
 
