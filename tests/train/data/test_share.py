@@ -41,6 +41,22 @@ def test_batches_on_a_mesh_are_those_of_one_device(folder, kind, text):
     assert sum(float(batch.weights.sum()) for batch in many.evaluation_batches()) == EVALUATED
 
 
+@KINDS
+def test_so_are_their_views(folder, kind):
+    def view(mesh=None):
+        transform = dataclasses.replace(CROPS, flip=True, views=2)
+        data = kind(open_split("small", "train", folder), BATCH, transform, seed=3, mesh=mesh)
+        step = data.steps_per_epoch + 1
+        return data.in_view(data.view(step), data.indices(step), *data.batch(step)[:2])
+
+    mesh = make_mesh("data=8", batch_size=BATCH)
+    (images,), labels = view(mesh)
+    assert images.sharding == by_example(mesh)
+    ((expected,), classes) = view()
+    np.testing.assert_allclose(images, expected, rtol=1e-5, atol=1e-5)
+    np.testing.assert_array_equal(labels, classes)
+
+
 def assert_same(batch, other, sharding):
     for leaf, on_mesh in zip(jax.tree.leaves(batch), jax.tree.leaves(other), strict=True):
         np.testing.assert_array_equal(leaf, on_mesh)
