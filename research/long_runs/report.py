@@ -18,6 +18,7 @@ import numpy as np
 from research import json_lines
 from research.long_runs.__main__ import RESULTS, best_rate, figure_of, tried
 from research.long_runs.cases import CASES
+from research.long_runs.kept_activations import kept_activations
 from research.long_runs.labels import label
 from research.long_runs.rehearsal import PLAN, going_by, is_ready
 from research.long_runs.run import REHEARSAL
@@ -162,8 +163,7 @@ def page(results: Sequence[Result]) -> str:
             text += f"\n\n{_rehearsed(rehearsals)}"
         found = lines(of_case, case)
         parts.append(f"{text}\n\n{_table(found)}\n\n{_provenance(rows)}\n" if found else f"{text}\n")
-    if text := moments(results):
-        parts.append(text)
+    parts += [text for text in (moments(results), kept_activations(results, figure_of)) if text]
     return "\n".join(parts)
 
 

@@ -71,7 +71,7 @@ def regimes(long_runs: Sequence[Row]) -> list[Regime]:
     """All cases, the least pre-trained first."""
     found = []
     for name, case in CASES.items():
-        level = _level(case)
+        level = level_of(case)
         points = tuple(
             Point(one.strategy, one.flops, one.difference, one.error, one.cpu)
             for one in lines(long_runs, name)
@@ -85,7 +85,8 @@ def regimes(long_runs: Sequence[Row]) -> list[Regime]:
     return sorted(found, key=lambda one: (_LEVELS.index(one.level), -one.epochs))
 
 
-def _level(case: Case) -> str:
+def level_of(case: Case) -> str:
+    """How well the network of a case was pre-trained: ``none``, ``weak``, ``good`` or ``strong``."""
     if case.weights is None:
         return "none"
     if case.weights == "published":

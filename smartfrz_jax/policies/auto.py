@@ -54,8 +54,9 @@ def auto(
         total_steps: Train steps of the run.
         costs: Cost of each layer in any unit, by layer name, such as ``account.flops().forward_by_layer``; ``None``
             makes all equal.
-        pretrained: Whether the network starts from trained weights. The front of one that does not would wait with
-            random weights, so nothing waits there.
+        pretrained: Whether the network starts from well trained weights, not random ones, nor those of an epoch: there
+            a front that waited lost one point in one run and four in another (docs/results/long-runs.md). With False
+            nothing waits.
         caution: From 0, layers stop early, to 1, none stops: as of :func:`smartfrz_jax.progress`. ``None`` is 1 with
             ``pretrained``, else 0.95. At 0.95 a ResNet-20 lost nothing, and an EfficientNet-Lite0 0.9 points.
         keep: Layers never to freeze: names, globs, regular expressions, predicates or NNX filters (see

@@ -14,6 +14,7 @@ from research import json_lines
 from research.long_runs.__main__ import NAMES, RESULTS, best_rate, jobs
 from research.long_runs.bench import Bench
 from research.long_runs.cases import CASES, Case, tuned_as
+from research.long_runs.kept_activations import kept_activations
 from research.long_runs.labels import label
 from research.long_runs.report import lines, moments, page
 from research.long_runs.run import LEAD, REHEARSAL, Job, Runner
@@ -280,6 +281,17 @@ def test_moments_are_compared_within_a_seed():
     *_, found = moments(rows).splitlines()
     assert found == ("| minilm-cola | lisa | 2 | 35.00 | 40.00 | +5.00 ± 3.00 | 0.6000 | 0.4500 | -0.1500 ± 0.0500 |")
     assert not moments(rows[:1])
+
+
+def test_kept_activations_are_compared_with_the_same_run_without():
+    def row(strategy, **values):
+        return {"case": "resnet20-cifar10", "strategy": strategy, "seed": 3} | values
+
+    plain = row("static:half", flops=10.0, train_cpu_seconds=4.0, accuracy=0.5)
+    kept = row("static:half,cached:2", flops=8.0, train_cpu_seconds=5.0, accuracy=0.49)
+    *_, found = kept_activations([kept, plain, row("never")], lambda row: "accuracy").splitlines()
+    assert found == "| resnet20-cifar10 | static:half,cached:2 | 1 | 0.80 | 1.25 | -1.00 |"
+    assert not kept_activations([kept], lambda row: "accuracy")
 
 
 def test_the_page_is_that_of_the_results():

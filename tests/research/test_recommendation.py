@@ -8,19 +8,25 @@ import pytest
 from research import json_lines
 from research.long_runs.__main__ import RESULTS
 from research.long_runs.cases import CASES
+from research.long_runs.kept_activations import kept_activations
 from research.long_runs.report import lines
+from research.reproduce.regimes import level_of
 
 ROWS = json_lines.read(RESULTS, dict)
 ROOT = Path(__file__).parents[2]
 README = (ROOT / "README.md").read_text()
+GUIDE = (ROOT / "docs" / "choose-a-policy.md").read_text()
 LONG_RUNS = (ROOT / "docs" / "results" / "long-runs.md").read_text()
 NUMBERS = ("no", "one", "two", "three", "four", "five", "six")
 RECOMMENDED = "static:half,none:0.35"  # the schedule of ``auto``, see tests/policies/test_auto.py
+FOUND = {name: {line.strategy: line for line in lines(ROWS, name)} for name in CASES}
+# Those of networks that are well pre-trained, for which it is recommended.
 RUN = {
-    name: found
+    name: FOUND[name]
     for name, case in CASES.items()
-    if case.weights and RECOMMENDED in (found := {line.strategy: line for line in lines(ROWS, name)})
+    if RECOMMENDED in FOUND[name] and level_of(case) in ("good", "strong")
 }
+WEAK = "resnet20-cifar10-weak-3-epochs"
 
 
 @pytest.mark.parametrize("case", RUN)
@@ -78,10 +84,26 @@ PAGE = {
     "`gain`, measured on held-out examples": "gain:0.5,apart",
     "the same, its layers may return": "gain:0.5,apart,returns",
     "the paper's predictor and rule": "paper",
+    "FreezeOut, `t0` = 0.5": "freezeout",
+    "AutoFreeze, four evaluations an epoch": "autofreeze",
     "shorter schedule of 85 %": "shorter:0.85",
     "shorter schedule of 70 %": "shorter:0.7",
     "three quarters until 50 %, half until 80 %, activations kept": "static:three-quarters,half:0.5,none:0.8,cached",
 }
+# Of ten epochs, with kept activations.
+KEPT = {
+    "three views": "static:three-quarters,half:0.6,cached",
+    "two views": "static:three-quarters,half:0.6,cached:2",
+}
+AFTER_WEAK_PRETRAINING = (
+    "front half waits until 35 %",
+    "front half waits until 80 %",
+    "three quarters wait until 60 %, half throughout",
+    "front half frozen throughout",
+    "`smartfrz`, the shipped predictor",
+    "`progress`",
+    "shorter schedule of 70 %",
+)
 TEN_EPOCHS = (
     "three quarters wait until 50 %, half until 80 %",
     "three quarters wait until 65 %, half until 85 %",
@@ -110,6 +132,29 @@ def test_the_page_of_long_runs_has_its_figures(name):
 def test_it_has_those_of_ten_epochs(name):
     found = {line.strategy: line for line in lines(ROWS, "resnet20-cifar10")}
     assert row_of(name, found[PAGE[name]], 2) in LONG_RUNS.splitlines()
+
+
+@pytest.mark.parametrize("name", AFTER_WEAK_PRETRAINING)
+def test_it_has_those_after_weak_pre_training(name):
+    assert row_of(name, FOUND[WEAK][PAGE[name]], 1) in LONG_RUNS.splitlines()
+
+
+def row_of_kept(name):
+    table = kept_activations(ROWS, lambda row: "accuracy").splitlines()
+    row = next(row for row in table if row.startswith(f"| resnet20-cifar10 | {KEPT[name]} | 1 |"))
+    return f"| {name} |{row.partition(' | 1 |')[2]}"
+
+
+@pytest.mark.parametrize("name", KEPT)
+def test_it_has_those_of_kept_activations(name):
+    assert row_of_kept(name) in LONG_RUNS.splitlines()
+
+
+@pytest.mark.parametrize("text", [README, GUIDE])
+def test_it_is_not_recommended_after_weak_pre_training(text):
+    line = FOUND[WEAK][RECOMMENDED]
+    assert line.difference < -1
+    assert f"{-line.difference:.1f} points" in text
 
 
 def test_it_says_how_many_fine_tunings_there_are():
