@@ -285,7 +285,7 @@ def picture(found: Sequence[Line], path: Path, title: str) -> None:
 
 
 def _colour(strategy: str) -> str:
-    kinds = list(dict.fromkeys(map(_kind, (*STRATEGIES, REHEARSAL, *WITHDRAWN))))
+    kinds = list(dict.fromkeys(map(_kind, (*STRATEGIES, REHEARSAL))))
     return _COLOURS[kinds.index(_kind(strategy)) % len(_COLOURS)]
 
 
@@ -308,7 +308,7 @@ def main(argv: list[str] | None = None) -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     write_whole(args.out / "results.md", page(results))
     for case in CASES:
-        found = lines(results, case)
+        found = [line for line in lines(results, case) if line.strategy not in WITHDRAWN]  # they are in the table
         if len(found) > 2:  # else there is nothing to compare
             picture(found, args.out / f"{case}.png", case)
     return 0
