@@ -18,11 +18,11 @@ import numpy as np
 from research import json_lines
 from research.long_runs.__main__ import RESULTS, best_rate, figure_of, tried
 from research.long_runs.cases import CASES
-from research.long_runs.kept_activations import kept_activations
 from research.long_runs.labels import label
+from research.long_runs.pairs import kept_activations, moments, stood_still
 from research.long_runs.rehearsal import PLAN, going_by, is_ready
 from research.long_runs.run import REHEARSAL
-from research.long_runs.strategies import CACHED, KEPT, STRATEGIES, WITHDRAWN
+from research.long_runs.strategies import CACHED, STRATEGIES, WITHDRAWN
 from train.command_line import local_path
 from train.log import write_whole
 
@@ -35,8 +35,6 @@ _COLOURS = (
     "#222222", "#2e7d32", "#c62828", "#d9690f", "#8d6e00", "#1565c0", "#00838f", "#7a5195", "#8c564b", "#ad1457",
     "#666666",
 )  # fmt: skip
-
-_STILL = 1.3  # times the processor's seconds, on one core
 
 _HEAD = """\
 # Long runs
@@ -102,7 +100,7 @@ def _line(name: str, runs: Mapping[int, Result], never: Mapping[int, Result]) ->
     figure = figure_of(pairs[0][0])
     differences = 100 * np.array([run[figure] - full[figure] for run, full in pairs])
     # What makes a run stand still slows the processor, too.
-    timed = [(run, full) for run, full in pairs if not (_stood_still(run) or _stood_still(full))]
+    timed = [(run, full) for run, full in pairs if not (stood_still(run) or stood_still(full))]
     times = [_seconds(run) / _seconds(full) for run, full in timed]
     processor = np.array([run["train_cpu_seconds"] / full["train_cpu_seconds"] for run, full in timed])
     first = [run["frozen"][0][0] / run["steps"] for run, _ in pairs if run["frozen"]]
@@ -134,10 +132,6 @@ def _seconds(row: Result) -> float:
     return row["train_seconds"] + row["decide_seconds"] + row["wait_seconds"]
 
 
-def _stood_still(row: Result) -> bool:
-    return row["train_seconds"] > _STILL * row["train_cpu_seconds"]
-
-
 def page(results: Sequence[Result]) -> str:
     """The whole page."""
     parts = [_HEAD]
@@ -163,7 +157,7 @@ def page(results: Sequence[Result]) -> str:
             text += f"\n\n{_rehearsed(rehearsals)}"
         found = lines(of_case, case)
         parts.append(f"{text}\n\n{_table(found)}\n\n{_provenance(rows)}\n" if found else f"{text}\n")
-    parts += [text for text in (moments(results), kept_activations(results, figure_of)) if text]
+    parts += [text for text in (moments(results), kept_activations(results)) if text]
     return "\n".join(parts)
 
 
@@ -180,43 +174,6 @@ def _rehearsed(rows: Sequence[Result]) -> str:
         f"Rehearsals of {steps} steps: `{PLAN.rehearsed}` is harmless with {ready} of {len(rows)} seeds (harm: {told});"
         f" there `{PLAN.ready}` follows, elsewhere `{PLAN.otherwise}`."
     )
-
-
-_MOMENTS = """\
-## Fresh or kept moments
-
-Layers that take turns return with fresh moments, or with those that they had. Both runs of a pair have one seed, one
-learning rate (that of `never`) and the same sets at the same steps. *Kept less fresh* is the mean over the pairs with
-its standard error.
-
-| case | strategy | seeds | figure, fresh | kept | kept less fresh | loss, fresh | kept | kept less fresh |
-|---|---|--:|--:|--:|--:|--:|--:|--:|
-"""
-
-
-def moments(results: Iterable[Result]) -> str:
-    """A section on strategies that were run with fresh and with kept moments; empty if there are none."""
-    runs = {(row["case"], row["strategy"], row["seed"]): row for row in results}
-    pairs: dict[tuple[str, str], list[tuple[Result, Result]]] = {}
-    for (case, strategy, seed), kept in sorted(runs.items()):
-        fresh = runs.get((case, strategy.removesuffix(KEPT), seed))
-        if strategy.endswith(KEPT) and fresh is not None:
-            pairs.setdefault((case, strategy.removesuffix(KEPT)), []).append((fresh, kept))
-    rows = [
-        f"| {case} | {strategy} | {len(found)} | {_compared(found, figure_of(found[0][0]), 100, 2)} "
-        f"| {_compared(found, 'loss', 1, 4)} |"
-        for (case, strategy), found in pairs.items()
-    ]
-    return _MOMENTS + "\n".join(rows) + "\n" if rows else ""
-
-
-def _compared(pairs: Sequence[tuple[Result, Result]], name: str, factor: float, digits: int) -> str:
-    fresh, kept = factor * np.array([[run[name] for run in pair] for pair in pairs]).T
-    difference = kept - fresh
-    text = f"{fresh.mean():.{digits}f} | {kept.mean():.{digits}f} | {difference.mean():+.{digits}f}"
-    if len(pairs) > 1:
-        text += f" ± {difference.std(ddof=1) / np.sqrt(len(pairs)):.{digits}f}"
-    return text
 
 
 def _table(found: Sequence[Line]) -> str:

@@ -149,11 +149,12 @@ _WAITING = {
     "static:all,none:0.5": _static((0.0, 1.0), (0.5, 0.0)),
 }
 _WITH_ACTIVATIONS = ("static:half", "static:half,all:0.6", "progress", "smartfrz", *_WAITING)
+_OF_TWO_VIEWS = ("static:three-quarters,half:0.6", "static:three-quarters,half:0.7")
 
 STRATEGIES: dict[str, Strategy] = {
     **_FIRST,
     **{f"{name}{CACHED}": (_FIRST | _WAITING)[name]._replace(views=3) for name in _WITH_ACTIVATIONS},
-    **{f"{name}{CACHED_OF_TWO}": strategy._replace(views=2) for name, strategy in _WAITING.items()},
+    **{f"{name}{CACHED_OF_TWO}": _WAITING[name]._replace(views=2) for name in _OF_TWO_VIEWS},
     "freezeout": _freezeout(0.5),
     "smartfrz:0.5": _smartfrz("default", caution=0.5),
     "progress:0.5": Strategy(lambda s: sfj.progress(total_steps=s.total_steps, caution=0.5)),

@@ -14,9 +14,9 @@ from research import json_lines
 from research.long_runs.__main__ import NAMES, RESULTS, best_rate, jobs
 from research.long_runs.bench import Bench
 from research.long_runs.cases import CASES, Case, tuned_as
-from research.long_runs.kept_activations import kept_activations
 from research.long_runs.labels import label
-from research.long_runs.report import lines, moments, page
+from research.long_runs.pairs import kept_activations, moments
+from research.long_runs.report import lines, page
 from research.long_runs.run import LEAD, REHEARSAL, Job, Runner
 from research.long_runs.strategies import FIRST, STRATEGIES, WITHDRAWN, Strategy
 from research.recordings.architectures import ARCHITECTURES
@@ -287,11 +287,13 @@ def test_kept_activations_are_compared_with_the_same_run_without():
     def row(strategy, **values):
         return {"case": "resnet20-cifar10", "strategy": strategy, "seed": 3} | values
 
-    plain = row("static:half", flops=10.0, train_cpu_seconds=4.0, accuracy=0.5)
-    kept = row("static:half,cached:2", flops=8.0, train_cpu_seconds=5.0, accuracy=0.49)
-    *_, found = kept_activations([kept, plain, row("never")], lambda row: "accuracy").splitlines()
+    plain = row("static:half", flops=10.0, train_cpu_seconds=4.0, train_seconds=4.0, accuracy=0.5)
+    kept = row("static:half,cached:2", flops=8.0, train_cpu_seconds=5.0, train_seconds=5.0, accuracy=0.49)
+    *_, found = kept_activations([kept, plain, row("never")]).splitlines()
     assert found == "| resnet20-cifar10 | static:half,cached:2 | 1 | 0.80 | 1.25 | -1.00 |"
-    assert not kept_activations([kept], lambda row: "accuracy")
+    *_, found = kept_activations([kept | {"train_seconds": 7.0}, plain]).splitlines()  # it stood still
+    assert found == "| resnet20-cifar10 | static:half,cached:2 | 1 | 0.80 | - | -1.00 |"
+    assert not kept_activations([kept])
 
 
 def test_the_page_is_that_of_the_results():
