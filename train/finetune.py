@@ -200,7 +200,8 @@ def batches_of(data: Data, start: int, stop: int, keep_activations: KeepActivati
     """The arguments of the steps from ``start`` to ``stop``, behind model and optimizer."""
     for step, batch in zip(range(start, stop), data.batches(start, stop), strict=True):
         indices = () if keep_activations == "no" else (data.indices(step),)
-        yield *indices, data.key(step), batch.inputs, batch.labels
+        key = () if data.views else (data.key(step),)
+        yield *indices, *key, batch.inputs, batch.labels
 
 
 def begin_or_resume(

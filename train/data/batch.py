@@ -176,10 +176,10 @@ def in_views(data: Data, start: int, batches: Iterable[tuple[Any, ...]]) -> Iter
     Args:
         data: The data.
         start: Step of the first of them.
-        batches: Indices, key, inputs and labels of each step; the key is left out of those in views.
+        batches: Indices, inputs and labels of each step; what there is, of data without views.
     """
     if not data.views:
         yield from batches
         return
-    for step, (indices, _, *batch) in enumerate(batches, start):
+    for step, (indices, *batch) in enumerate(batches, start):
         yield indices, *data.in_view(data.view(step), indices, *batch)

@@ -233,7 +233,7 @@ def test_the_whole_of_cifar(shared):
 def in_their_views(data, epochs, start=0):
     """Every image that a run sees from a step on, by its number and its view."""
     seen, steps = {}, range(start, epochs * data.steps_per_epoch)
-    batches = ((data.indices(step), data.key(step), *data.batch(step)[:2]) for step in steps)
+    batches = ((data.indices(step), *data.batch(step)[:2]) for step in steps)
     for step, (indices, (images,), labels) in zip(steps, in_views(data, start, batches), strict=True):
         np.testing.assert_array_equal(labels, data.batch(step).labels)
         for number, image in zip(indices, np.asarray(images), strict=True):
